@@ -1,0 +1,139 @@
+// The activations that every fused kernel applies, and their derivatives: one arithmetic for CPU and CUDA.
+//
+// T is float or double (CUDA, scalar CPU) or a SIMD vector of them (csrc/cpu/simd.h). The few primitives
+// that differ between those (exp, tanh, erf, select) are overloads found by argument-dependent lookup or
+// declared below, so that each formula stands here once. Formulas and derivatives follow torch.nn.functional.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define ADVDL_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define ADVDL_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace advdl_ops {
+
+// Values are part of the operator schema (advdl_ops/functional/activation.py): append only.
+enum class Activation : int {
+  identity = 0,
+  relu = 1,
+  leaky_relu = 2,  // param: negative_slope
+  elu = 3,         // param: alpha
+  silu = 4,
+  gelu = 5,
+  gelu_tanh = 6,
+  sigmoid = 7,
+  tanh = 8,
+  hardswish = 9,
+};
+inline constexpr int kActivationCount = 10;
+
+namespace math {
+ADVDL_HOST_DEVICE float exp(float x) { return ::expf(x); }
+ADVDL_HOST_DEVICE double exp(double x) { return ::exp(x); }
+ADVDL_HOST_DEVICE float expm1(float x) { return ::expm1f(x); }
+ADVDL_HOST_DEVICE double expm1(double x) { return ::expm1(x); }
+ADVDL_HOST_DEVICE float tanh(float x) { return ::tanhf(x); }
+ADVDL_HOST_DEVICE double tanh(double x) { return ::tanh(x); }
+ADVDL_HOST_DEVICE float erf(float x) { return ::erff(x); }
+ADVDL_HOST_DEVICE double erf(double x) { return ::erf(x); }
+template <class T>
+ADVDL_HOST_DEVICE T select(bool condition, T a, T b) {
+  return condition ? a : b;
+}
+}  // namespace math
+
+// Scalar type of T and a broadcast of a constant; SIMD vectors specialise this.
+template <class T>
+struct Lanes {
+  using scalar = T;
+  static ADVDL_HOST_DEVICE T set(double value) { return static_cast<T>(value); }
+};
+
+template <class T>
+ADVDL_HOST_DEVICE T sigmoid(T z) {
+  const T one = Lanes<T>::set(1.0);
+  return one / (one + math::exp(-z));
+}
+
+// y = act(z). NaN passes through every activation, as in torch.
+template <class T>
+ADVDL_HOST_DEVICE T activate(Activation act, T z, T param) {
+  const T zero = Lanes<T>::set(0.0), half = Lanes<T>::set(0.5), one = Lanes<T>::set(1.0);
+  switch (act) {
+    case Activation::relu:
+      return math::select(z < zero, zero, z);
+    case Activation::leaky_relu:
+      return math::select(z > zero, z, z * param);
+    case Activation::elu:
+      return math::select(z > zero, z, param * math::expm1(z));
+    case Activation::silu:
+      return z / (one + math::exp(-z));
+    case Activation::gelu:
+      return half * z * (one + math::erf(z * Lanes<T>::set(0.70710678118654752440)));
+    case Activation::gelu_tanh: {
+      const T inner = Lanes<T>::set(0.79788456080286535588) * (z + Lanes<T>::set(0.044715) * z * z * z);
+      return half * z * (one + math::tanh(inner));
+    }
+    case Activation::sigmoid:
+      return sigmoid(z);
+    case Activation::tanh:
+      return math::tanh(z);
+    case Activation::hardswish: {
+      const T three = Lanes<T>::set(3.0), six = Lanes<T>::set(6.0);
+      const T t = z + three;
+      const T gate = math::select(t < zero, zero, math::select(t > six, six, t));
+      return z * gate / six;
+    }
+    default:
+      return z;
+  }
+}
+
+// d act(z) / dz.
+template <class T>
+ADVDL_HOST_DEVICE T activate_grad(Activation act, T z, T param) {
+  const T zero = Lanes<T>::set(0.0), half = Lanes<T>::set(0.5), one = Lanes<T>::set(1.0);
+  switch (act) {
+    case Activation::relu:
+      return math::select(z <= zero, zero, one);  // NaN passes the gradient on, as torch does
+    case Activation::leaky_relu:
+      return math::select(z > zero, one, param);
+    case Activation::elu:
+      return math::select(z > zero, one, param * math::exp(z));
+    case Activation::silu: {
+      const T s = sigmoid(z);
+      return s * (one + z * (one - s));
+    }
+    case Activation::gelu: {
+      const T cdf = half * (one + math::erf(z * Lanes<T>::set(0.70710678118654752440)));
+      const T pdf = Lanes<T>::set(0.39894228040143267794) * math::exp(-half * z * z);
+      return cdf + z * pdf;
+    }
+    case Activation::gelu_tanh: {
+      const T beta = Lanes<T>::set(0.79788456080286535588), kappa = Lanes<T>::set(0.044715);
+      const T t = math::tanh(beta * (z + kappa * z * z * z));
+      const T inner_grad = beta * (one + Lanes<T>::set(3.0) * kappa * z * z);
+      return half * (one + t) + half * z * (one - t * t) * inner_grad;
+    }
+    case Activation::sigmoid: {
+      const T s = sigmoid(z);
+      return s * (one - s);
+    }
+    case Activation::tanh: {
+      const T t = math::tanh(z);
+      return one - t * t;
+    }
+    case Activation::hardswish: {
+      const T three = Lanes<T>::set(3.0);
+      const T middle = z / three + half;
+      return math::select(z < -three, zero, math::select(z < three, middle, one));
+    }
+    default:
+      return one;
+  }
+}
+
+}  // namespace advdl_ops
