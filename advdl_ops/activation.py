@@ -1,0 +1,89 @@
+"""The activations that the fused ops apply: names, parameters and how they are spelled."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Activation", "resolve_activation"]
+
+
+class Activation(NamedTuple):
+    """An activation as the operators take it.
+
+    Attributes:
+        name: one of :data:`ACTIVATIONS`.
+        code: the number under which the kernels know it (``csrc/common/activation.h``).
+        param: ``negative_slope`` of leaky_relu, ``alpha`` of elu, else 0.
+    """
+
+    name: str
+    code: int
+    param: float = 0.0
+
+
+IDENTITY = Activation("identity", 0)
+
+# Values are part of the operator schema, see csrc/common/activation.h: append only.
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation("relu", 1),
+    "leaky_relu": Activation("leaky_relu", 2, 0.01),
+    "elu": Activation("elu", 3, 1.0),
+    "silu": Activation("silu", 4),
+    "gelu": Activation("gelu", 5),
+    "gelu_tanh": Activation("gelu_tanh", 6),
+    "sigmoid": Activation("sigmoid", 7),
+    "tanh": Activation("tanh", 8),
+    "hardswish": Activation("hardswish", 9),
+}
+
+_MODULES: dict[type, str] = {
+    torch.nn.ReLU: "relu",
+    torch.nn.SiLU: "silu",
+    torch.nn.Sigmoid: "sigmoid",
+    torch.nn.Tanh: "tanh",
+    torch.nn.Hardswish: "hardswish",
+}
+
+
+def resolve_activation(function: str, act: None | str | Activation | torch.nn.Module) -> Activation:
+    """The :class:`Activation` meant by ``act``.
+
+    Args:
+        function: name of the caller, for the error.
+        act: ``None``, a name of :data:`ACTIVATIONS`, an :class:`Activation`, or a ``torch.nn`` module
+            (``ReLU``, ``LeakyReLU``, ``ELU``, ``SiLU``, ``GELU``, ``Sigmoid``, ``Tanh``, ``Hardswish``, ``Identity``).
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: an object that is none of the above; a subclass of those modules may compute
+            something else and is refused too.
+    """
+    if act is None:
+        return IDENTITY
+    if isinstance(act, str):
+        found = ACTIVATIONS.get(act)
+        if found is None:
+            raise ValueError(
+                f"{function}: act ({act!r}) must be None, one of {', '.join(ACTIVATIONS)}, "
+                "or the matching torch.nn module"
+            )
+        return found
+    if isinstance(act, Activation):
+        return act
+    kind = type(act)
+    if kind in _MODULES:
+        return ACTIVATIONS[_MODULES[kind]]
+    if kind is torch.nn.Identity:
+        return IDENTITY
+    if kind is torch.nn.LeakyReLU:
+        return ACTIVATIONS["leaky_relu"]._replace(param=float(act.negative_slope))
+    if kind is torch.nn.ELU:
+        return ACTIVATIONS["elu"]._replace(param=float(act.alpha))
+    if kind is torch.nn.GELU:
+        return ACTIVATIONS["gelu_tanh" if act.approximate == "tanh" else "gelu"]
+    raise TypeError(
+        f"{function}: act ({kind.__name__}) must be None, a name ({', '.join(ACTIVATIONS)}) "
+        "or the matching torch.nn module"
+    )

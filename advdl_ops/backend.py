@@ -1,0 +1,95 @@
+"""Which implementation serves: the fused kernels, or the reference in plain PyTorch."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+import torch
+
+from . import _library
+
+__all__ = ["get_backend", "use_backend"]
+
+_BACKENDS = ("fused", "reference")
+
+
+def _from_environment() -> str:
+    name = os.environ.get("ADVDL_OPS_BACKEND", "fused")
+    if name not in _BACKENDS:
+        raise ValueError(
+            f"advdl_ops: ADVDL_OPS_BACKEND ({name!r}) must be one of {', '.join(_BACKENDS)}"
+        )
+    return name
+
+
+_backend = _from_environment()
+_require_native = os.environ.get("ADVDL_OPS_REQUIRE_NATIVE", "0") == "1"
+
+
+def get_backend() -> str:
+    """``"fused"`` or ``"reference"``."""
+    return _backend
+
+
+class use_backend:
+    """Choose the implementation for the whole process: a call sets it, a ``with`` block restores it.
+
+    Args:
+        name: ``"fused"`` (the kernels, where they are loaded) or ``"reference"`` (plain PyTorch).
+
+    Raises:
+        ValueError: another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _backend
+        if name not in _BACKENDS:
+            raise ValueError(f"use_backend: name ({name!r}) must be one of {', '.join(_BACKENDS)}")
+        self._previous = _backend
+        _backend = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _backend
+        _backend = self._previous
+
+
+def serves_native(function: str, x: torch.Tensor) -> bool:
+    """Whether a kernel serves this call; False means that the reference does.
+
+    The reference is asked for by ``use_backend``, and it is the only way for export (which must end in aten
+    operators), for forward-mode and functorch transforms, and where no kernel exists for the device.
+
+    Raises:
+        RuntimeError: ``ADVDL_OPS_REQUIRE_NATIVE=1`` is set and the reference would stand in for a kernel.
+    """
+    if _backend == "reference" or torch.compiler.is_exporting():
+        return False
+    device = x.device.type
+    # Meta tensors have no data: the fake function of the operator gives the shapes.
+    if (_library.native(device) or device == "meta") and not _transformed():
+        return True
+    if _require_native:
+        reason = _library.status().get(device, f"no kernels exist for device type {device!r}")
+        raise RuntimeError(
+            f"{function}: ADVDL_OPS_REQUIRE_NATIVE=1 is set, but the reference would serve: "
+            f"{reason or 'a functorch or forward-mode transform is active'}"
+        )
+    return False
+
+
+def _transformed() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )

@@ -1,0 +1,6 @@
+"""Fused ops as functions."""
+
+from .batch_norm_act import batch_norm_act
+from .conv_bn_act import conv_bn_act
+
+__all__ = ["batch_norm_act", "conv_bn_act"]

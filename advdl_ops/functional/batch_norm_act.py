@@ -1,0 +1,344 @@
+"""Batch norm, residual addition and activation as one op (Ioffe & Szegedy 2015, arXiv:1502.03167)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backend import serves_native
+from ..reference.batch_norm_act import batch_stats, normalize_act
+from ..activation import IDENTITY, Activation, resolve_activation
+
+_NAME = "batch_norm_act"
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+
+# BatchNormActBackward::ZSource in csrc/common/batch_norm_act.h.
+_Z_INPUT, _Z_RESIDUAL, _Z_OUTPUT = 0, 1, 2
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    act: None | str | Activation | torch.nn.Module = None,
+) -> Tensor:
+    r"""``act(batch_norm(x) + residual)``; arguments in the order of :func:`torch.nn.functional.batch_norm`.
+
+    .. math:: y = \mathrm{act}\Big(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}\,\gamma + \beta + r\Big)
+
+    Args:
+        x: ``[N, C]`` or ``[N, C, ...]`` with up to three spatial dimensions; fp32, fp64, bf16 or fp16;
+            contiguous or channels_last (kept).
+        running_mean, running_var: ``[C]``, written in training (``running_var`` with the unbiased variance);
+            both may be ``None`` in training.
+        weight, bias: ``[C]`` or ``None``; in ``x``'s dtype, or fp32 beside a half-precision ``x``, as the buffers.
+        training: normalize by the statistics of the batch, else by the running ones.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance; > 0 in training.
+        residual: of ``x``'s shape, added before the activation.
+        act: ``None``, a name or a ``torch.nn`` module, see :func:`resolve_activation`.
+
+    Returns:
+        ``[N, C, ...]`` in ``x``'s memory format and dtype (promoted with ``residual``'s, as an addition does).
+
+    Raises:
+        ValueError: fewer than two dimensions, one value per channel in training, ``eps`` out of range, an unknown
+            ``act``, ``residual`` of another shape, only one of the running statistics.
+        RuntimeError: a ``[C]`` tensor of another length, mixed devices, a dtype that does not go with ``x``'s,
+            evaluation without running statistics; for a non-floating ``x`` its subclass ``NotImplementedError``.
+
+    Nothing is written when an error is raised.
+    """
+    activation = resolve_activation(_NAME, act)
+    _check(x, running_mean, running_var, weight, bias, training, eps, residual)
+    if residual is not None and residual.dtype != x.dtype:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+
+    if not serves_native(_NAME, x):
+        out, new_mean, new_var = reference.batch_norm_act(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual,
+            activation,
+        )
+    elif torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        out, new_mean, new_var = BatchNormActFunction.apply(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual,
+            activation,
+        )
+    else:
+        out, _, _, new_mean, new_var = torch.ops.advdl_ops.batch_norm_act.default(
+            x,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training,
+            momentum,
+            eps,
+            activation.code,
+            activation.param,
+        )
+    if training and running_mean is not None and new_mean is not None and x.numel() > 0:
+        running_mean.copy_(new_mean)
+        running_var.copy_(new_var)  # type: ignore[union-attr]
+    return out
+
+
+class BatchNormActFunction(torch.autograd.Function):
+    """Gradients of ``batch_norm_act``.
+
+    Saved beside ``x`` and the ``[C]`` statistics: nothing, as the pre-activation is recomputed from them. With a residual,
+    relu saves its output, which the next layer saves anyway; the other activations save the residual.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        residual: Tensor | None,
+        act: Activation,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, mean, rstd, new_mean, new_var = torch.ops.advdl_ops.batch_norm_act.default(
+            x,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training,
+            momentum,
+            eps,
+            act.code,
+            act.param,
+        )
+        if residual is None or act.code == 0:
+            saved, z_source = None, _Z_INPUT
+        elif act.name == "relu":
+            saved, z_source = out, _Z_OUTPUT
+        else:
+            saved, z_source = residual, _Z_RESIDUAL
+        ctx.save_for_backward(x, saved, weight, bias, mean, rstd)
+        ctx.options = training, eps, act, z_source
+        ctx.mark_non_differentiable(new_mean, new_var)
+        ctx.set_materialize_grads(False)
+        return out, new_mean, new_var
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * 10
+        x, saved, weight, bias, mean, rstd = ctx.saved_tensors
+        training, eps, act, z_source = ctx.options
+        need_x, _, _, need_weight, need_bias, _, _, _, need_residual, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            dx, dresidual, dweight, dbias = _differentiable_backward(
+                dout, x, saved, weight, bias, mean, rstd, training, eps, act, z_source
+            )
+        else:
+            # Without an activation the residual's gradient is dout itself: no kernel need write it.
+            passes_dout = act.code == 0
+            dx, dresidual, dweight, dbias = torch.ops.advdl_ops.batch_norm_act_backward.default(
+                dout,
+                x,
+                saved,
+                weight,
+                bias,
+                mean,
+                rstd,
+                training,
+                act.code,
+                act.param,
+                z_source,
+                need_x,
+                need_residual and not passes_dout,
+            )
+            if passes_dout:
+                dresidual = dout
+        return (
+            dx if need_x else None,
+            None,
+            None,
+            dweight.to(weight.dtype) if need_weight else None,
+            dbias.to(bias.dtype) if need_bias else None,
+            None,
+            None,
+            None,
+            dresidual if need_residual else None,
+            None,
+        )
+
+
+def _differentiable_backward(
+    dout: Tensor,
+    x: Tensor,
+    saved: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    eps: float,
+    act: Activation,
+    z_source: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same gradients through differentiable torch operators, for ``create_graph=True``."""
+    residual = None
+    if z_source == _Z_OUTPUT:
+        # relu's derivative is piecewise constant: what is left is the norm under a masked cotangent.
+        assert saved is not None
+        dout, act = dout * (saved > 0), IDENTITY
+    elif z_source == _Z_RESIDUAL:
+        residual = saved
+
+    # Fresh aliases, so that the first-order gradients stop here while their own graph reaches x, weight and bias.
+    with torch.enable_grad():
+        x_ = x.view_as(x)
+        acc = mean.dtype
+        weight_ = torch.ones_like(mean) if weight is None else weight.to(acc, copy=True)
+        bias_ = torch.zeros_like(mean) if bias is None else bias.to(acc, copy=True)
+        residual_ = torch.zeros_like(x) if residual is None else residual.view_as(residual)
+        inputs = [
+            t if t.requires_grad else t.detach().requires_grad_()
+            for t in (x_, residual_, weight_, bias_)
+        ]
+        x_, residual_, weight_, bias_ = inputs
+        if training:
+            mean, var = batch_stats(x_)
+            rstd = (var + eps).rsqrt()
+        out = normalize_act(x_, mean, rstd, weight_, bias_, residual_, act)
+        dx, dresidual, dweight, dbias = torch.autograd.grad(out, inputs, dout, create_graph=True)
+    return dx, dresidual, dweight, dbias
+
+
+def _check(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    residual: Tensor | None,
+) -> None:
+    shape = x.shape
+    if not 2 <= len(shape) <= 5:
+        raise ValueError(
+            f"{_NAME}: x (shape {tuple(shape)}) must have 2 to 5 dimensions, [N, C, ...]"
+        )
+    check_norm(_NAME, x, shape[1], running_mean, running_var, weight, bias, training, eps)
+    if training and x.numel() == shape[1] and shape[1] > 0:
+        raise ValueError(
+            f"{_NAME}: x (shape {tuple(shape)}) must have more than 1 value per channel in training"
+        )
+    if residual is not None:
+        check_residual(_NAME, residual, shape, x.device)
+
+
+def check_residual(function: str, residual: Tensor, shape: Any, device: torch.device) -> None:
+    """``residual`` must have the output's ``shape`` and a floating dtype."""
+    if residual.shape != shape:
+        raise ValueError(
+            f"{function}: residual (shape {tuple(residual.shape)}) must have the shape {tuple(shape)}"
+        )
+    if residual.dtype not in _FLOATING:
+        raise RuntimeError(
+            f"{function}: residual (dtype {residual.dtype}) must be of float32, float64, bfloat16 or float16"
+        )
+    if residual.device != device:
+        raise RuntimeError(
+            f"{function}: residual (device {residual.device}) must be on x's device ({device})"
+        )
+
+
+def check_norm(
+    function: str,
+    x: Tensor,
+    channels: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    """The per-channel tensors must fit ``channels`` and the dtype and device of ``x``."""
+    dtype = x.dtype
+    device = x.device
+    if dtype not in _FLOATING:
+        raise NotImplementedError(
+            f"{function}: x (dtype {dtype}) must be of float32, float64, bfloat16 or float16"
+        )
+    for name, v in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if v is None:
+            continue
+        if v.dim() != 1 or v.shape[0] != channels:
+            raise RuntimeError(
+                f"{function}: {name} (shape {tuple(v.shape)}) must have one value for each of the {channels} channels"
+            )
+        if v.dtype != dtype and not (dtype in _HALF and v.dtype == torch.float32):
+            raise RuntimeError(
+                f"{function}: {name} (dtype {v.dtype}) must be of x's dtype ({dtype})"
+                + (" or float32" if dtype in _HALF else "")
+            )
+        if v.device != device:
+            raise RuntimeError(
+                f"{function}: {name} (device {v.device}) must be on x's device ({device})"
+            )
+    if training:
+        if (running_mean is None) != (running_var is None):
+            raise ValueError(
+                f"{function}: running_mean and running_var must either both be None or neither"
+            )
+        if eps <= 0:
+            raise ValueError(f"{function}: eps ({eps}) must be positive in training")
+    else:
+        if running_mean is None or running_var is None:
+            name = "running_mean" if running_mean is None else "running_var"
+            raise RuntimeError(f"{function}: {name} (None) must be given when training is False")
+        if eps < 0:
+            raise ValueError(f"{function}: eps ({eps}) must not be negative")

@@ -1,0 +1,230 @@
+"""Convolution, batch norm, residual addition and activation.
+
+In training the convolution is torch's and the rest is one op, :func:`batch_norm_act`. In evaluation without gradients the norm
+is folded into the convolution's weight and bias (Jacob et al. 2018, arXiv:1712.05877, section 3.2), and on CPU
+oneDNN adds bias, residual and activation while the output is still in cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activation import IDENTITY, Activation, resolve_activation
+from ..backend import get_backend
+from ..reference.activation import activate
+from ..reference.batch_norm_act import acc_dtype
+from .batch_norm_act import batch_norm_act, check_norm, check_residual
+
+_NAME = "conv_bn_act"
+ORDERS = ("conv-bn-act", "conv-act-bn")
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    act: None | str | Activation | torch.nn.Module = None,
+    order: str = "conv-bn-act",
+) -> Tensor:
+    """``act(batch_norm(conv2d(x)) + residual)``, or ``batch_norm(act(conv2d(x))) + residual``.
+
+    Args:
+        x: ``[N, C_in, H, W]`` (or ``[C_in, H, W]`` outside training, as :func:`torch.nn.functional.conv2d` takes it).
+        weight: ``[C_out, C_in / groups, kH, kW]``.
+        running_mean, running_var, bn_weight, bn_bias: ``[C_out]``, see :func:`batch_norm_act`.
+        bias: ``[C_out]``, the convolution's own.
+        stride, padding, dilation, groups: as :func:`torch.nn.functional.conv2d`.
+        training, momentum, eps: as :func:`batch_norm_act`.
+        residual: of the output's shape, added last before the activation (with ``order="conv-act-bn"``: last).
+        act: see :func:`resolve_activation`.
+        order: ``"conv-bn-act"`` or ``"conv-act-bn"``.
+
+    Returns:
+        ``[N, C_out, H_out, W_out]``.
+
+    Raises:
+        ValueError: an unknown ``order`` or ``act``; else what :func:`torch.nn.functional.conv2d` and
+            :func:`batch_norm_act` raise. Nothing is written when an error is raised.
+    """
+    activation = resolve_activation(_NAME, act)
+    if order not in ORDERS:
+        raise ValueError(f"{_NAME}: order ({order!r}) must be one of {', '.join(ORDERS)}")
+    conv = Conv(stride, padding, dilation, groups)
+    if (
+        not training
+        and order == "conv-bn-act"
+        and folds(x, weight, bias, bn_weight, bn_bias, residual)
+    ):
+        check_norm(
+            _NAME, x, weight.shape[0], running_mean, running_var, bn_weight, bn_bias, False, eps
+        )
+        folded = fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps)
+        return conv_act(x, *folded, conv, residual, activation)
+    y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    inside, outside = (IDENTITY, activation) if order == "conv-bn-act" else (activation, IDENTITY)
+    return batch_norm_act(
+        activate(y, inside),
+        running_mean,
+        running_var,
+        bn_weight,
+        bn_bias,
+        training,
+        momentum,
+        eps,
+        residual=residual,
+        act=outside,
+    )
+
+
+class Conv(NamedTuple):
+    """The options of a 2-D convolution, as :func:`torch.nn.functional.conv2d` takes them."""
+
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+
+
+def folds(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether evaluation folds the norm into the convolution.
+
+    Under gradients it does not: conv, then one fused pass, moves as few bytes as folding and gives every gradient. On CUDA, the
+    fused pass over the output stands until a convolution with this epilogue is there.
+    """
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in others)
+    ):
+        return False
+    return x.device.type == "cpu" and get_backend() == "fused"
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Weight ``[C_out, C_in / groups, kH, kW]`` and bias ``[C_out]`` of the convolution that includes the norm."""
+    acc = acc_dtype(weight.dtype)
+    scale = (running_var.to(acc) + eps).rsqrt()
+    if bn_weight is not None:
+        scale = scale * bn_weight.to(acc)
+    shift = -running_mean.to(acc) if bias is None else bias.to(acc) - running_mean.to(acc)
+    shift = shift * scale
+    if bn_bias is not None:
+        shift = shift + bn_bias.to(acc)
+    return (weight.to(acc) * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+
+
+def conv_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Conv,
+    residual: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    """``act(conv2d(x, weight, bias) + residual)`` without gradients, in ``x``'s memory format.
+
+    On CPU one oneDNN call where torch offers it; ``weight`` may come prepacked by :func:`prepack`. Under compile the steps stay
+    aten operators, visible to the compiler.
+    """
+    if uses_onednn(x, conv):
+        return _onednn_conv_act(x, weight, bias, conv, residual, act)
+    z = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if residual is not None:
+        check_residual(_NAME, residual, z.shape, z.device)
+        z = z + residual
+    return activate(z, act)
+
+
+# What oneDNN calls the activations that it appends to a convolution; elu is not offered.
+_ONEDNN_NAMES = {
+    "identity": "none",
+    "silu": "swish",
+    "gelu_tanh": "gelu",
+    **{name: name for name in ("relu", "leaky_relu", "gelu", "sigmoid", "tanh", "hardswish")},
+}
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_convolution_pointwise"
+)
+
+
+def uses_onednn(x: Tensor, conv: Conv) -> bool:
+    """Whether :func:`conv_act` may hand this input to oneDNN's fused convolution."""
+    return (
+        _HAS_ONEDNN
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.dim() == 4
+        and x.numel() > 0
+        and not isinstance(conv.padding, str)
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def prepack(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+    """``weight`` in the blocked layout that oneDNN likes best for inputs of ``x``'s shape."""
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight,
+        _pair(conv.padding),
+        _pair(conv.stride),
+        _pair(conv.dilation),
+        conv.groups,
+        list(x.shape),
+    )
+
+
+def _onednn_conv_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Conv,
+    residual: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    options = _pair(conv.padding), _pair(conv.stride), _pair(conv.dilation), conv.groups
+    ops = torch.ops.mkldnn
+    if residual is not None:
+        unary = "relu" if act.name == "relu" else None
+        out = ops._convolution_pointwise.binary(
+            x, residual, weight, bias, *options, "add", 1.0, unary, [], ""
+        )
+        if unary is None:
+            out = activate(out, act)
+    elif act.name in _ONEDNN_NAMES:
+        scalars = [act.param] if act.name == "leaky_relu" else []
+        algorithm = {"gelu": "none", "gelu_tanh": "tanh"}.get(act.name, "")
+        out = ops._convolution_pointwise(
+            x, weight, bias, *options, _ONEDNN_NAMES[act.name], scalars, algorithm
+        )
+    else:
+        out = activate(ops._convolution_pointwise(x, weight, bias, *options, "none", [], ""), act)
+    # oneDNN answers in channels_last whatever it was given.
+    return out.contiguous() if x.is_contiguous() else out
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)

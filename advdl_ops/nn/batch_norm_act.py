@@ -1,0 +1,112 @@
+"""``torch.nn.BatchNorm2d`` with residual addition and activation in the same pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activation import Activation, resolve_activation
+from ..functional.batch_norm_act import batch_norm_act
+
+
+class BatchNormAct2d(torch.nn.BatchNorm2d):
+    """``act(batch_norm(x) + residual)`` over ``[N, C, H, W]``.
+
+    Arguments, defaults, buffers and ``state_dict`` keys of :class:`torch.nn.BatchNorm2d`, and:
+
+    Args:
+        act: ``None``, a name (``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"sigmoid"``, ``"tanh"``,
+            ``"hardswish"``) or the matching ``torch.nn`` module, whose parameters are taken over.
+
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` replaces this layer by one without the activation: use it
+    before the activation is fused, or not at all.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        act: None | str | Activation | torch.nn.Module = None,
+    ) -> None:
+        self.act = resolve_activation(type(self).__name__, act)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        # What nn.conv_bn_act folded this norm into: a cache, dropped whenever its source may have changed.
+        self.folded: Any = None
+
+    def train(self, mode: bool = True) -> BatchNormAct2d:
+        self.folded = None
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BatchNormAct2d:
+        self.folded = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.folded = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "folded": None}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x``, ``residual`` ``[N, C, H, W]`` -> ``[N, C, H, W]``; errors as :func:`~advdl_ops.functional.batch_norm_act`."""
+        self._check_input_dim(x)
+        mean, var = self.running_mean, self.running_var
+        training = self.training or (mean is None and var is None)
+        tracks = self.training and self.track_running_stats and mean is not None
+        if tracks and self.momentum is None and self.num_batches_tracked is not None:
+            return self._forward_cumulative(x, residual)
+        out = batch_norm_act(
+            x,
+            mean if tracks or not self.training else None,
+            var if tracks or not self.training else None,
+            self.weight,
+            self.bias,
+            training,
+            0.0 if self.momentum is None else self.momentum,
+            self.eps,
+            residual=residual,
+            act=self.act,
+        )
+        if tracks and self.num_batches_tracked is not None:
+            # Counted after the op, so that an error leaves the module as it was.
+            self.num_batches_tracked.add_(1)
+        return out
+
+    def _forward_cumulative(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """``momentum=None``: the running statistics are the plain mean over all batches."""
+        assert self.running_mean is not None and self.running_var is not None
+        # The op writes the batch's own statistics; the average stays a tensor expression, with no
+        # read of the counter on the host, so that it compiles and never waits for the GPU.
+        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        out = batch_norm_act(
+            x,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            True,
+            1.0,
+            self.eps,
+            residual=residual,
+            act=self.act,
+        )
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        if x.numel() > 0:
+            share = self.num_batches_tracked.reciprocal().to(mean.dtype)
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(var, share)
+        return out
+
+    def extra_repr(self) -> str:
+        act = "" if self.act.code == 0 else f", act={self.act.name!r}"
+        return super().extra_repr() + act

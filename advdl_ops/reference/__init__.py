@@ -1,0 +1,5 @@
+"""Every op in plain PyTorch: fp64-capable, twice differentiable, exportable. The truth that kernels are tested against."""
+
+from .batch_norm_act import batch_norm_act
+
+__all__ = ["batch_norm_act"]
