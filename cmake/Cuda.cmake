@@ -1,0 +1,60 @@
+# Sets ADVDL_CUDA and enables the CUDA language: whenever nvcc is found, whether or not there is a GPU.
+set(ADVDL_CUDA OFF)
+if(ADVDL_OPS_CUDA MATCHES "^(0|OFF)$")
+  message(STATUS "CUDA library: off (ADVDL_OPS_CUDA=0)")
+  return()
+endif()
+
+find_program(
+  ADVDL_NVCC nvcc
+  HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH
+  PATHS /usr/local/cuda
+  PATH_SUFFIXES bin)
+if(NOT ADVDL_NVCC)
+  if(ADVDL_OPS_CUDA)
+    message(FATAL_ERROR "advdl_ops: ADVDL_OPS_CUDA=1, but nvcc was not found (set CUDA_HOME)")
+  endif()
+  message(STATUS "CUDA library: off (nvcc was not found)")
+  return()
+endif()
+
+# TORCH_CUDA_ARCH_LIST as torch reads it ("8.0 9.0a;10.0+PTX"), or 8.0, 9.0, 10.0 and PTX of the
+# last one: of these, what this nvcc can compile for.
+set(arch_list "$ENV{TORCH_CUDA_ARCH_LIST}")
+if(arch_list STREQUAL "")
+  execute_process(COMMAND ${ADVDL_NVCC} --list-gpu-arch OUTPUT_VARIABLE known)
+  foreach(arch IN ITEMS 8.0 9.0 10.0)
+    string(REPLACE "." "" number ${arch})
+    if(known MATCHES "compute_${number}[^0-9]")
+      list(APPEND arch_list ${arch})
+    endif()
+  endforeach()
+  list(JOIN arch_list ";" arch_list)
+  string(APPEND arch_list "+PTX")
+endif()
+string(REGEX REPLACE "[ ,;]+" ";" arch_list "${arch_list}")
+set(CMAKE_CUDA_ARCHITECTURES)
+foreach(arch IN LISTS arch_list)
+  if(NOT arch MATCHES "^([0-9]+)\\.([0-9]+[a-z]?)(\\+PTX)?$")
+    message(FATAL_ERROR "advdl_ops: TORCH_CUDA_ARCH_LIST (${arch}) must list values such as 9.0 or 10.0+PTX")
+  endif()
+  if(CMAKE_MATCH_3)
+    list(APPEND CMAKE_CUDA_ARCHITECTURES ${CMAKE_MATCH_1}${CMAKE_MATCH_2})
+  else()
+    list(APPEND CMAKE_CUDA_ARCHITECTURES ${CMAKE_MATCH_1}${CMAKE_MATCH_2}-real)
+  endif()
+endforeach()
+list(JOIN arch_list " " ADVDL_CUDA_ARCHITECTURES_TEXT)
+
+set(CMAKE_CUDA_COMPILER ${ADVDL_NVCC})
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_EXTENSIONS OFF)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+enable_language(CUDA)
+set(ADVDL_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
+# Keeps what ptxas says (registers, spills) beside each object; tests/test_packaging.py reads it.
+set(ADVDL_PTXAS_REPORT ${CMAKE_CURRENT_LIST_DIR}/ptxas_report.sh)
+set(ADVDL_CUDA ON)
+message(STATUS "CUDA library: nvcc ${ADVDL_CUDA_VERSION} for ${ADVDL_CUDA_ARCHITECTURES_TEXT}")

@@ -1,0 +1,96 @@
+"""The native build: ``build_ext`` runs CMake (CMakeLists.txt) with Ninja. Metadata is in pyproject.toml."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD_DIR = ROOT / "build" / "native"
+
+
+class CMakeExtension(Extension):
+    """All native libraries of the package: what CMake builds and installs below ``package``."""
+
+    def __init__(self, package: str) -> None:
+        super().__init__(f"{package}._C", sources=[], optional=False)
+        self.package = package
+
+
+class CMakeBuild(build_ext):
+    """Configure, build and install into the package: the source's own with ``--inplace``."""
+
+    def run(self) -> None:
+        if importlib.util.find_spec("torch") is None:
+            raise SystemExit(
+                "advdl_ops: torch was not found by the build. Its headers are needed, and pip's isolated build "
+                "would not see the torch that you have. Install torch, then run:\n\n"
+                "    pip install --no-build-isolation .\n"
+            )
+        self._cmake(
+            "-S", str(ROOT), "-B", str(BUILD_DIR), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={_program('ninja')}",
+            f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-DADVDL_OPS_CUDA={os.environ.get('ADVDL_OPS_CUDA', '')}",
+        )  # fmt: skip
+        self._cmake("--build", str(BUILD_DIR), "--parallel", str(_jobs()))
+        self._cmake("--install", str(BUILD_DIR), "--prefix", str(self._package_dir()))
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.build_lib) / "advdl_ops"
+        return [str(path) for path in [*package.glob("_C.*.so"), *package.glob("lib/*.so")]]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}  # in place, the libraries are built where they are used
+
+    def _package_dir(self) -> Path:
+        return (ROOT if self.inplace else Path(self.build_lib).resolve()) / "advdl_ops"
+
+    def _cmake(self, *arguments: str) -> None:
+        command = [_program("cmake"), *arguments]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit(f"advdl_ops: this command failed: {' '.join(command)}")
+
+
+class Wheel(bdist_wheel):
+    """One wheel serves every Python: the operator libraries hold no Python symbol, and ``_C`` is optional."""
+
+    def run(self) -> None:
+        # Whatever an earlier build left there would be packed too.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def _program(name: str) -> str:
+    """The program of this Python's environment, also where that is not activated, or the one on PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise SystemExit(f"advdl_ops: {name} was not found; run: pip install {name}")
+    return found
+
+
+def _jobs() -> int:
+    """MAX_JOBS, or as many as there are cores and 2 GiB of free memory (what an nvcc may take) for each."""
+    if "MAX_JOBS" in os.environ:
+        return max(1, int(os.environ["MAX_JOBS"]))
+    cores = len(os.sched_getaffinity(0))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(cores, free >> 31))
+
+
+setup(
+    ext_modules=[CMakeExtension("advdl_ops")],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+)
