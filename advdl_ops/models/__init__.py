@@ -1,0 +1,33 @@
+"""Model zoo: names, `state_dict` keys and numerics of the public originals, layers from `advdl_ops.nn`."""
+
+from advdl_ops.models._registry import create_model, list_models, register_model
+from advdl_ops.models._weights import load_weights
+from advdl_ops.models.resnet import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    wide_resnet50_2,
+)
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ResNet",
+    "create_model",
+    "list_models",
+    "load_weights",
+    "register_model",
+    "resnet101",
+    "resnet152",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+]

@@ -1,0 +1,83 @@
+"""Models by name: `register_model`, `create_model`, `list_models`."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from advdl_ops.models._weights import load_weights
+
+_Builder = TypeVar("_Builder", bound=Callable[..., torch.nn.Module])
+_BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {}
+
+
+def register_model(builder: _Builder) -> _Builder:
+    """Decorator: makes `builder` known to `create_model` under its own name.
+
+    The builder takes `num_classes`, `in_channels`, `weights` and the model's options as keywords.
+
+    Raises:
+        ValueError: another builder has this name.
+    """
+    name = builder.__name__
+    known = _BUILDERS.get(name)
+    # The same function again is a module that was reloaded, not a clash.
+    if known is not None and known.__module__ != builder.__module__:
+        raise ValueError(f"register_model: {name!r} is taken by {known.__module__}")
+    _BUILDERS[name] = builder
+    return builder
+
+
+def list_models(pattern: str | None = None) -> list[str]:
+    """Names that `create_model` takes, sorted; `pattern` is a shell pattern such as `"*resnet*"`."""
+    names = sorted(_BUILDERS)
+    return names if pattern is None else fnmatch.filter(names, pattern)
+
+
+def _nearest(name: str) -> list[str]:
+    # A name that was cut short ("resnext50") is nearer than one of few changed letters.
+    longer = list_models(f"*{name}*") if name else []
+    close = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
+    return list(dict.fromkeys(longer + close))[:3]
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    weights: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> torch.nn.Module:
+    """Builds a model of the zoo.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: outputs of the last layer.
+        in_channels: channels of the input, 3 for RGB.
+        weights: a local `.pth`, `.pt` or `.safetensors` file; see `load_weights`. Nothing is downloaded.
+        options: the model's own keywords, such as `zero_init_residual` of `ResNet`.
+
+    Returns:
+        The model in train mode, fp32, on torch's default device.
+
+    Raises:
+        ValueError: unknown name (the message has the nearest names), bad option values, or a weights file
+            that does not fit.
+        TypeError: an option that the model does not have.
+        FileNotFoundError: `weights` is no file.
+    """
+    builder = _BUILDERS.get(name) if isinstance(name, str) else None
+    if builder is None:
+        near = _nearest(name.lower()) if isinstance(name, str) else []
+        hint = f"did you mean {' or '.join(near)}?" if near else "list_models() has the names"
+        raise ValueError(f"create_model: unknown model {name!r}; {hint}")
+    model = builder(num_classes=num_classes, in_channels=in_channels, **options)
+    if weights is not None:
+        load_weights(model, weights, caller="create_model")
+    return model

@@ -1,0 +1,362 @@
+"""ResNet and its relatives, with torchvision's `state_dict` keys and numerics.
+
+- ResNet: He et al. 2015, Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385
+- Wide ResNet: Zagoruyko and Komodakis 2016, Wide Residual Networks, https://arxiv.org/abs/1605.07146
+- ResNeXt: Xie et al. 2016, Aggregated Residual Transformations for Deep Neural Networks,
+  https://arxiv.org/abs/1611.05431
+- dilation in place of stride: Yu et al. 2017, Dilated Residual Networks, https://arxiv.org/abs/1705.09914
+- `zero_init_residual`: Goyal et al. 2017, https://arxiv.org/abs/1706.02677
+
+As in torchvision a bottleneck strides in its 3x3 convolution, not in the first 1x1 ("ResNet v1.5"). Each norm does
+its ReLU, and the last one of a block the addition before it, in one pass over memory; in eval mode the norm is
+folded into its convolution.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from advdl_ops import nn
+from advdl_ops.models._registry import register_model
+from advdl_ops.models._weights import load_weights
+
+_NormFactory = Callable[[int, str | None], torch.nn.Module]
+
+
+def _batch_norm(channels: int, act: str | None) -> torch.nn.Module:
+    return nn.BatchNormAct2d(channels, act=act)
+
+
+def _group_norm(channels: int, act: str | None) -> torch.nn.Module:
+    # 32 groups as in Wu and He 2018 (https://arxiv.org/abs/1803.08494), fewer where 32 does not divide the width.
+    group_norm: Any = nn.GroupNorm  # type: ignore[attr-defined]
+    return group_norm(math.gcd(32, channels), channels, act=act)
+
+
+def _norm_factory(name: str, norm: str) -> _NormFactory:
+    if norm == "batch":
+        return _batch_norm
+    if norm != "group":
+        raise ValueError(f'{name}: norm ({norm!r}) must be "batch" or "group"')
+    if not hasattr(nn, "GroupNorm"):
+        raise ValueError(
+            f'{name}: norm "group" needs advdl_ops.nn.GroupNorm, which this version lacks'
+        )
+    return _group_norm
+
+
+def _conv(
+    channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> torch.nn.Conv2d:
+    padding = dilation * (size // 2)
+    return torch.nn.Conv2d(
+        channels, out_channels, size, stride, padding, dilation, groups, bias=False
+    )
+
+
+def _conv_norm(
+    conv: torch.nn.Module, norm: torch.nn.Module, x: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """act(norm(conv(x)) + residual), where act is the norm's own."""
+    if isinstance(norm, nn.BatchNormAct2d) and isinstance(conv, torch.nn.Conv2d):
+        return nn.conv_bn_act(conv, norm, x, residual)
+    # `residual` goes along even when it is None: a layer put here that knows neither residual nor activation
+    # (SyncBatchNorm.convert_sync_batchnorm puts such ones) fails instead of dropping the ReLU.
+    return norm(conv(x), residual)
+
+
+class _Downsample(torch.nn.Sequential):
+    """1x1 convolution and norm on the shortcut; its keys are `0` and `1`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _conv_norm(self[0], self[1], x)
+
+
+class BasicBlock(torch.nn.Module):
+    """Two 3x3 convolutions; the output is [N, width, H / stride, W / stride]."""
+
+    expansion: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        stride: int,
+        downsample: torch.nn.Module | None,
+        groups: int,
+        width_per_group: int,
+        dilation: int,
+        norm: _NormFactory,
+    ) -> None:
+        super().__init__()
+        if groups != 1 or width_per_group != 64:
+            raise ValueError(
+                f"BasicBlock: groups ({groups}) must be 1 and width_per_group ({width_per_group}) 64"
+            )
+        if dilation != 1:
+            raise NotImplementedError(f"BasicBlock: dilation ({dilation}) must be 1")
+        self.conv1 = _conv(channels, width, 3, stride)
+        self.bn1 = norm(width, "relu")
+        self.conv2 = _conv(width, width, 3)
+        self.bn2 = norm(width, "relu")
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = _conv_norm(self.conv1, self.bn1, x)
+        return _conv_norm(self.conv2, self.bn2, out, shortcut)
+
+    @property
+    def last_norm(self) -> torch.nn.Module:
+        return self.bn2
+
+
+class Bottleneck(torch.nn.Module):
+    """1x1, 3x3 and 1x1 convolution; the output is [N, 4 * width, H / stride, W / stride]."""
+
+    expansion: ClassVar[int] = 4
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        stride: int,
+        downsample: torch.nn.Module | None,
+        groups: int,
+        width_per_group: int,
+        dilation: int,
+        norm: _NormFactory,
+    ) -> None:
+        super().__init__()
+        inner = int(width * (width_per_group / 64.0)) * groups
+        out_channels = width * self.expansion
+        self.conv1 = _conv(channels, inner, 1)
+        self.bn1 = norm(inner, "relu")
+        self.conv2 = _conv(inner, inner, 3, stride, groups, dilation)
+        self.bn2 = norm(inner, "relu")
+        self.conv3 = _conv(inner, out_channels, 1)
+        self.bn3 = norm(out_channels, "relu")
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = _conv_norm(self.conv1, self.bn1, x)
+        out = _conv_norm(self.conv2, self.bn2, out)
+        return _conv_norm(self.conv3, self.bn3, out, shortcut)
+
+    @property
+    def last_norm(self) -> torch.nn.Module:
+        return self.bn3
+
+
+class ResNet(torch.nn.Module):
+    """Residual network for classification: [N, in_channels, H, W] -> [N, num_classes].
+
+    Any height and width from 1 on; contiguous or channels_last. From one seed it has the very weights that
+    torchvision's model has.
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`.
+        layers: blocks of each of the four stages.
+        num_classes: outputs of `fc`.
+        in_channels: channels of the input.
+        norm: "batch", or "group" (32 groups).
+        zero_init_residual: start with the last norm of each block at weight 0, so that each block is its shortcut.
+        groups, width_per_group: of the 3x3 convolutions (`Bottleneck` only).
+        replace_stride_with_dilation: for stages 2, 3 and 4, whether to keep the resolution and dilate instead
+            (`Bottleneck` only).
+        stem: "imagenet" (7x7 stride 2, then 3x3 max-pool stride 2) or "small" (3x3 stride 1, no max-pool; keys as
+            before), for images under 64 px, which the other one shrinks to nothing.
+        name: what error messages call the model.
+
+    Raises:
+        ValueError, NotImplementedError: when built, an option out of range; in `forward`, ValueError for an input of
+            another rank or channel count, and for one value per channel in training, before any statistic changes;
+            TypeError for integers.
+    """
+
+    classifier: ClassVar[str] = "fc"  # read by load_weights
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        *,
+        in_channels: int = 3,
+        norm: str = "batch",
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: Sequence[bool] | None = None,
+        stem: str = "imagenet",
+        name: str = "resnet",
+    ) -> None:
+        super().__init__()
+        dilate = tuple(replace_stride_with_dilation or (False, False, False))
+        if len(dilate) != 3:
+            raise ValueError(
+                f"{name}: replace_stride_with_dilation ({dilate}) must have 3 entries, for stages 2 to 4"
+            )
+        if len(layers) != 4:
+            raise ValueError(f"{name}: layers ({tuple(layers)}) must have 4 entries")
+        for label, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: {label} ({value!r}) must be a positive integer")
+        if stem not in ("imagenet", "small"):
+            raise ValueError(f'{name}: stem ({stem!r}) must be "imagenet" or "small"')
+        self.name = name
+        self.in_channels = in_channels
+        small = stem == "small"
+        make_norm = _norm_factory(name, norm)
+        self.conv1 = _conv(in_channels, 64, 3) if small else _conv(in_channels, 64, 7, 2)
+        self.bn1 = make_norm(64, "relu")
+        self.maxpool = torch.nn.Identity() if small else torch.nn.MaxPool2d(3, 2, 1)
+
+        self._stride = 1 if small else 4  # input pixels per pixel of the last stage
+        stages: list[torch.nn.Sequential] = []
+        channels, dilation = 64, 1
+        for stage in range(4):
+            width = 64 << stage
+            stride, first_dilation = (1 if stage == 0 else 2), dilation
+            if stage > 0 and dilate[stage - 1]:
+                # The first block still sees the old grid: dilation grows from its successor on.
+                dilation, stride = dilation * stride, 1
+            self._stride *= stride
+            blocks: list[torch.nn.Module] = []
+            for index in range(layers[stage]):
+                first = index == 0
+                out_channels = width * block.expansion
+                downsample = None
+                if first and (stride != 1 or channels != out_channels):
+                    # Built before its block, although its keys come after: the order of the random numbers.
+                    downsample = _Downsample(
+                        _conv(channels, out_channels, 1, stride), make_norm(out_channels, None)
+                    )
+                blocks.append(
+                    block(
+                        channels,
+                        width,
+                        stride if first else 1,
+                        downsample,
+                        groups,
+                        width_per_group,
+                        first_dilation if first else dilation,
+                        make_norm,
+                    )
+                )
+                channels = out_channels
+            stages.append(torch.nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.avgpool = torch.nn.AdaptiveAvgPool2d(1)
+        self.fc = torch.nn.Linear(channels, num_classes)
+        self._init_weights(zero_init_residual)
+
+    def _init_weights(self, zero_init_residual: bool) -> None:
+        # Norms start at weight 1 and bias 0 by themselves.
+        for module in self.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, BasicBlock | Bottleneck):
+                    torch.nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"{self.name}: input shape {list(x.shape)} must be [N, {self.in_channels}, H, W]"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"{self.name}: input dtype {x.dtype} must be floating point")
+        # One value per channel in stage 4 would raise there, after the statistics before it have moved. Each stride
+        # of 2 halves a size rounding up, so it is one pixel from _stride pixels down.
+        if self.training and x.shape[0] == 1 and max(x.shape[2:]) <= self._stride:
+            norm: Any = self.layer4[-1].last_norm
+            if norm.training and isinstance(norm, torch.nn.BatchNorm2d):
+                raise ValueError(
+                    f"{self.name}: input shape {list(x.shape)} leaves one value per channel in training; "
+                    f"it must have a batch over 1 or a side over {self._stride}"
+                )
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        x = self.maxpool(_conv_norm(self.conv1, self.bn1, x))
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def _resnet(
+    name: str,
+    block: type[BasicBlock | Bottleneck],
+    layers: Sequence[int],
+    weights: str | os.PathLike[str] | None,
+    options: dict[str, Any],
+    **fixed: Any,
+) -> ResNet:
+    known = inspect.signature(ResNet).parameters.keys() - {"block", "layers", "name"} - fixed.keys()
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise TypeError(
+            f"{name}: option {unknown[0]!r} must be one of {', '.join(sorted(known))}, weights"
+        )
+    model = ResNet(block, layers, name=name, **options, **fixed)
+    if weights is not None:
+        load_weights(model, weights, caller=name)
+    return model
+
+
+@register_model
+def resnet18(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
+    """ResNet-18; `weights` as in `create_model`, options as in `ResNet`."""
+    return _resnet("resnet18", BasicBlock, (2, 2, 2, 2), weights, options)
+
+
+@register_model
+def resnet34(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
+    """ResNet-34; `weights` as in `create_model`, options as in `ResNet`."""
+    return _resnet("resnet34", BasicBlock, (3, 4, 6, 3), weights, options)
+
+
+@register_model
+def resnet50(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
+    """ResNet-50; `weights` as in `create_model`, options as in `ResNet`."""
+    return _resnet("resnet50", Bottleneck, (3, 4, 6, 3), weights, options)
+
+
+@register_model
+def resnet101(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
+    """ResNet-101; `weights` as in `create_model`, options as in `ResNet`."""
+    return _resnet("resnet101", Bottleneck, (3, 4, 23, 3), weights, options)
+
+
+@register_model
+def resnet152(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
+    """ResNet-152; `weights` as in `create_model`, options as in `ResNet`."""
+    return _resnet("resnet152", Bottleneck, (3, 8, 36, 3), weights, options)
+
+
+@register_model
+def wide_resnet50_2(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
+    """ResNet-50 with 3x3 convolutions twice as wide; `weights` as in `create_model`, options as in `ResNet`."""
+    return _resnet(
+        "wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, options, width_per_group=128
+    )
+
+
+@register_model
+def resnext50_32x4d(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
+    """ResNeXt-50 with 32 groups of width 4; `weights` as in `create_model`, options as in `ResNet`."""
+    return _resnet(
+        "resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, options, groups=32, width_per_group=4
+    )
