@@ -1,0 +1,13 @@
+"""Print what pyproject.toml names for the package and the given extras, one requirement a line.
+
+For ``pip install -r``: installs an environment to develop in without building the package first.
+"""
+
+import sys
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+print(*project["dependencies"], sep="\n")
+for extra in sys.argv[1:]:
+    print(*project["optional-dependencies"][extra], sep="\n")
