@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -90,7 +90,13 @@ def _jobs() -> int:
     return max(1, min(cores, free >> 31))
 
 
+# The benchmark lives at the root of the repository, and is installed as advdl_ops.benchmarks.
+benchmarks = ["benchmarks", *(f"benchmarks.{name}" for name in find_packages("benchmarks"))]
+
 setup(
+    packages=find_packages(include=["advdl_ops", "advdl_ops.*"])
+    + [f"advdl_ops.{name}" for name in benchmarks],
+    package_dir={f"advdl_ops.{name}": name.replace(".", "/") for name in benchmarks},
     ext_modules=[CMakeExtension("advdl_ops")],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

@@ -10,14 +10,6 @@ if(NOT pybind11_include OR NOT Python3_Development.Module_FOUND)
   return()
 endif()
 
-# The files of the CPU kernels' unit tests are named as the kernels are, and need them.
-foreach(source IN LISTS python_sources)
-  get_filename_component(name ${source} NAME)
-  if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu/${name})
-    list(APPEND kernel_test_sources ${source})
-  endif()
-endforeach()
-
 execute_process(
   COMMAND git describe --always --dirty --abbrev=12 --exclude *
   WORKING_DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR}
@@ -37,7 +29,5 @@ target_include_directories(_C SYSTEM PRIVATE ${pybind11_include})
 target_link_options(_C PRIVATE -Wl,--exclude-libs,ALL)
 find_package(Threads REQUIRED)
 target_link_libraries(_C PRIVATE Threads::Threads)
-if(kernel_test_sources)
-  target_link_libraries(_C PRIVATE advdl_cpu_kernels)
-endif()
+target_link_libraries(_C PRIVATE advdl_cpu_kernels)
 install(TARGETS _C LIBRARY DESTINATION .)

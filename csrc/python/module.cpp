@@ -5,6 +5,7 @@
 #include <string>
 
 #include "build_info.h"
+#include "cpu_kernels.h"
 #include "probes.h"
 
 namespace py = pybind11;
@@ -12,9 +13,7 @@ namespace py = pybind11;
 namespace advdl_ops::python {
 namespace {
 
-py::list words(const std::string& text) {
-  return py::str(text).attr("split")();
-}
+py::list words(const std::string& text) { return py::str(text).attr("split")(); }
 
 py::dict build_info() {
   py::dict info;
@@ -55,12 +54,15 @@ double checked_peak_flops(int64_t threads) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Build information and the roofline probes of the benchmark.";
   module.def("build_info", &build_info,
-             "How the native libraries were built: version, commit, compiler, flags, cpu_capabilities, cuda (empty: "
+             "How the native libraries were built: version, commit, compiler, flags, "
+             "cpu_capabilities, cuda (empty: "
              "no CUDA library), cuda_architectures, torch, python.");
   module.def("copy_bandwidth", &checked_copy_bandwidth, py::arg("bytes"), py::arg("threads"),
-             "Bytes per second, read and written counted, of a copy of `bytes` bytes by `threads` threads.");
+             "Bytes per second, read and written counted, of a copy of `bytes` bytes by `threads` "
+             "threads.");
   module.def("peak_flops", &checked_peak_flops, py::arg("threads"),
              "fp32 FLOP per second of fused multiply-adds in registers by `threads` threads.");
+  bind_cpu_kernels(module);
 }
 
 }  // namespace

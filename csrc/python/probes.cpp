@@ -100,7 +100,8 @@ std::unique_ptr<char, Free> allocate(size_t bytes) {
 
 // --- multiply-add -------------------------------------------------------------------------------
 
-constexpr int kChains = 12;  // more than latency x ports of any CPU so far needs, fewer than 16 registers
+constexpr int kChains =
+    12;  // more than latency x ports of any CPU so far needs, fewer than 16 registers
 constexpr int64_t kFmaSteps = 1 << 20;
 
 // V: a GCC/Clang vector of floats. Each chain is x = x * a + b, which converges to 1.
@@ -137,7 +138,8 @@ __attribute__((target("avx512f"))) float fma_avx512() { return fma_chains<Vector
 std::vector<Flops> multiply_adds() {
   std::vector<Flops> list{{fma_default, 4}};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back({fma_avx2, 8});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    list.push_back({fma_avx2, 8});
   if (__builtin_cpu_supports("avx512f")) list.push_back({fma_avx512, 16});
 #endif
   return list;
@@ -172,8 +174,7 @@ double peak_flops(int threads) {
   std::vector<float> sink(threads);  // a result that is used cannot be optimised away
   double best = 0;
   for (const Flops& kind : multiply_adds()) {
-    const double seconds =
-        best_time(threads, 5, [&](int thread) { sink[thread] = kind.run(); });
+    const double seconds = best_time(threads, 5, [&](int thread) { sink[thread] = kind.run(); });
     const double flops = 2.0 * kChains * kFmaSteps * kind.lanes * threads;
     best = std::max(best, flops / std::max(seconds, 1e-9));
   }
