@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -35,6 +36,12 @@ class CMakeBuild(build_ext):
                 "would not see the torch that you have. Install torch, then run:\n\n"
                 "    pip install --no-build-isolation .\n"
             )
+        BUILD_DIR.mkdir(parents=True, exist_ok=True)
+        with (BUILD_DIR / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # Ninja itself does not mind a second build beside it
+            self._build()
+
+    def _build(self) -> None:
         self._cmake(
             "-S", str(ROOT), "-B", str(BUILD_DIR), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={_program('ninja')}",

@@ -61,7 +61,9 @@ def steps() -> list[Step]:
     for tool in ("memcheck", "racecheck") if sanitizer else ():
         command = [sanitizer, f"--tool={tool}", "--error-exitcode=1", python, "tools/gpu_smoke.py"]
         plan.append(Step(tool, [str(word) for word in command], 90))
-    plan.append(Step("benchmarks", [python, "-m", "benchmarks", "run", "--suite", "cuda"], 400))
+    for suite, limit in (("ops", 200), ("models", 300)):
+        command = [python, "-m", "benchmarks", "run", "--suite", suite, "--device", "cuda"]
+        plan.append(Step(f"benchmarks {suite}", command, limit))
     return plan
 
 
