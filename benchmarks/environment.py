@@ -1,0 +1,98 @@
+"""Where a measurement was taken: the device, the versions, the commit."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+IN_CHECKOUT = (ROOT / "advdl_ops").is_dir() and (ROOT / "benchmarks").is_dir()
+RESULTS = PACKAGE / "results" if IN_CHECKOUT else Path("advdl_ops_results")
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+        else:
+            name = platform.machine()
+    except OSError:
+        name = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def device_name(device: str) -> str:
+    if device == "cpu":
+        return cpu_name()
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+@functools.cache
+def commit() -> str:
+    """Short hash of the checkout, with ``-dirty`` when a tracked source differs; else the version."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    if IN_CHECKOUT:
+        try:
+            changed = git(
+                "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results"
+            )
+            return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    try:
+        return importlib.metadata.version("advdl_ops")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+@functools.cache
+def versions() -> dict[str, str | None]:
+    import torch
+
+    try:
+        triton: str | None = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    return {"torch": torch.__version__, "triton": triton, "cuda": torch.version.cuda}
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def worker_environment() -> dict[str, str]:
+    """Environment of a measuring process.
+
+    glibc gives freed memory back to the kernel and maps large blocks anew, and the page faults of that
+    swing a memory-bound time by 2x either way. These settings keep it; they are read before main().
+    The native kernels are required: a benchmark of the reference by mistake is worth nothing.
+    """
+    env = dict(os.environ)
+    env.update(
+        MALLOC_MMAP_MAX_="0",
+        MALLOC_MMAP_THRESHOLD_="4294967296",
+        MALLOC_TRIM_THRESHOLD_="17179869184",
+        MALLOC_TOP_PAD_="268435456",
+        MALLOC_ARENA_MAX="1",
+    )
+    env.setdefault("ADVDL_OPS_REQUIRE_NATIVE", "1")
+    if IN_CHECKOUT:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    return env

@@ -1,0 +1,57 @@
+"""Bytes that a forward pass leaves allocated for its backward, and the peak of both.
+
+On CPU every allocation and release of torch's allocator is read from the profiler's memory events, so that
+a tensor hidden on an autograd context, inside a compiled graph or inside a C++ operator counts too.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def _profiled(function: Callable[[], Any]) -> tuple[int, int, Any]:
+    """Net and peak bytes of a call on the CPU, and its result (alive)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        result = function()
+    kineto = run.profiler.kineto_results
+    events = [event for event in kineto.events() if event.name() == "[memory]"]
+    net = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        net += event.nbytes()
+        peak = max(peak, net)
+    return net, peak, result
+
+
+def held_and_peak(
+    forward: Callable[[], Any], backward: Callable[[Any], Any], device: torch.device
+) -> tuple[int, int]:
+    """Bytes held between ``forward`` and ``backward``, and the peak over both; inputs do not count.
+
+    Run both once before: what is allocated once (caches, compiled code) is not part of a step.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        output = forward()
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated() - before
+        result = backward(output)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del output, result
+        return held, peak
+
+    held, _, output = _profiled(forward)
+    backward(output)
+    del output
+    gc.collect()
+    _, peak, result = _profiled(lambda: backward(forward()))
+    del result
+    return held, peak

@@ -1,0 +1,199 @@
+"""How an operator is measured: check, warm up, time every mode round by round, count memory."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import ceilings, memory, timing
+from .check import wrong_values
+from .registry import Case
+from .session import Refused, Session, in_one_line
+
+OURS, OURS_COMPILED, STOCK, STOCK_COMPILED, FLOOR = (
+    "advdl_ops",
+    "advdl_ops + torch.compile",
+    "eager",
+    "torch.compile",
+    "floor",
+)
+Tensors = Mapping[str, torch.Tensor]
+Function = Callable[[Tensors, Tensors], torch.Tensor]
+
+
+@dataclass
+class Problem:
+    """Random data of one case and the functions that compete on it.
+
+    A function maps (inputs, state) to the output; it may update ``state`` in place, of which each provider
+    has its own copy. ``inputs`` that require grad are differentiated; ``grad`` is the output's gradient.
+    ``eager`` serves the fp64 truth too.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor]
+    functions: dict[str, Function]
+    grad: torch.Tensor | None = None
+    compiled: tuple[str, ...] = (STOCK, OURS)  # those that also run under torch.compile
+
+
+class Provider:
+    """One function on its own copy of the state."""
+
+    def __init__(
+        self, function: Function, problem: Problem, dtype: torch.dtype | None = None
+    ) -> None:
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            if dtype is None or not tensor.is_floating_point():
+                return tensor
+            return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+
+        self.function = function
+        self.inputs = {name: own(tensor) for name, tensor in problem.inputs.items()}
+        self.state = {name: own(tensor).clone() for name, tensor in problem.state.items()}
+        self.leaves = {name: tensor for name, tensor in self.inputs.items() if tensor.requires_grad}
+        self.grad = None if problem.grad is None else own(problem.grad)
+
+    def forward(self) -> torch.Tensor:
+        if self.grad is None:
+            with torch.inference_mode():
+                return self.function(self.inputs, self.state)
+        return self.function(self.inputs, self.state)
+
+    def backward(self, output: torch.Tensor) -> Any:
+        return torch.autograd.grad(output, list(self.leaves.values()), self.grad)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Output, gradients and updated state of one call."""
+        output = self.forward()
+        found = {"output": output.detach()}
+        if self.grad is not None:
+            gradients = self.backward(output)
+            found.update(
+                {f"gradient of {n}": g for n, g in zip(self.leaves, gradients, strict=True)}
+            )
+        found.update({n: t for n, t in self.state.items() if t.is_floating_point()})
+        return found
+
+    def timed(self, mode: str) -> timing.Timed:
+        if mode == "bwd":
+            return timing.Timed(self.backward, self.forward)
+        if mode == "full":
+            return timing.Timed(lambda: self.backward(self.forward()))
+        return timing.Timed(self.forward)
+
+
+def floor_call(like: torch.Tensor, passes: int) -> timing.Timed:
+    """Move ``passes`` times the bytes of a tensor: a clone is two of them, an in-place add three."""
+    clones, adds = _split(passes)
+    kept, other = like.detach().clone(), torch.zeros_like(like)
+
+    def call() -> torch.Tensor:
+        target = kept
+        for _ in range(clones):
+            target = kept.clone()
+        for _ in range(adds):
+            target.add_(other)
+        return target
+
+    return timing.Timed(torch.inference_mode()(call))
+
+
+def _split(passes: int) -> tuple[int, int]:
+    adds = next(a for a in range(passes // 3, -1, -1) if (passes - 3 * a) % 2 == 0)
+    return (passes - 3 * adds) // 2, adds
+
+
+def compiled(function: Function) -> Function:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def providers(problem: Problem, session: Session) -> dict[str, Provider]:
+    """All providers, warmed up, that return the right values; the others are refused."""
+    functions = dict(problem.functions)
+    if session.compiles:
+        for name, new in ((STOCK, STOCK_COMPILED), (OURS, OURS_COMPILED)):
+            if name in functions and name in problem.compiled:
+                functions[new] = compiled(functions[name])
+    truth = Provider(functions[STOCK], problem, torch.float64).values()
+    stock = Provider(functions[STOCK], problem).values()
+    kept = {}
+    for name, function in functions.items():
+        if not session.settings.wants(name):
+            continue
+        session.progress(f"check {name}")
+        provider = Provider(function, problem)
+        try:
+            why = wrong_values(provider.values(), stock, truth)
+        except (
+            Exception
+        ) as failure:  # a provider that raises is no competitor, the others still are
+            why = in_one_line(failure)
+        if why is None:
+            kept[name] = provider
+        else:
+            session.refuse(name, why)
+    if not kept:
+        raise Refused(f"{session.case.name}: no provider returned the right values")
+    return kept
+
+
+def report_times(
+    session: Session, mode: str, seconds: Mapping[str, list[float]], ours: str = OURS
+) -> None:
+    """Times, and how much faster ``ours`` is than each other provider, as the ratio of every round."""
+    for name, values in seconds.items():
+        session.record(name, mode, "time", "s", values)
+        if ours in seconds and name != ours:
+            ratios = [theirs / own for theirs, own in zip(values, seconds[ours], strict=True)]
+            session.record(name, mode, "speedup", "x", ratios)
+
+
+def report_rates(
+    session: Session, mode: str, seconds: Mapping[str, list[float]], rates: tuple[float, float],
+    moved: int | None, flops: int | None,
+) -> None:  # fmt: skip
+    """Achieved bandwidth and throughput, and their share of the ceilings (copy, matrix product)."""
+    pairs = (
+        (moved, rates[0], "bandwidth", "GB/s", "copy_share"),
+        (flops, rates[1], "throughput", "GFLOP/s", "matmul_share"),
+    )
+    for work, ceiling, metric, unit, share in pairs:
+        if work:
+            for name, values in seconds.items():
+                session.record(name, mode, metric, unit, [work / value * 1e-9 for value in values])
+                session.record(name, mode, share, "1", work / statistics.median(values) / ceiling)
+
+
+def measure_op(case: Case, session: Session, problem: Problem) -> None:
+    """Records of every mode of an op case."""
+    device = torch.device(case.device)
+    session.progress("ceilings")
+    first = next(iter(problem.inputs.values()))
+    rates = ceilings.ceilings(device, first.dtype)
+    session.record("machine", "-", "copy", "GB/s", rates[0] * 1e-9)
+    session.record("machine", "-", "matmul", "GFLOP/s", rates[1] * 1e-9)
+    running = providers(problem, session)
+    for mode in case.modes:
+        calls = {name: provider.timed(mode) for name, provider in running.items()}
+        if case.passes.get(mode) and session.settings.wants(FLOOR):
+            calls[FLOOR] = floor_call(first, case.passes[mode])
+        seconds = timing.measure(
+            calls,
+            device,
+            session.rounds,
+            session.block_seconds,
+            session.each_round(f"time {mode}"),
+        )
+        report_times(session, mode, seconds)
+        report_rates(session, mode, seconds, rates, case.bytes.get(mode), case.flops.get(mode))
+    if "full" in case.modes:
+        for name, provider in running.items():
+            session.progress(f"memory of {name}")
+            held, peak = memory.held_and_peak(provider.forward, provider.backward, device)
+            session.record(name, "full", "held", "B", held)
+            session.record(name, "full", "peak", "B", peak)

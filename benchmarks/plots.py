@@ -1,0 +1,106 @@
+"""Plots of a device's results, by matplotlib."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import record
+from .extras import require
+
+COLORS = {
+    "eager": "#7f7f7f",
+    "torch.compile": "#1f77b4",
+    "advdl_ops": "#d62728",
+    "floor": "#2ca02c",
+}
+
+
+def _color(provider: str) -> str:
+    return next((c for name, c in COLORS.items() if provider.startswith(name)), "#9467bd")
+
+
+def draw(folder: Path, suite: str) -> Path:
+    """Draw ``folder/<suite>.jsonl`` to ``folder/<suite>.png``."""
+    matplotlib = require("matplotlib")
+    matplotlib.use("agg")
+    pyplot = require("matplotlib.pyplot")
+    records = record.read(folder / f"{suite}.jsonl")
+    curves = folder / "digits.json"
+    training = [item for item in records if item.case.startswith("digits/")]
+    speedups = [item for item in records if item.metric == "speedup" and item not in training]
+    with_training = bool(training and suite == "quick" and curves.exists())
+    labels = list(dict.fromkeys((item.case, item.mode) for item in speedups))
+    height = 1.2 + 0.34 * len(labels)
+    if with_training:
+        figure, axes = pyplot.subplot_mosaic(
+            [["loss", "time", "memory"], ["ops", "ops", "ops"]],
+            figsize=(12, 4 + height),
+            height_ratios=[4, height],
+            width_ratios=[3, 1, 1],
+        )
+        _training(axes, training, json.loads(curves.read_text(encoding="utf-8")))
+        bars = axes["ops"]
+    else:
+        figure, bars = pyplot.subplots(figsize=(12, height + 0.6))
+    _speedups(bars, speedups, labels)
+    first = records[0]
+    figure.suptitle(
+        f"{suite}: {first.device}, torch {first.torch}, {first.time[:10]}, {first.commit}",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    path = folder / f"{suite}.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def _speedups(axis: Any, speedups: list[record.Record], labels: list[tuple[str, str]]) -> None:
+    """One row per case and mode; a mark per provider with its p20-p80, on a logarithmic axis."""
+    providers = list(dict.fromkeys(item.provider for item in speedups))
+    for provider in providers:
+        own = [item for item in speedups if item.provider == provider]
+        rows = [labels.index((item.case, item.mode)) for item in own]
+        middle = [item.p50 for item in own]
+        low = [item.p50 - item.p20 for item in own]
+        high = [item.p80 - item.p50 for item in own]
+        axis.errorbar(
+            middle,
+            rows,
+            xerr=(low, high),
+            fmt="o",
+            color=_color(provider),
+            label=provider,
+            alpha=0.8,
+        )
+    axis.axvline(1.0, color="black", linewidth=0.8)
+    if any(item.p50 > 0 for item in speedups):
+        axis.set_xscale("log")
+    axis.set_yticks(range(len(labels)), [f"{case} {mode}" for case, mode in labels], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("time over that of advdl_ops (right of 1: advdl_ops is faster)")
+    axis.grid(axis="x", which="both", alpha=0.3)
+    if providers:
+        axis.legend(fontsize=7, ncols=min(4, len(providers)))
+
+
+def _training(axes: dict[str, Any], training: list[record.Record], curves: dict[str, Any]) -> None:
+    """Loss curves, time per step and bytes held of the digits training."""
+    names = {"eager": "stock PyTorch", "advdl_ops": "advdl_ops"}
+    styles = {"eager": "-", "advdl_ops": "--"}
+    for provider, losses in curves["losses"].items():
+        axes["loss"].plot(losses, styles[provider], color=_color(provider), label=names[provider])
+    axes["loss"].set(title="digits, loss", xlabel="step", yscale="log")
+    axes["loss"].legend()
+    for panel, metric, factor, title in (
+        ("time", "time", 1e3, "ms per step"),
+        ("memory", "held", 1e-6, "MB held for backward"),
+    ):
+        found = {item.provider: item for item in training if item.metric == metric}
+        kept = [provider for provider in names if provider in found]
+        values = [found[provider].p50 * factor for provider in kept]
+        bars = axes[panel].bar([names[p] for p in kept], values, color=[_color(p) for p in kept])
+        axes[panel].bar_label(bars, fmt="%.1f")
+        axes[panel].set_title(title)

@@ -1,0 +1,173 @@
+"""Runs cases in fresh processes and collects what they report.
+
+On CPU each case has its own process, so that no case inherits the heap of another; on CUDA one process serves all
+cases (its start costs seconds), and a new one goes on after a case that brought it down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from . import environment, record, registry
+from .extras import require
+from .session import Settings
+
+Event = dict[str, Any]
+
+
+def batches(cases: list[registry.Case]) -> list[list[str]]:
+    """Names of the cases that share a process."""
+    alone = [[case.name] for case in cases if case.device == "cpu"]
+    shared = [case.name for case in cases if case.device == "cuda"]
+    return alone + ([shared] if shared else [])
+
+
+def events(names: list[str], suite: str, settings: Settings, timeout: float) -> Iterator[Event]:
+    """Events of one process; it always ends with ``done`` or ``failed`` of every case that was started."""
+    command = [sys.executable, "-m", f"{__package__}.session", "--suite", suite]
+    command += ["--settings", json.dumps(dataclasses.asdict(settings)), *names]
+    current = ""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment.worker_environment(),
+        )
+        watchdog = threading.Timer(timeout, process.kill)
+        watchdog.start()
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                event = json.loads(line)
+                if event["event"] == "start":
+                    current = event["case"]
+                    watchdog.cancel()
+                    watchdog = threading.Timer(timeout, process.kill)
+                    watchdog.start()
+                elif event["event"] in ("done", "failed"):
+                    current = ""
+                yield event
+            code = process.wait()
+        finally:
+            watchdog.cancel()
+            process.kill()
+            process.wait()
+        errors.seek(0)
+        tail = "".join(errors.readlines()[-15:]).strip()
+    if current or code not in (0, 1):
+        why = f"the process ended with {code} (killed after {timeout:g} s, if -9)\n{tail}"
+        yield {"event": "failed", "case": current or names[0], "why": why}
+
+
+def collect(
+    names: list[str], suite: str, settings: Settings, timeout: float, see: Callable[[Event], None]
+) -> None:
+    """Run one batch to its end, in a new process after a case that ended the last one."""
+    left = list(names)
+    while left:
+        for event in events(left, suite, settings, timeout):
+            see(event)
+            if event["event"] in ("done", "failed") and event["case"] in left:
+                left = left[left.index(event["case"]) + 1 :]
+
+
+class Collector:
+    """Records, refusals and failures of a run."""
+
+    def __init__(self) -> None:
+        self.records: list[record.Record] = []
+        self.artifacts: dict[str, Any] = {}
+        self.refused: list[tuple[str, str, str]] = []
+        self.failed: dict[str, str] = {}
+
+    def see(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "record":
+            self.records.append(record.from_dict(event["record"]))
+        elif kind == "artifact":
+            self.artifacts[event["name"]] = event["data"]
+        elif kind == "refused":
+            self.refused.append((event["case"], event["provider"], event["why"]))
+        elif kind == "failed":
+            self.failed[event["case"]] = event["why"]
+
+
+def default_device() -> str:
+    torch = require("torch")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``benchmarks run``. Exit status 1 if a case failed or a provider returned wrong values."""
+    from . import table
+
+    device = arguments.device or default_device()
+    if device == "cuda" and not require("torch").cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device")
+    suite = None if arguments.suite == "all" else arguments.suite
+    opted_in = ("build",) if arguments.include_build else ()
+    cases = registry.select(suite, arguments.case, device, opted_in=opted_in)
+    if not cases:
+        raise ValueError(
+            f"no case of suite {arguments.suite!r} on {device} matches {arguments.case or 'anything'}"
+        )
+    settings = Settings(
+        rounds=arguments.rounds,
+        smoke=arguments.smoke,
+        compile=not arguments.no_compile,
+        threads=arguments.threads,
+        providers=tuple(arguments.provider),
+    )
+    found = Collector()
+    with table.progress(cases, quiet=arguments.json) as show:
+
+        def see(event: Event) -> None:
+            found.see(event)
+            show(event)
+
+        for names in batches(cases):
+            collect(names, arguments.suite, settings, arguments.timeout, see)
+
+    if arguments.json:
+        for item in found.records:
+            print(record.to_json(item))
+    else:
+        table.show_records(found.records)
+    if arguments.output is not None:
+        record.write(arguments.output, found.records)
+    if not (arguments.no_save or arguments.smoke):
+        store(arguments.results, arguments.suite, found, print if not arguments.json else None)
+    for case, provider, why in found.refused:
+        print(f"refused: {case}: {provider}: {why}", file=sys.stderr)
+    for case, why in found.failed.items():
+        print(f"failed: {case}: {why}", file=sys.stderr)
+    return (
+        1 if found.failed or any("advdl_ops" in provider for _, provider, _ in found.refused) else 0
+    )
+
+
+def store(results: Path, suite: str, found: Collector, say: Callable[[str], None] | None) -> None:
+    """Keep the records by device, redraw that suite's plot and the README of the results."""
+    from . import plots, report
+
+    say = say or (lambda text: None)
+    kept = [item for item in found.records if item.case not in found.failed]
+    if kept:
+        folder = results / record.slug(kept[0].device)
+        record.merge(folder / f"{suite}.jsonl", kept)
+        say(f"records: {folder / f'{suite}.jsonl'}")
+        for name, data in found.artifacts.items():
+            (folder / f"{name}.json").write_text(json.dumps(data) + "\n", encoding="utf-8")
+        say(f"plot: {plots.draw(folder, suite)}")
+    say(f"overview: {report.write_readme(results)}")

@@ -1,0 +1,141 @@
+"""What a case sees while it runs, and the process that runs it.
+
+``python -m benchmarks.session`` measures the cases that it is given and writes one JSON event per line:
+``{"event": "record" | "progress" | "refused" | "artifact" | "start" | "done" | "failed", ...}``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TextIO
+
+from . import environment, registry
+from .record import Record, quantiles
+
+
+def in_one_line(error: BaseException) -> str:
+    """Type and first line: torch appends pages to some of its messages."""
+    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+
+
+class Refused(RuntimeError):
+    """A provider that returned wrong values; it is reported and never timed."""
+
+
+@dataclasses.dataclass
+class Settings:
+    rounds: int | None = None
+    smoke: bool = False
+    compile: bool = True
+    threads: int | None = None
+    providers: tuple[str, ...] = ()
+
+    def wants(self, provider: str) -> bool:
+        """``eager`` and ``advdl_ops`` always run: the values and the ratios need them."""
+        return not self.providers or provider in (*self.providers, "eager", "advdl_ops")
+
+
+class Session:
+    """Collects the measurements of one case."""
+
+    def __init__(self, case: registry.Case, suite: str, settings: Settings, stream: TextIO) -> None:
+        self.case, self.suite, self.settings, self.stream = case, suite, settings, stream
+
+    @property
+    def rounds(self) -> int:
+        return 2 if self.settings.smoke else self.settings.rounds or self.case.rounds
+
+    @property
+    def block_seconds(self) -> float:
+        return 0.002 if self.settings.smoke else 0.06
+
+    @property
+    def compiles(self) -> bool:
+        return self.settings.compile and self.case.compile and not self.settings.smoke
+
+    def event(self, event: str, **data: Any) -> None:
+        self.stream.write(json.dumps({"event": event, "case": self.case.name, **data}) + "\n")
+        self.stream.flush()
+
+    def progress(self, what: str, done: int = 0, total: int = 0) -> None:
+        self.event("progress", what=what, done=done, total=total)
+
+    def each_round(self, what: str) -> Callable[[int, int], None]:
+        """What timing.measure calls after each round."""
+        return lambda done, total: self.progress(what, done, total)
+
+    def refuse(self, provider: str, why: str) -> None:
+        self.event("refused", provider=provider, why=why)
+
+    def record(
+        self, provider: str, mode: str, metric: str, unit: str, values: float | Sequence[float]
+    ) -> None:
+        """One measurement, given as a value or as one value per round."""
+        given = list(values) if isinstance(values, Sequence) else [values]
+        p20, p50, p80 = quantiles([float(value) for value in given])
+        case = self.case
+        record = Record(
+            case=case.name,
+            suite=self.suite,
+            op=case.op,
+            provider=provider,
+            mode=mode,
+            dtype=case.dtype,
+            layout=case.layout,
+            shape=list(case.shape),
+            metric=metric,
+            unit=unit,
+            p20=p20,
+            p50=p50,
+            p80=p80,
+            device=environment.device_name(case.device),
+            commit=environment.commit(),
+            time=environment.now(),
+            **environment.versions(),  # type: ignore[arg-type]
+        )
+        self.event("record", record=dataclasses.asdict(record))
+
+
+def run_cases(names: Iterable[str], suite: str, settings: Settings, stream: TextIO) -> int:
+    """Run cases one after the other; a case that fails is reported and does not stop the next."""
+    failed = 0
+    cases = registry.all_cases()
+    for name in names:
+        session = Session(cases[name], suite, settings, stream)
+        session.event("start")
+        try:
+            cases[name].run(cases[name], session)
+        except Exception as error:  # any failure of a case is a result to report, not to hide
+            failed += 1
+            session.event("failed", why=in_one_line(error), trace=traceback.format_exc())
+        else:
+            session.event("done")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.session", description="internal: one measuring process"
+    )
+    parser.add_argument("--suite", required=True)
+    parser.add_argument("--settings", default="{}")
+    parser.add_argument("cases", nargs="+")
+    arguments = parser.parse_args()
+    settings = Settings(**json.loads(arguments.settings))
+
+    import torch
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.backends.cudnn.benchmark = True  # the peer is never handicapped
+    stream, sys.stdout = sys.stdout, sys.stderr  # whatever prints must not break the event stream
+    return run_cases(arguments.cases, arguments.suite, settings, stream)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

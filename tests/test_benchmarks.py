@@ -1,0 +1,308 @@
+"""What the numbers of the benchmark rest on: no wrong provider is timed, memory counts what is hidden."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import environment, op_flow, record, registry, report, runner, timing
+from benchmarks.cases import batch_norm_act, digits
+from benchmarks.check import wrong_values
+from benchmarks.memory import held_and_peak
+from benchmarks.session import Session, Settings, run_cases
+from benchmarks.stock_resnet import stock_resnet
+
+CPU = torch.device("cpu")
+TINY = "batch_norm_relu/train/2x8x4x4/contiguous/float32/cpu"
+
+
+def tiny_session(**settings: Any) -> tuple[Session, io.StringIO]:
+    stream = io.StringIO()
+    return Session(
+        registry.all_cases()[TINY], "ops", Settings(smoke=True, **settings), stream
+    ), stream
+
+
+def events(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def stock_problem() -> op_flow.Problem:
+    """The tiny case with stock PyTorch on both sides."""
+    case = registry.all_cases()[TINY]
+    problem = batch_norm_act.problem(case)
+    problem.functions["advdl_ops"] = batch_norm_act.stock("relu", True)
+    return problem
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 1.001
+
+
+def _wrong_output(function: Callable) -> Callable:
+    return lambda inputs, state: function(inputs, state) * 1.0001
+
+
+def _wrong_gradient(function: Callable) -> Callable:
+    return lambda inputs, state: WrongGradient.apply(function(inputs, state))
+
+
+def _wrong_statistics(function: Callable) -> Callable:
+    def wrong(inputs: Any, state: Any) -> torch.Tensor:
+        output = function(inputs, state)
+        state["running_var"] = state["running_var"] * 1.01
+        return output
+
+    return wrong
+
+
+def _wrong_dtype(function: Callable) -> Callable:
+    return lambda inputs, state: function(inputs, state).double()
+
+
+@pytest.mark.parametrize(
+    ("plant", "name"),
+    [
+        (_wrong_output, "output"),
+        (_wrong_gradient, "gradient of"),
+        (_wrong_statistics, "running_var"),
+        (_wrong_dtype, "dtype"),
+    ],
+)
+def test_a_provider_with_wrong_values_is_refused(plant: Callable, name: str) -> None:
+    session, stream = tiny_session()
+    problem = stock_problem()
+    problem.functions["advdl_ops"] = plant(problem.functions["eager"])
+    op_flow.measure_op(session.case, session, problem)
+    refused = [e for e in events(stream) if e["event"] == "refused"]
+    assert [e["provider"] for e in refused] == ["advdl_ops"]
+    assert name in refused[0]["why"]
+    timed = {e["record"]["provider"] for e in events(stream) if e["event"] == "record"}
+    assert timed == {"eager", "floor", "machine"}
+
+
+def test_a_right_provider_is_timed_in_every_mode() -> None:
+    session, stream = tiny_session()
+    op_flow.measure_op(session.case, session, stock_problem())
+    found = events(stream)
+    assert not [e for e in found if e["event"] == "refused"]
+    records = [record.from_dict(e["record"]) for e in found if e["event"] == "record"]
+    times = {(r.provider, r.mode) for r in records if r.metric == "time"}
+    assert times == {
+        (p, m) for p in ("eager", "advdl_ops", "floor") for m in ("fwd", "bwd", "full")
+    }
+    # Stock against itself: the same bytes, and no rate without a time.
+    held = {r.provider: r.p50 for r in records if r.metric == "held"}
+    assert held["eager"] == held["advdl_ops"] > 0
+
+
+def test_a_shape_or_a_nan_is_never_within_the_bound() -> None:
+    truth = {"output": torch.ones(4, dtype=torch.float64)}
+    stock = {"output": torch.ones(4)}
+    assert wrong_values({"output": torch.ones(4)}, stock, truth) is None
+    for value in (
+        torch.ones(3),
+        torch.tensor([1.0, float("nan"), 1.0, 1.0]),
+        torch.ones(4) * 1.001,
+    ):
+        assert "output is" in (wrong_values({"output": value}, stock, truth) or "")
+    assert wrong_values({}, stock, truth) == "output is missing"
+
+
+class HidesTensor(torch.autograd.Function):
+    """Keeps a tensor on the context, past save_for_backward: saved-tensor hooks do not see it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.hidden = x * 2
+        return x + 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * ctx.hidden
+
+
+def test_held_bytes_count_a_tensor_hidden_on_the_context() -> None:
+    x = torch.randn(1000, 100, requires_grad=True)
+    gradient = torch.ones(1000, 100)
+    size = x.numel() * 4
+
+    def backward(output: torch.Tensor) -> Any:
+        return torch.autograd.grad(output, x, gradient)
+
+    held, peak = held_and_peak(lambda: HidesTensor.apply(x), backward, CPU)
+    assert held == 2 * size  # output and hidden
+    assert peak == 3 * size  # and the gradient
+    held, peak = held_and_peak(lambda: x + 1, backward, CPU)
+    assert held == size
+    # What is freed within the forward is in the peak only.
+    held, peak = held_and_peak(lambda: (x.detach() * 2).sum() + x + 1, backward, CPU)
+    assert held == size
+    assert peak >= 2 * size
+
+
+def test_rounds_alternate_and_preparation_is_not_timed() -> None:
+    order: list[str] = []
+
+    def call(name: str) -> Callable[[], None]:
+        return lambda: order.append(name)
+
+    calls = {name: timing.Timed(call(name)) for name in ("a", "b", "c")}
+    seconds = timing.measure(calls, CPU, 4, 0.0)
+    assert {len(values) for values in seconds.values()} == {4}
+    runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert "".join(runs) == "abc" + "abcbcacababc"  # warm-up, then four rounds
+
+    slow = timing.Timed(lambda value: value + 1, lambda: time.sleep(0.02) or 1)
+    assert max(timing.measure({"a": slow}, CPU, 3, 0.0)["a"]) < 0.01
+
+
+@pytest.mark.parametrize("passes", range(2, 14))
+def test_the_floor_moves_the_stated_passes(passes: int) -> None:
+    clones, adds = op_flow._split(passes)
+    assert 2 * clones + 3 * adds == passes
+    like = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert op_flow.floor_call(like, passes).once().equal(like)
+
+
+def test_quantiles_are_those_of_the_rounds() -> None:
+    assert record.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
+    assert record.quantiles([7.0]) == (7.0, 7.0, 7.0)
+    with pytest.raises(ValueError, match="no values"):
+        record.quantiles([])
+
+
+def test_a_case_is_replaced_as_a_whole(tmp_path: Any) -> None:
+    session, stream = tiny_session()
+    session.record("eager", "fwd", "time", "s", [1.0, 2.0])
+    first = record.from_dict(events(stream)[0]["record"])
+    other = dataclasses.replace(first, case="other")
+    stale = dataclasses.replace(first, provider="gone")
+    record.write(tmp_path / "x.jsonl", [first, stale, other])
+    newer = dataclasses.replace(first, p50=9.0)
+    record.merge(tmp_path / "x.jsonl", [newer])
+    assert record.read(tmp_path / "x.jsonl") == [newer, other]
+
+
+def test_device_folders_have_plain_names() -> None:
+    assert (
+        record.slug("Intel(R) Xeon(R) Processor @ 2.50GHz, 2 cores")
+        == "intel-xeon-processor-2-50ghz-2-cores"
+    )
+    assert record.slug("NVIDIA H200") == "nvidia-h200"
+
+
+def test_best_stock_is_the_fastest_stock_provider() -> None:
+    session, stream = tiny_session()
+    times = {"eager": [3.0], "torch.compile": [2.0], "advdl_ops": [1.0], "floor": [0.5]}
+    op_flow.report_times(session, "fwd", times)
+    items = [record.from_dict(e["record"]) for e in events(stream)]
+    best = report.best_stock(items, "fwd")
+    assert best is not None
+    assert (best.provider, best.p50) == ("torch.compile", 2.0)
+
+
+def test_a_failing_case_does_not_stop_the_next() -> None:
+    def explode(case: Any, session: Any) -> None:
+        raise RuntimeError("first line\nmany more")
+
+    cases = registry.all_cases()
+    bad = dataclasses.replace(cases[TINY], name="bad", run=explode)
+    good = dataclasses.replace(cases[TINY], name="good", run=lambda case, session: None)
+    stream = io.StringIO()
+    cases.update(bad=bad, good=good)
+    try:
+        assert run_cases(["bad", "good"], "ops", Settings(), stream) == 1
+    finally:
+        del cases["bad"], cases["good"]
+    found = events(stream)
+    assert [e["event"] for e in found] == ["start", "failed", "start", "done"]
+    assert found[1]["why"] == "RuntimeError: first line"
+
+
+def test_a_case_that_kills_its_process_is_reported_and_the_next_runs(monkeypatch: Any) -> None:
+    code = (
+        "import json, os, sys\n"
+        "for name in sys.argv[sys.argv.index('--settings') + 2:]:\n"
+        "    print(json.dumps({'event': 'start', 'case': name}), flush=True)\n"
+        "    if name == 'bad': os.abort()\n"
+        "    print(json.dumps({'event': 'done', 'case': name}), flush=True)\n"
+    )
+    real = runner.subprocess.Popen
+    monkeypatch.setattr(
+        runner.subprocess,
+        "Popen",
+        lambda command, **kw: real([sys.executable, "-c", code, *command[3:]], **kw),
+    )
+    seen: list[tuple[str, str]] = []
+    runner.collect(
+        ["good", "bad", "last"],
+        "ops",
+        Settings(),
+        60.0,
+        lambda e: seen.append((e["event"], e["case"])),
+    )
+    assert seen == [
+        *(("start", "good"), ("done", "good"), ("start", "bad"), ("failed", "bad")),
+        *(("start", "last"), ("done", "last")),
+    ]
+
+
+def test_measuring_processes_keep_freed_memory_and_require_the_kernels(monkeypatch: Any) -> None:
+    monkeypatch.delenv("ADVDL_OPS_REQUIRE_NATIVE", raising=False)
+    env = environment.worker_environment()
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"):
+        assert int(env[name]) >= 2**28
+    assert env["ADVDL_OPS_REQUIRE_NATIVE"] == "1"
+
+
+def test_curves_that_part_are_an_error() -> None:
+    curve = [[2.0, 1.5], [1.0, 0.5]]
+    digits.check_curves(curve, [[2.0, 1.5002], [1.01, 0.52]])
+    with pytest.raises(digits.Disagreement, match="step 1"):
+        digits.check_curves(curve, [[2.0, 1.502], [1.0, 0.5]])
+    with pytest.raises(digits.Disagreement, match="epoch 2"):
+        digits.check_curves(curve, [[2.0, 1.5], [1.0, 0.65]])
+    with pytest.raises(digits.Disagreement):
+        digits.check_curves(curve, [[float("nan"), 1.5], [1.0, 0.5]])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_the_stock_peer_is_the_same_network(name: str, stem: str) -> None:
+    from advdl_ops import models, use_backend
+
+    torch.manual_seed(0)
+    ours = models.create_model(name, num_classes=5, in_channels=1, stem=stem)
+    stock = stock_resnet(name, num_classes=5, in_channels=1, stem=stem)
+    stock.load_state_dict(ours.state_dict())
+    ours, stock = ours.double(), stock.double()
+    images = torch.randn(2, 1, 33, 40, dtype=torch.float64)
+    with use_backend("reference"):
+        torch.testing.assert_close(ours(images), stock(images))
+        torch.testing.assert_close(ours.eval()(images), stock.eval()(images))
+
+
+def test_every_case_says_what_it_moves() -> None:
+    for case in registry.all_cases().values():
+        if case.op.startswith("batch_norm"):
+            size = batch_norm_act.SIZE[case.dtype] * torch.Size(case.shape).numel()
+            assert {mode: moved // size for mode, moved in case.bytes.items()} == dict(case.passes)
+    # targets.md: floors of the 16x64x56x56 rows, as passes over 12.8 MB; 8 is the count of design.md for CUDA.
+    assert batch_norm_act.passes(True, False, cached=True)["full"] == 5
+    assert batch_norm_act.passes(True, False, cached=False)["full"] == 8
+    assert batch_norm_act.passes(True, True, cached=True)["full"] == 8
