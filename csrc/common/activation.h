@@ -7,6 +7,8 @@
 
 #include <cmath>
 
+#include "tensor_types.h"
+
 #if defined(__CUDACC__)
 #define ADVDL_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -14,21 +16,6 @@
 #endif
 
 namespace advdl_ops {
-
-// Values are part of the operator schema (advdl_ops/functional/activation.py): append only.
-enum class Activation : int {
-  identity = 0,
-  relu = 1,
-  leaky_relu = 2,  // param: negative_slope
-  elu = 3,         // param: alpha
-  silu = 4,
-  gelu = 5,
-  gelu_tanh = 6,
-  sigmoid = 7,
-  tanh = 8,
-  hardswish = 9,
-};
-inline constexpr int kActivationCount = 10;
 
 namespace math {
 ADVDL_HOST_DEVICE float exp(float x) { return ::expf(x); }

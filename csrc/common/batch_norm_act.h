@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "activation.h"
 #include "tensor_types.h"
 
 namespace advdl_ops {

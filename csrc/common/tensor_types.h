@@ -1,4 +1,4 @@
-// Element types and layouts that kernels know, independent of torch.
+// Element types, layouts and activations that kernels know, independent of torch.
 #pragma once
 
 #include <cstdint>
@@ -12,5 +12,20 @@ enum class Layout : int {
   channels_first = 0,  // [N, C, S]
   channels_last = 1,   // [N, S, C]
 };
+
+// Values are part of the operator schema (advdl_ops/activation.py): append only.
+enum class Activation : int {
+  identity = 0,
+  relu = 1,
+  leaky_relu = 2,  // param: negative_slope
+  elu = 3,         // param: alpha
+  silu = 4,
+  gelu = 5,
+  gelu_tanh = 6,
+  sigmoid = 7,
+  tanh = 8,
+  hardswish = 9,
+};
+inline constexpr int kActivationCount = 10;
 
 }  // namespace advdl_ops

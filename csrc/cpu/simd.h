@@ -1,0 +1,329 @@
+// SIMD vectors of float and double for the CPU kernels, and the element-wise functions on them.
+//
+// Built on the compiler's vector types, so that one source serves every capability: a kernel file is compiled
+// once for each, with another register width (16, 32 or 64 bytes). Everything sits in a namespace of the
+// capability or is always inlined: no function compiled for AVX-512 may be picked by the linker for a CPU without it.
+// For the same reason kernel files use no templates of the standard library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+// ADVDL_CPU_CAPABILITY is default, avx2 or avx512, given by the build.
+#define ADVDL_CONCAT_(a, b) a##b
+#define ADVDL_CONCAT(a, b) ADVDL_CONCAT_(a, b)
+#define ADVDL_CAPABILITY_NAMESPACE ADVDL_CONCAT(capability_, ADVDL_CPU_CAPABILITY)
+
+#define ADVDL_STRING_(a) #a
+#define ADVDL_STRING(a) ADVDL_STRING_(a)
+#define ADVDL_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+#define ADVDL_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define ADVDL_VECTOR_BYTES 32
+#else
+#define ADVDL_VECTOR_BYTES 16
+#endif
+
+namespace advdl_ops {
+
+typedef float FloatVec __attribute__((vector_size(ADVDL_VECTOR_BYTES)));
+typedef int32_t IntVec __attribute__((vector_size(ADVDL_VECTOR_BYTES)));
+typedef double DoubleVec __attribute__((vector_size(ADVDL_VECTOR_BYTES)));
+typedef int64_t LongVec __attribute__((vector_size(ADVDL_VECTOR_BYTES)));
+
+template <class Acc>
+struct Simd;
+template <>
+struct Simd<float> {
+  using Vec = FloatVec;
+  static constexpr int64_t lanes = ADVDL_VECTOR_BYTES / 4;
+};
+template <>
+struct Simd<double> {
+  using Vec = DoubleVec;
+  static constexpr int64_t lanes = ADVDL_VECTOR_BYTES / 8;
+};
+
+ADVDL_INLINE FloatVec broadcast(float v) { return v - FloatVec{}; }
+ADVDL_INLINE DoubleVec broadcast(double v) { return v - DoubleVec{}; }
+
+// The sum of the lanes, in double and in a fixed order.
+template <class Vec>
+ADVDL_INLINE double lane_sum(Vec v) {
+  double sum = 0;
+  for (size_t i = 0; i < sizeof(v) / sizeof(v[0]); ++i) sum += v[i];
+  return sum;
+}
+
+namespace math {
+
+ADVDL_INLINE FloatVec select(IntVec condition, FloatVec a, FloatVec b) { return condition ? a : b; }
+ADVDL_INLINE DoubleVec select(LongVec condition, DoubleVec a, DoubleVec b) {
+  return condition ? a : b;
+}
+
+// exp(x) = 2^n exp(r) with r = x - n ln 2, |r| <= ln 2 / 2: returns exp(r) - 1 and n.
+// Polynomial: Chebyshev interpolation of (exp(r) - 1 - r) / r^2, error 5e-9.
+ADVDL_INLINE FloatVec expm1_reduced(FloatVec x, IntVec& n) {
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const FloatVec magic = broadcast(12582912.f);
+  const FloatVec shifted = x * 1.44269504088896341f + magic;
+  n = (IntVec)shifted - (IntVec)magic;
+  const FloatVec count = shifted - magic;
+  FloatVec r = x - count * 0.693359375f;
+  r = r + count * 2.12194440e-4f;
+  FloatVec q = broadcast(1.9891011e-4f);
+  q = q * r + 1.3933667e-3f;
+  q = q * r + 8.3333105e-3f;
+  q = q * r + 4.1666463e-2f;
+  q = q * r + 1.6666667e-1f;
+  q = q * r + 0.5f;
+  return q * r * r + r;
+}
+
+// 2^n for n in [-126, 127].
+ADVDL_INLINE FloatVec power_of_two(IntVec n) { return (FloatVec)((n + 127) << 23); }
+
+// Measured over all floats: at most 1.5 ulp in the normal range; overflow gives inf, NaN stays.
+ADVDL_INLINE FloatVec exp(FloatVec x) {
+  FloatVec bounded = select(x > 89.f, broadcast(89.f), x);
+  bounded = select(bounded < -104.f, broadcast(-104.f), bounded);
+  IntVec n;
+  const FloatVec p = expm1_reduced(bounded, n) + 1.f;
+  // In two factors, as 2^n itself may be beyond the exponent range while the product is not.
+  const IntVec half = n >> 1;
+  return p * power_of_two(half) * power_of_two(n - half);
+}
+
+ADVDL_INLINE FloatVec expm1(FloatVec x) {
+  FloatVec bounded = select(x > 89.f, broadcast(89.f), x);
+  bounded = select(bounded < -30.f, broadcast(-30.f), bounded);
+  IntVec n;
+  const FloatVec p = expm1_reduced(bounded, n);
+  const IntVec half = n >> 1;
+  const FloatVec scale = power_of_two(half);
+  const FloatVec rest = power_of_two(n - half);
+  return (p * scale) * rest + (scale * rest - 1.f);
+}
+
+// tanh |x| = e / (e + 2) with e = expm1(2 |x|).
+ADVDL_INLINE FloatVec tanh(FloatVec x) {
+  const IntVec sign = (IntVec)x & (int32_t)0x80000000;
+  FloatVec magnitude = (FloatVec)((IntVec)x & 0x7fffffff);
+  magnitude = select(magnitude > 10.f, broadcast(10.f), magnitude);
+  const FloatVec e = expm1(magnitude * 2.f);
+  return (FloatVec)((IntVec)(e / (e + 2.f)) | sign);
+}
+
+// |x| < 0.95: x + x q(x^2); else 1 - exp(g(|x|)) with g = log erfc on [0.9, 4] (Chebyshev interpolations).
+ADVDL_INLINE FloatVec erf(FloatVec x) {
+  const IntVec sign = (IntVec)x & (int32_t)0x80000000;
+  FloatVec a = (FloatVec)((IntVec)x & 0x7fffffff);
+  const FloatVec u = x * x;
+  FloatVec q = broadcast(8.204169716918841e-05f);
+  q = q * u - 8.102915599010885e-04f;
+  q = q * u + 5.197487305849791e-03f;
+  q = q * u - 2.6857959106564522e-02f;
+  q = q * u + 1.1283669620752335e-01f;
+  q = q * u - 3.7612631916999817e-01f;
+  q = q * u + 1.2837916709551257e-01f;
+  const FloatVec small = x + x * q;
+  a = select(a > 4.f, broadcast(4.f), a);
+  FloatVec g = broadcast(-4.4538964516505075e-08f);
+  g = g * a + 2.594339321149164e-06f;
+  g = g * a - 5.4936168453423306e-05f;
+  g = g * a + 6.433164817281067e-04f;
+  g = g * a - 4.910780116915703e-03f;
+  g = g * a + 2.673623338341713e-02f;
+  g = g * a - 1.1049956828355789e-01f;
+  g = g * a - 6.314834952354431e-01f;
+  g = g * a - 1.1303883790969849e+00f;
+  g = g * a + 3.495821147225797e-04f;
+  const FloatVec large = (FloatVec)((IntVec)(1.f - exp(g)) | sign);
+  return select(a < 0.95f, small, large);
+}
+
+// fp64 serves gradient checks and references: the C library, lane by lane.
+#define ADVDL_LANEWISE(name)                                             \
+  ADVDL_INLINE DoubleVec name(DoubleVec x) {                             \
+    DoubleVec y;                                                         \
+    for (int i = 0; i < Simd<double>::lanes; ++i) y[i] = ::name(x[i]);   \
+    return y;                                                            \
+  }
+}  // namespace math
+}  // namespace advdl_ops
+
+#include <math.h>
+
+namespace advdl_ops::math {
+ADVDL_LANEWISE(exp)
+ADVDL_LANEWISE(expm1)
+ADVDL_LANEWISE(tanh)
+ADVDL_LANEWISE(erf)
+#undef ADVDL_LANEWISE
+}  // namespace advdl_ops::math
+
+// After the overloads above: its formulas look the functions up where they stand.
+#include "../common/activation.h"
+
+namespace advdl_ops {
+
+template <>
+struct Lanes<FloatVec> {
+  using scalar = float;
+  static ADVDL_INLINE FloatVec set(double v) { return broadcast(static_cast<float>(v)); }
+};
+template <>
+struct Lanes<DoubleVec> {
+  using scalar = double;
+  static ADVDL_INLINE DoubleVec set(double v) { return broadcast(v); }
+};
+
+// Storage types. Acc is what arithmetic on them is done in.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename AccOf<T>::type;
+
+typedef uint16_t HalfBits __attribute__((vector_size(ADVDL_VECTOR_BYTES / 2)));
+
+ADVDL_INLINE FloatVec load(const float* p) {
+  FloatVec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+ADVDL_INLINE void store(float* p, FloatVec v) { std::memcpy(p, &v, sizeof(v)); }
+ADVDL_INLINE DoubleVec load(const double* p) {
+  DoubleVec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+ADVDL_INLINE void store(double* p, DoubleVec v) { std::memcpy(p, &v, sizeof(v)); }
+
+ADVDL_INLINE FloatVec load(const BFloat16* p) {
+  HalfBits bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return (FloatVec)(__builtin_convertvector(bits, IntVec) << 16);
+}
+// Round to nearest even, as torch; NaN stays NaN.
+ADVDL_INLINE void store(BFloat16* p, FloatVec v) {
+  const IntVec bits = (IntVec)v;
+  const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const IntVec result = v == v ? rounded : ((bits >> 16) | 0x40);
+  const HalfBits narrow = __builtin_convertvector(result, HalfBits);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
+ADVDL_INLINE float to_float(BFloat16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  return f;
+}
+
+// fp16 without F16C: by its bits, subnormals, infinities and NaN included.
+ADVDL_INLINE float to_float(Float16 v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
+  const uint32_t magnitude = v.bits & 0x7fff;
+  uint32_t bits;
+  float f;
+  if (magnitude >= 0x7c00) {
+    bits = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
+    std::memcpy(&f, &bits, sizeof(f));
+    return f;
+  }
+  // As an integer shifted into fp32 the exponent is off by 112; the product mends it, subnormals too.
+  bits = magnitude << 13;
+  std::memcpy(&f, &bits, sizeof(f));
+  f *= 5.192296858534828e+33f;  // 2^112
+  std::memcpy(&bits, &f, sizeof(f));
+  bits |= sign;
+  std::memcpy(&f, &bits, sizeof(f));
+  return f;
+#endif
+}
+ADVDL_INLINE Float16 to_half(float f) {
+#if defined(__F16C__)
+  return {static_cast<uint16_t>(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof(f));
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};
+  if (bits < 0x38800000) {
+    // Subnormal: adding 0.5 puts the rounded value into the low bits.
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof(bits));
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, sizeof(bits));
+    return {static_cast<uint16_t>(sign | (bits - 0x3f000000))};
+  }
+  bits += 0xc8000fff + ((bits >> 13) & 1);
+  return {static_cast<uint16_t>(sign | (bits >> 13))};
+#endif
+}
+
+ADVDL_INLINE FloatVec load(const Float16* p) {
+  FloatVec v;
+#if defined(__AVX512F__)
+  // The masked forms, as gcc 12 warns of its own header in the plain ones.
+  v = (FloatVec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  v = (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  for (int i = 0; i < Simd<float>::lanes; ++i) v[i] = to_float(p[i]);
+#endif
+  return v;
+}
+ADVDL_INLINE void store(Float16* p, FloatVec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < Simd<float>::lanes; ++i) p[i] = to_half(v[i]);
+#endif
+}
+
+// The first `count` < lanes elements; the other lanes are zero.
+template <class T>
+ADVDL_INLINE auto load_partial(const T* p, int64_t count) {
+  T buffer[Simd<acc_t<T>>::lanes];
+  std::memset(buffer, 0, sizeof(buffer));
+  std::memcpy(buffer, p, count * sizeof(T));
+  return load(buffer);
+}
+template <class T, class Vec>
+ADVDL_INLINE void store_partial(T* p, Vec v, int64_t count) {
+  T buffer[Simd<acc_t<T>>::lanes];
+  store(buffer, v);
+  std::memcpy(p, buffer, count * sizeof(T));
+}
+
+}  // namespace advdl_ops
