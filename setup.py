@@ -49,7 +49,11 @@ class CMakeBuild(build_ext):
             f"-DADVDL_OPS_CUDA={os.environ.get('ADVDL_OPS_CUDA', '')}",
         )  # fmt: skip
         self._cmake("--build", str(BUILD_DIR), "--parallel", str(_jobs()))
-        self._cmake("--install", str(BUILD_DIR), "--prefix", str(self._package_dir()))
+        package = self._package_dir()
+        for library in package.glob("lib/*.so"):
+            if not (BUILD_DIR / library.name).exists():  # the CUDA library of a build that had nvcc
+                library.unlink()
+        self._cmake("--install", str(BUILD_DIR), "--prefix", str(package))
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "advdl_ops"

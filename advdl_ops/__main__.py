@@ -93,7 +93,12 @@ def _cpu_model() -> str:
 
 
 def _kernel_capability() -> str | None:
-    return None
+    """Of the CPU kernels. `_C` holds the same choice, by the same code, as the library."""
+    try:
+        from . import _C  # type: ignore[attr-defined,unused-ignore]
+    except ImportError:
+        return None
+    return _C.cpu.capability()
 
 
 def _gpus() -> list[dict[str, Any]]:

@@ -56,5 +56,11 @@ enable_language(CUDA)
 set(ADVDL_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
 # Keeps what ptxas says (registers, spills) beside each object; tests/test_packaging.py reads it.
 set(ADVDL_PTXAS_REPORT ${CMAKE_CURRENT_LIST_DIR}/ptxas_report.sh)
+# Kernels of many types and layouts are alike: compressed for size they take a ninth. (nvcc 13 needs a
+# driver that can read it anyway.)
+set(ADVDL_CUDA_FLAGS -Xptxas=-v -Xcompiler=-Wall,-Wextra)
+if(ADVDL_CUDA_VERSION VERSION_GREATER_EQUAL 13.0)
+  list(APPEND ADVDL_CUDA_FLAGS --compress-mode=size)
+endif()
 set(ADVDL_CUDA ON)
 message(STATUS "CUDA library: nvcc ${ADVDL_CUDA_VERSION} for ${ADVDL_CUDA_ARCHITECTURES_TEXT}")

@@ -4,8 +4,9 @@ For ``pip install -r``: installs an environment to develop in without building t
 """
 
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 print(*project["dependencies"], sep="\n")
