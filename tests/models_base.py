@@ -37,7 +37,7 @@ def randomize(model, seed=0):
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d | torch.nn.GroupNorm):
-                module.weight.copy_(uniform(module.weight, 0.5, 1.0))
+                module.weight.copy_(uniform(module.weight, 0.3, 0.7))
                 module.bias.copy_(uniform(module.bias, -0.3, 0.3))
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.running_mean.copy_(uniform(module.running_mean, -0.2, 0.2))
@@ -55,6 +55,28 @@ def relative_error(actual, expected):
     """Largest difference over the largest expected magnitude."""
     scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     return ((actual.double() - expected.double()).abs().max() / scale).item()
+
+
+def check_compiled(model, x, backend):
+    """The compiled model against the model: outputs, gradients, statistics, in train and eval mode.
+
+    Call it with fp64, where no tolerance has to make room for what a deep network does to rounding errors.
+    """
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
+    for train in (True, False):
+        model.train(train), compiled.train(train)
+        model.zero_grad(), compiled.zero_grad()
+        expected, out = model(x), compiled(x)
+        assert relative_error(out.detach(), expected.detach()) < 1e-9
+        expected.square().sum().backward()
+        out.square().sum().backward()
+        for (key, p), twin in zip(model.named_parameters(), compiled.parameters(), strict=True):
+            assert relative_error(twin.grad, p.grad) < 1e-6, key
+    for (key, value), twin in zip(model.named_buffers(), compiled.buffers(), strict=True):
+        assert relative_error(twin, value) < 1e-9, key
+    with torch.no_grad():
+        assert relative_error(compiled(x), model(x)) < 1e-9
 
 
 class ModelTester:
@@ -210,31 +232,9 @@ class ModelTester:
         assert x.grad.isfinite().all()
         assert x.grad.abs().max() > 0
 
-    def _check_compiled(self, backend):
-        model = self.make(torch.float32)
-        x = self.input(torch.float32)
-        torch._dynamo.reset()
-        compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
-        for train in (True, False):
-            model.train(train), compiled.train(train)
-            model.zero_grad(), compiled.zero_grad()
-            expected, out = model(x), compiled(x)
-            assert relative_error(out.detach(), expected.detach()) < 1e-3
-            expected.square().sum().backward()
-            out.square().sum().backward()
-            for parameter, twin in zip(model.parameters(), compiled.parameters(), strict=True):
-                assert relative_error(twin.grad, parameter.grad) < 1e-2
-        for value, twin in zip(model.buffers(), compiled.buffers(), strict=True):
-            assert relative_error(twin, value) < 1e-3
-        with torch.no_grad():
-            assert relative_error(compiled(x), model(x)) < 1e-3
-
-    def test_compile(self):
-        self._check_compiled("aot_eager")
-
-    @pytest.mark.slow
-    def test_compile_inductor(self):
-        self._check_compiled("inductor")
+    def test_compile(self, model):
+        # Inductor's own C++ takes minutes for a whole network; fullgraph fails with any backend alike.
+        check_compiled(model, self.input(), "aot_eager")
 
     def test_export(self, model):
         model.eval()

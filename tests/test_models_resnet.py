@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models_base import ModelTester, random_input, randomize, relative_error
+from models_base import ModelTester, check_compiled, random_input, randomize, relative_error
 
 from advdl_ops import models, nn
 
@@ -25,12 +25,26 @@ class TestResNet50Small(ModelTester):
         "replace_stride_with_dilation": (False, False, True),
     }
 
+    @pytest.mark.slow
+    def test_compile(self, model):
+        super().test_compile(model)
 
-def tiny(**options):
+
+def tiny(block=models.BasicBlock, **options):
     """One block per stage."""
     torch.manual_seed(0)
-    model = models.ResNet(models.BasicBlock, (1, 1, 1, 1), 5, name="tiny", **options)
+    model = models.ResNet(block, (1, 1, 1, 1), 5, name="tiny", **options)
     return randomize(model)
+
+
+def test_compile_bottlenecks():
+    model = tiny(models.Bottleneck, stem="small", replace_stride_with_dilation=(False, False, True))
+    check_compiled(model.double(), random_input((2, 3, 16, 16)), "aot_eager")
+
+
+@pytest.mark.slow
+def test_compile_inductor():
+    check_compiled(tiny().double(), random_input((2, 3, 40, 40)), "inductor")
 
 
 # ---------------------------------------------------------------- structure

@@ -27,13 +27,13 @@ def pair(name, **options):
     return model, reference
 
 
-def check_eval(model, reference, x):
+def check_eval(model, reference, x, tolerance=1e-10):
     model.eval(), reference.eval()
     expected = reference(x).detach()
     assert expected.abs().max() > 1e-3  # a signal that came through
-    assert relative_error(model(x).detach(), expected) < 1e-10
+    assert relative_error(model(x).detach(), expected) < tolerance
     with torch.no_grad():
-        assert relative_error(model(x), expected) < 1e-10
+        assert relative_error(model(x), expected) < tolerance
 
 
 def check_training(model, reference, x, steps=2):
@@ -85,7 +85,8 @@ def test_keys_both_ways_and_eval(name):
 def test_training(name):
     model, reference = pair(name)
     check_training(model, reference, random_input((3, 3, 40, 40)))
-    check_eval(model, reference, random_input((2, 3, 40, 40), seed=1))
+    # By now the two have weights of their own.
+    check_eval(model, reference, random_input((2, 3, 40, 40), seed=1), tolerance=1e-8)
 
 
 @pytest.mark.parametrize("name", FAST)
