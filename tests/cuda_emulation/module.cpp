@@ -1,0 +1,189 @@
+// Python's way to the emulated kernels: every tensor arrives as bytes and leaves as bytes. Each is copied to a
+// heap block of its exact size, so that AddressSanitizer sees the first access outside; outputs and workspace
+// start as NaN. worker.py calls this in a process of its own.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <list>
+#include <memory>
+#include <string>
+
+#include "../../csrc/common/batch_norm_act.h"
+#include "include/cuda_runtime.h"
+#include "selftest.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace advdl_ops;
+
+size_t element_bytes(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// Owns the buffers of one call.
+class Arena {
+ public:
+  explicit Arena(py::dict request) : request_(std::move(request)) {}
+
+  // The tensor `name` of the request, or null. "<name>_offset" shifts it by elements from 16-byte alignment.
+  void* input(const std::string& name, size_t bytes, DType dtype) {
+    if (!request_.contains(name) || request_[name.c_str()].is_none()) return nullptr;
+    const std::string value = request_[name.c_str()].cast<py::bytes>();
+    if (value.size() != bytes)
+      throw std::runtime_error(name + ": " + std::to_string(value.size()) + " bytes, expected " +
+                               std::to_string(bytes));
+    void* data = allocate(name, bytes, dtype);
+    std::memcpy(data, value.data(), bytes);
+    return data;
+  }
+  void* output(const std::string& name, size_t bytes, DType dtype) {
+    void* data = allocate(name, bytes, dtype);
+    outputs_.push_back({name, data, bytes});
+    return data;
+  }
+  bool wants(const char* name) const { return request_.contains(name) && request_[name].cast<bool>(); }
+  void* workspace(size_t bytes) { return allocate("workspace", bytes, DType::f32); }
+
+  py::dict results() const {
+    py::dict result;
+    for (const auto& [name, data, bytes] : outputs_)
+      result[name.c_str()] = py::bytes(static_cast<const char*>(data), bytes);
+    py::list launches;
+    for (size_t i = 0; i < cuda_emulation::launch_count(); ++i) {
+      const auto& l = cuda_emulation::launch_at(i);
+      launches.append(py::make_tuple(l.is_kernel, l.grid, l.block, l.shared));
+    }
+    result["launches"] = launches;
+    return result;
+  }
+
+ private:
+  struct Output {
+    std::string name;
+    void* data;
+    size_t bytes;
+  };
+
+  void* allocate(const std::string& name, size_t bytes, DType dtype) {
+    const std::string key = name + "_offset";
+    const size_t offset =
+        request_.contains(key) ? request_[key.c_str()].cast<size_t>() * element_bytes(dtype) : 0;
+    memory_.emplace_back(std::malloc(bytes + offset), &std::free);
+    std::memset(memory_.back().get(), 0xff, bytes + offset);
+    return static_cast<char*>(memory_.back().get()) + offset;
+  }
+
+  py::dict request_;
+  std::list<std::unique_ptr<void, decltype(&std::free)>> memory_;
+  std::list<Output> outputs_;
+};
+
+template <class Enum>
+Enum get_enum(const py::dict& request, const char* name) {
+  return static_cast<Enum>(request[name].cast<int>());
+}
+
+BatchNormActShape get_shape(const py::dict& r) {
+  BatchNormActShape s;
+  s.n = r["n"].cast<int64_t>();
+  s.c = r["c"].cast<int64_t>();
+  s.s = r["s"].cast<int64_t>();
+  s.layout = get_enum<Layout>(r, "layout");
+  s.dtype = get_enum<DType>(r, "dtype");
+  s.weight_dtype = get_enum<DType>(r, "weight_dtype");
+  s.running_dtype = get_enum<DType>(r, "running_dtype");
+  return s;
+}
+
+void apply_settings(const py::dict& r) {
+  auto& settings = cuda_emulation::settings();
+  settings = {};
+  if (r.contains("order")) settings.order = get_enum<cuda_emulation::Order>(r, "order");
+  if (r.contains("seed")) settings.seed = r["seed"].cast<unsigned>();
+  if (r.contains("shared_limit")) settings.shared_limit = r["shared_limit"].cast<int>();
+  cuda_emulation::clear_launches();
+}
+
+DType acc_dtype(const BatchNormActShape& s) { return s.dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+py::dict forward(const py::dict& r) {
+  apply_settings(r);
+  Arena arena(r);
+  BatchNormActForward p;
+  p.shape = get_shape(r);
+  const auto& s = p.shape;
+  const size_t all = static_cast<size_t>(s.n * s.c * s.s) * element_bytes(s.dtype);
+  const size_t channels = static_cast<size_t>(s.c), acc = channels * element_bytes(acc_dtype(s));
+  const size_t weights = channels * element_bytes(s.weight_dtype);
+  const size_t running = channels * element_bytes(s.running_dtype);
+  p.training = r["training"].cast<bool>();
+  p.momentum = r["momentum"].cast<double>();
+  p.eps = r["eps"].cast<double>();
+  p.act = get_enum<Activation>(r, "act");
+  p.act_param = r["act_param"].cast<double>();
+  p.x = arena.input("x", all, s.dtype);
+  p.residual = arena.input("residual", all, s.dtype);
+  p.weight = arena.input("weight", weights, s.weight_dtype);
+  p.bias = arena.input("bias", weights, s.weight_dtype);
+  p.running_mean = arena.input("running_mean", running, s.running_dtype);
+  p.running_var = arena.input("running_var", running, s.running_dtype);
+  p.out = arena.output("out", all, s.dtype);
+  p.mean = arena.output("mean", acc, acc_dtype(s));
+  p.rstd = arena.output("rstd", acc, acc_dtype(s));
+  if (p.training && p.running_mean != nullptr) {
+    p.running_mean_out = arena.output("running_mean_out", running, s.running_dtype);
+    p.running_var_out = arena.output("running_var_out", running, s.running_dtype);
+  }
+  cuda::batch_norm_act_forward(p, arena.workspace(cuda::batch_norm_act_forward_workspace(p)), nullptr);
+  return arena.results();
+}
+
+py::dict backward(const py::dict& r) {
+  apply_settings(r);
+  Arena arena(r);
+  BatchNormActBackward p;
+  p.shape = get_shape(r);
+  const auto& s = p.shape;
+  const size_t all = static_cast<size_t>(s.n * s.c * s.s) * element_bytes(s.dtype);
+  const size_t channels = static_cast<size_t>(s.c), acc = channels * element_bytes(acc_dtype(s));
+  const size_t weights = channels * element_bytes(s.weight_dtype);
+  p.training = r["training"].cast<bool>();
+  p.act = get_enum<Activation>(r, "act");
+  p.act_param = r["act_param"].cast<double>();
+  p.z_source = get_enum<BatchNormActBackward::ZSource>(r, "z_source");
+  p.dout = arena.input("dout", all, s.dtype);
+  p.x = arena.input("x", all, s.dtype);
+  p.saved = arena.input("saved", all, s.dtype);
+  p.weight = arena.input("weight", weights, s.weight_dtype);
+  p.bias = arena.input("bias", weights, s.weight_dtype);
+  p.mean = arena.input("mean", acc, acc_dtype(s));
+  p.rstd = arena.input("rstd", acc, acc_dtype(s));
+  if (arena.wants("want_dx")) p.dx = arena.output("dx", all, s.dtype);
+  if (arena.wants("want_dresidual")) p.dresidual = arena.output("dresidual", all, s.dtype);
+  p.dweight = arena.output("dweight", acc, acc_dtype(s));
+  p.dbias = arena.output("dbias", acc, acc_dtype(s));
+  cuda::batch_norm_act_backward(p, arena.workspace(cuda::batch_norm_act_backward_workspace(p)), nullptr);
+  return arena.results();
+}
+
+py::dict selftest(const py::dict& r) {
+  apply_settings(r);
+  Arena arena(r);
+  const int blocks = r["blocks"].cast<int>(), threads = r["threads"].cast<int>();
+  const std::string name = r["name"].cast<std::string>();
+  const size_t rows = name == "shuffles" ? 4 : static_cast<size_t>(blocks);
+  auto* out = static_cast<float*>(arena.output("out", rows * threads * sizeof(float), DType::f32));
+  cuda_emulation::run_selftest(name, blocks, threads, r["width"].cast<int>(), out);
+  return arena.results();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(cuda_emulated, m) {
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("selftest", &selftest);
+}
