@@ -71,6 +71,12 @@ def parser() -> argparse.ArgumentParser:
         help="seconds for one case (default: %(default)s)",
     )
     run.add_argument(
+        "--budget",
+        type=float,
+        metavar="S",
+        help="start no case after S seconds; the others keep their results",
+    )
+    run.add_argument(
         "--output", type=Path, metavar="FILE", help="also write this run's records to a file"
     )
     run.add_argument("--no-save", action="store_true", help="do not store under --results")
@@ -108,7 +114,7 @@ def command_list(arguments: argparse.Namespace) -> int:
 def command_run(arguments: argparse.Namespace) -> int:
     from . import runner
 
-    positive(arguments, "rounds", "threads", "timeout")
+    positive(arguments, "rounds", "threads", "timeout", "budget")
     return runner.run(arguments)
 
 

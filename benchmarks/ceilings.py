@@ -11,6 +11,7 @@ import torch
 from . import timing
 
 COPY_BYTES = {"cpu": 64 * 2**20, "cuda": 1 << 30}
+SMALLEST_COPY = 4 * 2**20
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -22,9 +23,15 @@ def _probe(name: str) -> Any:
         return None
 
 
-def copy_rate(device: torch.device, rounds: int = 5) -> float:
-    """Bytes per second, read and written counted."""
-    size = COPY_BYTES[device.type]
+def copy_bytes(device: torch.device, tensor_bytes: int | None) -> int:
+    """How much to copy: on CPU as much as the op's tensor, as what a cache keeps of it helps the op too."""
+    if tensor_bytes is None or device.type != "cpu":
+        return COPY_BYTES[device.type]
+    return max(SMALLEST_COPY, tensor_bytes // 64 * 64)
+
+
+def copy_rate(device: torch.device, size: int, rounds: int = 5) -> float:
+    """Bytes per second of a copy of ``size`` bytes, read and written counted."""
     source = torch.ones(size // 4, device=device)
     target = torch.ones_like(source)
     calls = {"torch": timing.Timed(lambda: target.copy_(source))}
@@ -41,13 +48,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> fl
     return 2 * size**3 / statistics.median(seconds)
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+def ceilings(
+    device: torch.device, dtype: torch.dtype, tensor_bytes: int | None = None
+) -> tuple[float, float]:
     """Copy and matrix rate; on CPU the better of torch's and ``_C``'s probe, each an honest lower bound."""
-    copy, flops = copy_rate(device), matmul_rate(device, dtype)
+    size = copy_bytes(device, tensor_bytes)
+    copy, flops = copy_rate(device, size), matmul_rate(device, dtype)
     if device.type == "cpu":
         threads = torch.get_num_threads()
         if (probe := _probe("copy_bandwidth")) is not None:
-            copy = max(copy, float(probe(COPY_BYTES["cpu"], threads)))
+            copy = max(copy, float(probe(size, threads)))
         if dtype == torch.float32 and (probe := _probe("peak_flops")) is not None:
             flops = max(flops, float(probe(threads)))
     return copy, flops

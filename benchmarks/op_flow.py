@@ -174,7 +174,7 @@ def measure_op(case: Case, session: Session, problem: Problem) -> None:
     device = torch.device(case.device)
     session.progress("ceilings")
     first = next(iter(problem.inputs.values()))
-    rates = ceilings.ceilings(device, first.dtype)
+    rates = ceilings.ceilings(device, first.dtype, first.nbytes)
     session.record("machine", "-", "copy", "GB/s", rates[0] * 1e-9)
     session.record("machine", "-", "matmul", "GFLOP/s", rates[1] * 1e-9)
     running = providers(problem, session)

@@ -43,6 +43,7 @@ class Case:
     rounds: int = 15
     compile: bool = True  # whether the torch.compile providers take part
     hidden: bool = False
+    extras: tuple[str, ...] = ()  # modules that it imports beside torch
     opt_in: str = ""  # the switch without which the case is left out
     options: Mapping[str, object] = field(default_factory=dict, compare=False)
 

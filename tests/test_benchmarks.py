@@ -155,6 +155,23 @@ def test_held_bytes_count_a_tensor_hidden_on_the_context() -> None:
     assert peak >= 2 * size
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_time_and_bytes_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(1024, 1024, device=device, requires_grad=True)
+    gradient = torch.ones_like(x)
+    held, peak = held_and_peak(
+        lambda: HidesTensor.apply(x), lambda y: torch.autograd.grad(y, x, gradient), device
+    )
+    assert held == 2 * 4 * 2**20
+    assert peak == 3 * 4 * 2**20
+    big = torch.empty(1 << 28, device=device)
+    calls = {"small": timing.Timed(lambda: x + 1), "big": timing.Timed(lambda: big.zero_())}
+    seconds = timing.measure(calls, device, 3, 0.005)
+    assert min(seconds["big"]) > 2 * max(seconds["small"]) > 0
+
+
 def test_rounds_alternate_and_preparation_is_not_timed() -> None:
     order: list[str] = []
 

@@ -77,9 +77,6 @@ def held_bytes(training: ModuleType, model: Any, batches: Any, case: Case) -> tu
 
 
 def run(case: Case, session: Session) -> None:
-    from ..extras import require
-
-    require("sklearn")
     training = example()
     epochs = 1 if session.settings.smoke else EPOCHS
     train_set, test_set = training.load_digits(SEED, 320 if session.settings.smoke else None)
@@ -141,6 +138,7 @@ for _device in ("cpu", "cuda"):
             shape=(BATCH, 1, 8, 8),
             device=_device,
             run=run,
+            extras=("sklearn",),
             target=f"the same losses, test accuracy > {ACCURACY:.0%}",
         )
     )

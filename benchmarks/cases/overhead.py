@@ -86,13 +86,14 @@ def run(case: Case, session: Session) -> None:
     from .. import timing
     from ..op_flow import report_times
 
-    device = torch.device(case.device)
     for mode, competing in calls(case.device).items():
         if mode.endswith("fwd"):
             _agree(session, competing)
         seconds = timing.measure(
             {name: timing.Timed(call) for name, call in competing.items()},
-            device,
+            torch.device(
+                "cpu"
+            ),  # the host's clock on CUDA too: what a call costs, not what its kernel takes
             session.rounds,
             session.block_seconds,
             session.each_round(f"time {mode}"),
