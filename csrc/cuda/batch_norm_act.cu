@@ -781,7 +781,7 @@ Plan make_plan(const BatchNormActShape& s, int v, bool fused, int unroll) {
     plan.packs = std::max<int64_t>(1, packs_per_row(s.s, v));
     plan.whole_packs = s.s % v == 0;
     plan.tiles = s.c;
-    plan.positions = plan.rows * plan.packs;
+    plan.positions = s.s == 0 ? 0 : plan.rows * plan.packs;
   }
   if (fused) {
     plan.threads = 128;
@@ -845,6 +845,9 @@ bool forward_is_fused(const Forward& p) { return p.training && slabs_that_fit(p.
 // In training mode with dx wanted there is a second pass that depends on the sums of the first.
 bool has_second_pass(const Backward& p) { return p.training && p.dx != nullptr; }
 
+// Slabs that the fused backward keeps in shared memory: x and dz, x alone, or 0 where it cannot be used.
+int fused_slabs(const Backward& p) { return has_second_pass(p) ? slabs_that_fit(p.shape, 2) : 0; }
+
 }  // namespace
 
 size_t batch_norm_act_forward_workspace(const BatchNormActForward& p) {
@@ -853,7 +856,8 @@ size_t batch_norm_act_forward_workspace(const BatchNormActForward& p) {
 }
 
 size_t batch_norm_act_backward_workspace(const BatchNormActBackward& p) {
-  return p.shape.c == 0 || is_empty(p.shape) ? 0 : workspace_bytes(p.shape, 2);
+  const bool none = p.shape.c == 0 || is_empty(p.shape) || fused_slabs(p) > 0;
+  return none ? 0 : workspace_bytes(p.shape, 2);
 }
 
 void batch_norm_act_forward(const BatchNormActForward& p, void* workspace, void* stream) {
@@ -898,7 +902,7 @@ void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace, voi
     check(cudaMemsetAsync(p.dbias, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
     return;
   }
-  const int slabs = has_second_pass(p) ? slabs_that_fit(p.shape, 2) : 0;
+  const int slabs = fused_slabs(p);
   dispatch(p.shape, p.act, vector_aligned(p.x, p.dout, p.saved, p.dx, p.dresidual),
            [&]<class T, int V, bool CL, bool Simple>() {
              using A = acc_t<T>;

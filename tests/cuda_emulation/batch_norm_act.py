@@ -1,0 +1,318 @@
+"""Cases of batch_norm_act, its reference in fp64, and how far a kernel may be from it.
+
+Shared by the tests of the emulated kernels and those on a real GPU. Every bound is a count of rounding steps
+(unit roundoff of the type that the step is done in) times the magnitude of what is rounded, so it shrinks with
+the data: nothing here is a tolerance picked to pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
+CODES = {"f32": 0, "f64": 1, "f16": 2, "bf16": 3}
+# Activation of csrc/common/tensor_types.h: code, parameter, function
+ACTS: dict[str, tuple[int, float, Any]] = {
+    "identity": (0, 0.0, lambda z: z),
+    "relu": (1, 0.0, F.relu),
+    "leaky_relu": (2, 0.02, lambda z: F.leaky_relu(z, 0.02)),
+    "elu": (3, 0.7, lambda z: F.elu(z, 0.7)),
+    "silu": (4, 0.0, F.silu),
+    "gelu": (5, 0.0, F.gelu),
+    "gelu_tanh": (6, 0.0, lambda z: F.gelu(z, approximate="tanh")),
+    "sigmoid": (7, 0.0, torch.sigmoid),
+    "tanh": (8, 0.0, torch.tanh),
+    "hardswish": (9, 0.0, F.hardswish),
+}
+SIMPLE = ("identity", "relu")
+# Where a derivative jumps: there a rounding of z may choose the other side.
+KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
+Z_INPUT, Z_RESIDUAL, Z_OUTPUT = 0, 1, 2
+EPS = 1e-5
+STEPS = 12  # roundings in a row on the way from x to out, and in a sum of sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    n: int
+    c: int
+    s: int
+    layout: str = "first"  # [N, C, S]; "last": [N, S, C]
+    dtype: str = "f32"
+    act: str = "relu"
+    training: bool = True
+    residual: bool = False
+    affine: bool = True
+    running: bool = True
+    param_dtype: str = "f32"  # of weight, bias and running statistics
+    mean: float = 0.5
+    offset: int = 0  # elements by which tensors miss 16-byte alignment
+    z_output: bool = False  # backward: relu's mask read off the saved output
+    want_dx: bool = True
+    want_dresidual: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.n}x{self.c}x{self.s}", self.layout, self.dtype, self.act]
+        for field in dataclasses.fields(self)[6:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                parts.append(f"{field.name}={value}")
+        return "-".join(parts)
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def acc_dtype(case: Case) -> torch.dtype:
+    return torch.float64 if case.dtype == "f64" else torch.float32
+
+
+def make_inputs(case: Case) -> dict[str, Tensor]:
+    """Tensors of a case, [N, C, S]; x, residual, dout in its dtype, the per-channel ones in its param_dtype."""
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    shape = (case.n, case.c, case.s)
+    dtype, param = DTYPES[case.dtype], DTYPES[case.param_dtype]
+    deviation = torch.linspace(0.5, 2.0, case.c, dtype=torch.float64)[None, :, None]
+    shift = case.mean * (1 + torch.arange(case.c, dtype=torch.float64) / max(case.c, 1))[None, :, None]
+    inputs = {
+        "x": (normal(*shape) * deviation + shift).to(dtype),
+        "dout": normal(*shape).to(dtype),
+    }
+    if case.residual:
+        inputs["residual"] = normal(*shape).to(dtype)
+    if case.affine:
+        inputs["weight"] = (1 + 0.3 * normal(case.c)).to(param)
+        inputs["bias"] = (0.3 * normal(case.c)).to(param)
+    if case.running or not case.training:
+        inputs["running_mean"] = (case.mean + 0.2 * normal(case.c)).to(param)
+        inputs["running_var"] = (1 + 0.3 * normal(case.c).abs()).to(param)
+    return inputs
+
+
+def per_channel(v: Tensor) -> Tensor:
+    return v[None, :, None]
+
+
+def affine(inputs: dict[str, Tensor], c: int) -> tuple[Tensor, Tensor]:
+    one, zero = torch.ones(c, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
+    return inputs.get("weight", one).double(), inputs.get("bias", zero).double()
+
+
+def forward_reference(case: Case, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """name -> (value in fp64, largest error allowed); momentum 0.1."""
+    x = inputs["x"].double()
+    weight, bias = affine(inputs, case.c)
+    unit, unit_acc = roundoff(DTYPES[case.dtype]), roundoff(acc_dtype(case))
+    unit_param = max(roundoff(DTYPES[case.param_dtype]), unit_acc)
+    count = case.n * case.s
+    out: dict[str, tuple[Tensor, Tensor]] = {}
+    if case.training:
+        mean, var = x.mean((0, 2)), x.var((0, 2), unbiased=False)
+        # Every merge rounds the mean once: relative to the mean. The deviations inherit that, squared, and the
+        # cross term with a deviation, which averages out over the merges.
+        deviation = var.sqrt()
+        mean_error = STEPS * unit_acc * (mean.abs() + deviation)
+        var_error = STEPS * unit_acc * var + STEPS * unit_acc * mean.abs() * deviation + mean_error**2
+        if case.running:
+            for name, value, error in (
+                ("running_mean", mean, mean_error),
+                ("running_var", var * count / max(count - 1, 1), 2 * var_error),
+            ):
+                new = 0.9 * inputs[name].double() + 0.1 * value
+                out[f"{name}_out"] = (new, 0.1 * error + 4 * unit_param * (new.abs() + 0.1 * value.abs()))
+    else:
+        mean, var = inputs["running_mean"].double(), inputs["running_var"].double()
+        mean_error, var_error = unit_acc * mean.abs(), unit_acc * var
+    rstd = 1 / (var + EPS).sqrt()
+    rstd_error = rstd * (0.5 * var_error / (var + EPS) + 4 * unit_acc)
+    out["mean"], out["rstd"] = (mean, mean_error), (rstd, rstd_error)
+
+    scale = per_channel(rstd * weight)
+    z = (x - per_channel(mean)) * scale + per_channel(bias)
+    z_error = (
+        scale.abs() * per_channel(mean_error)
+        + (x - per_channel(mean)).abs() * per_channel((rstd_error * weight).abs())
+        + STEPS * unit_acc * (z.abs() + scale.abs() * (x - per_channel(mean)).abs() + per_channel(bias).abs())
+    )
+    if case.residual:
+        z = z + inputs["residual"].double()
+        z_error = z_error + unit_acc * (z.abs() + inputs["residual"].double().abs())
+    y = ACTS[case.act][2](z)
+    # |act'| is below 1.2 (hardswish 1.5); the activation's own arithmetic: a few roundings of its terms
+    y_error = 1.5 * z_error + STEPS * unit_acc * (y.abs() + z.abs()) + unit * y.abs()
+    out["out"] = (y, y_error + smallest(case))
+    return out
+
+
+def smallest(case: Case) -> float:
+    """Half the distance of two subnormal numbers of the dtype, which a rounding may lose."""
+    info = torch.finfo(DTYPES[case.dtype])
+    return info.smallest_normal * info.eps
+
+
+def backward_inputs(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What backward takes beside dout, x, weight and bias: mean, rstd (rounded as forward returns) and saved."""
+    reference = forward_reference(case, inputs)
+    extra = {name: reference[name][0].to(acc_dtype(case)) for name in ("mean", "rstd")}
+    if case.z_output:
+        extra["saved"] = reference["out"][0].to(DTYPES[case.dtype])
+    elif case.residual:
+        extra["saved"] = inputs["residual"]
+    return extra
+
+
+def backward_reference(
+    case: Case, inputs: dict[str, Tensor], extra: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    x, dout = inputs["x"].double(), inputs["dout"].double()
+    weight, bias = affine(inputs, case.c)
+    mean, rstd = per_channel(extra["mean"].double()), per_channel(extra["rstd"].double())
+    scale, centred = rstd * per_channel(weight), x - mean
+    unit, unit_acc = roundoff(DTYPES[case.dtype]), roundoff(acc_dtype(case))
+    z = centred * scale + per_channel(bias)
+    terms = z.abs() + (centred * scale).abs() + per_channel(bias).abs()
+    if case.residual:
+        z = z + inputs["residual"].double()
+        terms = terms + inputs["residual"].double().abs()
+    z_error = STEPS * unit_acc * terms
+    if case.z_output:
+        slope, z_error = (extra["saved"].double() > 0).double(), torch.zeros_like(z)
+    else:
+        leaf = z.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(ACTS[case.act][2](leaf).sum(), leaf)
+    slope_error = 1.5 * z_error + STEPS * unit_acc * (slope.abs() + z.abs() + 1) * (case.act not in SIMPLE)
+    if not case.z_output:
+        for kink in KINKS.get(case.act, ()):
+            slope_error = slope_error + ((z - kink).abs() <= z_error).double()
+    dz = dout * slope
+    dz_error = dout.abs() * slope_error + unit_acc * dz.abs()
+    xhat = centred * rstd
+    xhat_error = STEPS * unit_acc * xhat.abs()
+    out: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def total(v: Tensor) -> Tensor:
+        return v.sum((0, 2))
+
+    dbias, dweight = total(dz), total(dz * xhat)
+    dbias_error = total(dz_error) + STEPS * unit_acc * total(dz.abs())
+    dweight_error = total(dz_error * xhat.abs() + dz.abs() * xhat_error) + STEPS * unit_acc * total((dz * xhat).abs())
+    out["dbias"], out["dweight"] = (dbias, dbias_error), (dweight, dweight_error)
+    # Where dz waits in memory for the second pass it is rounded to the dtype: exact for identity and relu.
+    stored = 0.0 if case.act in SIMPLE else unit
+    if case.want_dresidual:
+        out["dresidual"] = (dz, dz_error + unit * dz.abs() + smallest(case))
+    if case.want_dx:
+        count = case.n * case.s if case.training else 1
+        factor = 1.0 if case.training else 0.0
+        inner = dz - factor * (per_channel(dbias) + xhat * per_channel(dweight)) / count
+        inner_error = dz_error + stored * dz.abs() + smallest(case)
+        inner_error = inner_error + factor / count * (
+            per_channel(dbias_error) + xhat.abs() * per_channel(dweight_error)
+        )
+        magnitude = dz.abs() + factor / count * (per_channel(dbias).abs() + (xhat * per_channel(dweight)).abs())
+        dx = scale * inner
+        error = scale.abs() * (inner_error + STEPS * unit_acc * magnitude) + unit * dx.abs()
+        out["dx"] = (dx, error + smallest(case))
+    return out
+
+
+# ---- to and from the emulation ----
+
+
+def to_bytes(case: Case, value: Tensor) -> bytes:
+    if value.dim() == 3 and case.layout == "last":
+        value = value.transpose(1, 2)
+    value = value.contiguous()
+    return value.view(torch.uint8).numpy().tobytes() if value.numel() else b""
+
+
+def from_bytes(case: Case, raw: bytes, dtype: torch.dtype, whole: bool) -> Tensor:
+    shape = (case.n, case.s, case.c) if case.layout == "last" else (case.n, case.c, case.s)
+    if not raw:
+        return torch.empty((case.n, case.c, case.s) if whole else (0,), dtype=dtype)
+    flat = torch.frombuffer(bytearray(raw), dtype=dtype)
+    if not whole:
+        return flat
+    value = flat.view(shape)
+    return value.transpose(1, 2) if case.layout == "last" else value
+
+
+WHOLE = ("out", "dx", "dresidual")
+
+
+def common_request(case: Case, tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
+    request: dict[str, Any] = {
+        "n": case.n,
+        "c": case.c,
+        "s": case.s,
+        "layout": ["first", "last"].index(case.layout),
+        "dtype": CODES[case.dtype],
+        "weight_dtype": CODES[case.param_dtype],
+        "running_dtype": CODES[case.param_dtype],
+        "training": case.training,
+        "act": ACTS[case.act][0],
+        "act_param": ACTS[case.act][1],
+        **settings,
+    }
+    for name, tensor in tensors.items():
+        request[name] = to_bytes(case, tensor)
+    if case.offset:
+        for name in ("x", "residual", "saved", "dout", *WHOLE):
+            request[f"{name}_offset"] = case.offset
+    return request
+
+
+def unpack(case: Case, reply: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {"launches": reply.pop("launches")}
+    for name, raw in reply.items():
+        dtype = acc_dtype(case)
+        if name in WHOLE:
+            dtype = DTYPES[case.dtype]
+        elif name.startswith("running"):
+            dtype = DTYPES[case.param_dtype]
+        result[name] = from_bytes(case, raw, dtype, name in WHOLE)
+    return result
+
+
+def run_forward(emulator: Any, case: Case, inputs: dict[str, Tensor], **settings: Any) -> dict[str, Any]:
+    tensors = {k: v for k, v in inputs.items() if k != "dout"}
+    request = common_request(case, tensors, settings)
+    return unpack(case, emulator.call("forward", {**request, "momentum": 0.1, "eps": EPS}))
+
+
+def run_backward(
+    emulator: Any, case: Case, inputs: dict[str, Tensor], extra: dict[str, Tensor], **settings: Any
+) -> dict[str, Any]:
+    kept = ("x", "dout", "weight", "bias")
+    tensors = {**{k: v for k, v in inputs.items() if k in kept}, **extra}
+    source = Z_OUTPUT if case.z_output else Z_RESIDUAL if case.residual else Z_INPUT
+    request = common_request(case, tensors, settings)
+    request |= {"z_source": source, "want_dx": case.want_dx, "want_dresidual": case.want_dresidual}
+    return unpack(case, emulator.call("backward", request))
+
+
+def assert_within(result: dict[str, Any], reference: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Every output named by the reference is there, finite, and inside its bound."""
+    for name, (expected, allowed) in reference.items():
+        actual = result[name].double().cpu()
+        assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}"
+        error = (actual - expected).abs()
+        bad = ~(error <= allowed)
+        if bool(bad.any()):
+            worst = int(torch.where(bad, torch.nan_to_num(error / allowed, nan=1e30), 0.0).argmax())
+            raise AssertionError(
+                f"{name}: {int(bad.sum())} of {bad.numel()} outside the bound; worst at {worst}: "
+                f"{actual.flatten()[worst].item()} for {expected.flatten()[worst].item()} "
+                f"(allowed {allowed.expand_as(error).flatten()[worst].item():.3g})"
+            )

@@ -1,0 +1,273 @@
+"""Values of csrc/cuda/batch_norm_act.cu on machines without a GPU: every path through the host emulation."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cuda_emulation import Emulator, unavailable
+from cuda_emulation import batch_norm_act as bna
+from cuda_emulation.batch_norm_act import ACTS, DTYPES, Case
+
+pytestmark = pytest.mark.skipif(bool(unavailable()), reason=str(unavailable()))
+
+# Blocks of a GPU without room for a slab: the paths that split a channel over blocks.
+SPLIT = {"shared_limit": 16 * 1024}
+RESERVE = 20 * 1024  # kScratchReserve
+
+FIRST = [
+    (1, 1, 2), (2, 3, 1), (1, 2, 7), (3, 5, 33), (2, 3, 130), (4, 3, 64), (2, 8, 49), (5, 2, 16),
+    (7, 3, 8), (3, 2, 196), (130, 2, 3), (2, 1, 1030), (33, 4, 17),
+]  # fmt: skip
+LAST = [
+    (2, 1, 1), (3, 3, 1), (7, 8, 1), (2, 16, 33), (5, 33, 7), (3, 64, 20), (2, 130, 9), (1, 40, 130),
+    (2, 264, 5), (3, 24, 49), (1, 520, 3), (2, 272, 40), (130, 2, 3),
+]  # fmt: skip
+# Large enough that a channel is split over several blocks.
+LARGE = [
+    ((2, 1, 20000), "first", "bf16"), ((3, 2, 12321), "first", "f32"), ((3, 1, 6000), "first", "f64"),
+    ((5, 1, 6007), "first", "f16"), ((1, 8, 5000), "last", "bf16"), ((2, 3, 6001), "last", "f32"),
+    ((1, 264, 150), "last", "f16"), ((2, 5, 2000), "last", "f64"),
+]  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """Each shape in each dtype; activations, residual, parameters and alignment take turns."""
+    acts = itertools.cycle(ACTS)
+    turn = itertools.count()
+    result = []
+    for layout, shapes in (("first", FIRST), ("last", LAST)):
+        for (n, c, s), dtype in itertools.product(shapes, DTYPES):
+            i = next(turn)
+            half = dtype in ("f16", "bf16")
+            result.append(
+                Case(
+                    n, c, s, layout, dtype, next(acts),
+                    residual=i % 3 == 1,
+                    affine=i % 5 != 4,
+                    running=i % 7 != 6,
+                    param_dtype=dtype if dtype == "f64" or (half and i % 2) else "f32",
+                    offset=1 if i % 11 == 10 else 0,
+                )
+            )  # fmt: skip
+    for i, ((n, c, s), layout, dtype) in enumerate(LARGE):
+        param = "f64" if dtype == "f64" else "f32"
+        act = ("relu", "silu", "identity")[i % 3]
+        result.append(Case(n, c, s, layout, dtype, act, residual=i % 2 == 0, param_dtype=param))
+    # relu and identity have kernels of their own: each with and without residual, vectors and single elements
+    for layout, dtype, act, residual in itertools.product(
+        ("first", "last"), ("f32", "bf16"), ("identity", "relu"), (False, True)
+    ):
+        for c, s in ((16, 64), (16, 23), (9, 40)):
+            result.append(Case(3, c, s, layout, dtype, act, residual=residual))
+    return sorted(set(result), key=str)
+
+
+CASES = cases()
+SMALL = [case for case in CASES if case.n * case.c * case.s < 3000]
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[Emulator]:
+    with Emulator() as running:
+        yield running
+
+
+def slab(case: Case) -> int:
+    """Bytes that one fused tile keeps of x (slab_bytes of the .cu)."""
+    size = DTYPES[case.dtype].itemsize
+    lanes = 1 if case.dtype == "f64" else 16 // size
+    if case.layout == "last":
+        channels = 1 << (case.c - 1).bit_length()
+        return case.n * case.s * min(32, channels * size) + 16
+    packs = case.s // lanes if case.s % lanes == 0 else (case.s + lanes - 2) // lanes + 1
+    vectors = case.n * packs * lanes * size if case.s % lanes == 0 or case.s >= 2 * lanes else 0
+    return max(case.n * case.s * size, vectors) + 16
+
+
+def kernels(result: dict) -> int:
+    return sum(is_kernel for is_kernel, *_ in result["launches"])
+
+
+# ---- forward ----
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_training_fused(emulator: Emulator, case: Case) -> None:
+    inputs = bna.make_inputs(case)
+    result = bna.run_forward(emulator, case, inputs)
+    bna.assert_within(result, bna.forward_reference(case, inputs))
+    assert kernels(result) == 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_training_split(emulator: Emulator, case: Case) -> None:
+    inputs = bna.make_inputs(case)
+    result = bna.run_forward(emulator, case, inputs, **SPLIT)
+    bna.assert_within(result, bna.forward_reference(case, inputs))
+    assert kernels(result) == (2 if case.layout == "first" else 3)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_eval(emulator: Emulator, case: Case) -> None:
+    case = dataclasses.replace(case, training=False)
+    inputs = bna.make_inputs(case)
+    result = bna.run_forward(emulator, case, inputs)
+    bna.assert_within(result, bna.forward_reference(case, inputs))
+    assert kernels(result) == 1
+
+
+# ---- backward ----
+
+
+def backward_variants(case: Case, i: int) -> Case:
+    residual = case.residual
+    return dataclasses.replace(
+        case,
+        want_dresidual=residual and i % 4 != 1,
+        want_dx=i % 6 != 5,
+        z_output=case.act == "relu" and i % 2 == 0,
+    )
+
+
+BACKWARD = [backward_variants(case, i) for i, case in enumerate(CASES)]
+
+
+def check_backward(emulator: Emulator, case: Case, **settings) -> dict:
+    inputs = bna.make_inputs(case)
+    extra = bna.backward_inputs(case, inputs)
+    result = bna.run_backward(emulator, case, inputs, extra, **settings)
+    bna.assert_within(result, bna.backward_reference(case, inputs, extra))
+    return result
+
+
+@pytest.mark.parametrize("case", BACKWARD, ids=str)
+def test_backward_training_fused(emulator: Emulator, case: Case) -> None:
+    result = check_backward(emulator, case)
+    assert kernels(result) == (1 if case.want_dx else 2)
+
+
+@pytest.mark.parametrize("case", [c for c in BACKWARD if c.want_dx], ids=str)
+def test_backward_training_fused_without_room_for_dz(emulator: Emulator, case: Case) -> None:
+    result = check_backward(emulator, case, shared_limit=RESERVE + slab(case) * 3 // 2)
+    assert kernels(result) == 1
+
+
+@pytest.mark.parametrize("case", BACKWARD, ids=str)
+def test_backward_training_split(emulator: Emulator, case: Case) -> None:
+    result = check_backward(emulator, case, **SPLIT)
+    assert kernels(result) == (3 if case.want_dx and case.layout == "last" else 2)
+
+
+@pytest.mark.parametrize("case", BACKWARD, ids=str)
+def test_backward_eval(emulator: Emulator, case: Case) -> None:
+    result = check_backward(emulator, dataclasses.replace(case, training=False))
+    assert kernels(result) == 2
+
+
+# ---- what values alone do not show ----
+
+
+@pytest.mark.parametrize("settings", [{}, SPLIT], ids=["fused", "split"])
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_statistics_of_a_mean_far_from_zero(
+    emulator: Emulator, settings: dict, layout: str, dtype: str
+) -> None:
+    """Mean 1e4, deviation about 1: E[x^2] - E[x]^2 in fp32 would keep no digit of the variance."""
+    param = "f64" if dtype == "f64" else "f32"
+    case = Case(4, 8, 1500, layout, dtype, "identity", mean=1e4, param_dtype=param)
+    inputs = bna.make_inputs(case)
+    result = bna.run_forward(emulator, case, inputs, **settings)
+    bna.assert_within(result, bna.forward_reference(case, inputs))
+    rstd = bna.forward_reference(case, inputs)["rstd"][0]
+    assert ((result["rstd"].double() - rstd).abs() / rstd).max() < (1e-11 if dtype == "f64" else 1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, SPLIT], ids=["fused", "split"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(("layout", "c", "s"), [("first", 5, 49), ("first", 4, 64), ("last", 24, 30), ("last", 5, 30)])
+def test_nan_and_inf_stay_in_their_channel(
+    emulator: Emulator, settings: dict, dtype: str, layout: str, c: int, s: int
+) -> None:
+    case = Case(3, c, s, layout, dtype, "relu", residual=True, want_dresidual=True)
+    inputs = bna.make_inputs(case)
+    extra = bna.backward_inputs(case, inputs)
+    reference = bna.forward_reference(case, inputs)
+    backward = bna.backward_reference(case, inputs, extra)
+    clean = [0, 2, *range(4, c)]
+    for position in (0, s - 1):
+        inputs["x"][1, 1, position] = float("nan")
+        inputs["x"][1, 3, position] = float("inf")
+    result = bna.run_forward(emulator, case, inputs, **settings)
+    result |= bna.run_backward(emulator, case, inputs, extra, **settings)
+    for name, (value, allowed) in {**reference, **backward}.items():
+        whole = value.dim() == 3
+        pick = (lambda v: v[:, clean]) if whole else (lambda v: v[clean])
+        bna.assert_within({name: pick(result[name])}, {name: (pick(value), pick(allowed.expand_as(value)))})
+    assert result["out"][:, 1].isnan().all()
+    assert result["out"][:, 3].isnan().any()
+    assert result["dweight"][1].isnan()
+
+
+@pytest.mark.parametrize("settings", [{}, SPLIT], ids=["fused", "split"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(3, 2, 12321, "first", "f32", "silu", residual=True, want_dresidual=True),
+        Case(2, 1, 20000, "first", "bf16", "relu", residual=True, want_dresidual=True),
+        Case(33, 6, 49, "first", "bf16", "gelu", residual=True, want_dresidual=True),
+        Case(1, 72, 900, "last", "f16", "relu", residual=True, want_dresidual=True),
+        Case(2, 33, 700, "last", "f32", "silu", residual=True, want_dresidual=True),
+    ],
+    ids=str,
+)
+def test_the_order_of_blocks_and_threads_changes_no_bit(
+    emulator: Emulator, case: Case, settings: dict
+) -> None:
+    inputs = bna.make_inputs(case)
+    extra = bna.backward_inputs(case, inputs)
+
+    def outputs(**order: int) -> dict:
+        result = bna.run_forward(emulator, case, inputs, **settings, **order)
+        return result | bna.run_backward(emulator, case, inputs, extra, **settings, **order)
+
+    first = outputs()
+    for order in ({"order": 1}, {"order": 2, "seed": 7}):
+        again = outputs(**order)
+        for name, value in first.items():
+            if name != "launches":
+                assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize(("n", "c", "s"), [(0, 4, 3), (3, 4, 0), (3, 0, 5)])
+def test_empty_tensors(emulator: Emulator, layout: str, n: int, c: int, s: int) -> None:
+    case = Case(n, c, s, layout, "f32", "relu", training=False)
+    inputs = bna.make_inputs(case)
+    result = bna.run_forward(emulator, case, inputs)
+    assert result["out"].numel() == 0
+    if c:
+        assert torch.equal(result["mean"], inputs["running_mean"])
+        assert result["rstd"].isfinite().all()
+    for training in (True, False):
+        case = dataclasses.replace(case, training=training)
+        extra = {"mean": torch.zeros(c), "rstd": torch.ones(c)}
+        result = bna.run_backward(emulator, case, inputs, extra)
+        assert kernels(result) == 0
+        assert torch.equal(result["dweight"], torch.zeros(c))
+        assert torch.equal(result["dbias"], torch.zeros(c))
+
+
+def test_a_large_slab_is_read_once(emulator: Emulator) -> None:
+    """7x7 at batch 128, channels_last: a tile of 16 channels fills 196 KB of shared memory, in one launch."""
+    case = Case(128, 16, 49, "last", "bf16", "relu")
+    inputs = bna.make_inputs(case)
+    result = bna.run_forward(emulator, case, inputs)
+    bna.assert_within(result, bna.forward_reference(case, inputs))
+    ((_, grid, _, shared),) = result["launches"]
+    assert grid == 1
+    assert 196 * 1024 <= shared <= 227 * 1024
