@@ -10,15 +10,20 @@ from . import record
 from .extras import require
 
 COLORS = {
-    "eager": "#7f7f7f",
-    "torch.compile": "#1f77b4",
-    "advdl_ops": "#d62728",
-    "floor": "#2ca02c",
+    "eager": "tab:gray",
+    "eager channels_last": "black",
+    "torch.compile": "tab:blue",
+    "torch.compile channels_last": "tab:cyan",
+    "advdl_ops": "tab:red",
+    "floor": "tab:green",
 }
+OTHER = ("tab:purple", "tab:orange", "tab:brown", "tab:pink", "tab:olive")
 
 
-def _color(provider: str) -> str:
-    return next((c for name, c in COLORS.items() if provider.startswith(name)), "#9467bd")
+def _colors(providers: list[str]) -> dict[str, str]:
+    """A color of its own for each provider, the same in every plot for those of COLORS."""
+    others = [provider for provider in providers if provider not in COLORS]
+    return COLORS | {provider: OTHER[i % len(OTHER)] for i, provider in enumerate(others)}
 
 
 def draw(folder: Path, suite: str) -> Path:
@@ -52,7 +57,7 @@ def draw(folder: Path, suite: str) -> Path:
     )
     figure.tight_layout()
     path = folder / f"{suite}.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
     return path
 
@@ -60,6 +65,7 @@ def draw(folder: Path, suite: str) -> Path:
 def _speedups(axis: Any, speedups: list[record.Record], labels: list[tuple[str, str]]) -> None:
     """One row per case and mode; a mark per provider with its p20-p80, on a logarithmic axis."""
     providers = list(dict.fromkeys(item.provider for item in speedups))
+    colors = _colors(providers)
     for provider in providers:
         own = [item for item in speedups if item.provider == provider]
         rows = [labels.index((item.case, item.mode)) for item in own]
@@ -71,7 +77,7 @@ def _speedups(axis: Any, speedups: list[record.Record], labels: list[tuple[str, 
             rows,
             xerr=(low, high),
             fmt="o",
-            color=_color(provider),
+            color=colors[provider],
             label=provider,
             alpha=0.8,
         )
@@ -91,7 +97,7 @@ def _training(axes: dict[str, Any], training: list[record.Record], curves: dict[
     names = {"eager": "stock PyTorch", "advdl_ops": "advdl_ops"}
     styles = {"eager": "-", "advdl_ops": "--"}
     for provider, losses in curves["losses"].items():
-        axes["loss"].plot(losses, styles[provider], color=_color(provider), label=names[provider])
+        axes["loss"].plot(losses, styles[provider], color=COLORS[provider], label=names[provider])
     axes["loss"].set(title="digits, loss", xlabel="step", yscale="log")
     axes["loss"].legend()
     for panel, metric, factor, title in (
@@ -101,6 +107,6 @@ def _training(axes: dict[str, Any], training: list[record.Record], curves: dict[
         found = {item.provider: item for item in training if item.metric == metric}
         kept = [provider for provider in names if provider in found]
         values = [found[provider].p50 * factor for provider in kept]
-        bars = axes[panel].bar([names[p] for p in kept], values, color=[_color(p) for p in kept])
+        bars = axes[panel].bar([names[p] for p in kept], values, color=[COLORS[p] for p in kept])
         axes[panel].bar_label(bars, fmt="%.1f")
         axes[panel].set_title(title)

@@ -48,6 +48,10 @@ def summary(items: list[record.Record]) -> str:
     """Speedup per mode and the share of bytes held, in a few words."""
     parts = []
     for mode in dict.fromkeys(i.mode for i in items):
+        if mode == "compile":
+            stock = [i.p50 for i in items if i.mode == mode and i.provider.startswith(STOCK)]
+            parts.append(f"torch.compile took {table.seconds(min(stock))}")
+            continue
         if (ratio := best_stock(items, mode)) is not None:
             parts.append(
                 f"{mode} {ratio.p50:.2f}x ({ratio.p20:.2f}-{ratio.p80:.2f}) vs {ratio.provider}"

@@ -89,11 +89,10 @@ def run(case: Case, session: Session) -> None:
     for mode, competing in calls(case.device).items():
         if mode.endswith("fwd"):
             _agree(session, competing)
+        # The host's clock on CUDA too: what a call costs, not what its kernel takes.
         seconds = timing.measure(
             {name: timing.Timed(call) for name, call in competing.items()},
-            torch.device(
-                "cpu"
-            ),  # the host's clock on CUDA too: what a call costs, not what its kernel takes
+            torch.device("cpu"),
             session.rounds,
             session.block_seconds,
             session.each_round(f"time {mode}"),
