@@ -17,7 +17,9 @@ def emulator() -> Iterator[Emulator]:
         yield running
 
 
-def run(emulator: Emulator, name: str, blocks: int = 1, threads: int = 64, **request: int) -> list[float]:
+def run(
+    emulator: Emulator, name: str, blocks: int = 1, threads: int = 64, **request: int
+) -> list[float]:
     request = {"blocks": blocks, "threads": threads, "width": 32, **request}
     raw = emulator.call("selftest", {"name": name, **request})["out"]
     return list(struct.unpack(f"<{len(raw) // 4}f", raw))

@@ -24,20 +24,27 @@ using Forward = BatchNormActForward;
 using Backward = BatchNormActBackward;
 using ZSource = BatchNormActBackward::ZSource;
 
-constexpr int kThreads = 256;        // of the kernels that split a channel over blocks
-constexpr int kFusedThreads = 512;   // at most, of the kernels that keep a slab in shared memory
-constexpr int kFinalizeColumns = 8;  // channels per block of the finalize kernels
+constexpr int kThreads = 256;       // of the kernels that split a channel over blocks
+constexpr int kFusedThreads = 512;  // at most, of the kernels that keep a slab in shared memory
+constexpr int kFinalizeColumns =
+    8;  // channels per block of the finalize kernels: one sector of a row of partials
+constexpr int kFinalizeThreads = 1024;  // at most
 constexpr int kMaxColumns = kWarp;
 constexpr int64_t kSplitElements = 16384;  // a split is worth at least this many elements of a tile
-constexpr int64_t kScratchReserve = 20 * 1024;  // shared memory that a fused kernel needs besides its slab
+constexpr int64_t kScratchReserve =
+    20 * 1024;                           // shared memory that a fused kernel needs besides its slab
 constexpr int64_t kFusedTileBytes = 32;  // one DRAM sector per row, channels_last
 
 // Packs in flight per thread and tensor: 64 bytes in the statistics, less where two or three tensors are read at
 // once, and where every element carries the switch over all activations (code size).
 template <class T, int V>
-inline constexpr int kStatsUnroll = V > 1 ? 4 : sizeof(T) > 4 ? 4 : 8;
+inline constexpr int kStatsUnroll = V > 1           ? 4
+                                    : sizeof(T) > 4 ? 4
+                                                    : 8;
 template <class T, int V, bool Simple>
-inline constexpr int kApplyUnroll = Simple ? 4 : V > 1 ? 1 : 2;
+inline constexpr int kApplyUnroll = Simple  ? 4
+                                    : V > 1 ? 1
+                                            : 2;
 template <class T, int V, bool Simple>
 inline constexpr int kBackwardUnroll = Simple || V == 1 ? 2 : 1;
 
@@ -50,11 +57,12 @@ struct Plan {
   int64_t packs = 1;                        // positions per row (channels_first)
   int64_t positions = 0, per_split = 0;
   int64_t tiles = 0, splits = 1;
-  int columns = 1;         // threads side by side over the channels of a tile
+  int columns = 1;  // threads side by side over the channels of a tile
   int threads = kThreads;
   bool whole_packs = true;  // no pack crosses the end of a row
-  bool backwards = false;   // walk the blocks in reverse: what the pass before read last is still in L2
-  bool keep_dz = true;      // fused backward: dz as well as x fits in shared memory
+  bool backwards =
+      false;            // walk the blocks in reverse: what the pass before read last is still in L2
+  bool keep_dz = true;  // fused backward: dz as well as x fits in shared memory
 };
 
 // ---- where a thread is ----
@@ -80,7 +88,7 @@ struct Cursor {
   }
   __device__ int64_t at() const {
     if constexpr (CL) return start;
-    return V == 1 ? start + pack : start / V * V + pack * V;
+    return (start & -int64_t{V}) + pack * V;
   }
   __device__ unsigned mask(const Plan& plan) const {
     if (CL || V == 1 || plan.whole_packs) return kFullMask<V>;
@@ -111,7 +119,8 @@ __device__ __forceinline__ void walk(const Plan& plan, int64_t tile, int64_t spl
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int64_t stride = threads / plan.columns;
   const int64_t begin = split * plan.per_split;
-  const int64_t end = begin + plan.per_split < plan.positions ? begin + plan.per_split : plan.positions;
+  const int64_t end =
+      begin + plan.per_split < plan.positions ? begin + plan.per_split : plan.positions;
   if (CL && (tile * plan.columns + thread % plan.columns) * V >= plan.channels) return;
   int64_t position = begin + thread / plan.columns;
   int64_t slot = thread;
@@ -163,7 +172,8 @@ int64_t shared_bytes(const Plan& plan, int lanes, int constants) {
 template <int Lanes, class A>
 __device__ __forceinline__ void load_constant(const A* constants, int which, int columns,
                                               A (&out)[Lanes]) {
-  const A* from = constants + which * columns * Lanes + static_cast<int>(threadIdx.x) % columns * Lanes;
+  const A* from =
+      constants + which * columns * Lanes + static_cast<int>(threadIdx.x) % columns * Lanes;
 #pragma unroll
   for (int j = 0; j < Lanes; ++j) out[j] = from[j];
 }
@@ -216,8 +226,8 @@ __device__ __forceinline__ void add_group(const Pack<T, V> (&x)[U], const unsign
 
 // The same with each lane a channel of its own: a pack is wanted whole or not at all.
 template <class T, int V, int U, class A>
-__device__ __forceinline__ void add_group(const Pack<T, V> (&x)[U], const unsigned (&mask)[U], A& count,
-                                          A (&mean)[V], A (&m2)[V]) {
+__device__ __forceinline__ void add_group(const Pack<T, V> (&x)[U], const unsigned (&mask)[U],
+                                          A& count, A (&mean)[V], A (&m2)[V]) {
   int wanted = 0;
 #pragma unroll
   for (int k = 0; k < U; ++k) wanted += mask[k] != 0u;
@@ -243,28 +253,30 @@ __device__ __forceinline__ void add_group(const Pack<T, V> (&x)[U], const unsign
 
 // One pass over the block's share of x. `kept`: where the packs stay for the second pass, or null.
 template <class T, int V, bool CL, class A, int Lanes>
-__device__ __forceinline__ void accumulate_statistics(const Forward& p, const Plan& plan, int64_t tile,
-                                                      int64_t split, Pack<T, V>* kept,
+__device__ __forceinline__ void accumulate_statistics(const Forward& p, const Plan& plan,
+                                                      int64_t tile, int64_t split, Pack<T, V>* kept,
                                                       Welford<A> (&states)[Lanes]) {
   constexpr int U = kStatsUnroll<T, V>;
   const T* x = static_cast<const T*>(p.x);
   const int threads = static_cast<int>(blockDim.x);
   A count = A(0), mean[Lanes] = {}, m2[Lanes] = {};
-  walk<V, CL, U>(plan, tile, split, [&](const int64_t(&at)[U], const unsigned(&mask)[U], int64_t slot) {
-    Pack<T, V> packs[U];
+  walk<V, CL, U>(plan, tile, split,
+                 [&](const int64_t (&at)[U], const unsigned (&mask)[U], int64_t slot) {
+                   Pack<T, V> packs[U];
 #pragma unroll
-    for (int k = 0; k < U; ++k) packs[k] = load_pack<T, V>(x, at[k], mask[k], plan.size);
-    if (kept != nullptr) {
+                   for (int k = 0; k < U; ++k)
+                     packs[k] = load_pack<T, V>(x, at[k], mask[k], plan.size);
+                   if (kept != nullptr) {
 #pragma unroll
-      for (int k = 0; k < U; ++k)
-        if (mask[k] != 0u) kept[slot + k * threads] = packs[k];
-    }
-    if constexpr (CL) {
-      add_group(packs, mask, count, mean, m2);
-    } else {
-      add_group(packs, mask, states[0]);
-    }
-  });
+                     for (int k = 0; k < U; ++k)
+                       if (mask[k] != 0u) kept[slot + k * threads] = packs[k];
+                   }
+                   if constexpr (CL) {
+                     add_group(packs, mask, count, mean, m2);
+                   } else {
+                     add_group(packs, mask, states[0]);
+                   }
+                 });
   if constexpr (CL) {
 #pragma unroll
     for (int j = 0; j < Lanes; ++j) states[j] = {count, mean[j], m2[j]};
@@ -273,8 +285,8 @@ __device__ __forceinline__ void accumulate_statistics(const Forward& p, const Pl
 
 // From a channel's merged state: what the forward pass returns about it.
 template <class A>
-__device__ __forceinline__ void write_training_statistics(const Forward& p, const Plan& plan, int64_t c,
-                                                          A mean, A rstd, A var) {
+__device__ __forceinline__ void write_training_statistics(const Forward& p, const Plan& plan,
+                                                          int64_t c, A mean, A rstd, A var) {
   static_cast<A*>(p.mean)[c] = mean;
   static_cast<A*>(p.rstd)[c] = rstd;
   if (p.running_mean == nullptr) return;
@@ -314,7 +326,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kFinalizeThreads, 1)
     batch_norm_finalize_stats(const Forward p, const Plan plan, const A* workspace) {
   ADVDL_DYNAMIC_SHARED(memory);
   Shared<Welford<A>, A> shared(memory, kFinalizeColumns);
@@ -336,9 +348,10 @@ enum class Statistics { running, partials, stored, reduced };
 // Fills constants 0 (mean), 1 (rstd * weight), 2 (bias) of the tile's channels from where its statistics are,
 // and lets one block per channel write them out. Ends with a barrier.
 template <class A>
-__device__ __forceinline__ void forward_constants(const Forward& p, const Plan& plan, Statistics from,
-                                                  int64_t tile, bool write, int width,
-                                                  const Welford<A>* reduced, A* constants) {
+__device__ __forceinline__ void forward_constants(const Forward& p, const Plan& plan,
+                                                  Statistics from, int64_t tile, bool write,
+                                                  int width, const Welford<A>* reduced,
+                                                  A* constants) {
   const DType weights = p.shape.weight_dtype, running = p.shape.running_dtype;
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
@@ -385,7 +398,8 @@ __device__ __forceinline__ A apply_activation_grad(Activation act, A z, A param)
 
 template <class T, int V, bool CL, bool Simple, class A>
 __device__ __forceinline__ void apply_forward(const Forward& p, const Plan& plan, int64_t tile,
-                                              int64_t split, const Pack<T, V>* kept, const A* constants) {
+                                              int64_t split, const Pack<T, V>* kept,
+                                              const A* constants) {
   constexpr int Lanes = CL ? V : 1, U = kApplyUnroll<T, V, Simple>;
   const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
@@ -395,33 +409,35 @@ __device__ __forceinline__ void apply_forward(const Forward& p, const Plan& plan
   load_constant(constants, 0, plan.columns, mean);
   load_constant(constants, 1, plan.columns, scale);
   load_constant(constants, 2, plan.columns, bias);
-  walk<V, CL, U>(plan, tile, split, [&](const int64_t(&at)[U], const unsigned(&mask)[U], int64_t slot) {
-    Pack<T, V> packs[U], added[U];
-    if (residual != nullptr) {
+  walk<V, CL, U>(
+      plan, tile, split, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int64_t slot) {
+        Pack<T, V> packs[U], added[U];
+        if (residual != nullptr) {
 #pragma unroll
-      for (int k = 0; k < U; ++k) added[k] = load_pack<T, V>(residual, at[k], mask[k], plan.size);
-    }
+          for (int k = 0; k < U; ++k)
+            added[k] = load_pack<T, V>(residual, at[k], mask[k], plan.size);
+        }
 #pragma unroll
-    for (int k = 0; k < U; ++k) {
-      if (kept == nullptr) {
-        packs[k] = load_pack<T, V>(x, at[k], mask[k], plan.size);
-      } else if (mask[k] != 0u) {
-        packs[k] = kept[slot + k * threads];
-      }
-    }
+        for (int k = 0; k < U; ++k) {
+          if (kept == nullptr) {
+            packs[k] = load_pack<T, V>(x, at[k], mask[k], plan.size);
+          } else if (mask[k] != 0u) {
+            packs[k] = kept[slot + k * threads];
+          }
+        }
 #pragma unroll
-    for (int k = 0; k < U; ++k) {
-      A y[V];
+        for (int k = 0; k < U; ++k) {
+          A y[V];
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        constexpr auto lane = [](int index) { return CL ? index : 0; };
-        A z = (to_acc(packs[k].v[j]) - mean[lane(j)]) * scale[lane(j)] + bias[lane(j)];
-        if (residual != nullptr) z += to_acc(added[k].v[j]);
-        y[j] = apply_activation<Simple>(p.act, z, param);
-      }
-      store_pack(out, at[k], mask[k], make_pack<T, V>(y));
-    }
-  });
+          for (int j = 0; j < V; ++j) {
+            constexpr auto lane = [](int index) { return CL ? index : 0; };
+            A z = (to_acc(packs[k].v[j]) - mean[lane(j)]) * scale[lane(j)] + bias[lane(j)];
+            if (residual != nullptr) z += to_acc(added[k].v[j]);
+            y[j] = apply_activation<Simple>(p.act, z, param);
+          }
+          store_pack(out, at[k], mask[k], make_pack<T, V>(y));
+        }
+      });
 }
 
 template <class T, int V, bool CL, bool Simple>
@@ -457,7 +473,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   Welford<A> states[Lanes] = {};
   accumulate_statistics<T, V, CL>(p, plan, tile, 0, slab, states);
   block_reduce(states, plan.columns, shared.scratch, shared.result);
-  forward_constants(p, plan, Statistics::reduced, tile, true, width, shared.result, shared.constants);
+  forward_constants(p, plan, Statistics::reduced, tile, true, width, shared.result,
+                    shared.constants);
   apply_forward<T, V, CL, Simple>(p, plan, tile, 0, slab, shared.constants);
 }
 
@@ -465,15 +482,15 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 
 // Constants 0 (mean), 1 (rstd * weight), 2 (bias). Ends with a barrier.
 template <class A>
-__device__ __forceinline__ void backward_constants(const Backward& p, const Plan& plan, int64_t tile,
-                                                   int width, A* constants) {
+__device__ __forceinline__ void backward_constants(const Backward& p, const Plan& plan,
+                                                   int64_t tile, int width, A* constants) {
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
     const int64_t c = tile * width + i;
     if (c >= plan.channels) continue;
     constants[i] = static_cast<const A*>(p.mean)[c];
-    constants[width + i] = static_cast<const A*>(p.rstd)[c] *
-                           load_param<A>(p.weight, p.shape.weight_dtype, c, A(1));
+    constants[width + i] =
+        static_cast<const A*>(p.rstd)[c] * load_param<A>(p.weight, p.shape.weight_dtype, c, A(1));
     constants[2 * width + i] = load_param<A>(p.bias, p.shape.weight_dtype, c, A(0));
   }
   __syncthreads();
@@ -482,9 +499,9 @@ __device__ __forceinline__ void backward_constants(const Backward& p, const Plan
 // Constants 3 and 4 of dx = (dz - [3] - (x - mean) * [4]) * scale, from the channel's sums of dz and
 // dz * (x - mean); with `write` the parameters' gradients. Ends with a barrier.
 template <class A>
-__device__ __forceinline__ void gradient_constants(const Backward& p, const Plan& plan, int64_t tile,
-                                                   bool write, int width, const SumPair<A>* sums,
-                                                   A* constants) {
+__device__ __forceinline__ void gradient_constants(const Backward& p, const Plan& plan,
+                                                   int64_t tile, bool write, int width,
+                                                   const SumPair<A>* sums, A* constants) {
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
     const int64_t c = tile * width + i;
@@ -536,9 +553,11 @@ __device__ __forceinline__ A gradient(const Backward& p, const Inputs<T, V, U>& 
 
 // One pass: the sums of dz and dz * (x - mean); dresidual and, in eval mode, dx on the way.
 template <class T, int V, bool CL, bool Simple, class A, int Lanes>
-__device__ __forceinline__ void accumulate_gradients(const Backward& p, const Plan& plan, int64_t tile,
-                                                     int64_t split, const A* constants, Pack<T, V>* kept_x,
-                                                     Pack<T, V>* kept_dz, SumPair<A> (&sums)[Lanes]) {
+__device__ __forceinline__ void accumulate_gradients(const Backward& p, const Plan& plan,
+                                                     int64_t tile, int64_t split,
+                                                     const A* constants, Pack<T, V>* kept_x,
+                                                     Pack<T, V>* kept_dz,
+                                                     SumPair<A> (&sums)[Lanes]) {
   constexpr int U = kBackwardUnroll<T, V, Simple>;
   const T *x = static_cast<const T*>(p.x), *dout = static_cast<const T*>(p.dout);
   const T* saved = p.z_source == ZSource::input ? nullptr : static_cast<const T*>(p.saved);
@@ -550,55 +569,58 @@ __device__ __forceinline__ void accumulate_gradients(const Backward& p, const Pl
   load_constant(constants, 0, plan.columns, mean);
   load_constant(constants, 1, plan.columns, scale);
   load_constant(constants, 2, plan.columns, bias);
-  walk<V, CL, U>(plan, tile, split, [&](const int64_t(&at)[U], const unsigned(&mask)[U], int64_t slot) {
-    Inputs<T, V, U> in;
+  walk<V, CL, U>(
+      plan, tile, split, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int64_t slot) {
+        Inputs<T, V, U> in;
 #pragma unroll
-    for (int k = 0; k < U; ++k) {
-      in.dout[k] = load_pack<T, V>(dout, at[k], mask[k], plan.size);
-      in.x[k] = load_pack<T, V>(x, at[k], mask[k], plan.size);
-    }
-    if (saved != nullptr) {
+        for (int k = 0; k < U; ++k) {
+          in.dout[k] = load_pack<T, V>(dout, at[k], mask[k], plan.size);
+          in.x[k] = load_pack<T, V>(x, at[k], mask[k], plan.size);
+        }
+        if (saved != nullptr) {
 #pragma unroll
-      for (int k = 0; k < U; ++k) in.saved[k] = load_pack<T, V>(saved, at[k], mask[k], plan.size);
-    }
+          for (int k = 0; k < U; ++k)
+            in.saved[k] = load_pack<T, V>(saved, at[k], mask[k], plan.size);
+        }
 #pragma unroll
-    for (int k = 0; k < U; ++k) {
-      A dz[V];
+        for (int k = 0; k < U; ++k) {
+          A dz[V];
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const int lane = CL ? j : 0;
-        dz[j] = gradient<Simple, CL>(p, in, k, j, false, mean, scale, bias, param);
-        const bool wanted = CL ? mask[k] != 0u : (mask[k] >> j & 1u) != 0u;
-        const A product = dz[j] * (to_acc(in.x[k].v[j]) - mean[lane]);
-        sums[lane].merge({wanted ? dz[j] : A(0), wanted ? product : A(0)});
-      }
-      if (dresidual == nullptr && kept_dz == nullptr && kept_x == nullptr && dx == nullptr) continue;
-      const Pack<T, V> rounded = make_pack<T, V>(dz);
-      if (dresidual != nullptr) store_pack(dresidual, at[k], mask[k], rounded);
-      if (mask[k] != 0u) {
-        if (kept_dz != nullptr) kept_dz[slot + k * threads] = rounded;
-        if (kept_x != nullptr) kept_x[slot + k * threads] = in.x[k];
-      }
-      if (dx != nullptr) {
+          for (int j = 0; j < V; ++j) {
+            const int lane = CL ? j : 0;
+            dz[j] = gradient<Simple, CL>(p, in, k, j, false, mean, scale, bias, param);
+            const bool wanted = CL ? mask[k] != 0u : (mask[k] >> j & 1u) != 0u;
+            const A product = dz[j] * (to_acc(in.x[k].v[j]) - mean[lane]);
+            sums[lane].merge({wanted ? dz[j] : A(0), wanted ? product : A(0)});
+          }
+          if (dresidual == nullptr && kept_dz == nullptr && kept_x == nullptr && dx == nullptr)
+            continue;
+          const Pack<T, V> rounded = make_pack<T, V>(dz);
+          if (dresidual != nullptr) store_pack(dresidual, at[k], mask[k], rounded);
+          if (mask[k] != 0u) {
+            if (kept_dz != nullptr) kept_dz[slot + k * threads] = rounded;
+            if (kept_x != nullptr) kept_x[slot + k * threads] = in.x[k];
+          }
+          if (dx != nullptr) {
 #pragma unroll
-        for (int j = 0; j < V; ++j) dz[j] *= scale[CL ? j : 0];
-        store_pack(dx, at[k], mask[k], make_pack<T, V>(dz));
-      }
-    }
-  });
+            for (int j = 0; j < V; ++j) dz[j] *= scale[CL ? j : 0];
+            store_pack(dx, at[k], mask[k], make_pack<T, V>(dz));
+          }
+        }
+      });
 }
 
 // dx from the merged sums. dz is read from `kept_dz` or dresidual, or computed again.
 template <class T, int V, bool CL, bool Simple, class A>
 __device__ __forceinline__ void apply_backward(const Backward& p, const Plan& plan, int64_t tile,
-                                               int64_t split, const A* constants, const Pack<T, V>* kept_x,
+                                               int64_t split, const A* constants,
+                                               const Pack<T, V>* kept_x,
                                                const Pack<T, V>* kept_dz) {
   constexpr int Lanes = CL ? V : 1, U = kBackwardUnroll<T, V, Simple>;
   const bool ready = kept_dz != nullptr || p.dresidual != nullptr;
   const T* x = static_cast<const T*>(p.x);
   const T* dout = static_cast<const T*>(p.dresidual != nullptr ? p.dresidual : p.dout);
-  const T* saved =
-      ready || p.z_source == ZSource::input ? nullptr : static_cast<const T*>(p.saved);
+  const T* saved = ready || p.z_source == ZSource::input ? nullptr : static_cast<const T*>(p.saved);
   T* dx = static_cast<T*>(p.dx);
   const A param = static_cast<A>(p.act_param);
   const int threads = static_cast<int>(blockDim.x);
@@ -608,38 +630,40 @@ __device__ __forceinline__ void apply_backward(const Backward& p, const Plan& pl
   load_constant(constants, 2, plan.columns, bias);
   load_constant(constants, 3, plan.columns, shift);
   load_constant(constants, 4, plan.columns, slope);
-  walk<V, CL, U>(plan, tile, split, [&](const int64_t(&at)[U], const unsigned(&mask)[U], int64_t slot) {
-    Inputs<T, V, U> in;
+  walk<V, CL, U>(
+      plan, tile, split, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int64_t slot) {
+        Inputs<T, V, U> in;
 #pragma unroll
-    for (int k = 0; k < U; ++k) {
-      if (kept_dz == nullptr) {
-        in.dout[k] = load_pack<T, V>(dout, at[k], mask[k], plan.size);
-      } else if (mask[k] != 0u) {
-        in.dout[k] = kept_dz[slot + k * threads];
-      }
-      if (kept_x == nullptr) {
-        in.x[k] = load_pack<T, V>(x, at[k], mask[k], plan.size);
-      } else if (mask[k] != 0u) {
-        in.x[k] = kept_x[slot + k * threads];
-      }
-    }
-    if (saved != nullptr) {
+        for (int k = 0; k < U; ++k) {
+          if (kept_dz == nullptr) {
+            in.dout[k] = load_pack<T, V>(dout, at[k], mask[k], plan.size);
+          } else if (mask[k] != 0u) {
+            in.dout[k] = kept_dz[slot + k * threads];
+          }
+          if (kept_x == nullptr) {
+            in.x[k] = load_pack<T, V>(x, at[k], mask[k], plan.size);
+          } else if (mask[k] != 0u) {
+            in.x[k] = kept_x[slot + k * threads];
+          }
+        }
+        if (saved != nullptr) {
 #pragma unroll
-      for (int k = 0; k < U; ++k) in.saved[k] = load_pack<T, V>(saved, at[k], mask[k], plan.size);
-    }
+          for (int k = 0; k < U; ++k)
+            in.saved[k] = load_pack<T, V>(saved, at[k], mask[k], plan.size);
+        }
 #pragma unroll
-    for (int k = 0; k < U; ++k) {
-      A result[V];
+        for (int k = 0; k < U; ++k) {
+          A result[V];
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        const int lane = CL ? j : 0;
-        const A dz = gradient<Simple, CL>(p, in, k, j, ready, mean, scale, bias, param);
-        const A centred = to_acc(in.x[k].v[j]) - mean[lane];
-        result[j] = (dz - shift[lane] - centred * slope[lane]) * scale[lane];
-      }
-      store_pack(dx, at[k], mask[k], make_pack<T, V>(result));
-    }
-  });
+          for (int j = 0; j < V; ++j) {
+            const int lane = CL ? j : 0;
+            const A dz = gradient<Simple, CL>(p, in, k, j, ready, mean, scale, bias, param);
+            const A centred = to_acc(in.x[k].v[j]) - mean[lane];
+            result[j] = (dz - shift[lane] - centred * slope[lane]) * scale[lane];
+          }
+          store_pack(dx, at[k], mask[k], make_pack<T, V>(result));
+        }
+      });
 }
 
 template <class T, int V, bool CL, bool Simple>
@@ -667,14 +691,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kFinalizeThreads, 1)
     batch_norm_finalize_grads(const Backward p, const Plan plan, const A* workspace) {
   ADVDL_DYNAMIC_SHARED(memory);
   Shared<SumPair<A>, A> shared(memory, kFinalizeColumns);
   const int64_t tile = blockIdx.x;
   merge_partials(workspace, plan.splits, plan.channels, tile * kFinalizeColumns, kFinalizeColumns,
                  shared.scratch, shared.result);
-  gradient_constants(p, plan, tile, true, kFinalizeColumns, shared.result, static_cast<A*>(nullptr));
+  gradient_constants(p, plan, tile, true, kFinalizeColumns, shared.result,
+                     static_cast<A*>(nullptr));
 }
 
 template <class T, int V, bool CL, bool Simple>
@@ -689,7 +714,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   backward_constants(p, plan, tile, width, shared.constants);
   if constexpr (!CL)
     merge_partials(workspace, plan.splits, plan.channels, tile, 1, shared.scratch, shared.result);
-  gradient_constants(p, plan, tile, split == 0, width, CL ? nullptr : shared.result, shared.constants);
+  gradient_constants(p, plan, tile, split == 0, width, CL ? nullptr : shared.result,
+                     shared.constants);
   apply_backward<T, V, CL, Simple>(p, plan, tile, split, shared.constants,
                                    static_cast<const Pack<T, V>*>(nullptr),
                                    static_cast<const Pack<T, V>*>(nullptr));
@@ -750,7 +776,8 @@ int64_t slab_bytes(const BatchNormActShape& s) {
   if (channels_last(s))
     return s.n * s.s * std::min<int64_t>(kFusedTileBytes, power_of_two_above(s.c) * bytes) + 16;
   const int64_t scalar = s.n * s.s * bytes;
-  return std::max(scalar, row_takes_packs(s.s, v) ? s.n * packs_per_row(s.s, v) * v * bytes : 0) + 16;
+  return std::max(scalar, row_takes_packs(s.s, v) ? s.n * packs_per_row(s.s, v) * v * bytes : 0) +
+         16;
 }
 
 // How many slabs (0, 1 or `most`) a block can hold.
@@ -836,7 +863,10 @@ template <class State, class A>
 LaunchConfig finalize_config(const Plan& plan, void* stream) {
   Plan block;
   block.columns = kFinalizeColumns;
-  return {divide_up(plan.channels, kFinalizeColumns), kThreads,
+  block.threads = 128;
+  while (block.threads < kFinalizeThreads && plan.splits * kFinalizeColumns > 4 * block.threads)
+    block.threads *= 2;
+  return {divide_up(plan.channels, kFinalizeColumns), block.threads,
           static_cast<size_t>(shared_bytes<State, A>(block, 1, 0)), stream};
 }
 
@@ -871,7 +901,8 @@ void batch_norm_act_forward(const BatchNormActForward& p, void* workspace, void*
              auto config = [&](int constants, int64_t slab) {
                return LaunchConfig{
                    plan.tiles * plan.splits, plan.threads,
-                   static_cast<size_t>(shared_bytes<Welford<A>, A>(plan, Lanes, constants) + slab), stream};
+                   static_cast<size_t>(shared_bytes<Welford<A>, A>(plan, Lanes, constants) + slab),
+                   stream};
              };
              if (fused) {
                const int64_t slab = plan.positions * plan.columns * int64_t{sizeof(Pack<T, V>)};
@@ -882,15 +913,16 @@ void batch_norm_act_forward(const BatchNormActForward& p, void* workspace, void*
              A* partials = static_cast<A*>(workspace);
              Statistics from = Statistics::running;
              if (p.training) {
-               launch("batch_norm_stats", &batch_norm_stats<T, V, CL>, config(0, 0), p, plan, partials);
+               launch("batch_norm_stats", &batch_norm_stats<T, V, CL>, config(0, 0), p, plan,
+                      partials);
                from = CL ? Statistics::stored : Statistics::partials;
                if (CL)
                  launch("batch_norm_finalize_stats", &batch_norm_finalize_stats<A>,
                         finalize_config<Welford<A>, A>(plan, stream), p, plan, partials);
                plan.backwards = true;
              }
-             launch("batch_norm_act_apply", &batch_norm_act_apply<T, V, CL, Simple>, config(3, 0), p, plan,
-                    from, partials);
+             launch("batch_norm_act_apply", &batch_norm_act_apply<T, V, CL, Simple>, config(3, 0),
+                    p, plan, from, partials);
            });
 }
 
@@ -898,39 +930,42 @@ void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace, voi
   if (p.shape.c == 0) return;
   if (is_empty(p.shape)) {
     const size_t bytes = static_cast<size_t>(p.shape.c) * (p.shape.dtype == DType::f64 ? 8 : 4);
-    check(cudaMemsetAsync(p.dweight, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+    check(cudaMemsetAsync(p.dweight, 0, bytes, static_cast<cudaStream_t>(stream)),
+          "cudaMemsetAsync");
     check(cudaMemsetAsync(p.dbias, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
     return;
   }
   const int slabs = fused_slabs(p);
-  dispatch(p.shape, p.act, vector_aligned(p.x, p.dout, p.saved, p.dx, p.dresidual),
-           [&]<class T, int V, bool CL, bool Simple>() {
-             using A = acc_t<T>;
-             constexpr int Lanes = CL ? V : 1;
-             Plan plan = make_plan(p.shape, V, slabs > 0, kBackwardUnroll<T, V, Simple>);
-             auto config = [&](int constants, int64_t slab) {
-               return LaunchConfig{
-                   plan.tiles * plan.splits, plan.threads,
-                   static_cast<size_t>(shared_bytes<SumPair<A>, A>(plan, Lanes, constants) + slab), stream};
-             };
-             if (slabs > 0) {
-               plan.keep_dz = slabs > 1;
-               const int64_t slab = plan.positions * plan.columns * int64_t{sizeof(Pack<T, V>)};
-               launch("batch_norm_act_backward_fused", &batch_norm_act_backward_fused<T, V, CL, Simple>,
-                      config(5, divide_up(slab, 16) * 16 * slabs), p, plan);
-               return;
-             }
-             A* partials = static_cast<A*>(workspace);
-             launch("batch_norm_act_backward_reduce", &batch_norm_act_backward_reduce<T, V, CL, Simple>,
-                    config(3, 0), p, plan, partials);
-             if (CL || !has_second_pass(p))
-               launch("batch_norm_finalize_grads", &batch_norm_finalize_grads<A>,
-                      finalize_config<SumPair<A>, A>(plan, stream), p, plan, partials);
-             if (!has_second_pass(p)) return;
-             plan.backwards = true;
-             launch("batch_norm_act_backward_apply", &batch_norm_act_backward_apply<T, V, CL, Simple>,
-                    config(5, 0), p, plan, partials);
-           });
+  dispatch(
+      p.shape, p.act, vector_aligned(p.x, p.dout, p.saved, p.dx, p.dresidual),
+      [&]<class T, int V, bool CL, bool Simple>() {
+        using A = acc_t<T>;
+        constexpr int Lanes = CL ? V : 1;
+        Plan plan = make_plan(p.shape, V, slabs > 0, kBackwardUnroll<T, V, Simple>);
+        auto config = [&](int constants, int64_t slab) {
+          return LaunchConfig{
+              plan.tiles * plan.splits, plan.threads,
+              static_cast<size_t>(shared_bytes<SumPair<A>, A>(plan, Lanes, constants) + slab),
+              stream};
+        };
+        if (slabs > 0) {
+          plan.keep_dz = slabs > 1;
+          const int64_t slab = plan.positions * plan.columns * int64_t{sizeof(Pack<T, V>)};
+          launch("batch_norm_act_backward_fused", &batch_norm_act_backward_fused<T, V, CL, Simple>,
+                 config(5, divide_up(slab, 16) * 16 * slabs), p, plan);
+          return;
+        }
+        A* partials = static_cast<A*>(workspace);
+        launch("batch_norm_act_backward_reduce", &batch_norm_act_backward_reduce<T, V, CL, Simple>,
+               config(3, 0), p, plan, partials);
+        if (CL || !has_second_pass(p))
+          launch("batch_norm_finalize_grads", &batch_norm_finalize_grads<A>,
+                 finalize_config<SumPair<A>, A>(plan, stream), p, plan, partials);
+        if (!has_second_pass(p)) return;
+        plan.backwards = true;
+        launch("batch_norm_act_backward_apply", &batch_norm_act_backward_apply<T, V, CL, Simple>,
+               config(5, 0), p, plan, partials);
+      });
 }
 
 }  // namespace advdl_ops::cuda

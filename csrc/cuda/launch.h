@@ -22,7 +22,8 @@ inline constexpr int64_t kMultiprocessors = 132;
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  (void)cudaGetLastError();  // the error is reported here; do not let it surface again in a later call
+  (void)
+      cudaGetLastError();  // the error is reported here; do not let it surface again in a later call
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
@@ -36,9 +37,9 @@ inline size_t shared_memory_limit() {
 }
 
 struct LaunchConfig {
-  int64_t grid = 1;  // blocks
-  int block = 1;     // threads, a multiple of 32
-  size_t shared = 0;  // bytes of dynamic shared memory
+  int64_t grid = 1;        // blocks
+  int block = 1;           // threads, a multiple of 32
+  size_t shared = 0;       // bytes of dynamic shared memory
   void* stream = nullptr;  // cudaStream_t
 };
 

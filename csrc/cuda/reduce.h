@@ -101,18 +101,24 @@ __device__ __forceinline__ void load_partial(const T* workspace, int64_t splits,
 // The second stage: the block merges the partials of `columns` neighbouring columns, the first of them
 // `column`, into result[0 .. columns).
 template <class State, class T>
-__device__ __forceinline__ void merge_partials(const T* workspace, int64_t splits, int64_t all_columns,
-                                               int64_t column, int columns, State* scratch,
-                                               State* result) {
+__device__ __forceinline__ void merge_partials(const T* workspace, int64_t splits,
+                                               int64_t all_columns, int64_t column, int columns,
+                                               State* scratch, State* result) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int64_t mine = column + thread % columns;
   State states[1] = {};
   if (mine < all_columns) {
+    constexpr int kBatch = 4;  // loads in flight
+    const int64_t step = threads / columns;
 #pragma unroll 1
-    for (int64_t split = thread / columns; split < splits; split += threads / columns) {
-      State part;
-      load_partial(workspace, splits, all_columns, split, mine, part);
-      states[0].merge(part);
+    for (int64_t split = thread / columns; split < splits; split += kBatch * step) {
+      State parts[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k)
+        if (split + k * step < splits)
+          load_partial(workspace, splits, all_columns, split + k * step, mine, parts[k]);
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) states[0].merge(parts[k]);
     }
   }
   block_reduce(states, columns, scratch, result);

@@ -62,8 +62,7 @@ template <class T, int V, class A>
 ADVDL_HOST_DEVICE Pack<T, V> make_pack(const A (&values)[V]) {
   Pack<T, V> pack;
 #pragma unroll
-  for (int j = 0; j + 1 < V; j += 2)
-    from_acc2(values[j], values[j + 1], pack.v[j], pack.v[j + 1]);
+  for (int j = 0; j + 1 < V; j += 2) from_acc2(values[j], values[j + 1], pack.v[j], pack.v[j + 1]);
   if constexpr (V % 2 != 0) from_acc(values[V - 1], pack.v[V - 1]);
   return pack;
 }

@@ -84,7 +84,9 @@ def make_inputs(case: Case) -> dict[str, Tensor]:
     shape = (case.n, case.c, case.s)
     dtype, param = DTYPES[case.dtype], DTYPES[case.param_dtype]
     deviation = torch.linspace(0.5, 2.0, case.c, dtype=torch.float64)[None, :, None]
-    shift = case.mean * (1 + torch.arange(case.c, dtype=torch.float64) / max(case.c, 1))[None, :, None]
+    shift = (
+        case.mean * (1 + torch.arange(case.c, dtype=torch.float64) / max(case.c, 1))[None, :, None]
+    )
     inputs = {
         "x": (normal(*shape) * deviation + shift).to(dtype),
         "dout": normal(*shape).to(dtype),
@@ -123,14 +125,19 @@ def forward_reference(case: Case, inputs: dict[str, Tensor]) -> dict[str, tuple[
         # cross term with a deviation, which averages out over the merges.
         deviation = var.sqrt()
         mean_error = STEPS * unit_acc * (mean.abs() + deviation)
-        var_error = STEPS * unit_acc * var + STEPS * unit_acc * mean.abs() * deviation + mean_error**2
+        var_error = (
+            STEPS * unit_acc * var + STEPS * unit_acc * mean.abs() * deviation + mean_error**2
+        )
         if case.running:
             for name, value, error in (
                 ("running_mean", mean, mean_error),
                 ("running_var", var * count / max(count - 1, 1), 2 * var_error),
             ):
                 new = 0.9 * inputs[name].double() + 0.1 * value
-                out[f"{name}_out"] = (new, 0.1 * error + 4 * unit_param * (new.abs() + 0.1 * value.abs()))
+                out[f"{name}_out"] = (
+                    new,
+                    0.1 * error + 4 * unit_param * (new.abs() + 0.1 * value.abs()),
+                )
     else:
         mean, var = inputs["running_mean"].double(), inputs["running_var"].double()
         mean_error, var_error = unit_acc * mean.abs(), unit_acc * var
@@ -143,7 +150,9 @@ def forward_reference(case: Case, inputs: dict[str, Tensor]) -> dict[str, tuple[
     z_error = (
         scale.abs() * per_channel(mean_error)
         + (x - per_channel(mean)).abs() * per_channel((rstd_error * weight).abs())
-        + STEPS * unit_acc * (z.abs() + scale.abs() * (x - per_channel(mean)).abs() + per_channel(bias).abs())
+        + STEPS
+        * unit_acc
+        * (z.abs() + scale.abs() * (x - per_channel(mean)).abs() + per_channel(bias).abs())
     )
     if case.residual:
         z = z + inputs["residual"].double()
@@ -191,7 +200,9 @@ def backward_reference(
     else:
         leaf = z.clone().requires_grad_()
         (slope,) = torch.autograd.grad(ACTS[case.act][2](leaf).sum(), leaf)
-    slope_error = 1.5 * z_error + STEPS * unit_acc * (slope.abs() + z.abs() + 1) * (case.act not in SIMPLE)
+    slope_error = 1.5 * z_error + STEPS * unit_acc * (slope.abs() + z.abs() + 1) * (
+        case.act not in SIMPLE
+    )
     if not case.z_output:
         for kink in KINKS.get(case.act, ()):
             slope_error = slope_error + ((z - kink).abs() <= z_error).double()
@@ -206,7 +217,9 @@ def backward_reference(
 
     dbias, dweight = total(dz), total(dz * xhat)
     dbias_error = total(dz_error) + STEPS * unit_acc * total(dz.abs())
-    dweight_error = total(dz_error * xhat.abs() + dz.abs() * xhat_error) + STEPS * unit_acc * total((dz * xhat).abs())
+    dweight_error = total(dz_error * xhat.abs() + dz.abs() * xhat_error) + STEPS * unit_acc * total(
+        (dz * xhat).abs()
+    )
     out["dbias"], out["dweight"] = (dbias, dbias_error), (dweight, dweight_error)
     # Where dz waits in memory for the second pass it is rounded to the dtype: exact for identity and relu.
     stored = 0.0 if case.act in SIMPLE else unit
@@ -220,7 +233,9 @@ def backward_reference(
         inner_error = inner_error + factor / count * (
             per_channel(dbias_error) + xhat.abs() * per_channel(dweight_error)
         )
-        magnitude = dz.abs() + factor / count * (per_channel(dbias).abs() + (xhat * per_channel(dweight)).abs())
+        magnitude = dz.abs() + factor / count * (
+            per_channel(dbias).abs() + (xhat * per_channel(dweight)).abs()
+        )
         dx = scale * inner
         error = scale.abs() * (inner_error + STEPS * unit_acc * magnitude) + unit * dx.abs()
         out["dx"] = (dx, error + smallest(case))
@@ -251,7 +266,9 @@ def from_bytes(case: Case, raw: bytes, dtype: torch.dtype, whole: bool) -> Tenso
 WHOLE = ("out", "dx", "dresidual")
 
 
-def common_request(case: Case, tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
+def common_request(
+    case: Case, tensors: dict[str, Tensor], settings: dict[str, Any]
+) -> dict[str, Any]:
     request: dict[str, Any] = {
         "n": case.n,
         "c": case.c,
@@ -285,7 +302,9 @@ def unpack(case: Case, reply: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def run_forward(emulator: Any, case: Case, inputs: dict[str, Tensor], **settings: Any) -> dict[str, Any]:
+def run_forward(
+    emulator: Any, case: Case, inputs: dict[str, Tensor], **settings: Any
+) -> dict[str, Any]:
     tensors = {k: v for k, v in inputs.items() if k != "dout"}
     request = common_request(case, tensors, settings)
     return unpack(case, emulator.call("forward", {**request, "momentum": 0.1, "eps": EPS}))

@@ -46,7 +46,9 @@ def compiler() -> str | None:
 @functools.cache
 def cuda_include() -> Path | None:
     """A folder with CUDA's headers: CUDA_HOME, nvcc's own, the usual place, or triton's copy."""
-    candidates = [Path(os.environ[k]) / "include" for k in ("CUDA_HOME", "CUDA_PATH") if k in os.environ]
+    candidates = [
+        Path(os.environ[k]) / "include" for k in ("CUDA_HOME", "CUDA_PATH") if k in os.environ
+    ]
     nvcc = shutil.which("nvcc")
     if nvcc:
         candidates.append(Path(nvcc).resolve().parent.parent / "include")
@@ -117,7 +119,9 @@ def build(verbose: bool = False) -> Path:
         "-isystem",
         sysconfig.get_paths()["include"],
     ]
-    version = subprocess.run([str(compiler()), "--version"], capture_output=True, text=True, check=True)
+    version = subprocess.run(
+        [str(compiler()), "--version"], capture_output=True, text=True, check=True
+    )
     key = " ".join([*FLAGS, *includes, version.stdout, platform.machine()])
     headers = [*HERE.glob("**/*.h"), *CSRC.glob("common/*.h"), *CSRC.glob("cuda/*.h")]
     OUTPUT.mkdir(parents=True, exist_ok=True)

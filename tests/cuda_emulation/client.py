@@ -33,7 +33,7 @@ class Emulator:
             UBSAN_OPTIONS="print_stacktrace=1",
             PYTHONMALLOC="malloc",
         )
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close())
         return subprocess.Popen(
             [sys.executable, "-S", str(build.HERE / "worker.py"), str(self._module.parent)],
             stdin=subprocess.PIPE,

@@ -63,7 +63,7 @@ struct Fiber {
 #endif
   void* fake_stack = nullptr;
   State state = State::done;
-  unsigned mask = 0;      // of the warp operation it waits for
+  unsigned mask = 0;       // of the warp operation it waits for
   unsigned exchanges = 0;  // warp operations so far: deposits alternate between two buffers
 };
 
@@ -105,7 +105,8 @@ void to_scheduler(bool last) {
 }
 
 void fiber_main() {
-  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack,
+                                  &machine.scheduler_stack_bytes);
   (*machine.body)();
   machine.fibers[machine.current].state = State::done;
   to_scheduler(true);
@@ -114,7 +115,8 @@ void fiber_main() {
 
 void start(Fiber& fiber) {
   if (fiber.stack == nullptr) {
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* stack =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (stack == MAP_FAILED) throw std::runtime_error("cuda emulation: no memory for a stack");
     fiber.stack = static_cast<unsigned char*>(stack);
   }
@@ -182,9 +184,10 @@ bool release_warp(int first) {
     done += state == State::done;
     if (state != State::done && example < 0) example = t;
   }
-  throw std::runtime_error("cuda emulation: divergent barrier in block " + std::to_string(blockIdx.x) +
-                           ": " + std::to_string(barrier) + " threads at __syncthreads, " +
-                           std::to_string(warp) + " at a warp operation, " + std::to_string(done) +
+  throw std::runtime_error("cuda emulation: divergent barrier in block " +
+                           std::to_string(blockIdx.x) + ": " + std::to_string(barrier) +
+                           " threads at __syncthreads, " + std::to_string(warp) +
+                           " at a warp operation, " + std::to_string(done) +
                            " finished; first waiting thread " + std::to_string(example));
 }
 
@@ -255,9 +258,10 @@ void exchange(unsigned mask, int source, const void* mine, void* theirs, size_t 
 void run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body) {
   const auto& grid = config.gridDim;
   const auto& block = config.blockDim;
-  if (grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1 || block.x % 32 != 0 || block.x == 0 ||
-      block.x > kMaxThreads)
-    throw std::runtime_error("cuda emulation: one-dimensional grids and blocks of whole warps only");
+  if (grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1 || block.x % 32 != 0 ||
+      block.x == 0 || block.x > kMaxThreads)
+    throw std::runtime_error(
+        "cuda emulation: one-dimensional grids and blocks of whole warps only");
   const int shared = static_cast<int>(config.dynamicSmemBytes);
   const int allowed = std::max(48 * 1024, machine.shared_opt_in[kernel]);
   machine.launches.push_back({true, grid.x, block.x, config.dynamicSmemBytes});
@@ -275,7 +279,8 @@ void run(const cudaLaunchConfig_t& config, const void* kernel, const std::functi
   std::vector<unsigned> order(grid.x);
   std::iota(order.begin(), order.end(), 0u);
   if (how.order == Order::reverse) std::reverse(order.begin(), order.end());
-  if (how.order == Order::shuffled) std::shuffle(order.begin(), order.end(), std::mt19937(how.seed));
+  if (how.order == Order::shuffled)
+    std::shuffle(order.begin(), order.end(), std::mt19937(how.seed));
   // On the heap and of the exact size: AddressSanitizer sees the first byte past its end.
   const std::unique_ptr<unsigned char[]> memory(new unsigned char[config.dynamicSmemBytes]);
   machine.shared = memory.get();

@@ -19,9 +19,7 @@ namespace {
 
 using namespace advdl_ops;
 
-size_t element_bytes(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+size_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // Owns the buffers of one call.
 class Arena {
@@ -44,7 +42,9 @@ class Arena {
     outputs_.push_back({name, data, bytes});
     return data;
   }
-  bool wants(const char* name) const { return request_.contains(name) && request_[name].cast<bool>(); }
+  bool wants(const char* name) const {
+    return request_.contains(name) && request_[name].cast<bool>();
+  }
   void* workspace(size_t bytes) { return allocate("workspace", bytes, DType::f32); }
 
   py::dict results() const {
@@ -107,7 +107,9 @@ void apply_settings(const py::dict& r) {
   cuda_emulation::clear_launches();
 }
 
-DType acc_dtype(const BatchNormActShape& s) { return s.dtype == DType::f64 ? DType::f64 : DType::f32; }
+DType acc_dtype(const BatchNormActShape& s) {
+  return s.dtype == DType::f64 ? DType::f64 : DType::f32;
+}
 
 py::dict forward(const py::dict& r) {
   apply_settings(r);
@@ -137,7 +139,8 @@ py::dict forward(const py::dict& r) {
     p.running_mean_out = arena.output("running_mean_out", running, s.running_dtype);
     p.running_var_out = arena.output("running_var_out", running, s.running_dtype);
   }
-  cuda::batch_norm_act_forward(p, arena.workspace(cuda::batch_norm_act_forward_workspace(p)), nullptr);
+  cuda::batch_norm_act_forward(p, arena.workspace(cuda::batch_norm_act_forward_workspace(p)),
+                               nullptr);
   return arena.results();
 }
 
@@ -165,7 +168,8 @@ py::dict backward(const py::dict& r) {
   if (arena.wants("want_dresidual")) p.dresidual = arena.output("dresidual", all, s.dtype);
   p.dweight = arena.output("dweight", acc, acc_dtype(s));
   p.dbias = arena.output("dbias", acc, acc_dtype(s));
-  cuda::batch_norm_act_backward(p, arena.workspace(cuda::batch_norm_act_backward_workspace(p)), nullptr);
+  cuda::batch_norm_act_backward(p, arena.workspace(cuda::batch_norm_act_backward_workspace(p)),
+                                nullptr);
   return arena.results();
 }
 

@@ -70,9 +70,12 @@ void run_selftest(const std::string& name, int blocks, int threads, int width, f
   LaunchConfig config{blocks, threads, static_cast<size_t>(threads) * sizeof(float), nullptr};
   if (name == "shuffles") return launch("shuffles", &shuffles, config, out, width);
   if (name == "reverse_block") return launch("reverse_block", &reverse_block<true>, config, out);
-  if (name == "missing_barrier") return launch("missing_barrier", &reverse_block<false>, config, out);
-  if (name == "divergent_barrier") return launch("divergent_barrier", &divergent_barrier, config, out);
-  if (name == "divergent_shuffle") return launch("divergent_shuffle", &divergent_shuffle, config, out);
+  if (name == "missing_barrier")
+    return launch("missing_barrier", &reverse_block<false>, config, out);
+  if (name == "divergent_barrier")
+    return launch("divergent_barrier", &divergent_barrier, config, out);
+  if (name == "divergent_shuffle")
+    return launch("divergent_shuffle", &divergent_shuffle, config, out);
   if (name == "shared_past_the_end") return launch("shared", &shared_past_the_end, config, out);
   if (name == "global_write_past_the_end")
     return launch("global_write", &global_write_past_the_end, config, out);

@@ -40,7 +40,11 @@
 
 namespace cuda_emulation {
 
-enum class Order { forward, reverse, shuffled };  // of the blocks; reverse also runs the threads backwards
+enum class Order {
+  forward,
+  reverse,
+  shuffled
+};  // of the blocks; reverse also runs the threads backwards
 
 struct Settings {
   Order order = Order::forward;
@@ -78,7 +82,8 @@ inline void __syncthreads() { cuda_emulation::sync_threads(); }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   int nothing = 0, other;
-  cuda_emulation::exchange(mask, static_cast<int>(threadIdx.x % 32), &nothing, &other, sizeof other);
+  cuda_emulation::exchange(mask, static_cast<int>(threadIdx.x % 32), &nothing, &other,
+                           sizeof other);
 }
 
 namespace cuda_emulation {
@@ -134,8 +139,11 @@ T atomicAdd(T* address, T value) {
 inline void __threadfence() {}
 
 template <class... Params, class... Args>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
-  const std::tuple<Params...> values(static_cast<Params>(args)...);  // by value, as a launch copies them
-  cuda_emulation::run(*config, reinterpret_cast<const void*>(kernel), [&] { std::apply(kernel, values); });
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               Args&&... args) {
+  const std::tuple<Params...> values(
+      static_cast<Params>(args)...);  // by value, as a launch copies them
+  cuda_emulation::run(*config, reinterpret_cast<const void*>(kernel),
+                      [&] { std::apply(kernel, values); });
   return cuda_emulation::last_error();
 }
