@@ -40,7 +40,7 @@ class Case:
     flops: Mapping[str, int] = field(default_factory=dict, compare=False)
     passes: Mapping[str, int] = field(default_factory=dict, compare=False)  # of the floor provider
     target: str = ""
-    rounds: int = 15
+    rounds: int = 11
     compile: bool = True  # whether the torch.compile providers take part
     hidden: bool = False
     extras: tuple[str, ...] = ()  # modules that it imports beside torch
