@@ -1,7 +1,10 @@
 """Fused layers for PyTorch: drop-in for ``torch.nn``, one kernel where stock PyTorch runs several."""
 
-from . import _schemas as _schemas
+import importlib
+from typing import Any
+
 from . import _library
+from . import _schemas as _schemas
 
 _library.load()
 
@@ -9,4 +12,11 @@ from . import functional, nn  # noqa: E402
 from .backend import get_backend, use_backend  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["functional", "get_backend", "nn", "use_backend"]
+__all__ = ["functional", "get_backend", "models", "nn", "use_backend"]
+
+
+def __getattr__(name: str) -> Any:
+    # The zoo is imported when it is first asked for: `import advdl_ops` stays quick.
+    if name == "models":
+        return importlib.import_module(".models", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

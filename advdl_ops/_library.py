@@ -61,7 +61,7 @@ def load() -> None:
     # A machine without a GPU misses nothing; one with a GPU should hear that its kernels are idle.
     if torch.version.cuda is not None and torch.cuda.is_available() and not native("cuda"):
         missing.append(f"CUDA: {_status['cuda']}")
-    if missing and not os.environ.get("ADVDL_OPS_BACKEND") == "reference":
+    if missing and os.environ.get("ADVDL_OPS_BACKEND") != "reference":
         warnings.warn(
             "advdl_ops runs without its fused kernels, on the plain PyTorch reference. "
             + "; ".join(missing),

@@ -47,7 +47,7 @@ _MODULES: dict[type, str] = {
 }
 
 
-def resolve_activation(function: str, act: None | str | Activation | torch.nn.Module) -> Activation:
+def resolve_activation(function: str, act: str | Activation | torch.nn.Module | None) -> Activation:
     """The :class:`Activation` meant by ``act``.
 
     Args:
@@ -78,9 +78,13 @@ def resolve_activation(function: str, act: None | str | Activation | torch.nn.Mo
     if kind is torch.nn.Identity:
         return IDENTITY
     if kind is torch.nn.LeakyReLU:
-        return ACTIVATIONS["leaky_relu"]._replace(param=float(act.negative_slope))
+        return ACTIVATIONS["leaky_relu"]._replace(
+            param=float(act.negative_slope)  # type: ignore[arg-type]
+        )
     if kind is torch.nn.ELU:
-        return ACTIVATIONS["elu"]._replace(param=float(act.alpha))
+        return ACTIVATIONS["elu"]._replace(
+            param=float(act.alpha)  # type: ignore[arg-type]
+        )
     if kind is torch.nn.GELU:
         return ACTIVATIONS["gelu_tanh" if act.approximate == "tanh" else "gelu"]
     raise TypeError(

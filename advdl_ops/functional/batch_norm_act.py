@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..activation import IDENTITY, Activation, resolve_activation
 from ..backend import serves_native
 from ..reference.batch_norm_act import batch_stats, normalize_act
-from ..activation import IDENTITY, Activation, resolve_activation
 
 _NAME = "batch_norm_act"
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -31,7 +31,7 @@ def batch_norm_act(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
-    act: None | str | Activation | torch.nn.Module = None,
+    act: str | Activation | torch.nn.Module | None = None,
 ) -> Tensor:
     r"""``act(batch_norm(x) + residual)``; arguments in the order of :func:`torch.nn.functional.batch_norm`.
 
@@ -111,17 +111,18 @@ def batch_norm_act(
             activation.code,
             activation.param,
         )
-    if training and running_mean is not None and new_mean is not None and x.numel() > 0:
+    if training and running_mean is not None and running_var is not None and x.numel() > 0:
+        assert new_mean is not None and new_var is not None
         running_mean.copy_(new_mean)
-        running_var.copy_(new_var)  # type: ignore[union-attr]
+        running_var.copy_(new_var)
     return out
 
 
 class BatchNormActFunction(torch.autograd.Function):
     """Gradients of ``batch_norm_act``.
 
-    Saved beside ``x`` and the ``[C]`` statistics: nothing, as the pre-activation is recomputed from them. With a residual,
-    relu saves its output, which the next layer saves anyway; the other activations save the residual.
+    Saved beside ``x`` and the ``[C]`` statistics: nothing, as the pre-activation is recomputed from them. With a
+    residual, relu saves its output, which the next layer saves anyway; the other activations save the residual.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Convolution, batch norm, residual addition and activation.
 
-In training the convolution is torch's and the rest is one op, :func:`batch_norm_act`. In evaluation without gradients the norm
-is folded into the convolution's weight and bias (Jacob et al. 2018, arXiv:1712.05877, section 3.2), and on CPU
-oneDNN adds bias, residual and activation while the output is still in cache.
+In training the convolution is torch's and the rest is one op, :func:`batch_norm_act`. In evaluation without
+gradients the norm is folded into the convolution's weight and bias (Jacob et al. 2018, arXiv:1712.05877,
+section 3.2), and on CPU oneDNN adds bias, residual and activation while the output is still in cache.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def conv_bn_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     residual: Tensor | None = None,
-    act: None | str | Activation | torch.nn.Module = None,
+    act: str | Activation | torch.nn.Module | None = None,
     order: str = "conv-bn-act",
 ) -> Tensor:
     """``act(batch_norm(conv2d(x)) + residual)``, or ``batch_norm(act(conv2d(x))) + residual``.
@@ -75,6 +75,7 @@ def conv_bn_act(
         check_norm(
             _NAME, x, weight.shape[0], running_mean, running_var, bn_weight, bn_bias, False, eps
         )
+        assert running_mean is not None and running_var is not None
         folded = fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps)
         return conv_act(x, *folded, conv, residual, activation)
     y = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -105,8 +106,8 @@ class Conv(NamedTuple):
 def folds(x: Tensor, *others: Tensor | None) -> bool:
     """Whether evaluation folds the norm into the convolution.
 
-    Under gradients it does not: conv, then one fused pass, moves as few bytes as folding and gives every gradient. On CUDA, the
-    fused pass over the output stands until a convolution with this epilogue is there.
+    Under gradients it does not: conv, then one fused pass, moves as few bytes as folding and gives every gradient.
+    On CUDA, the fused pass over the output stands until a convolution with this epilogue is there.
     """
     if torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in others)
@@ -146,10 +147,10 @@ def conv_act(
 ) -> Tensor:
     """``act(conv2d(x, weight, bias) + residual)`` without gradients, in ``x``'s memory format.
 
-    On CPU one oneDNN call where torch offers it; ``weight`` may come prepacked by :func:`prepack`. Under compile the steps stay
-    aten operators, visible to the compiler.
+    On CPU one oneDNN call where torch offers it; ``weight`` may come prepacked by :func:`prepack`. Under compile the
+    steps stay aten operators, visible to the compiler.
     """
-    if uses_onednn(x, conv):
+    if uses_onednn(x, weight, conv) and (residual is None or residual.dtype == x.dtype):
         return _onednn_conv_act(x, weight, bias, conv, residual, act)
     z = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     if residual is not None:
@@ -170,18 +171,19 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 )
 
 
-def uses_onednn(x: Tensor, conv: Conv) -> bool:
+def uses_onednn(x: Tensor, weight: Tensor, conv: Conv) -> bool:
     """Whether :func:`conv_act` may hand this input to oneDNN's fused convolution."""
-    return (
+    return bool(
         _HAS_ONEDNN
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and x.dtype == torch.float32 == weight.dtype
         and x.dim() == 4
         and x.numel() > 0
         and not isinstance(conv.padding, str)
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
     )
 
 
@@ -208,6 +210,7 @@ def _onednn_conv_act(
     options = _pair(conv.padding), _pair(conv.stride), _pair(conv.dilation), conv.groups
     ops = torch.ops.mkldnn
     if residual is not None:
+        check_residual(_NAME, residual, _output_shape(x, weight, conv), x.device)
         unary = "relu" if act.name == "relu" else None
         out = ops._convolution_pointwise.binary(
             x, residual, weight, bias, *options, "add", 1.0, unary, [], ""
@@ -223,7 +226,23 @@ def _onednn_conv_act(
     else:
         out = activate(ops._convolution_pointwise(x, weight, bias, *options, "none", [], ""), act)
     # oneDNN answers in channels_last whatever it was given.
-    return out.contiguous() if x.is_contiguous() else out
+    keeps = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return out if keeps else out.contiguous()
+
+
+def _output_shape(x: Tensor, weight: Tensor, conv: Conv) -> tuple[int, ...]:
+    spatial = (
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, padding, dilation in zip(
+            x.shape[2:],
+            weight.shape[2:],
+            _pair(conv.stride),
+            _pair(conv.padding),
+            _pair(conv.dilation),
+            strict=True,
+        )
+    )
+    return (x.shape[0], weight.shape[0], *spatial)
 
 
 def _pair(value: Any) -> list[int]:

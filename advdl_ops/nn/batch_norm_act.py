@@ -17,8 +17,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
     Arguments, defaults, buffers and ``state_dict`` keys of :class:`torch.nn.BatchNorm2d`, and:
 
     Args:
-        act: ``None``, a name (``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"sigmoid"``, ``"tanh"``,
-            ``"hardswish"``) or the matching ``torch.nn`` module, whose parameters are taken over.
+        act: ``None``, a name (``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"sigmoid"``,
+            ``"tanh"``, ``"hardswish"``) or the matching ``torch.nn`` module, whose parameters are taken over.
 
     ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` replaces this layer by one without the activation: use it
     before the activation is fused, or not at all.
@@ -34,7 +34,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        act: None | str | Activation | torch.nn.Module = None,
+        act: str | Activation | torch.nn.Module | None = None,
     ) -> None:
         self.act = resolve_activation(type(self).__name__, act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -57,7 +57,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         return {**self.__dict__, "folded": None}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x``, ``residual`` ``[N, C, H, W]`` -> ``[N, C, H, W]``; errors as :func:`~advdl_ops.functional.batch_norm_act`."""
+        """``x``, ``residual`` ``[N, C, H, W]`` -> ``[N, C, H, W]``; errors as :func:`.batch_norm_act`."""
         self._check_input_dim(x)
         mean, var = self.running_mean, self.running_var
         training = self.training or (mean is None and var is None)

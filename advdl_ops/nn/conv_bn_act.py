@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..activation import IDENTITY, Activation, resolve_activation
+from ..functional.batch_norm_act import check_norm
 from ..functional.conv_bn_act import ORDERS, Conv, conv_act, fold, folds, prepack, uses_onednn
 from ..reference.activation import activate
 from .batch_norm_act import BatchNormAct2d
@@ -34,15 +36,15 @@ class ConvBNAct(torch.nn.Module):
         out_channels: int,
         kernel_size: int | tuple[int, int],
         stride: int | tuple[int, int] = 1,
-        padding: None | int | str | tuple[int, int] = None,
+        padding: int | str | tuple[int, int] | None = None,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = False,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        act: None | str | Activation | torch.nn.Module = None,
+        act: str | Activation | torch.nn.Module | None = None,
         order: str = "conv-bn-act",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
@@ -125,6 +127,8 @@ def conv_bn_act(
     if (
         bn.training
         or bn.running_mean is None
+        or x.dim() != 4
+        or (residual is not None and residual.dtype != x.dtype)
         or not _plain(conv, bn)
         or not folds(x, *source, residual)
     ):
@@ -134,27 +138,45 @@ def conv_bn_act(
     if conv.padding_mode != "zeros":
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         options = options._replace(padding=(0, 0))
-    if torch.compiler.is_compiling():
-        weight, bias = fold(*source, bn.eps)
-        return conv_act(x, weight, bias, options, residual, bn.act)
-    folded = bn.folded
-    if folded is None or not folded.serves(x, source, bn.eps, options):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        folded = FoldedConv(x, source, bn.eps, options)
+    elif bn.folded is None or not bn.folded.serves(x, source, bn.eps, options):
         folded = bn.folded = FoldedConv(x, source, bn.eps, options)
+    else:
+        folded = bn.folded
     return conv_act(x, folded.weight, folded.bias, options, residual, bn.act)
 
 
 class FoldedConv:
     """A convolution's weight and bias with the norm folded in, and what they were made from.
 
-    Fused optimizers and writes through ``.data`` move neither version counters nor pointers, so the key also holds values: all
-    of the ``[C_out]`` tensors, and of the convolution's weight one value per output channel.
+    Fused optimizers and writes through ``.data`` move neither version counters nor pointers, so the key also
+    holds values: all of the ``[C_out]`` tensors, and of the convolution's weight one value per output channel. A
+    write through ``.data`` to single other elements of that weight is not seen: call ``eval()`` after it.
     """
 
     def __init__(
         self, x: Tensor, source: tuple[Tensor | None, ...], eps: float, options: Conv
     ) -> None:
-        self.weight, self.bias = fold(*source, eps)
-        self.packed = uses_onednn(x, options)
+        weight, bias, running_mean, running_var, bn_weight, bn_bias = source
+        assert weight is not None and running_mean is not None and running_var is not None
+        check_norm(
+            "conv_bn_act",
+            x,
+            weight.shape[0],
+            running_mean,
+            running_var,
+            bn_weight,
+            bn_bias,
+            False,
+            eps,
+        )
+        self.weight, self.bias = fold(
+            weight, bias, running_mean, running_var, bn_weight, bn_bias, eps
+        )
+        if torch.compiler.is_compiling():
+            return  # made anew in every call: nothing will ask whether it still serves
+        self.packed = uses_onednn(x, weight, options)
         if self.packed:
             self.weight = prepack(x, self.weight, options)
         self.identity = _identity(source, eps, options)
@@ -165,7 +187,7 @@ class FoldedConv:
     ) -> bool:
         """Whether the folded weight still stands for ``source``."""
         return (
-            self.packed == uses_onednn(x, options)
+            self.packed == uses_onednn(x, self.bias, options)
             and self.identity == _identity(source, eps, options)
             and torch.equal(self.sample, _sample(source))
         )
@@ -187,7 +209,13 @@ def _sample(source: tuple[Tensor | None, ...]) -> Tensor:
 
 
 def _plain(conv: torch.nn.Conv2d, bn: BatchNormAct2d) -> bool:
-    """Whether calling ``conv`` and ``bn`` does nothing but their own arithmetic."""
-    return type(conv).forward is torch.nn.Conv2d.forward and not (
-        conv._forward_hooks or conv._forward_pre_hooks or bn._forward_hooks or bn._forward_pre_hooks
+    """Whether calling ``conv`` and ``bn`` does nothing but their own arithmetic: no hook, no other ``forward``."""
+    return (
+        type(conv).forward is torch.nn.Conv2d.forward
+        and type(bn).forward is BatchNormAct2d.forward
+        and "forward" not in conv.__dict__
+        and "forward" not in bn.__dict__
+        and not (conv._forward_hooks or conv._forward_pre_hooks)
+        and not (bn._forward_hooks or bn._forward_pre_hooks)
+        and not (_global_forward_hooks or _global_forward_pre_hooks)
     )

@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: fp64-capable, twice differentiable, exportable. The truth that kernels are tested against."""
+"""Every op in plain PyTorch: fp64-capable, twice differentiable, exportable."""
 
 from .batch_norm_act import batch_norm_act
 

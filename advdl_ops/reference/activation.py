@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -22,7 +24,7 @@ def activate(z: torch.Tensor, act: Activation) -> torch.Tensor:
     return _PLAIN[name](z)
 
 
-_PLAIN = {
+_PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
     "gelu": F.gelu,

@@ -10,8 +10,8 @@ namespace {
 
 constexpr const char* kName = "batch_norm_act";
 
-BatchNormActShape shape_of(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                           const OptionalTensor& running) {
+BatchNormActShape shape_of(const Tensor& x, const OptionalTensor& weight,
+                           const OptionalTensor& bias, const OptionalTensor& running) {
   BatchNormActShape shape;
   const auto sizes = x.sizes();
   shape.n = sizes[0];
@@ -19,8 +19,9 @@ BatchNormActShape shape_of(const Tensor& x, const OptionalTensor& weight, const 
   shape.s = 1;
   for (int64_t i = 2; i < x.dim(); ++i) shape.s *= sizes[i];
   // With one position, or one channel, both are true; rows of channels are the longer runs.
-  shape.layout = is_channels_last(x) && (shape.c > 1 || !x.is_contiguous()) ? Layout::channels_last
-                                                                          : Layout::channels_first;
+  shape.layout = is_channels_last(x) && (shape.c > 1 || !x.is_contiguous())
+                     ? Layout::channels_last
+                     : Layout::channels_first;
   shape.dtype = dtype_of(x, kName);
   const OptionalTensor& affine = weight.has_value() ? weight : bias;
   if (affine.has_value()) shape.weight_dtype = dtype_of(*affine, kName);
@@ -45,7 +46,8 @@ bool same_kind(const Tensor& a, const Tensor& b) {
   return same_sizes(a, b) && a.scalar_type() == b.scalar_type() && a.device() == b.device();
 }
 
-void check_common(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, int64_t act) {
+void check_common(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                  int64_t act) {
   check(x.dim() >= 2, "batch_norm_act: x must have at least 2 dimensions");
   const int64_t channels = x.size(1);
   check_channels(weight, channels, "batch_norm_act: weight must have one value per channel of x");
@@ -57,12 +59,14 @@ void check_common(const Tensor& x, const OptionalTensor& weight, const OptionalT
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor running_mean, OptionalTensor running_var, bool training, double momentum, double eps,
-    int64_t act, double act_param) {
+    OptionalTensor running_mean, OptionalTensor running_var, bool training, double momentum,
+    double eps, int64_t act, double act_param) {
   check_common(x, weight, bias, act);
   const int64_t channels = x.size(1);
-  check_channels(running_mean, channels, "batch_norm_act: running_mean must have one value per channel of x");
-  check_channels(running_var, channels, "batch_norm_act: running_var must have one value per channel of x");
+  check_channels(running_mean, channels,
+                 "batch_norm_act: running_mean must have one value per channel of x");
+  check_channels(running_var, channels,
+                 "batch_norm_act: running_var must have one value per channel of x");
   check(running_mean.has_value() == running_var.has_value(),
         "batch_norm_act: running_mean and running_var must either both be given or neither");
   check(training || running_mean.has_value(),
@@ -80,7 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   running_var = contiguous(running_var);
   const ScalarType acc = acc_type(x.scalar_type());
   const bool writes_running = training && running_mean.has_value();
-  const ScalarType running_type = running_mean.has_value() ? running_mean->scalar_type() : x.scalar_type();
+  const ScalarType running_type =
+      running_mean.has_value() ? running_mean->scalar_type() : x.scalar_type();
   const int64_t running_size = writes_running ? channels : 0;
   Tensor out = allocate_like(x);
   Tensor mean = allocate_vector(x, channels, acc), rstd = allocate_vector(x, channels, acc);
@@ -110,25 +115,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, OptionalTensor saved,
-                                                    OptionalTensor weight, OptionalTensor bias, Tensor mean,
-                                                    Tensor rstd, bool training, int64_t act,
-                                                    double act_param, int64_t z_source, bool need_dx,
-                                                    bool need_dresidual) {
+                                                    OptionalTensor weight, OptionalTensor bias,
+                                                    Tensor mean, Tensor rstd, bool training,
+                                                    int64_t act, double act_param, int64_t z_source,
+                                                    bool need_dx, bool need_dresidual) {
   using ZSource = BatchNormActBackward::ZSource;
   check_common(x, weight, bias, act);
-  check(same_kind(dout, x), "batch_norm_act_backward: dout must have the shape, dtype and device of x");
+  check(same_kind(dout, x),
+        "batch_norm_act_backward: dout must have the shape, dtype and device of x");
   check(!saved.has_value() || same_kind(*saved, x),
         "batch_norm_act_backward: saved must have the shape, dtype and device of x");
   check(z_source >= 0 && z_source <= 2, "batch_norm_act_backward: unknown z_source");
   check((static_cast<ZSource>(z_source) != ZSource::input) == saved.has_value(),
         "batch_norm_act_backward: saved must be given exactly where z_source names it");
-  check(static_cast<ZSource>(z_source) != ZSource::output || static_cast<Activation>(act) == Activation::relu,
+  check(static_cast<ZSource>(z_source) != ZSource::output ||
+            static_cast<Activation>(act) == Activation::relu,
         "batch_norm_act_backward: only relu's derivative can be read off its output");
   const int64_t channels = x.size(1);
   const ScalarType acc = acc_type(x.scalar_type());
   for (const Tensor& t : {mean, rstd}) {
     check(t.dim() == 1 && t.size(0) == channels && t.scalar_type() == acc,
-          "batch_norm_act_backward: mean and rstd must have one value per channel, as forward returned them");
+          "batch_norm_act_backward: mean and rstd must have one value per channel, as forward "
+          "returned them");
   }
 
   x = dense(x);

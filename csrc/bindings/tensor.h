@@ -58,8 +58,8 @@ inline void* data(const OptionalTensor& t) { return t.has_value() ? t->data_ptr(
 inline void* data_or_null(const Tensor& t, bool wanted) { return wanted ? t.data_ptr() : nullptr; }
 
 // Uninitialised, of the device of `like`. Straight through the C shim: a call of the dispatcher costs more than the allocation.
-inline Tensor allocate(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t rank,
-                    ScalarType dtype) {
+inline Tensor allocate(const Tensor& like, const int64_t* sizes, const int64_t* strides,
+                       int64_t rank, ScalarType dtype) {
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
@@ -113,7 +113,8 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
 // `t` in the memory format of `like` (same sizes): itself, or a copy.
 inline Tensor in_format_of(const Tensor& t, const Tensor& like) {
   if (same_strides(t, like)) return t;
-  Tensor copy = allocate(like, like.sizes().data(), like.strides().data(), like.dim(), t.scalar_type());
+  Tensor copy =
+      allocate(like, like.sizes().data(), like.strides().data(), like.dim(), t.scalar_type());
   torch::stable::copy_(copy, t);
   return copy;
 }

@@ -61,7 +61,8 @@ ADVDL_HOST_DEVICE T activate(Activation act, T z, T param) {
     case Activation::gelu:
       return half * z * (one + math::erf(z * Lanes<T>::set(0.70710678118654752440)));
     case Activation::gelu_tanh: {
-      const T inner = Lanes<T>::set(0.79788456080286535588) * (z + Lanes<T>::set(0.044715) * z * z * z);
+      const T inner =
+          Lanes<T>::set(0.79788456080286535588) * (z + Lanes<T>::set(0.044715) * z * z * z);
       return half * z * (one + math::tanh(inner));
     }
     case Activation::sigmoid:

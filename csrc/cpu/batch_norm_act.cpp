@@ -20,11 +20,14 @@ namespace {
 
 using cpu::parallel_ranges;
 
-constexpr int64_t kBlock = 4096;     // elements that one pass of the statistics covers: 16 KB of fp32
-constexpr int64_t kActBlock = 256;   // elements whose pre-activation is buffered for a transcendental activation
-constexpr int64_t kMaxChunks = 64;   // partial sums per channel
-constexpr int64_t kMaxColumns = 512; // columns that the channels_last sums hold on the stack
-constexpr int64_t kPad = 64;         // elements readable past the end of per-channel arrays
+constexpr int64_t kBlock = 4096;  // elements that one pass of the statistics covers: 16 KB of fp32
+constexpr int64_t kActBlock =
+    256;  // elements whose pre-activation is buffered for a transcendental activation
+constexpr int64_t kMaxChunks = 64;    // partial sums per channel
+constexpr int64_t kMaxColumns = 512;  // columns that the channels_last sums hold on the stack
+constexpr int64_t kPad = 64;          // elements readable past the end of per-channel arrays
+constexpr int64_t kStreamBytes =
+    24 << 20;  // outputs of this size and more are written past the caches
 
 int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -86,9 +89,19 @@ void channel_affine(const void* weight, const void* bias, DType dtype, int64_t c
   *shift = bias == nullptr ? Acc(0) : static_cast<Acc>(read_scalar(bias, dtype, c));
 }
 
+// Whether the output streams, and whether this run of it is aligned for that.
+template <class T>
+bool streams(const BatchNormActShape& shape) {
+  return shape.n * shape.c * shape.s * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+}
+ADVDL_INLINE bool is_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % ADVDL_VECTOR_BYTES == 0;
+}
+
 // From the moments of channel c: everything that forward stores or applies.
 template <class Acc>
-void finish_statistics(const BatchNormActForward& p, int64_t c, const Moments& m, Acc* scale, Acc* shift) {
+void finish_statistics(const BatchNormActForward& p, int64_t c, const Moments& m, Acc* scale,
+                       Acc* shift) {
   const double m2 = m.m2 < 0 ? 0 : m.m2;  // rounding may leave a trace below zero; NaN stays
   const double var = m2 / m.count;
   const Acc rstd = static_cast<Acc>(1.0 / __builtin_sqrt(var + p.eps));
@@ -110,15 +123,16 @@ template <class Acc>
 void use_running_statistics(const BatchNormActForward& p, int64_t c, Acc* scale, Acc* shift) {
   const double var = read_scalar(p.running_var, p.shape.running_dtype, c);
   const Acc rstd = static_cast<Acc>(1.0 / __builtin_sqrt(var + p.eps));
-  static_cast<Acc*>(p.mean)[c] = static_cast<Acc>(read_scalar(p.running_mean, p.shape.running_dtype, c));
+  static_cast<Acc*>(p.mean)[c] =
+      static_cast<Acc>(read_scalar(p.running_mean, p.shape.running_dtype, c));
   static_cast<Acc*>(p.rstd)[c] = rstd;
   channel_affine(p.weight, p.bias, p.shape.weight_dtype, c, rstd, scale, shift);
 }
 
 // dx = scale * dz + slope * (x - mean) + offset.
 template <class Acc>
-void finish_gradients(const BatchNormActBackward& p, int64_t c, double sum_dz, double sum_dz_centred,
-                      Acc* slope, Acc* offset) {
+void finish_gradients(const BatchNormActBackward& p, int64_t c, double sum_dz,
+                      double sum_dz_centred, Acc* slope, Acc* offset) {
   const Acc rstd = static_cast<const Acc*>(p.rstd)[c];
   static_cast<Acc*>(p.dbias)[c] = static_cast<Acc>(sum_dz);
   static_cast<Acc*>(p.dweight)[c] = static_cast<Acc>(sum_dz_centred * rstd);
@@ -141,11 +155,12 @@ enum class ForwardAct { identity, relu, other };
 
 // out = act((x - mean) * scale + shift + residual) on a run.
 template <class T, ForwardAct kAct, bool kVary, bool kResidual>
-void apply_run(const T* x, const T* residual, T* out, int64_t n, const Constants<acc_t<T>>& k, int64_t c,
-               Activation act, acc_t<T> param) {
+void apply_run(const T* x, const T* residual, T* out, int64_t n, const Constants<acc_t<T>>& k,
+               int64_t c, Activation act, acc_t<T> param, bool streams) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   const ChannelValue<Acc, kVary> mean(k.mean + c), scale(k.scale + c), shift(k.shift + c);
+  streams = streams && is_aligned(out);
   const auto pre_activation = [&](int64_t i, const auto& lanes) __attribute__((always_inline)) {
     Vec z = (lanes.read(x + i) - mean.at(i)) * scale.at(i) + shift.at(i);
     if constexpr (kResidual) z = z + lanes.read(residual + i);
@@ -155,7 +170,7 @@ void apply_run(const T* x, const T* residual, T* out, int64_t n, const Constants
     for_vectors<Acc, 1>(n, [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
       Vec z = pre_activation(i, lanes);
       if constexpr (kAct == ForwardAct::relu) z = activate(Activation::relu, z, Vec{});
-      lanes.write(out + i, z);
+      lanes.write_out(out + i, z, streams);
     });
   } else {
     for (int64_t begin = 0; begin < n; begin += kActBlock) {
@@ -164,8 +179,10 @@ void apply_run(const T* x, const T* residual, T* out, int64_t n, const Constants
       constexpr int64_t lanes_per = Simd<Acc>::lanes;
       // Written from the front without overlap: the buffer has whole vectors.
       int64_t i = 0;
-      for (; i + lanes_per <= count; i += lanes_per) store(z + i, pre_activation(begin + i, FullLanes{}));
-      if (i < count) store(z + i, pre_activation(begin + i, PartialLanes{static_cast<int32_t>(count - i)}));
+      for (; i + lanes_per <= count; i += lanes_per)
+        store(z + i, pre_activation(begin + i, FullLanes{}));
+      if (i < count)
+        store(z + i, pre_activation(begin + i, PartialLanes{static_cast<int32_t>(count - i)}));
       activate_block<false>(act, param, z, ceil_div(count, lanes_per) * lanes_per);
       for (i = 0; i + lanes_per <= count; i += lanes_per) store(out + begin + i, load(z + i));
       if (i < count) store_partial(out + begin + i, load(z + i), count - i);
@@ -178,25 +195,26 @@ enum class BackwardAct { identity, relu_of_z, relu_of_output, other };
 // use(position, lanes, Index, dz, x - mean) on a run.
 template <class T, BackwardAct kAct, bool kVary, int kChains, class F>
 ADVDL_INLINE void for_gradients(const T* dout, const T* x, const T* saved, int64_t n,
-                                const Constants<acc_t<T>>& k, int64_t c, Activation act, acc_t<T> param,
-                                F&& use) {
+                                const Constants<acc_t<T>>& k, int64_t c, Activation act,
+                                acc_t<T> param, F&& use) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   const ChannelValue<Acc, kVary> mean(k.mean + c), scale(k.scale + c), shift(k.shift + c);
   if constexpr (kAct != BackwardAct::other) {
-    for_vectors<Acc, kChains>(n, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
-      const Vec centred = lanes.read(x + i) - mean.at(i);
-      Vec dz = lanes.read(dout + i);
-      // As torch: where z is NaN the gradient passes.
-      if constexpr (kAct == BackwardAct::relu_of_z) {
-        Vec z = centred * scale.at(i) + shift.at(i);
-        if (saved != nullptr) z = z + lanes.read(saved + i);
-        dz = math::select(z <= Vec{}, Vec{}, dz);
-      } else if constexpr (kAct == BackwardAct::relu_of_output) {
-        dz = math::select(lanes.read(saved + i) <= Vec{}, Vec{}, dz);
-      }
-      use(i, lanes, index, dz, centred);
-    });
+    for_vectors<Acc, kChains>(
+        n, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
+          const Vec centred = lanes.read(x + i) - mean.at(i);
+          Vec dz = lanes.read(dout + i);
+          // As torch: where z is NaN the gradient passes.
+          if constexpr (kAct == BackwardAct::relu_of_z) {
+            Vec z = centred * scale.at(i) + shift.at(i);
+            if (saved != nullptr) z = z + lanes.read(saved + i);
+            dz = math::select(z <= Vec{}, Vec{}, dz);
+          } else if constexpr (kAct == BackwardAct::relu_of_output) {
+            dz = math::select(lanes.read(saved + i) <= Vec{}, Vec{}, dz);
+          }
+          use(i, lanes, index, dz, centred);
+        });
   } else {
     for (int64_t begin = 0; begin < n; begin += kActBlock) {
       const int64_t count = min_of(kActBlock, n - begin);
@@ -209,7 +227,8 @@ ADVDL_INLINE void for_gradients(const T* dout, const T* x, const T* saved, int64
       };
       int64_t i = 0;
       for (; i + lanes_per <= count; i += lanes_per) store(grad + i, z_at(begin + i, FullLanes{}));
-      if (i < count) store(grad + i, z_at(begin + i, PartialLanes{static_cast<int32_t>(count - i)}));
+      if (i < count)
+        store(grad + i, z_at(begin + i, PartialLanes{static_cast<int32_t>(count - i)}));
       activate_block<true>(act, param, grad, ceil_div(count, lanes_per) * lanes_per);
       const auto use_at = [&](int64_t j, const auto& lanes) __attribute__((always_inline)) {
         const Vec centred = lanes.read(x + begin + j) - mean.at(begin + j);
@@ -224,13 +243,16 @@ ADVDL_INLINE void for_gradients(const T* dout, const T* x, const T* saved, int64
 // dx on a run.
 template <class T, BackwardAct kAct, bool kVary>
 void gradient_run(const T* dout, const T* x, const T* saved, T* dx, int64_t n,
-                  const Constants<acc_t<T>>& k, int64_t c, Activation act, acc_t<T> param) {
+                  const Constants<acc_t<T>>& k, int64_t c, Activation act, acc_t<T> param,
+                  bool streams) {
   using Acc = acc_t<T>;
+  streams = streams && is_aligned(dx);
   const ChannelValue<Acc, kVary> scale(k.scale + c), slope(k.slope + c), offset(k.offset + c);
   for_gradients<T, kAct, kVary, 1>(
       dout, x, saved, n, k, c, act, param,
-      [&](int64_t i, const auto& lanes, auto, auto dz, auto centred) __attribute__((always_inline)) {
-        lanes.write(dx + i, scale.at(i) * dz + (slope.at(i) * centred + offset.at(i)));
+      [&](int64_t i, const auto& lanes, auto, auto dz,
+          auto centred) __attribute__((always_inline)) {
+        lanes.write_out(dx + i, scale.at(i) * dz + (slope.at(i) * centred + offset.at(i)), streams);
       });
 }
 
@@ -292,9 +314,10 @@ Moments block_moments(const T* x, int64_t length, int64_t runs, int64_t stride) 
   Vec sum[4] = {};
   for (int64_t r = 0; r < runs; ++r) {
     const T* run = x + r * stride;
-    for_vectors<Acc, 4>(length, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
-      sum[index.value] += lanes.counted(lanes.read(run + i));
-    });
+    for_vectors<Acc, 4>(
+        length, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
+          sum[index.value] += lanes.counted(lanes.read(run + i));
+        });
   }
   // A first guess of the mean, good to rounding; the second pass corrects it exactly.
   const Acc guess = static_cast<Acc>(lane_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) / count);
@@ -302,11 +325,12 @@ Moments block_moments(const T* x, int64_t length, int64_t runs, int64_t stride) 
   Vec first[4] = {}, second[4] = {};
   for (int64_t r = 0; r < runs; ++r) {
     const T* run = x + r * stride;
-    for_vectors<Acc, 4>(length, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
-      const Vec d = lanes.counted(lanes.read(run + i) - centre);
-      first[index.value] += d;
-      second[index.value] += d * d;
-    });
+    for_vectors<Acc, 4>(
+        length, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
+          const Vec d = lanes.counted(lanes.read(run + i) - centre);
+          first[index.value] += d;
+          second[index.value] += d * d;
+        });
   }
   const double shift = lane_sum((first[0] + first[1]) + (first[2] + first[3]));
   const double squares = lane_sum((second[0] + second[1]) + (second[2] + second[3]));
@@ -327,6 +351,7 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
+  const bool stream_out = streams<T>(p.shape);
   const int64_t stride = cut.c * cut.s;
 
   const auto collect = [&](int64_t c, int64_t chunk) {
@@ -349,14 +374,15 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
   const auto apply = [&](int64_t c, int64_t chunk) {
     cut.for_blocks(c, chunk, [&](int64_t offset, int64_t length, int64_t runs) {
       for (int64_t r = 0; r < runs; ++r, offset += stride) {
-        apply_run<T, kAct, false, kResidual>(x + offset, residual + (kResidual ? offset : 0), out + offset,
-                                             length, k, c, p.act, static_cast<Acc>(p.act_param));
+        apply_run<T, kAct, false, kResidual>(x + offset, residual + (kResidual ? offset : 0),
+                                             out + offset, length, k, c, p.act,
+                                             static_cast<Acc>(p.act_param), stream_out);
       }
     });
   };
 
   if (cut.channel_per_thread()) {
-    parallel_ranges(cut.c, 1, [&](int64_t begin, int64_t end) {
+    parallel_ranges(cut.c, cut.n * cut.s, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         if (p.training) {
           for (int64_t i = 0; i < cut.chunks; ++i) collect(c, i);
@@ -364,18 +390,20 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
         finish(c);
         for (int64_t i = cut.chunks - 1; i >= 0; --i) apply(c, i);
       }
+      if (stream_out) stream_fence();
     });
     return;
   }
   const int64_t tasks = cut.c * cut.chunks;
   if (p.training) {
-    parallel_ranges(tasks, 1, [&](int64_t begin, int64_t end) {
+    parallel_ranges(tasks, cut.n * cut.s / cut.chunks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) collect(i / cut.chunks, i % cut.chunks);
     });
   }
   for (int64_t c = 0; c < cut.c; ++c) finish(c);
-  parallel_ranges(tasks, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(tasks, cut.n * cut.s / cut.chunks, [&](int64_t begin, int64_t end) {
     for (int64_t i = end - 1; i >= begin; --i) apply(i / cut.chunks, i % cut.chunks);
+    if (stream_out) stream_fence();
   });
 }
 
@@ -396,6 +424,7 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   const T* saved = static_cast<const T*>(p.saved);
   T* dresidual = static_cast<T*>(p.dresidual);
   T* dx = static_cast<T*>(p.dx);
+  const bool stream_out = streams<T>(p.shape);
   const Acc param = static_cast<Acc>(p.act_param);
   const int64_t stride = cut.c * cut.s;
 
@@ -405,7 +434,8 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
       Vec dz_sum[4] = {}, dz_centred_sum[4] = {};
       for (int64_t r = 0; r < runs; ++r, offset += stride) {
         for_gradients<T, kAct, false, 4>(
-            dout + offset, x + offset, saved == nullptr ? nullptr : saved + offset, length, k, c, p.act, param,
+            dout + offset, x + offset, saved == nullptr ? nullptr : saved + offset, length, k, c,
+            p.act, param,
             [&](int64_t i, const auto& lanes, auto index, auto dz, auto centred)
                 __attribute__((always_inline)) {
                   if (dresidual != nullptr) lanes.write(dresidual + offset + i, dz);
@@ -414,8 +444,8 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
                 });
       }
       sums.dz += lane_sum((dz_sum[0] + dz_sum[1]) + (dz_sum[2] + dz_sum[3]));
-      sums.dz_centred +=
-          lane_sum((dz_centred_sum[0] + dz_centred_sum[1]) + (dz_centred_sum[2] + dz_centred_sum[3]));
+      sums.dz_centred += lane_sum((dz_centred_sum[0] + dz_centred_sum[1]) +
+                                  (dz_centred_sum[2] + dz_centred_sum[3]));
     });
     partial[c * cut.chunks + chunk] = sums;
   };
@@ -437,35 +467,39 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
       for (int64_t r = 0; r < runs; ++r, offset += stride) {
         if (dresidual != nullptr) {
           // Already holds dz.
-          gradient_run<T, BackwardAct::identity, false>(dresidual + offset, x + offset, nullptr, dx + offset,
-                                                        length, k, c, p.act, param);
+          gradient_run<T, BackwardAct::identity, false>(dresidual + offset, x + offset, nullptr,
+                                                        dx + offset, length, k, c, p.act, param,
+                                                        stream_out);
         } else {
-          gradient_run<T, kAct, false>(dout + offset, x + offset, saved == nullptr ? nullptr : saved + offset,
-                                       dx + offset, length, k, c, p.act, param);
+          gradient_run<T, kAct, false>(dout + offset, x + offset,
+                                       saved == nullptr ? nullptr : saved + offset, dx + offset,
+                                       length, k, c, p.act, param, stream_out);
         }
       }
     });
   };
 
   if (cut.channel_per_thread()) {
-    parallel_ranges(cut.c, 1, [&](int64_t begin, int64_t end) {
+    parallel_ranges(cut.c, cut.n * cut.s, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         begin_channel(c);
         for (int64_t i = 0; i < cut.chunks; ++i) collect(c, i);
         finish(c);
         for (int64_t i = cut.chunks - 1; i >= 0; --i) apply(c, i);
       }
+      if (stream_out) stream_fence();
     });
     return;
   }
   const int64_t tasks = cut.c * cut.chunks;
   for (int64_t c = 0; c < cut.c; ++c) begin_channel(c);
-  parallel_ranges(tasks, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(tasks, cut.n * cut.s / cut.chunks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) collect(i / cut.chunks, i % cut.chunks);
   });
   for (int64_t c = 0; c < cut.c; ++c) finish(c);
-  parallel_ranges(tasks, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(tasks, cut.n * cut.s / cut.chunks, [&](int64_t begin, int64_t end) {
     for (int64_t i = end - 1; i >= begin; --i) apply(i / cut.chunks, i % cut.chunks);
+    if (stream_out) stream_fence();
   });
 }
 
@@ -493,7 +527,8 @@ void repeat(const RowChunks& cut, Acc* values) {
 
 // Per column of rows [row, row + count) x [column, column + width): mean and squared deviations.
 template <class T>
-void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, double* mean, double* m2) {
+void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, double* mean,
+                    double* m2) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   alignas(64) Acc centre[kMaxColumns + kPad], first[kMaxColumns + kPad], second[kMaxColumns + kPad];
@@ -512,25 +547,28 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, dou
       for (; r < count; ++r) add(block + r * stride, Index<1>{});
     };
     row_groups([&](const T* row, auto group) __attribute__((always_inline)) {
-      for_vectors<Acc, 1>(width, [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
-        Vec sum = lanes.read(row + i);
-        for (int g = 1; g < group.value; ++g) sum += lanes.read(row + g * stride + i);
-        store(centre + i, load(centre + i) + lanes.counted(sum));
-      });
+      for_vectors<Acc, 1>(width,
+                          [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
+                            Vec sum = lanes.read(row + i);
+                            for (int g = 1; g < group.value; ++g)
+                              sum += lanes.read(row + g * stride + i);
+                            store(centre + i, load(centre + i) + lanes.counted(sum));
+                          });
     });
     for (int64_t i = 0; i < width; ++i) centre[i] /= static_cast<Acc>(count);
     row_groups([&](const T* row, auto group) __attribute__((always_inline)) {
-      for_vectors<Acc, 1>(width, [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
-        const Vec middle = load(centre + i);
-        Vec sum{}, squares{};
-        for (int g = 0; g < group.value; ++g) {
-          const Vec d = lanes.read(row + g * stride + i) - middle;
-          sum += d;
-          squares += d * d;
-        }
-        store(first + i, load(first + i) + lanes.counted(sum));
-        store(second + i, load(second + i) + lanes.counted(squares));
-      });
+      for_vectors<Acc, 1>(width,
+                          [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
+                            const Vec middle = load(centre + i);
+                            Vec sum{}, squares{};
+                            for (int g = 0; g < group.value; ++g) {
+                              const Vec d = lanes.read(row + g * stride + i) - middle;
+                              sum += d;
+                              squares += d * d;
+                            }
+                            store(first + i, load(first + i) + lanes.counted(sum));
+                            store(second + i, load(second + i) + lanes.counted(squares));
+                          });
     });
     const double block_count = static_cast<double>(count), total = done + block_count;
     const double share = block_count / total, weight = done * block_count / total;
@@ -556,19 +594,21 @@ void forward_channels_last(const BatchNormActForward& p, Arena arena) {
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
+  const bool stream_out = streams<T>(p.shape);
 
   if (p.training) {
-    parallel_ranges(cut.chunks, 1, [&](int64_t begin, int64_t end) {
+    parallel_ranges(cut.chunks, cut.rows * cut.width / cut.chunks, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t row = cut.first_row(chunk), rows = cut.first_row(chunk + 1) - row;
         for (int64_t c = 0; c < cut.width; c += kMaxColumns) {
-          column_moments(x + row * cut.width + c, cut.width, rows, min_of(kMaxColumns, cut.width - c),
-                         partial_mean + chunk * cut.width + c, partial_m2 + chunk * cut.width + c);
+          column_moments(x + row * cut.width + c, cut.width, rows,
+                         min_of(kMaxColumns, cut.width - c), partial_mean + chunk * cut.width + c,
+                         partial_m2 + chunk * cut.width + c);
         }
       }
     });
   }
-  parallel_ranges(cut.channels, 256, [&](int64_t begin, int64_t end) {
+  parallel_ranges(cut.channels, 8 * cut.chunks * cut.fold, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       if (p.training) {
         Moments m;
@@ -588,14 +628,16 @@ void forward_channels_last(const BatchNormActForward& p, Arena arena) {
   repeat(cut, k.mean);
   repeat(cut, k.scale);
   repeat(cut, k.shift);
-  parallel_ranges(cut.chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(cut.chunks, cut.rows * cut.width / cut.chunks, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
       for (int64_t row = cut.first_row(chunk); row < cut.first_row(chunk + 1); ++row) {
         const int64_t offset = row * cut.width;
-        apply_run<T, kAct, true, kResidual>(x + offset, residual + (kResidual ? offset : 0), out + offset,
-                                            cut.width, k, 0, p.act, static_cast<Acc>(p.act_param));
+        apply_run<T, kAct, true, kResidual>(x + offset, residual + (kResidual ? offset : 0),
+                                            out + offset, cut.width, k, 0, p.act,
+                                            static_cast<Acc>(p.act_param), stream_out);
       }
     }
+    if (stream_out) stream_fence();
   });
 }
 
@@ -611,6 +653,7 @@ void backward_channels_last(const BatchNormActBackward& p, Arena arena) {
   const T* saved = static_cast<const T*>(p.saved);
   T* dresidual = static_cast<T*>(p.dresidual);
   T* dx = static_cast<T*>(p.dx);
+  const bool stream_out = streams<T>(p.shape);
   const Acc param = static_cast<Acc>(p.act_param);
 
   for (int64_t c = 0; c < cut.channels; ++c) {
@@ -621,7 +664,7 @@ void backward_channels_last(const BatchNormActBackward& p, Arena arena) {
   repeat(cut, k.mean);
   repeat(cut, k.scale);
   repeat(cut, k.shift);
-  parallel_ranges(cut.chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(cut.chunks, cut.rows * cut.width / cut.chunks, [&](int64_t begin, int64_t end) {
     alignas(64) Acc sum[kMaxColumns + kPad], centred_sum[kMaxColumns + kPad];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       for (int64_t c = 0; c < cut.width; c += kMaxColumns) {
@@ -638,8 +681,8 @@ void backward_channels_last(const BatchNormActBackward& p, Arena arena) {
           for (int64_t row = first; row < min_of(last, first + rows_per_block); ++row) {
             const int64_t offset = row * cut.width + c;
             for_gradients<T, kAct, true, 1>(
-                dout + offset, x + offset, saved == nullptr ? nullptr : saved + offset, width, k, c, p.act,
-                param,
+                dout + offset, x + offset, saved == nullptr ? nullptr : saved + offset, width, k, c,
+                p.act, param,
                 [&](int64_t i, const auto& lanes, auto, auto dz, auto centred)
                     __attribute__((always_inline)) {
                       if (dresidual != nullptr) lanes.write(dresidual + offset + i, dz);
@@ -655,7 +698,7 @@ void backward_channels_last(const BatchNormActBackward& p, Arena arena) {
       }
     }
   });
-  parallel_ranges(cut.channels, 256, [&](int64_t begin, int64_t end) {
+  parallel_ranges(cut.channels, 8 * cut.chunks * cut.fold, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       GradientSums sums;
       for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
@@ -670,19 +713,22 @@ void backward_channels_last(const BatchNormActBackward& p, Arena arena) {
   if (dx == nullptr) return;
   repeat(cut, k.slope);
   repeat(cut, k.offset);
-  parallel_ranges(cut.chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(cut.chunks, cut.rows * cut.width / cut.chunks, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
       for (int64_t row = cut.first_row(chunk); row < cut.first_row(chunk + 1); ++row) {
         const int64_t offset = row * cut.width;
         if (dresidual != nullptr) {
-          gradient_run<T, BackwardAct::identity, true>(dresidual + offset, x + offset, nullptr, dx + offset,
-                                                       cut.width, k, 0, p.act, param);
+          gradient_run<T, BackwardAct::identity, true>(dresidual + offset, x + offset, nullptr,
+                                                       dx + offset, cut.width, k, 0, p.act, param,
+                                                       stream_out);
         } else {
-          gradient_run<T, kAct, true>(dout + offset, x + offset, saved == nullptr ? nullptr : saved + offset,
-                                      dx + offset, cut.width, k, 0, p.act, param);
+          gradient_run<T, kAct, true>(dout + offset, x + offset,
+                                      saved == nullptr ? nullptr : saved + offset, dx + offset,
+                                      cut.width, k, 0, p.act, param, stream_out);
         }
       }
     }
+    if (stream_out) stream_fence();
   });
 }
 
@@ -693,9 +739,11 @@ void forward_with(const BatchNormActForward& p, void* workspace) {
   const Arena arena{static_cast<char*>(workspace)};
   const bool first = p.shape.layout == Layout::channels_first;
   if (p.residual == nullptr) {
-    first ? forward_channels_first<T, kAct, false>(p, arena) : forward_channels_last<T, kAct, false>(p, arena);
+    first ? forward_channels_first<T, kAct, false>(p, arena)
+          : forward_channels_last<T, kAct, false>(p, arena);
   } else {
-    first ? forward_channels_first<T, kAct, true>(p, arena) : forward_channels_last<T, kAct, true>(p, arena);
+    first ? forward_channels_first<T, kAct, true>(p, arena)
+          : forward_channels_last<T, kAct, true>(p, arena);
   }
 }
 
@@ -789,8 +837,7 @@ cpu::KernelTable batch_norm_act_kernels() {
   return {ADVDL_STRING(ADVDL_CPU_CAPABILITY),
           [](const BatchNormActForward& p) { return workspace_bytes<Moments>(p.shape); },
           [](const BatchNormActBackward& p) { return workspace_bytes<GradientSums>(p.shape); },
-          forward,
-          backward};
+          forward, backward};
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE

@@ -95,7 +95,8 @@ void set_parallel_for(ParallelFor parallel_for, int (*thread_count)()) {
   pool = parallel_for;
   pool_threads = thread_count;
 }
-void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context) {
+void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFunction function,
+                  void* context) {
   pool(begin, end, grain, function, context);
 }
 int thread_count() { return pool_threads(); }

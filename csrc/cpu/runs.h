@@ -32,6 +32,11 @@ struct FullLanes {
   ADVDL_INLINE void write(T* p, Vec v) const {
     store(p, v);
   }
+  // To an output that streams, if `streams`; p is then aligned to the vector.
+  template <class T, class Vec>
+  ADVDL_INLINE void write_out(T* p, Vec v, bool streams) const {
+    streams ? stream(p, v) : store(p, v);
+  }
   // v with zeros in lanes that do not count, for sums.
   template <class Vec>
   ADVDL_INLINE Vec counted(Vec v) const {
@@ -42,6 +47,10 @@ struct FullLanes {
 struct OverlapLanes : FullLanes {
   int32_t seen;
   ADVDL_INLINE explicit OverlapLanes(int64_t n) : seen(static_cast<int32_t>(n)) {}
+  template <class T, class Vec>
+  ADVDL_INLINE void write_out(T* p, Vec v, bool) const {
+    store(p, v);
+  }
   template <class Vec>
   ADVDL_INLINE Vec counted(Vec v) const {
     return math::select(lane_index(v) >= seen, v, Vec{});
@@ -56,6 +65,10 @@ struct PartialLanes {
   }
   template <class T, class Vec>
   ADVDL_INLINE void write(T* p, Vec v) const {
+    store_partial(p, v, count);
+  }
+  template <class T, class Vec>
+  ADVDL_INLINE void write_out(T* p, Vec v, bool) const {
     store_partial(p, v, count);
   }
   template <class Vec>
@@ -108,13 +121,13 @@ void activate_block(Activation act, Acc param, Acc* values, int64_t n) {
   using Vec = typename Simd<Acc>::Vec;
   const Vec p = broadcast(param);
   switch (act) {
-#define ADVDL_CASE(name)                                                   \
-  case Activation::name:                                                   \
-    for (int64_t i = 0; i < n; i += Simd<Acc>::lanes) {                    \
-      const Vec z = load(values + i);                                      \
-      store(values + i, kGrad ? activate_grad(Activation::name, z, p)      \
-                              : activate(Activation::name, z, p));         \
-    }                                                                      \
+#define ADVDL_CASE(name)                                                                       \
+  case Activation::name:                                                                       \
+    for (int64_t i = 0; i < n; i += Simd<Acc>::lanes) {                                        \
+      const Vec z = load(values + i);                                                          \
+      store(values + i,                                                                        \
+            kGrad ? activate_grad(Activation::name, z, p) : activate(Activation::name, z, p)); \
+    }                                                                                          \
     break;
     ADVDL_CASE(identity)
     ADVDL_CASE(relu)

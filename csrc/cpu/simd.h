@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -150,11 +150,11 @@ ADVDL_INLINE FloatVec erf(FloatVec x) {
 }
 
 // fp64 serves gradient checks and references: the C library, lane by lane.
-#define ADVDL_LANEWISE(name)                                             \
-  ADVDL_INLINE DoubleVec name(DoubleVec x) {                             \
-    DoubleVec y;                                                         \
-    for (int i = 0; i < Simd<double>::lanes; ++i) y[i] = ::name(x[i]);   \
-    return y;                                                            \
+#define ADVDL_LANEWISE(name)                                           \
+  ADVDL_INLINE DoubleVec name(DoubleVec x) {                           \
+    DoubleVec y;                                                       \
+    for (int i = 0; i < Simd<double>::lanes; ++i) y[i] = ::name(x[i]); \
+    return y;                                                          \
   }
 }  // namespace math
 }  // namespace advdl_ops
@@ -291,7 +291,8 @@ ADVDL_INLINE FloatVec load(const Float16* p) {
   FloatVec v;
 #if defined(__AVX512F__)
   // The masked forms, as gcc 12 warns of its own header in the plain ones.
-  v = (FloatVec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  v = (FloatVec)_mm512_maskz_cvtph_ps(0xffff,
+                                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
   v = (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -308,6 +309,39 @@ ADVDL_INLINE void store(Float16* p, FloatVec v) {
                    _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < Simd<float>::lanes; ++i) p[i] = to_half(v[i]);
+#endif
+}
+
+// Past the caches, for outputs too large to be found there again: a plain store reads the line first. p is aligned to the
+// vector. Every thread that streamed ends with stream_fence().
+template <class T, class Vec>
+ADVDL_INLINE void stream(T* p, Vec v) {
+#if defined(__x86_64__)
+  constexpr int bytes = Simd<acc_t<T>>::lanes * sizeof(T);
+  alignas(bytes) T packed[Simd<acc_t<T>>::lanes];
+  store(packed, v);
+#if defined(__AVX512F__)
+  if constexpr (bytes == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), *reinterpret_cast<const __m512i*>(packed));
+    return;
+  }
+#endif
+#if defined(__AVX__)
+  if constexpr (bytes == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(packed));
+    return;
+  }
+#endif
+  if constexpr (bytes == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(packed));
+    return;
+  }
+#endif
+  store(p, v);
+}
+ADVDL_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
 #endif
 }
 
