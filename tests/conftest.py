@@ -1,0 +1,59 @@
+"""What every test runs under: kernels or nothing, a seed of its own, no GPU tests without a GPU."""
+
+import os
+
+# Before advdl_ops is imported: a test of kernels must never pass on the reference unnoticed.
+os.environ["ADVDL_OPS_REQUIRE_NATIVE"] = "1"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+CPU_LIBRARY = Path(__file__).parents[1] / "advdl_ops" / "lib" / "libadvdl_ops_cpu.so"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not CPU_LIBRARY.exists():
+        pytest.exit(
+            "the native library is not built: run `make build` or `python setup.py build_ext --inplace` first",
+            returncode=4,
+        )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_native_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user runs: the reference may stand in where no kernel can serve."""
+    from advdl_ops import backend
+
+    monkeypatch.setattr(backend, "_require_native", False)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads, for a test that sets it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_compile() -> Iterator[None]:
+    """No graph compiled for an earlier test, and none left behind."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -1,0 +1,344 @@
+"""Truth in fp64 from stock PyTorch, layouts, and the one rule by which values are judged.
+
+The rule: the error against fp64 is at most that of stock PyTorch in the same dtypes, plus a few units in the last place
+of the result and a few roundings of the accumulation dtype at the size of the terms that make up the result. Where stock refuses the
+mix of dtypes, stock in the accumulation dtype, rounded to the result's, stands in. No tolerance is picked by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ULPS = 4  # "a few"
+
+# name -> dtypes of x, of weight and bias, of the running statistics.
+f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+MIXES = {
+    "fp32": (f32, f32, f32),
+    "fp64": (f64, f64, f64),
+    "bf16": (bf16, f32, f32),
+    "fp16": (f16, f32, f32),
+    "all-bf16": (bf16, bf16, bf16),
+    "all-fp16": (f16, f16, f16),
+    "bf16-weights": (bf16, bf16, f32),
+    "bf16-buffers": (bf16, f32, bf16),
+}
+# Those that stock runs on CPU.
+STOCK_MIXES = ("fp32", "fp64", "bf16", "fp16", "all-bf16", "all-fp16")
+
+# id -> (what advdl_ops is given, the same in stock PyTorch).
+ACTIVATIONS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    "none": (None, lambda z: z),
+    "relu": ("relu", F.relu),
+    "leaky_relu": ("leaky_relu", F.leaky_relu),
+    "elu": ("elu", F.elu),
+    "silu": ("silu", F.silu),
+    "gelu": ("gelu", F.gelu),
+    "sigmoid": ("sigmoid", torch.sigmoid),
+    "tanh": ("tanh", torch.tanh),
+    "hardswish": ("hardswish", F.hardswish),
+    "LeakyReLU(0.2)": (torch.nn.LeakyReLU(0.2), lambda z: F.leaky_relu(z, 0.2)),
+    "ELU(0.7)": (torch.nn.ELU(0.7), lambda z: F.elu(z, 0.7)),
+    "GELU(tanh)": (torch.nn.GELU("tanh"), lambda z: F.gelu(z, approximate="tanh")),
+}
+SMOOTH = ("none", "silu", "gelu", "sigmoid", "tanh", "GELU(tanh)")
+
+LAYOUTS = ("contiguous", "channels_last", "strided")
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """``t`` [N, C, ...] with channels innermost in memory, whatever its rank."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def strided(t: Tensor) -> Tensor:
+    """``t`` as every second element of a larger tensor: neither contiguous nor channels_last."""
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), 7, dtype=t.dtype)
+    view = wide[..., ::2]
+    view.copy_(t)
+    return view
+
+
+def in_layout(t: Tensor, layout: str) -> Tensor:
+    """The values of ``t`` in one of :data:`LAYOUTS`."""
+    return {"contiguous": Tensor.contiguous, "channels_last": channels_last, "strided": strided}[
+        layout
+    ](t)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return f64 if dtype == f64 else f32
+
+
+@dataclass
+class Problem:
+    """The inputs of one call: already rounded to their dtypes, so that fp64 arithmetic on them is the truth."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    residual: Tensor | None
+    dout: Tensor
+    eps: float = 1e-5
+    momentum: float = 0.1
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same values in ``dtype``, in memory of its own."""
+        return replace(
+            self,
+            **{
+                name: None if t is None else t.detach().to(dtype, copy=True)
+                for name, t in vars(self).items()
+                if t is None or isinstance(t, Tensor)
+            },
+        )
+
+    def laid(self, layout: str) -> Problem:
+        return replace(
+            self,
+            x=in_layout(self.x, layout),
+            residual=None if self.residual is None else in_layout(self.residual, layout),
+            dout=in_layout(self.dout, layout),
+        )
+
+
+def make_problem(
+    shape: tuple[int, ...],
+    mix: str = "fp32",
+    *,
+    residual: bool = False,
+    affine: bool = True,
+    running: bool = True,
+    mean: float = 0.5,
+    std: float = 1.5,
+    seed: int = 0,
+) -> Problem:
+    """Random inputs of ``shape`` [N, C, ...], each channel with a mean and a size of its own."""
+    g = torch.Generator().manual_seed(seed)
+    x_dtype, weight_dtype, running_dtype = MIXES[mix]
+    c = shape[1]
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=f64)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(c, generator=g, dtype=f64) * (high - low) + low
+
+    per_channel = [1, c] + [1] * (len(shape) - 2)
+    x = normal(*shape) * (std * uniform(0.5, 1.5)).view(per_channel)
+    x = x + (mean + 0.3 * normal(c)).view(per_channel)
+    return Problem(
+        x=x.to(x_dtype),
+        weight=(uniform(0.5, 1.5) * normal(c).sign()).to(weight_dtype) if affine else None,
+        bias=(0.5 * normal(c)).to(weight_dtype) if affine else None,
+        running_mean=(mean + 0.1 * normal(c)).to(running_dtype) if running else None,
+        running_var=uniform(1.0, 2.0).to(running_dtype) if running else None,
+        residual=normal(*shape).to(x_dtype) if residual else None,
+        dout=normal(*shape).to(x_dtype),
+    )
+
+
+def _leaf(t: Tensor | None) -> Tensor | None:
+    # detach() keeps the strides; clone() would not keep those of every view.
+    return None if t is None else t.detach().requires_grad_()
+
+
+def _collect(p: Problem, call: Callable[..., Tensor], backward: bool) -> dict[str, Tensor]:
+    """Output, new running statistics and gradients of ``call(x, mean, var, weight, bias, residual)``."""
+    x, weight, bias, residual = (_leaf(t) for t in (p.x, p.weight, p.bias, p.residual))
+    mean, var = (None if t is None else t.clone() for t in (p.running_mean, p.running_var))
+    found: dict[str, Tensor | None] = {}
+    if backward:
+        out = call(x, mean, var, weight, bias, residual)
+        wanted = {"dx": x, "dweight": weight, "dbias": bias, "dresidual": residual}
+        wanted = {name: t for name, t in wanted.items() if t is not None}
+        grads = torch.autograd.grad(out, list(wanted.values()), p.dout.to(out.dtype))
+        found |= zip(wanted, grads, strict=True)
+    else:
+        with torch.no_grad():
+            out = call(x, mean, var, weight, bias, residual)
+    found |= {"out": out.detach(), "running_mean": mean, "running_var": var}
+    return {name: t for name, t in found.items() if t is not None}
+
+
+def stock(p: Problem, act: str = "none", training: bool = True, backward: bool = True):
+    """What stock PyTorch makes of ``p`` in the dtypes that it holds."""
+
+    def call(x, mean, var, weight, bias, residual):
+        z = F.batch_norm(x, mean, var, weight, bias, training, p.momentum, p.eps)
+        return ACTIVATIONS[act][1](z if residual is None else z + residual)
+
+    return _collect(p, call, backward)
+
+
+def ours(p: Problem, act: str = "none", training: bool = True, backward: bool = True):
+    """What ``advdl_ops.functional.batch_norm_act`` makes of it."""
+    from advdl_ops.functional import batch_norm_act
+
+    def call(x, mean, var, weight, bias, residual):
+        return batch_norm_act(
+            x, mean, var, weight, bias, training, p.momentum, p.eps,
+            residual=residual, act=ACTIVATIONS[act][0],
+        )  # fmt: skip
+
+    return _collect(p, call, backward)
+
+
+def exactly(p: Problem, act: str = "none", training: bool = True) -> dict[str, Tensor]:
+    """The same by its formulas in numpy's long double: a truth for fp64, where stock's sums round as ours do."""
+
+    def rows(t: Tensor | None) -> Any:  # [N * S, C], or [C]
+        return None if t is None else t.movedim(1 if t.dim() > 1 else 0, -1).reshape(
+            -1, p.x.shape[1]
+        ).numpy().astype(np.longdouble)
+
+    def like_x(a: Any) -> Tensor:
+        sizes = [p.x.shape[0], *p.x.shape[2:], p.x.shape[1]]
+        return torch.from_numpy(a.astype(np.float64)).reshape(sizes).movedim(-1, 1)
+
+    x, dout, residual = rows(p.x), rows(p.dout), rows(p.residual)
+    weight = 1 if p.weight is None else rows(p.weight)
+    bias = 0 if p.bias is None else rows(p.bias)
+    running_mean, running_var = rows(p.running_mean), rows(p.running_var)
+    count = max(len(x), 1)
+    if training:
+        mean = x.sum(0, keepdims=True) / count
+        var = ((x - mean) ** 2).sum(0, keepdims=True) / count
+    else:
+        mean, var = running_mean, running_var
+    rstd = 1 / np.sqrt(var + np.longdouble(p.eps))
+    xhat = (x - mean) * rstd
+    z = like_x(xhat * weight + bias + (0 if residual is None else residual)).requires_grad_()
+    out = ACTIVATIONS[act][1](z)
+    dz = rows(torch.autograd.grad(out, z, torch.ones_like(out))[0]) * dout
+    dbias, dweight = dz.sum(0, keepdims=True), (dz * xhat).sum(0, keepdims=True)
+    dx = dz - (dbias + xhat * dweight) / count if training else dz
+    found = {"out": out.detach(), "dx": like_x(dx * rstd * weight)}
+    if p.residual is not None:
+        found["dresidual"] = like_x(dz)
+    channels = {}
+    if p.weight is not None:
+        channels["dweight"] = dweight
+    if p.bias is not None:
+        channels["dbias"] = dbias
+    if p.running_mean is not None:
+        share = p.momentum if training and len(x) else 0
+        unbiased = var * (count / np.longdouble(max(count - 1, 1)))
+        channels["running_mean"] = running_mean * (1 - np.longdouble(share)) + share * mean
+        channels["running_var"] = running_var * (1 - np.longdouble(share)) + share * unbiased
+    return found | {n: torch.from_numpy(a[0].astype(np.float64)) for n, a in channels.items()}
+
+
+def term_sizes(p: Problem, training: bool) -> dict[str, float]:
+    """For each result, the size of the terms that its arithmetic adds up: what one rounding may cost."""
+    q = p.to(f64)
+    x = q.x.movedim(1, -1).flatten(0, -2)  # [N * S, C]
+    count, c = x.shape
+    if count == 0 or c == 0:
+        return dict.fromkeys(
+            ("out", "dx", "dweight", "dbias", "dresidual", "running_mean", "running_var"), 0.0
+        )
+    mean, var = (x.mean(0), x.var(0, correction=0)) if training else (q.running_mean, q.running_var)
+    rstd = (var + q.eps).rsqrt()
+    weight = torch.ones_like(mean) if q.weight is None else q.weight.abs()
+    bias = torch.zeros_like(mean) if q.bias is None else q.bias.abs()
+    # The mean is rounded too, and counts where it is large against the deviation.
+    xhat = ((x - mean) * rstd).abs() + mean.abs() * rstd
+    z = xhat * weight + bias
+    if q.residual is not None:
+        z = z + q.residual.movedim(1, -1).flatten(0, -2).abs()
+    # The derivative of an activation takes over the rounding of z.
+    dz = q.dout.movedim(1, -1).flatten(0, -2).abs() * (1 + z)
+    dweight, dbias = (dz * xhat).sum(0), dz.sum(0)
+    dx = dz + (xhat * dweight + dbias) / count if training else dz
+    sizes = {
+        "out": z,
+        "dx": dx * weight * rstd,
+        "dweight": dweight,
+        "dbias": dbias,
+        "dresidual": dz,
+    }
+    if q.running_mean is not None and q.running_var is not None:
+        sizes["running_mean"] = q.running_mean.abs() + mean.abs()
+        spread = var + var.sqrt() * mean.abs()
+        sizes["running_var"] = q.running_var + spread * (count / max(count - 1, 1))
+    return {name: t.max().item() for name, t in sizes.items()}
+
+
+def error(found: Tensor, exact: Tensor, what: Any = "stock") -> float:
+    """The largest absolute error; NaN and infinities must stand in the same places."""
+    assert found.shape == exact.shape, what
+    found, exact = found.double(), exact.double()
+    finite = exact.isfinite()
+    assert torch.equal(found.isnan(), exact.isnan()), what
+    assert torch.equal(found[exact.isinf()], exact[exact.isinf()]), what
+    return (found - exact)[finite].abs().max().item() if finite.any() else 0.0
+
+
+def largest(t: Tensor) -> float:
+    finite = t[t.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def assert_accurate(
+    found: Tensor,
+    exact: Tensor,
+    stock_result: Tensor,
+    size: float,
+    what: Any,
+    acc: torch.dtype | None = None,
+) -> None:
+    """The rule of this file.
+
+    Args:
+        found: the result under test.
+        exact: the same in fp64.
+        stock_result: the same by stock PyTorch.
+        size: of the terms that the result is added up from, see :func:`term_sizes`.
+        acc: dtype of the arithmetic; by default fp64 for an fp64 result, else fp32.
+    """
+    acc = acc or acc_dtype(found.dtype)
+    roundings = torch.finfo(found.dtype).eps * largest(exact) + torch.finfo(acc).eps * size
+    limit = error(stock_result.to(found.dtype), exact) + ULPS * roundings
+    own = error(found, exact, what)
+    assert own <= limit, f"{what}: error {own:.3g} > {limit:.3g}"
+
+
+def check_problem(
+    p: Problem,
+    act: str = "none",
+    training: bool = True,
+    *,
+    backward: bool = True,
+    stock_runs: bool = True,
+    what: Any = "",
+) -> dict[str, Tensor]:
+    """Every result of ``batch_norm_act`` on ``p`` by the rule; returns them."""
+    acc = acc_dtype(p.x.dtype)
+    found = ours(p, act, training, backward)
+    if p.x.dtype == f64 and backward:
+        exact = exactly(p, act, training)
+    else:
+        exact = stock(p.to(f64), act, training, backward)
+    plain = stock(p if stock_runs else p.to(acc), act, training, backward)
+    sizes = term_sizes(p, training)
+    assert found.keys() == exact.keys()
+    for name, value in exact.items():
+        dtypes = {"weight": p.weight, "bias": p.bias, "running_mean": p.running_mean}
+        dtypes |= {"running_var": p.running_var, "out": p.x, "x": p.x, "residual": p.residual}
+        expected = dtypes[name.removeprefix("d")]
+        assert expected is not None
+        assert found[name].dtype == expected.dtype, name
+        assert_accurate(
+            found[name], value, plain[name], sizes[name], (name, act, training, what), acc
+        )
+    return found
