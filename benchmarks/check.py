@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,14 +12,18 @@ import torch
 FACTOR, ULPS = 4.0, 8.0
 
 
-def error(value: torch.Tensor, truth: torch.Tensor) -> float:
-    """Largest difference over the largest magnitude of the truth; inf where shape or finiteness differ."""
+def error(value: torch.Tensor, truth: torch.Tensor, norm: float = math.inf) -> float:
+    """Norm of the difference over that of the truth; inf where shape or finiteness differ.
+
+    ``norm`` is inf for the largest element, 2 for the root of the squares.
+    """
     if value.shape != truth.shape or not bool(torch.isfinite(value).all()):
         return float("inf")
     if truth.numel() == 0:
         return 0.0
-    scale = float(truth.abs().max()) or 1.0
-    return float((value.detach().to(torch.float64) - truth).abs().max()) / scale
+    difference = value.detach().to(torch.float64) - truth
+    scale = float(torch.linalg.vector_norm(truth, norm)) or 1.0
+    return float(torch.linalg.vector_norm(difference, norm)) / scale
 
 
 def wrong_values(
@@ -26,6 +31,7 @@ def wrong_values(
     stock: Mapping[str, torch.Tensor],
     truth: Mapping[str, torch.Tensor],
     slack: float = 0.0,
+    norm: float = math.inf,
 ) -> str | None:
     """Why ``values`` cannot be trusted, or None. ``stock`` is eager PyTorch in the same dtype."""
     for name, exact in truth.items():
@@ -36,9 +42,11 @@ def wrong_values(
                 f"{name} has dtype {values[name].dtype}, stock PyTorch returns {stock[name].dtype}"
             )
         bound = (
-            FACTOR * error(stock[name], exact) + ULPS * torch.finfo(stock[name].dtype).eps + slack
+            FACTOR * error(stock[name], exact, norm)
+            + ULPS * torch.finfo(stock[name].dtype).eps
+            + slack
         )
-        found = error(values[name], exact)
+        found = error(values[name], exact, norm)
         if not found <= bound:
             return f"{name} is {found:.2e} off the fp64 result, the bound is {bound:.2e}"
     return None

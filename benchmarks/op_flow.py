@@ -129,9 +129,7 @@ def providers(problem: Problem, session: Session) -> dict[str, Provider]:
         provider = Provider(function, problem)
         try:
             why = wrong_values(provider.values(), stock, truth)
-        except (
-            Exception
-        ) as failure:  # a provider that raises is no competitor, the others still are
+        except Exception as failure:  # it is no competitor; the others still are
             why = in_one_line(failure)
         if why is None:
             kept[name] = provider
