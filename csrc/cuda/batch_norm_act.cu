@@ -35,18 +35,23 @@ constexpr int64_t kScratchReserve =
     20 * 1024;                           // shared memory that a fused kernel needs besides its slab
 constexpr int64_t kFusedTileBytes = 32;  // one DRAM sector per row, channels_last
 
-// Packs in flight per thread and tensor: 64 bytes in the statistics, less where two or three tensors are read at
-// once, and where every element carries the switch over all activations (code size).
+// Packs in flight per thread and tensor. Statistics: 64 bytes, or 8 single elements.
 template <class T, int V>
-inline constexpr int kStatsUnroll = V > 1           ? 4
-                                    : sizeof(T) > 4 ? 4
-                                                    : 8;
+ADVDL_HOST_DEVICE constexpr int stats_unroll() {
+  return V > 1 || sizeof(T) > 4 ? 4 : 8;
+}
+// Fewer where each lane keeps constants of its own (registers), and where each element carries the switch over
+// all activations (code size).
+template <class T, int V, bool CL, bool Simple>
+ADVDL_HOST_DEVICE constexpr int apply_unroll() {
+  if (Simple) return CL && V > 4 ? 2 : 4;
+  return V > 1 ? 1 : 2;
+}
+// Two or three tensors are read at once.
 template <class T, int V, bool Simple>
-inline constexpr int kApplyUnroll = Simple  ? 4
-                                    : V > 1 ? 1
-                                            : 2;
-template <class T, int V, bool Simple>
-inline constexpr int kBackwardUnroll = Simple || V == 1 ? 2 : 1;
+ADVDL_HOST_DEVICE constexpr int backward_unroll() {
+  return Simple || V == 1 ? 2 : 1;
+}
 
 // How the work lies over the grid. Positions are numbered inside a tile: channels_first (row, pack of the row),
 // channels_last rows of C.
@@ -256,7 +261,7 @@ template <class T, int V, bool CL, class A, int Lanes>
 __device__ __forceinline__ void accumulate_statistics(const Forward& p, const Plan& plan,
                                                       int64_t tile, int64_t split, Pack<T, V>* kept,
                                                       Welford<A> (&states)[Lanes]) {
-  constexpr int U = kStatsUnroll<T, V>;
+  constexpr int U = stats_unroll<T, V>();
   const T* x = static_cast<const T*>(p.x);
   const int threads = static_cast<int>(blockDim.x);
   A count = A(0), mean[Lanes] = {}, m2[Lanes] = {};
@@ -400,7 +405,7 @@ template <class T, int V, bool CL, bool Simple, class A>
 __device__ __forceinline__ void apply_forward(const Forward& p, const Plan& plan, int64_t tile,
                                               int64_t split, const Pack<T, V>* kept,
                                               const A* constants) {
-  constexpr int Lanes = CL ? V : 1, U = kApplyUnroll<T, V, Simple>;
+  constexpr int Lanes = CL ? V : 1, U = apply_unroll<T, V, CL, Simple>();
   const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
   const A param = static_cast<A>(p.act_param);
@@ -558,7 +563,7 @@ __device__ __forceinline__ void accumulate_gradients(const Backward& p, const Pl
                                                      const A* constants, Pack<T, V>* kept_x,
                                                      Pack<T, V>* kept_dz,
                                                      SumPair<A> (&sums)[Lanes]) {
-  constexpr int U = kBackwardUnroll<T, V, Simple>;
+  constexpr int U = backward_unroll<T, V, Simple>();
   const T *x = static_cast<const T*>(p.x), *dout = static_cast<const T*>(p.dout);
   const T* saved = p.z_source == ZSource::input ? nullptr : static_cast<const T*>(p.saved);
   T* dresidual = static_cast<T*>(p.dresidual);
@@ -616,7 +621,7 @@ __device__ __forceinline__ void apply_backward(const Backward& p, const Plan& pl
                                                int64_t split, const A* constants,
                                                const Pack<T, V>* kept_x,
                                                const Pack<T, V>* kept_dz) {
-  constexpr int Lanes = CL ? V : 1, U = kBackwardUnroll<T, V, Simple>;
+  constexpr int Lanes = CL ? V : 1, U = backward_unroll<T, V, Simple>();
   const bool ready = kept_dz != nullptr || p.dresidual != nullptr;
   const T* x = static_cast<const T*>(p.x);
   const T* dout = static_cast<const T*>(p.dresidual != nullptr ? p.dresidual : p.dout);
@@ -897,7 +902,7 @@ void batch_norm_act_forward(const BatchNormActForward& p, void* workspace, void*
            [&]<class T, int V, bool CL, bool Simple>() {
              using A = acc_t<T>;
              constexpr int Lanes = CL ? V : 1;
-             Plan plan = make_plan(p.shape, V, fused, kStatsUnroll<T, V>);
+             Plan plan = make_plan(p.shape, V, fused, stats_unroll<T, V>());
              auto config = [&](int constants, int64_t slab) {
                return LaunchConfig{
                    plan.tiles * plan.splits, plan.threads,
@@ -941,7 +946,7 @@ void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace, voi
       [&]<class T, int V, bool CL, bool Simple>() {
         using A = acc_t<T>;
         constexpr int Lanes = CL ? V : 1;
-        Plan plan = make_plan(p.shape, V, slabs > 0, kBackwardUnroll<T, V, Simple>);
+        Plan plan = make_plan(p.shape, V, slabs > 0, backward_unroll<T, V, Simple>());
         auto config = [&](int constants, int64_t slab) {
           return LaunchConfig{
               plan.tiles * plan.splits, plan.threads,
