@@ -187,6 +187,16 @@ def uses_onednn(x: Tensor, weight: Tensor, conv: Conv) -> bool:
     )
 
 
+def prefers_channels_last(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether a network that ends in no image should run this input in channels_last: folded convolutions on CPU do."""
+    return (
+        x.device.type == "cpu"
+        and folds(x, *parameters)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
 def prepack(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     """``weight`` in the blocked layout that oneDNN likes best for inputs of ``x``'s shape."""
     return torch.ops.mkldnn._reorder_convolution_weight(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from advdl_ops import nn
+from advdl_ops.functional.conv_bn_act import prefers_channels_last
 from advdl_ops.models._registry import register_model
 from advdl_ops.models._weights import load_weights
 
@@ -178,8 +179,8 @@ class ResNet(torch.nn.Module):
 
     Raises:
         ValueError, NotImplementedError: when built, an option out of range; in `forward`, ValueError for an input of
-            another rank or channel count, and for one value per channel in training, before any statistic changes;
-            TypeError for integers.
+            another rank and for one value per channel in training, before any statistic changes; RuntimeError for
+            another channel count and for integers.
     """
 
     classifier: ClassVar[str] = "fc"  # read by load_weights
@@ -270,12 +271,14 @@ class ResNet(torch.nn.Module):
                     torch.nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
 
     def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"{self.name}: input shape {list(x.shape)} must be [N, {self.in_channels}, H, W]"
-            )
+        # The types that torch's own layers raise for the same mistakes.
+        shape = f"{self.name}: input shape {list(x.shape)} must be [N, {self.in_channels}, H, W]"
+        if x.dim() != 4:
+            raise ValueError(shape)
+        if x.shape[1] != self.in_channels:
+            raise RuntimeError(shape)
         if not x.is_floating_point():
-            raise TypeError(f"{self.name}: input dtype {x.dtype} must be floating point")
+            raise RuntimeError(f"{self.name}: input dtype {x.dtype} must be floating point")
         # One value per channel in stage 4 would raise there, after the statistics before it have moved. Each stride
         # of 2 halves a size rounding up, so it is one pixel from _stride pixels down.
         if self.training and x.shape[0] == 1 and max(x.shape[2:]) <= self._stride:
@@ -288,6 +291,8 @@ class ResNet(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
+        if prefers_channels_last(x, self.conv1.weight):
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(_conv_norm(self.conv1, self.bn1, x))
         x = self.layer1(x)
         x = self.layer2(x)
