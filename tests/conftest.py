@@ -52,6 +52,12 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread(threads: None) -> None:
+    """For many small calls on a busy machine; that results do not depend on threads has tests of its own."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def fresh_compile() -> Iterator[None]:
     """No graph compiled for an earlier test, and none left behind."""
     torch.compiler.reset()

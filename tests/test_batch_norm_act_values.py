@@ -49,6 +49,7 @@ LONG_SHAPES = [
     (130, 300, 1, 3),
     (130, 520),
 ]
+pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 

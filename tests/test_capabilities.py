@@ -1,0 +1,61 @@
+"""The value tests once more for each CPU capability that the library would not choose here by itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+IGNORED = "it is ignored"  # what the library prints where this CPU lacks the capability
+
+
+def in_use() -> str:
+    """The capability that a process chooses by itself: `_C` chooses as the library does."""
+    kernels = pytest.importorskip("advdl_ops._C", reason="_C was not built").cpu
+    return kernels.capability()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_values(capability):
+    if capability == in_use():
+        pytest.skip("the other tests run it")
+    environment = {
+        **os.environ,
+        "ADVDL_OPS_CPU_CAPABILITY": capability,
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+            *("-k", "not reference", "tests/test_batch_norm_act_values.py"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if IGNORED in done.stderr:
+        pytest.skip(f"this CPU has no {capability}")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_unknown_capability_is_named():
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "import torch, advdl_ops; advdl_ops.functional.batch_norm_act("
+            "torch.zeros(2, 3), None, None, training=True)",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "ADVDL_OPS_CPU_CAPABILITY": "avx3"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ADVDL_OPS_CPU_CAPABILITY (avx3) must be default, avx2 or avx512" in done.stderr
+    assert IGNORED in done.stderr
