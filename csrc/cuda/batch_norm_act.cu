@@ -31,9 +31,8 @@ constexpr int kFinalizeColumns =
 constexpr int kFinalizeThreads = 1024;  // at most
 constexpr int kMaxColumns = kWarp;
 constexpr int64_t kSplitElements = 16384;  // a split is worth at least this many elements of a tile
-constexpr int64_t kScratchReserve =
-    20 * 1024;                           // shared memory that a fused kernel needs besides its slab
-constexpr int64_t kFusedTileBytes = 32;  // one DRAM sector per row, channels_last
+constexpr int64_t kFusedTileBytes = 32;    // one DRAM sector per row, channels_last
+constexpr int64_t kScratchReserve = 8 * 1024;  // more than a fused kernel needs besides its slabs
 
 // Packs in flight per thread and tensor. Statistics: 64 bytes, or 8 single elements.
 template <class T, int V>
@@ -158,18 +157,19 @@ struct Shared {
   State *scratch, *result;
   A* constants;  // [which][width]
 
-  __device__ Shared(unsigned char* base, int width) {
+  // Without `reduces` there are only constants.
+  __device__ Shared(unsigned char* base, int width, bool reduces = true) {
     scratch = reinterpret_cast<State*>(base);
-    result = scratch + static_cast<int>(blockDim.x) / kWarp * width;
-    constants = reinterpret_cast<A*>(result + width);
+    result = scratch + (reduces ? static_cast<int>(blockDim.x) / kWarp * width : 0);
+    constants = reinterpret_cast<A*>(result + (reduces ? width : 0));
   }
 };
 
 template <class State, class A>
-int64_t shared_bytes(const Plan& plan, int lanes, int constants) {
+int64_t shared_bytes(const Plan& plan, int lanes, int constants, bool reduces = true) {
   const int width = plan.columns * lanes;
-  const int64_t bytes = reduce_scratch<State>(plan.threads, width) +
-                        width * static_cast<int64_t>(sizeof(State) + constants * sizeof(A));
+  int64_t bytes = width * constants * static_cast<int64_t>(sizeof(A));
+  if (reduces) bytes += reduce_scratch<State>(plan.threads, width) + width * int64_t{sizeof(State)};
   return (bytes + 15) / 16 * 16;
 }
 
@@ -452,7 +452,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   using A = acc_t<T>;
   ADVDL_DYNAMIC_SHARED(memory);
   const int width = plan.columns * (CL ? V : 1);
-  Shared<Welford<A>, A> shared(memory, width);
+  Shared<Welford<A>, A> shared(memory, width, !CL);
   int64_t tile, split;
   tile_and_split(plan, tile, split);
   if constexpr (!CL) {
@@ -713,7 +713,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   using A = acc_t<T>;
   ADVDL_DYNAMIC_SHARED(memory);
   const int width = plan.columns * (CL ? V : 1);
-  Shared<SumPair<A>, A> shared(memory, width);
+  Shared<SumPair<A>, A> shared(memory, width, !CL);
   int64_t tile, split;
   tile_and_split(plan, tile, split);
   backward_constants(p, plan, tile, width, shared.constants);
@@ -898,37 +898,38 @@ size_t batch_norm_act_backward_workspace(const BatchNormActBackward& p) {
 void batch_norm_act_forward(const BatchNormActForward& p, void* workspace, void* stream) {
   if (p.shape.c == 0 || (p.training && is_empty(p.shape))) return;
   const bool fused = forward_is_fused(p);
-  dispatch(p.shape, p.act, vector_aligned(p.x, p.residual, p.out),
-           [&]<class T, int V, bool CL, bool Simple>() {
-             using A = acc_t<T>;
-             constexpr int Lanes = CL ? V : 1;
-             Plan plan = make_plan(p.shape, V, fused, stats_unroll<T, V>());
-             auto config = [&](int constants, int64_t slab) {
-               return LaunchConfig{
-                   plan.tiles * plan.splits, plan.threads,
-                   static_cast<size_t>(shared_bytes<Welford<A>, A>(plan, Lanes, constants) + slab),
-                   stream};
-             };
-             if (fused) {
-               const int64_t slab = plan.positions * plan.columns * int64_t{sizeof(Pack<T, V>)};
-               launch("batch_norm_act_fused", &batch_norm_act_fused<T, V, CL, Simple>,
-                      config(3, divide_up(slab, 16) * 16), p, plan);
-               return;
-             }
-             A* partials = static_cast<A*>(workspace);
-             Statistics from = Statistics::running;
-             if (p.training) {
-               launch("batch_norm_stats", &batch_norm_stats<T, V, CL>, config(0, 0), p, plan,
-                      partials);
-               from = CL ? Statistics::stored : Statistics::partials;
-               if (CL)
-                 launch("batch_norm_finalize_stats", &batch_norm_finalize_stats<A>,
-                        finalize_config<Welford<A>, A>(plan, stream), p, plan, partials);
-               plan.backwards = true;
-             }
-             launch("batch_norm_act_apply", &batch_norm_act_apply<T, V, CL, Simple>, config(3, 0),
-                    p, plan, from, partials);
-           });
+  dispatch(
+      p.shape, p.act, vector_aligned(p.x, p.residual, p.out),
+      [&]<class T, int V, bool CL, bool Simple>() {
+        using A = acc_t<T>;
+        constexpr int Lanes = CL ? V : 1;
+        Plan plan = make_plan(p.shape, V, fused, stats_unroll<T, V>());
+        auto config = [&](int constants, int64_t slab, bool reduces = true) {
+          return LaunchConfig{
+              plan.tiles * plan.splits, plan.threads,
+              static_cast<size_t>(shared_bytes<Welford<A>, A>(plan, Lanes, constants, reduces) +
+                                  slab),
+              stream};
+        };
+        if (fused) {
+          const int64_t slab = plan.positions * plan.columns * int64_t{sizeof(Pack<T, V>)};
+          launch("batch_norm_act_fused", &batch_norm_act_fused<T, V, CL, Simple>,
+                 config(3, divide_up(slab, 16) * 16), p, plan);
+          return;
+        }
+        A* partials = static_cast<A*>(workspace);
+        Statistics from = Statistics::running;
+        if (p.training) {
+          launch("batch_norm_stats", &batch_norm_stats<T, V, CL>, config(0, 0), p, plan, partials);
+          from = CL ? Statistics::stored : Statistics::partials;
+          if (CL)
+            launch("batch_norm_finalize_stats", &batch_norm_finalize_stats<A>,
+                   finalize_config<Welford<A>, A>(plan, stream), p, plan, partials);
+          plan.backwards = true;
+        }
+        launch("batch_norm_act_apply", &batch_norm_act_apply<T, V, CL, Simple>, config(3, 0, !CL),
+               p, plan, from, partials);
+      });
 }
 
 void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace, void* stream) {
@@ -947,10 +948,11 @@ void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace, voi
         using A = acc_t<T>;
         constexpr int Lanes = CL ? V : 1;
         Plan plan = make_plan(p.shape, V, slabs > 0, backward_unroll<T, V, Simple>());
-        auto config = [&](int constants, int64_t slab) {
+        auto config = [&](int constants, int64_t slab, bool reduces = true) {
           return LaunchConfig{
               plan.tiles * plan.splits, plan.threads,
-              static_cast<size_t>(shared_bytes<SumPair<A>, A>(plan, Lanes, constants) + slab),
+              static_cast<size_t>(shared_bytes<SumPair<A>, A>(plan, Lanes, constants, reduces) +
+                                  slab),
               stream};
         };
         if (slabs > 0) {
@@ -969,7 +971,7 @@ void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace, voi
         if (!has_second_pass(p)) return;
         plan.backwards = true;
         launch("batch_norm_act_backward_apply", &batch_norm_act_backward_apply<T, V, CL, Simple>,
-               config(5, 0), p, plan, partials);
+               config(5, 0, !CL), p, plan, partials);
       });
 }
 
