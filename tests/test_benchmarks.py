@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import environment, op_flow, record, registry, report, runner, timing
+from benchmarks import environment, model_flow, op_flow, record, registry, report, runner, timing
 from benchmarks.cases import batch_norm_act, digits
 from benchmarks.check import wrong_values
 from benchmarks.memory import held_and_peak
@@ -108,6 +108,21 @@ def test_a_right_provider_is_timed_in_every_mode() -> None:
     # Stock against itself: the same bytes, and no rate without a time.
     held = {r.provider: r.p50 for r in records if r.metric == "held"}
     assert held["eager"] == held["advdl_ops"] > 0
+
+
+@pytest.mark.parametrize("kind", ["train", "inference"])
+def test_a_network_with_wrong_values_is_refused(kind: str) -> None:
+    case = registry.all_cases()[f"resnet18/{kind}/2x3x32x32/float32/cpu"]
+    stream = io.StringIO()
+    session = Session(case, "models", Settings(smoke=True), stream)
+    found, compiled = model_flow.networks(case, session)
+    # Small enough to pass among rounding errors of fp32 gradients; the comparison in fp64 sees it.
+    with torch.no_grad():
+        found["advdl_ops"].model.get_parameter("layer4.0.bn1.bias").add_(1e-3)
+    model_flow.check(found, compiled, session)
+    assert set(found) == {"eager", "eager channels_last", "advdl_ops channels_last"}
+    refused = [e for e in events(stream) if e["event"] == "refused"]
+    assert [e["provider"] for e in refused] == ["advdl_ops"]
 
 
 def test_a_shape_or_a_nan_is_never_within_the_bound() -> None:

@@ -18,7 +18,7 @@ from ..registry import Case, register
 if TYPE_CHECKING:
     from ..session import Session
 
-MODEL, BATCH, EPOCHS, LR, SEED = "resnet18", 32, 6, 0.03, 0
+MODEL, BATCH, EPOCHS, LR, SEED = "resnet18", 32, 6, 0.01, 0
 FIRST_STEPS, FIRST_BOUND = 5, 1e-3  # |difference of the losses| in each of the first steps
 EPOCH_BOUND = 0.05  # |difference of the mean losses| in every epoch
 ACCURACY = 0.97
