@@ -1,0 +1,185 @@
+"""The raw operators: opcheck, fake strides, meta tensors; and the memory format of what the op returns."""
+
+import itertools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import advdl_ops
+from advdl_ops.functional import batch_norm_act
+from advdl_ops.nn import BatchNormAct2d
+from helpers import channels_last, in_layout, make_problem
+
+OPS = torch.ops.advdl_ops
+TESTS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+LAYOUTS = ("contiguous", "channels_last", "strided")
+# Where sizes of 1 leave the strides open, and where memory says nothing.
+SHAPES = [(3, 4), (3, 4, 5), (3, 4, 5, 2), (2, 3, 2, 2, 2), (2, 1, 3, 3), (2, 3, 1, 1), (1, 3, 2, 2), (0, 3, 2, 2)]  # fmt: skip
+
+
+def forward_arguments(shape, layout, mix="fp32", training=True, residual=True, act=1):
+    p = make_problem(shape, mix, residual=residual).laid(layout)
+    return (
+        p.x, p.residual, p.weight, p.bias, p.running_mean, p.running_var, training, 0.1, 1e-5, act, 0.0,
+    )  # fmt: skip
+
+
+def backward_arguments(shape, layout, mix="fp32", training=True, act=4, source=0, needs=(True, True)):
+    p = make_problem(shape, mix, residual=True).laid(layout)
+    acc = torch.float64 if mix == "fp64" else torch.float32
+    mean, rstd = torch.zeros(shape[1], dtype=acc), torch.ones(shape[1], dtype=acc)
+    saved = None if source == 0 else p.residual
+    return (
+        p.dout, p.x, saved, p.weight, p.bias, mean, rstd, training, act, 0.0, source, *needs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_forward(layout):
+    for shape in SHAPES:
+        torch.library.opcheck(
+            OPS.batch_norm_act.default, forward_arguments(shape, layout), test_utils=TESTS
+        )
+    shape = (3, 4, 5, 2)
+    for mix, training, residual in itertools.product(("bf16", "fp64"), (True, False), (True, False)):
+        arguments = forward_arguments(shape, layout, mix, training, residual)
+        torch.library.opcheck(OPS.batch_norm_act.default, arguments, test_utils=TESTS)
+    x = arguments[0]
+    bare = (x, None, None, None, None, None, True, 0.1, 1e-5, 0, 0.0)
+    torch.library.opcheck(OPS.batch_norm_act.default, bare, test_utils=TESTS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_backward(layout):
+    op = OPS.batch_norm_act_backward.default
+    for shape in SHAPES:
+        torch.library.opcheck(op, backward_arguments(shape, layout), test_utils=TESTS)
+    shape = (3, 4, 5, 2)
+    cases = itertools.product(("bf16", "fp64"), (True, False), ((4, 1), (1, 2)))
+    for mix, training, (act, source) in cases:
+        arguments = backward_arguments(shape, layout, mix, training, act, source)
+        torch.library.opcheck(op, arguments, test_utils=TESTS)
+    for needs in ((True, False), (False, True), (False, False)):
+        arguments = backward_arguments(shape, layout, needs=needs)
+        torch.library.opcheck(op, arguments, test_utils=TESTS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_strides_equal_real_ones(layout):
+    for shape in [*SHAPES, (1, 1, 1, 1), (1, 4), (4, 1), (2, 3, 0, 2)]:
+        for make, op in (
+            (forward_arguments, OPS.batch_norm_act.default),
+            (backward_arguments, OPS.batch_norm_act_backward.default),
+        ):
+            arguments = make(shape, layout)
+            real = op(*arguments)
+            with FakeTensorMode() as mode:
+                fake = op(
+                    *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+                )
+            for r, f in zip(real, fake, strict=True):
+                assert r.shape == f.shape
+                assert r.dtype == f.dtype
+                assert r.stride() == f.stride(), (shape, op)
+
+
+def test_meta_tensors():
+    for shape, layout in itertools.product(SHAPES, LAYOUTS):
+        x = make_problem(shape).laid(layout).x
+        expected = batch_norm_act(x, None, None, training=True, act="relu")
+        out = batch_norm_act(x.to("meta"), None, None, training=True, act="relu")
+        assert out.is_meta
+        assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
+    with torch.device("meta"):
+        module = BatchNormAct2d(4, act="relu")
+        x = torch.empty(2, 4, 5, 5, requires_grad=True)
+        module(x, torch.empty(2, 4, 5, 5)).sum().backward()
+        module.eval()(x)
+    assert x.grad.shape == x.shape
+    assert module.weight.grad.is_meta
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (3, 4, 5, 2), (2, 3, 2, 4, 2)], ids=str)
+def test_memory_format_is_kept(shape, training, backend):
+    for layout, other in itertools.product(LAYOUTS[:2], LAYOUTS):
+        p = make_problem(shape, residual=True).laid(layout)
+        residual = in_layout(p.residual, other).requires_grad_()
+        x = p.x.detach().requires_grad_()
+        with advdl_ops.use_backend(backend):
+            out = batch_norm_act(
+                x, p.running_mean, p.running_var, p.weight, training=training,
+                residual=residual, act="silu",
+            )  # fmt: skip
+            out.backward(in_layout(p.dout, other))
+        assert out.stride() == x.stride(), (layout, other)
+        if backend == "fused":
+            assert x.grad.stride() == x.stride(), (layout, other)
+
+
+def test_output_of_a_strided_input_is_dense():
+    x = make_problem((3, 4, 5, 2)).laid("strided").x
+    assert not x.is_contiguous()
+    out = batch_norm_act(x, None, None, training=True)
+    assert out.is_contiguous()
+
+
+def test_channels_last_module_chain_stays_channels_last():
+    bn = BatchNormAct2d(6, act="relu")
+    x = channels_last(torch.randn(2, 6, 5, 5)).requires_grad_()
+    out = bn(bn(x))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_raw_operator_checks_its_arguments():
+    # Reached past the Python checks: an error, never a read out of bounds.
+    x, c = torch.randn(2, 3, 4), torch.zeros(3)
+
+    def forward(*, x=x, residual=None, weight=None, mean=c, var=c, training=False, act=0):
+        return OPS.batch_norm_act(x, residual, weight, None, mean, var, training, 0.1, 1e-5, act, 0.0)
+
+    forward()
+    for bad in (
+        {"x": torch.randn(3)},
+        {"x": x.int()},
+        {"weight": torch.zeros(2)},
+        {"weight": torch.zeros(3, 1)},
+        {"mean": torch.zeros(2)},
+        {"var": None},
+        {"mean": None, "var": None},
+        {"var": c.double()},
+        {"residual": torch.randn(2, 3, 5)},
+        {"residual": x.double()},
+        {"act": 10},
+        {"act": -1},
+    ):
+        with pytest.raises(RuntimeError, match="batch_norm_act"):
+            forward(**bad)
+
+    def backward(*, dout=x, x=x, saved=None, mean=c, act=1, source=0):
+        return OPS.batch_norm_act_backward(
+            dout, x, saved, None, None, mean, c, True, act, 0.0, source, True, True
+        )
+
+    backward()
+    for bad in (
+        {"dout": torch.randn(2, 3, 5)},
+        {"dout": x.double()},
+        {"saved": x},
+        {"source": 1},
+        {"source": 3},
+        {"source": 2, "saved": x, "act": 4},
+        {"mean": torch.zeros(2)},
+        {"mean": c.double()},
+    ):
+        with pytest.raises(RuntimeError, match="batch_norm_act"):
+            backward(**bad)
