@@ -249,19 +249,3 @@ def test_no_channels(backend):
         found = ours(p, "relu", training)
         assert found["out"].shape == found["dx"].shape == (2, 0, 3, 3)
         assert found["dweight"].shape == (0,)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_extreme_pre_activations(backend, training):
-    # Where exp over- or underflows the derivative must be 0 or 1, not NaN.
-    values = torch.tensor([-1e30, -200.0, -100.0, -20.0, -1e-30, 0.0, 1e-30, 20.0, 100.0, 1e30])
-    for act in ACTIVATIONS:
-        p = make_problem((10, 2), residual=True)
-        p.residual = values[:, None].expand(10, 2).clone()
-        exact = stock(p.to(torch.float64), act, training)
-        plain = stock(p, act, training)
-        found = ours(p, act, training)
-        for name in ("out", "dresidual"):
-            limit = (plain[name] - exact[name]).abs() + 1e-5 * (1 + exact[name].abs())
-            finite = exact[name].isfinite() & plain[name].isfinite()
-            assert ((found[name] - exact[name]).abs() <= limit)[finite].all(), (act, name)

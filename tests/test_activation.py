@@ -1,0 +1,120 @@
+"""Names and modules of activations; their values and derivatives over the whole range."""
+
+import pytest
+import torch
+
+import advdl_ops
+from advdl_ops.activation import ACTIVATIONS as NAMES
+from advdl_ops.activation import resolve_activation
+from advdl_ops.functional import batch_norm_act
+from helpers import ACTIVATIONS, ULPS
+
+
+def test_every_name_and_module():
+    for name, activation in NAMES.items():
+        assert resolve_activation("f", name) is activation
+        assert resolve_activation("f", activation) is activation
+    nn = torch.nn
+    for module, name, param in [
+        (nn.ReLU(), "relu", 0.0),
+        (nn.ReLU(inplace=True), "relu", 0.0),
+        (nn.LeakyReLU(), "leaky_relu", 0.01),
+        (nn.LeakyReLU(0.2), "leaky_relu", 0.2),
+        (nn.ELU(), "elu", 1.0),
+        (nn.ELU(0.7), "elu", 0.7),
+        (nn.SiLU(), "silu", 0.0),
+        (nn.GELU(), "gelu", 0.0),
+        (nn.GELU("tanh"), "gelu_tanh", 0.0),
+        (nn.Sigmoid(), "sigmoid", 0.0),
+        (nn.Tanh(), "tanh", 0.0),
+        (nn.Hardswish(), "hardswish", 0.0),
+        (nn.Identity(), "identity", 0.0),
+        (None, "identity", 0.0),
+    ]:
+        found = resolve_activation("f", module)
+        assert (found.name, found.param) == (name, param)
+
+
+def test_codes_are_those_of_the_kernels():
+    # csrc/common/tensor_types.h; part of the operator's schema, so never renumbered.
+    codes = {name: a.code for name, a in NAMES.items()}
+    order = "relu leaky_relu elu silu gelu gelu_tanh sigmoid tanh hardswish".split()
+    assert codes == {name: i + 1 for i, name in enumerate(order)}
+
+
+@pytest.mark.parametrize(
+    ("act", "error"),
+    [("ReLU", ValueError), ("", ValueError), (torch.relu, TypeError), (1, TypeError),
+     (torch.nn.PReLU(), TypeError), (torch.nn.ReLU, TypeError)],
+    ids=["name", "empty", "function", "number", "module", "class"],
+)  # fmt: skip
+def test_refused(act, error):
+    with pytest.raises(error, match=r"^f: act \(.*\) must be None, "):
+        resolve_activation("f", act)
+
+
+def test_subclass_is_refused():
+    class Doubled(torch.nn.ReLU):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match=r"^f: act \(Doubled\) must"):
+        resolve_activation("f", Doubled())
+
+
+HALVES, WIDE = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
+
+
+def points(dtype):
+    """Every fp16 and bf16 number; for the others a sweep over all magnitudes and both signs, and the kinks."""
+    if dtype in HALVES:
+        bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+        values = bits.view(dtype)
+        return values[values.isfinite()]
+    sweep = torch.logspace(-30, 30, 4001, dtype=torch.float64)
+    near = torch.linspace(0, 20, 4001, dtype=torch.float64)
+    half = torch.cat([sweep, near]).to(dtype)
+    return torch.cat([-half, half, torch.tensor([0.0, -0.0, -3.0, 3.0], dtype=dtype)])
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("reference", torch.float32), *(("fused", dtype) for dtype in HALVES + WIDE)],
+    ids=str,
+)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_values_and_derivatives(act, dtype, backend):
+    """An identity norm: what is left is the activation of the residual. Each point by the rule, against its own size."""
+    z = points(dtype)[None, None]
+    zero = torch.zeros(1)
+    params = (zero, zero + 1) if dtype != torch.float64 else (zero.double(), zero.double() + 1)
+    x = torch.zeros_like(z)
+
+    def run(function, values):
+        values = values.detach().requires_grad_()
+        out = function(values)
+        return out.detach(), torch.autograd.grad(out, values, torch.ones_like(out))[0]
+
+    with advdl_ops.use_backend(backend):
+        found = run(
+            lambda r: batch_norm_act(x, *params, eps=0.0, residual=r, act=ACTIVATIONS[act][0]), z
+        )
+    exact = run(ACTIVATIONS[act][1], z.double())
+    stock = run(ACTIVATIONS[act][1], z)
+    eps = torch.finfo(dtype).eps
+    acc = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    tiny = torch.finfo(dtype).smallest_normal
+    for what, own, truth, plain in zip(("value", "derivative"), found, exact, stock, strict=True):
+        assert not (own.isnan() & ~plain.isnan()).any(), (what, z[own.isnan()][:5])
+        # Sums such as 1 + erf cancel for negative z: their terms are of size |z| (value) and 1 (derivative).
+        # The derivative of gelu by tanh has the factors 1 - tanh^2 and z (1 + 0.134 z^2).
+        bounded = z.double().abs().clamp(max=10)
+        terms = bounded if what == "value" else 2 + 0.0 * bounded
+        if act == "GELU(tanh)" and what == "derivative":
+            terms = terms + bounded + 0.134 * bounded**3
+        slack = ULPS * (eps * truth.abs() + acc.eps * terms + tiny)
+        limit = (plain.double() - truth).abs() + slack
+        representable = truth.abs() <= torch.finfo(dtype).max
+        worse = ((own.double() - truth).abs() > limit) & representable & limit.isfinite()
+        assert not worse.any(), (what, z[worse][:5], own[worse][:5], truth[worse][:5])
