@@ -270,7 +270,7 @@ __device__ __forceinline__ void accumulate_statistics(const Forward& p, const Pl
                    Pack<T, V> packs[U];
 #pragma unroll
                    for (int k = 0; k < U; ++k)
-                     packs[k] = load_pack<T, V>(x, at[k], mask[k], plan.size);
+                     packs[k] = load_pack<T, V, CL>(x, at[k], mask[k], plan.size);
                    if (kept != nullptr) {
 #pragma unroll
                      for (int k = 0; k < U; ++k)
@@ -420,12 +420,12 @@ __device__ __forceinline__ void apply_forward(const Forward& p, const Plan& plan
         if (residual != nullptr) {
 #pragma unroll
           for (int k = 0; k < U; ++k)
-            added[k] = load_pack<T, V>(residual, at[k], mask[k], plan.size);
+            added[k] = load_pack<T, V, CL>(residual, at[k], mask[k], plan.size);
         }
 #pragma unroll
         for (int k = 0; k < U; ++k) {
           if (kept == nullptr) {
-            packs[k] = load_pack<T, V>(x, at[k], mask[k], plan.size);
+            packs[k] = load_pack<T, V, CL>(x, at[k], mask[k], plan.size);
           } else if (mask[k] != 0u) {
             packs[k] = kept[slot + k * threads];
           }
@@ -440,7 +440,7 @@ __device__ __forceinline__ void apply_forward(const Forward& p, const Plan& plan
             if (residual != nullptr) z += to_acc(added[k].v[j]);
             y[j] = apply_activation<Simple>(p.act, z, param);
           }
-          store_pack(out, at[k], mask[k], make_pack<T, V>(y));
+          store_pack<CL>(out, at[k], mask[k], make_pack<T, V>(y));
         }
       });
 }
@@ -579,13 +579,13 @@ __device__ __forceinline__ void accumulate_gradients(const Backward& p, const Pl
         Inputs<T, V, U> in;
 #pragma unroll
         for (int k = 0; k < U; ++k) {
-          in.dout[k] = load_pack<T, V>(dout, at[k], mask[k], plan.size);
-          in.x[k] = load_pack<T, V>(x, at[k], mask[k], plan.size);
+          in.dout[k] = load_pack<T, V, CL>(dout, at[k], mask[k], plan.size);
+          in.x[k] = load_pack<T, V, CL>(x, at[k], mask[k], plan.size);
         }
         if (saved != nullptr) {
 #pragma unroll
           for (int k = 0; k < U; ++k)
-            in.saved[k] = load_pack<T, V>(saved, at[k], mask[k], plan.size);
+            in.saved[k] = load_pack<T, V, CL>(saved, at[k], mask[k], plan.size);
         }
 #pragma unroll
         for (int k = 0; k < U; ++k) {
@@ -601,7 +601,7 @@ __device__ __forceinline__ void accumulate_gradients(const Backward& p, const Pl
           if (dresidual == nullptr && kept_dz == nullptr && kept_x == nullptr && dx == nullptr)
             continue;
           const Pack<T, V> rounded = make_pack<T, V>(dz);
-          if (dresidual != nullptr) store_pack(dresidual, at[k], mask[k], rounded);
+          if (dresidual != nullptr) store_pack<CL>(dresidual, at[k], mask[k], rounded);
           if (mask[k] != 0u) {
             if (kept_dz != nullptr) kept_dz[slot + k * threads] = rounded;
             if (kept_x != nullptr) kept_x[slot + k * threads] = in.x[k];
@@ -609,7 +609,7 @@ __device__ __forceinline__ void accumulate_gradients(const Backward& p, const Pl
           if (dx != nullptr) {
 #pragma unroll
             for (int j = 0; j < V; ++j) dz[j] *= scale[CL ? j : 0];
-            store_pack(dx, at[k], mask[k], make_pack<T, V>(dz));
+            store_pack<CL>(dx, at[k], mask[k], make_pack<T, V>(dz));
           }
         }
       });
@@ -641,12 +641,12 @@ __device__ __forceinline__ void apply_backward(const Backward& p, const Plan& pl
 #pragma unroll
         for (int k = 0; k < U; ++k) {
           if (kept_dz == nullptr) {
-            in.dout[k] = load_pack<T, V>(dout, at[k], mask[k], plan.size);
+            in.dout[k] = load_pack<T, V, CL>(dout, at[k], mask[k], plan.size);
           } else if (mask[k] != 0u) {
             in.dout[k] = kept_dz[slot + k * threads];
           }
           if (kept_x == nullptr) {
-            in.x[k] = load_pack<T, V>(x, at[k], mask[k], plan.size);
+            in.x[k] = load_pack<T, V, CL>(x, at[k], mask[k], plan.size);
           } else if (mask[k] != 0u) {
             in.x[k] = kept_x[slot + k * threads];
           }
@@ -654,7 +654,7 @@ __device__ __forceinline__ void apply_backward(const Backward& p, const Plan& pl
         if (saved != nullptr) {
 #pragma unroll
           for (int k = 0; k < U; ++k)
-            in.saved[k] = load_pack<T, V>(saved, at[k], mask[k], plan.size);
+            in.saved[k] = load_pack<T, V, CL>(saved, at[k], mask[k], plan.size);
         }
 #pragma unroll
         for (int k = 0; k < U; ++k) {
@@ -666,7 +666,7 @@ __device__ __forceinline__ void apply_backward(const Backward& p, const Plan& pl
             const A centred = to_acc(in.x[k].v[j]) - mean[lane];
             result[j] = (dz - shift[lane] - centred * slope[lane]) * scale[lane];
           }
-          store_pack(dx, at[k], mask[k], make_pack<T, V>(result));
+          store_pack<CL>(dx, at[k], mask[k], make_pack<T, V>(result));
         }
       });
 }

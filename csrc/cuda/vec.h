@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "../common/activation.h"
 #include "../common/tensor_types.h"
@@ -71,13 +72,14 @@ template <int V>
 inline constexpr unsigned kFullMask = (1u << V) - 1u;
 
 // The pack at element offset `at`; `mask` says which lanes are wanted, the others are anything. A pack that
-// is wanted in part is still read whole (`base` is aligned to it), except past the tensor's end.
-template <class T, int V>
+// is wanted in part is still read whole (`base` is aligned to it), except past the tensor's end. `Whole`: it
+// is known that all lanes are wanted or none.
+template <class T, int V, bool Whole>
 __device__ __forceinline__ Pack<T, V> load_pack(const T* base, int64_t at, unsigned mask,
                                                 int64_t size) {
   Pack<T, V> pack{};
   if (mask == 0) return pack;
-  if (V == 1 || at + V <= size) {
+  if (Whole || V == 1 || at + V <= size) {
     pack = *reinterpret_cast<const Pack<T, V>*>(base + at);
   } else {
 #pragma unroll
@@ -88,12 +90,19 @@ __device__ __forceinline__ Pack<T, V> load_pack(const T* base, int64_t at, unsig
 }
 
 // Writes the lanes of `mask` and nothing else.
-template <class T, int V>
+template <bool Whole, class T, int V>
 __device__ __forceinline__ void store_pack(T* base, int64_t at, unsigned mask,
                                            const Pack<T, V>& pack) {
-  if (mask == kFullMask<V>) {
-    *reinterpret_cast<Pack<T, V>*>(base + at) = pack;
-  } else {
+  if (Whole ? mask != 0 : mask == kFullMask<V>) {
+    if constexpr (sizeof(pack) == sizeof(uint4)) {
+      // By intrinsic: a plain store is taken apart to share its lanes with the branch below.
+      uint4 bits;
+      memcpy(&bits, &pack, sizeof bits);
+      __stwb(reinterpret_cast<uint4*>(base + at), bits);
+    } else {
+      *reinterpret_cast<Pack<T, V>*>(base + at) = pack;
+    }
+  } else if (!Whole) {
 #pragma unroll
     for (int j = 0; j < V; ++j)
       if (mask >> j & 1u) base[at + j] = pack.v[j];

@@ -2,7 +2,7 @@
 // CPU thread. Test code only. What a kernel here can use:
 //
 //   threadIdx, blockIdx, blockDim, gridDim, warpSize    dynamic shared memory (ADVDL_DYNAMIC_SHARED)
-//   __syncthreads, __syncwarp, __shfl*_sync             integer atomics, __popc, __ldg, rsqrtf
+//   __syncthreads, __syncwarp, __shfl*_sync             integer atomics, __popc, __ldg, __stwb, rsqrtf
 //   cudaLaunchKernelEx, cudaMemsetAsync, cudaFuncSetAttribute, cudaDeviceGetAttribute, ...
 //
 // Threads are fibers: each runs until it meets a barrier or a warp operation. Blocks run one after another, in
@@ -122,6 +122,10 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
 template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
+}
+template <class T>
+void __stwb(T* pointer, T value) {
+  *pointer = value;
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
