@@ -79,43 +79,51 @@ def batch_norm_act(
             residual,
             activation,
         )
-    elif torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        out, new_mean, new_var = BatchNormActFunction.apply(
-            x,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual,
-            activation,
-        )
     else:
-        out, _, _, new_mean, new_var = torch.ops.advdl_ops.batch_norm_act.default(
-            x,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            training,
-            momentum,
-            eps,
-            activation.code,
-            activation.param,
-        )
-    if training and running_mean is not None and running_var is not None and x.numel() > 0:
-        assert new_mean is not None and new_var is not None
-        running_mean.copy_(new_mean)
-        running_var.copy_(new_var)
+        options = training, momentum, eps, activation
+        tensors = x, residual, weight, bias, running_mean, running_var
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        ):
+            if not torch.compiler.is_compiling():
+                return BatchNormActFunction.apply(*tensors, options)
+            out, new_mean, new_var = BatchNormActFunction.apply(*tensors, options)
+        else:
+            out, _, _, new_mean, new_var = _forward(*tensors, options)
+    if training and running_mean is not None:
+        _write_running(x, running_mean, running_var, new_mean, new_var)
     return out
+
+
+def _write_running(x: Tensor, mean: Any, var: Any, new_mean: Any, new_var: Any) -> None:
+    if x.numel() > 0:  # an empty batch leaves the statistics as they are
+        mean.copy_(new_mean)
+        var.copy_(new_var)
+
+
+_forward_op = torch.ops.advdl_ops.batch_norm_act.default
+_backward_op = torch.ops.advdl_ops.batch_norm_act_backward.default
+
+# training, momentum, eps, activation
+_Options = tuple[bool, float, float, Activation]
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    training, momentum, eps, (_, code, param) = options
+    return _forward_op(
+        x, residual, weight, bias, running_mean, running_var, training, momentum, eps, code, param
+    )
 
 
 class BatchNormActFunction(torch.autograd.Function):
@@ -129,29 +137,17 @@ class BatchNormActFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
+        residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        residual: Tensor | None,
-        act: Activation,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out, mean, rstd, new_mean, new_var = torch.ops.advdl_ops.batch_norm_act.default(
-            x,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            training,
-            momentum,
-            eps,
-            act.code,
-            act.param,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        options: _Options,
+    ) -> Any:
+        out, mean, rstd, new_mean, new_var = _forward(
+            x, residual, weight, bias, running_mean, running_var, options
         )
+        act = options[3]
         if residual is None or act.code == 0:
             saved, z_source = None, _Z_INPUT
         elif act.name == "relu":
@@ -159,26 +155,32 @@ class BatchNormActFunction(torch.autograd.Function):
         else:
             saved, z_source = residual, _Z_RESIDUAL
         ctx.save_for_backward(x, saved, weight, bias, mean, rstd)
-        ctx.options = training, eps, act, z_source
-        ctx.mark_non_differentiable(new_mean, new_var)
-        ctx.set_materialize_grads(False)
-        return out, new_mean, new_var
+        ctx.options, ctx.z_source = options, z_source
+        if torch.compiler.is_compiling():
+            # A Function that is traced must not write its inputs: the caller does.
+            ctx.mark_non_differentiable(new_mean, new_var)
+            ctx.set_materialize_grads(False)
+            return out, new_mean, new_var
+        # Here each output of a Function costs as much as a small kernel.
+        if options[0] and running_mean is not None:
+            _write_running(x, running_mean, running_var, new_mean, new_var)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dout is None:
-            return (None,) * 10
+            return (None,) * 7
         x, saved, weight, bias, mean, rstd = ctx.saved_tensors
-        training, eps, act, z_source = ctx.options
-        need_x, _, _, need_weight, need_bias, _, _, _, need_residual, _ = ctx.needs_input_grad
+        training, _momentum, eps, act = ctx.options
+        need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             dx, dresidual, dweight, dbias = _differentiable_backward(
-                dout, x, saved, weight, bias, mean, rstd, training, eps, act, z_source
+                dout, x, saved, weight, bias, mean, rstd, training, eps, act, ctx.z_source
             )
         else:
             # Without an activation the residual's gradient is dout itself: no kernel need write it.
             passes_dout = act.code == 0
-            dx, dresidual, dweight, dbias = torch.ops.advdl_ops.batch_norm_act_backward.default(
+            dx, dresidual, dweight, dbias = _backward_op(
                 dout,
                 x,
                 saved,
@@ -189,7 +191,7 @@ class BatchNormActFunction(torch.autograd.Function):
                 training,
                 act.code,
                 act.param,
-                z_source,
+                ctx.z_source,
                 need_x,
                 need_residual and not passes_dout,
             )
@@ -197,16 +199,18 @@ class BatchNormActFunction(torch.autograd.Function):
                 dresidual = dout
         return (
             dx if need_x else None,
-            None,
-            None,
-            dweight.to(weight.dtype) if need_weight else None,
-            dbias.to(bias.dtype) if need_bias else None,
-            None,
-            None,
-            None,
             dresidual if need_residual else None,
+            _like(dweight, weight) if need_weight else None,
+            _like(dbias, bias) if need_bias else None,
+            None,
+            None,
             None,
         )
+
+
+def _like(grad: Tensor, parameter: Tensor) -> Tensor:
+    """Kernels sum in at least fp32; a gradient is of its parameter's dtype."""
+    return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
 
 
 def _differentiable_backward(

@@ -59,26 +59,33 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x``, ``residual`` ``[N, C, H, W]`` -> ``[N, C, H, W]``; errors as :func:`.batch_norm_act`."""
         self._check_input_dim(x)
-        mean, var = self.running_mean, self.running_var
-        training = self.training or (mean is None and var is None)
-        tracks = self.training and self.track_running_stats and mean is not None
-        if tracks and self.momentum is None and self.num_batches_tracked is not None:
+        # Through the dicts: Module.__getattr__ costs more than the kernel of a small input.
+        buffers, parameters = self._buffers, self._parameters
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        counter = buffers["num_batches_tracked"]
+        momentum = self.momentum
+        training = self.training
+        tracks = training and self.track_running_stats and mean is not None
+        if tracks and momentum is None and counter is not None:
             return self._forward_cumulative(x, residual)
+        if training and not tracks:
+            mean = var = None
         out = batch_norm_act(
             x,
-            mean if tracks or not self.training else None,
-            var if tracks or not self.training else None,
-            self.weight,
-            self.bias,
-            training,
-            0.0 if self.momentum is None else self.momentum,
+            mean,
+            var,
+            # Not in the dict where the weight is parametrized.
+            parameters["weight"] if "weight" in parameters else self.weight,
+            parameters["bias"] if "bias" in parameters else self.bias,
+            training or (mean is None and var is None),
+            0.0 if momentum is None else momentum,
             self.eps,
             residual=residual,
             act=self.act,
         )
-        if tracks and self.num_batches_tracked is not None:
+        if tracks and counter is not None:
             # Counted after the op, so that an error leaves the module as it was.
-            self.num_batches_tracked.add_(1)
+            counter.add_(1)
         return out
 
     def _forward_cumulative(self, x: Tensor, residual: Tensor | None) -> Tensor:

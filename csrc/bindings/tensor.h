@@ -128,34 +128,42 @@ inline OptionalTensor contiguous(const OptionalTensor& t) {
 }
 
 // Scratch memory of a call, and on CUDA the device and stream that it runs on.
+#if defined(USE_CUDA)
 class Launch {
  public:
   Launch(const Tensor& like, size_t workspace_bytes)
-#if defined(USE_CUDA)
       : guard_(like.get_device_index()),
         workspace_(allocate_vector(like, static_cast<int64_t>(workspace_bytes), ScalarType::Byte)) {
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
   }
-#else
-      : workspace_(allocate_vector(like, static_cast<int64_t>(workspace_bytes), ScalarType::Byte)) {
-  }
-#endif
   template <class Kernel, class Params>
   void run(Kernel kernel, const Params& params) {
-#if defined(USE_CUDA)
     kernel(params, workspace_.data_ptr(), stream_);
-#else
-    kernel(params, workspace_.data_ptr());
-#endif
   }
 
  private:
-#if defined(USE_CUDA)
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
-#endif
   Tensor workspace_;
 };
+#else
+class Launch {
+ public:
+  Launch(const Tensor& like, size_t workspace_bytes) {
+    if (workspace_bytes <= sizeof(small_)) return;
+    large_ = allocate_vector(like, static_cast<int64_t>(workspace_bytes), ScalarType::Byte);
+  }
+  template <class Kernel, class Params>
+  void run(Kernel kernel, const Params& params) {
+    kernel(params, large_.has_value() ? large_->data_ptr() : small_);
+  }
+
+ private:
+  // Small inputs need little: the allocation would cost as much as the kernel.
+  alignas(64) unsigned char small_[16384];
+  OptionalTensor large_;
+};
+#endif
 
 }  // namespace advdl_ops
