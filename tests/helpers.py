@@ -1,8 +1,9 @@
 """Truth in fp64 from stock PyTorch, layouts, and the one rule by which values are judged.
 
-The rule: the error against fp64 is at most that of stock PyTorch in the same dtypes, plus a few units in the last place
-of the result and a few roundings of the accumulation dtype at the size of the terms that make up the result. Where stock refuses the
-mix of dtypes, stock in the accumulation dtype, rounded to the result's, stands in. No tolerance is picked by hand.
+The rule: the error against fp64 is at most that of stock PyTorch in the same dtypes, plus a few units in the
+last place of the result and a few roundings of the accumulation dtype at the size of the terms that make up the
+result. Where stock refuses the mix of dtypes, stock in the accumulation dtype, rounded to the result's, stands in.
+No tolerance is picked by hand.
 """
 
 from __future__ import annotations
@@ -197,9 +198,14 @@ def exactly(p: Problem, act: str = "none", training: bool = True) -> dict[str, T
     """The same by its formulas in numpy's long double: a truth for fp64, where stock's sums round as ours do."""
 
     def rows(t: Tensor | None) -> Any:  # [N * S, C], or [C]
-        return None if t is None else t.movedim(1 if t.dim() > 1 else 0, -1).reshape(
-            -1, p.x.shape[1]
-        ).numpy().astype(np.longdouble)
+        return (
+            None
+            if t is None
+            else t.movedim(1 if t.dim() > 1 else 0, -1)
+            .reshape(-1, p.x.shape[1])
+            .numpy()
+            .astype(np.longdouble)
+        )
 
     def like_x(a: Any) -> Tensor:
         sizes = [p.x.shape[0], *p.x.shape[2:], p.x.shape[1]]
@@ -318,18 +324,15 @@ def check_problem(
     act: str = "none",
     training: bool = True,
     *,
-    backward: bool = True,
     stock_runs: bool = True,
     what: Any = "",
 ) -> dict[str, Tensor]:
     """Every result of ``batch_norm_act`` on ``p`` by the rule; returns them."""
     acc = acc_dtype(p.x.dtype)
-    found = ours(p, act, training, backward)
-    if p.x.dtype == f64 and backward:
-        exact = exactly(p, act, training)
-    else:
-        exact = stock(p.to(f64), act, training, backward)
-    plain = stock(p if stock_runs else p.to(acc), act, training, backward)
+    found = ours(p, act, training)
+    in_fp64 = p.x.dtype == f64
+    exact = exactly(p, act, training) if in_fp64 else stock(p.to(f64), act, training)
+    plain = stock(p if stock_runs else p.to(acc), act, training)
     sizes = term_sizes(p, training)
     assert found.keys() == exact.keys()
     for name, value in exact.items():

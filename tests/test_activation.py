@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from helpers import ACTIVATIONS, ULPS
 
 import advdl_ops
 from advdl_ops.activation import ACTIVATIONS as NAMES
 from advdl_ops.activation import resolve_activation
 from advdl_ops.functional import batch_norm_act
-from helpers import ACTIVATIONS, ULPS
 
 
 def test_every_name_and_module():
@@ -38,7 +38,17 @@ def test_every_name_and_module():
 def test_codes_are_those_of_the_kernels():
     # csrc/common/tensor_types.h; part of the operator's schema, so never renumbered.
     codes = {name: a.code for name, a in NAMES.items()}
-    order = "relu leaky_relu elu silu gelu gelu_tanh sigmoid tanh hardswish".split()
+    order = [
+        "relu",
+        "leaky_relu",
+        "elu",
+        "silu",
+        "gelu",
+        "gelu_tanh",
+        "sigmoid",
+        "tanh",
+        "hardswish",
+    ]
     assert codes == {name: i + 1 for i, name in enumerate(order)}
 
 
@@ -85,7 +95,7 @@ def points(dtype):
 )
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_values_and_derivatives(act, dtype, backend):
-    """An identity norm: what is left is the activation of the residual. Each point by the rule, against its own size."""
+    """An identity norm leaves the activation of the residual. Each point by the rule, against its own size."""
     z = points(dtype)[None, None]
     zero = torch.zeros(1)
     params = (zero, zero + 1) if dtype != torch.float64 else (zero.double(), zero.double() + 1)

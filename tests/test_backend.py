@@ -72,7 +72,9 @@ def test_context_manager_restores_after_an_error():
 
 
 def test_unknown_name_changes_nothing():
-    with pytest.raises(ValueError, match=r"use_backend: name \('cuda'\) must be one of fused, reference"):
+    with pytest.raises(
+        ValueError, match=r"use_backend: name \('cuda'\) must be one of fused, reference"
+    ):
         use_backend("cuda")
     assert get_backend() == "fused"
 
@@ -103,10 +105,14 @@ def test_environment_with_an_unknown_name():
 
 def test_require_native_refuses_transforms():
     x = torch.randn(2, 3, 4)
-    with pytest.raises(RuntimeError, match="batch_norm_act: ADVDL_OPS_REQUIRE_NATIVE=1 is set, but"):
+    with pytest.raises(
+        RuntimeError, match="batch_norm_act: ADVDL_OPS_REQUIRE_NATIVE=1 is set, but"
+    ):
         torch.func.grad(lambda x: batch_norm_act(x, None, None, training=True).sum())(x)
     with pytest.raises(RuntimeError, match="transform is active"):
-        torch.func.vmap(lambda x: batch_norm_act(x, None, None, training=True))(torch.randn(2, 2, 3, 4))
+        torch.func.vmap(lambda x: batch_norm_act(x, None, None, training=True))(
+            torch.randn(2, 2, 3, 4)
+        )
 
 
 def test_require_native_refuses_an_unloaded_library(monkeypatch, calls):

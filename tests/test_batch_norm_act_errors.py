@@ -102,7 +102,9 @@ def assert_refused(call, expected_type, argument):
         call()
     assert type(caught.value) is expected_type, repr(caught.value)
     assert re.match(
-        rf"(batch_norm_act|BatchNormAct2d): {argument}( \(.*\))? must (?!$)", str(caught.value), re.S
+        rf"(batch_norm_act|BatchNormAct2d): {argument}( \(.*\))? must (?!$)",
+        str(caught.value),
+        re.S,
     ), str(caught.value)
     if " and " not in argument:
         assert re.search(rf"{argument} \(.+\) must", str(caught.value), re.S), str(caught.value)
@@ -174,9 +176,9 @@ def test_module_refuses_an_unknown_activation():
 
 
 def test_the_message_of_the_issue():
-    with pytest.raises(ValueError, match="batch_norm_act: eps \\(-1.0\\) must not be negative"):
+    with pytest.raises(ValueError, match=r"batch_norm_act: eps \(-1.0\) must not be negative"):
         batch_norm_act(**arguments(eps=-1.0, training=False))
-    with pytest.raises(ValueError, match="act \\('swish'\\) must be None, one of relu, "):
+    with pytest.raises(ValueError, match=r"act \('swish'\) must be None, one of relu, "):
         batch_norm_act(**arguments(act="swish"))
 
 

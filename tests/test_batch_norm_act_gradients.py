@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 import torch.autograd.forward_ad as fwd
+from helpers import ACTIVATIONS, SMOOTH, in_layout, make_problem, ours
 from torch.autograd import gradcheck, gradgradcheck
 
 from advdl_ops.functional import batch_norm_act
-from helpers import ACTIVATIONS, SMOOTH, in_layout, make_problem, ours
 
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 RESIDUAL = pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
@@ -61,7 +61,9 @@ def test_gradgradcheck_without_affine(training):
     x = p.x.requires_grad_()
 
     def function(x):
-        return batch_norm_act(x, p.running_mean, p.running_var, None, None, training, 0.0, act="silu")
+        return batch_norm_act(
+            x, p.running_mean, p.running_var, None, None, training, 0.0, act="silu"
+        )
 
     assert gradcheck(function, x)
     assert gradgradcheck(function, x)
@@ -234,8 +236,12 @@ def test_func_transforms_through_the_reference(no_native_required):
     found = torch.func.grad(lambda *a: loss(fused, *a), (0, 1))(p.x, p.weight)
     exact = torch.func.grad(lambda *a: loss(stock, *a), (0, 1))(p.x, p.weight)
     torch.testing.assert_close(found, exact)
-    found = torch.func.jvp(lambda x: fused(x, None, None, p.weight, p.bias, True), (p.x,), (p.dout,))
-    exact = torch.func.jvp(lambda x: stock(x, None, None, p.weight, p.bias, True), (p.x,), (p.dout,))
+    found = torch.func.jvp(
+        lambda x: fused(x, None, None, p.weight, p.bias, True), (p.x,), (p.dout,)
+    )
+    exact = torch.func.jvp(
+        lambda x: stock(x, None, None, p.weight, p.bias, True), (p.x,), (p.dout,)
+    )
     torch.testing.assert_close(found, exact)
     per_sample = torch.func.vmap(
         torch.func.grad(
@@ -244,7 +250,9 @@ def test_func_transforms_through_the_reference(no_native_required):
         in_dims=(None, 0),
     )(p.weight, p.x)
     exact = torch.func.vmap(
-        torch.func.grad(lambda w, x: stock(x[None], p.running_mean, p.running_var, w, p.bias).sum()),
+        torch.func.grad(
+            lambda w, x: stock(x[None], p.running_mean, p.running_var, w, p.bias).sum()
+        ),
         in_dims=(None, 0),
     )(p.weight, p.x)
     torch.testing.assert_close(per_sample, exact)

@@ -7,10 +7,10 @@ import pickle
 
 import pytest
 import torch
+from helpers import ACTIVATIONS, ULPS, error, in_layout, largest
 
 import advdl_ops
 from advdl_ops.nn import BatchNormAct2d
-from helpers import ACTIVATIONS, ULPS, error, in_layout, largest
 
 OPTIONS = [
     {},

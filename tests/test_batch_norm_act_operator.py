@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
+from helpers import channels_last, in_layout, make_problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import advdl_ops
 from advdl_ops.functional import batch_norm_act
 from advdl_ops.nn import BatchNormAct2d
-from helpers import channels_last, in_layout, make_problem
 
 OPS = torch.ops.advdl_ops
 TESTS = (
@@ -20,7 +20,16 @@ TESTS = (
 )
 LAYOUTS = ("contiguous", "channels_last", "strided")
 # Where sizes of 1 leave the strides open, and where memory says nothing.
-SHAPES = [(3, 4), (3, 4, 5), (3, 4, 5, 2), (2, 3, 2, 2, 2), (2, 1, 3, 3), (2, 3, 1, 1), (1, 3, 2, 2), (0, 3, 2, 2)]  # fmt: skip
+SHAPES = [
+    (3, 4),
+    (3, 4, 5),
+    (3, 4, 5, 2),
+    (2, 3, 2, 2, 2),
+    (2, 1, 3, 3),
+    (2, 3, 1, 1),
+    (1, 3, 2, 2),
+]
+SHAPES += [(0, 3, 2, 2)]
 
 
 def forward_arguments(shape, layout, mix="fp32", training=True, residual=True, act=1):
@@ -30,7 +39,9 @@ def forward_arguments(shape, layout, mix="fp32", training=True, residual=True, a
     )  # fmt: skip
 
 
-def backward_arguments(shape, layout, mix="fp32", training=True, act=4, source=0, needs=(True, True)):
+def backward_arguments(
+    shape, layout, mix="fp32", training=True, act=4, source=0, needs=(True, True)
+):
     p = make_problem(shape, mix, residual=True).laid(layout)
     acc = torch.float64 if mix == "fp64" else torch.float32
     mean, rstd = torch.zeros(shape[1], dtype=acc), torch.ones(shape[1], dtype=acc)
@@ -47,7 +58,9 @@ def test_opcheck_forward(layout):
             OPS.batch_norm_act.default, forward_arguments(shape, layout), test_utils=TESTS
         )
     shape = (3, 4, 5, 2)
-    for mix, training, residual in itertools.product(("bf16", "fp64"), (True, False), (True, False)):
+    for mix, training, residual in itertools.product(
+        ("bf16", "fp64"), (True, False), (True, False)
+    ):
         arguments = forward_arguments(shape, layout, mix, training, residual)
         torch.library.opcheck(OPS.batch_norm_act.default, arguments, test_utils=TESTS)
     x = arguments[0]
@@ -145,7 +158,9 @@ def test_raw_operator_checks_its_arguments():
     x, c = torch.randn(2, 3, 4), torch.zeros(3)
 
     def forward(*, x=x, residual=None, weight=None, mean=c, var=c, training=False, act=0):
-        return OPS.batch_norm_act(x, residual, weight, None, mean, var, training, 0.1, 1e-5, act, 0.0)
+        return OPS.batch_norm_act(
+            x, residual, weight, None, mean, var, training, 0.1, 1e-5, act, 0.0
+        )
 
     forward()
     for bad in (

@@ -7,8 +7,6 @@ import itertools
 
 import pytest
 import torch
-
-import advdl_ops
 from helpers import (
     ACTIVATIONS,
     LAYOUTS,
@@ -21,6 +19,8 @@ from helpers import (
     ours,
     stock,
 )
+
+import advdl_ops
 
 # Odd sizes, one position, batch 1, C = 1, 3 and 300, runs shorter and longer than any vector.
 SHAPES = [
@@ -233,7 +233,9 @@ def test_nan_and_infinity_stay_in_their_channel(backend, layout, value):
 
 
 def test_batch_of_zero(backend):
-    for layout, shape in itertools.product(LAYOUTS, [(0, 3), (0, 3, 4), (0, 3, 4, 5), (2, 3, 0, 5)]):
+    for layout, shape in itertools.product(
+        LAYOUTS, [(0, 3), (0, 3, 4), (0, 3, 4, 5), (2, 3, 0, 5)]
+    ):
         for training in (True, False):
             p = make_problem(shape, residual=True).laid(layout)
             found = check_problem(p, "relu", training, what=(shape, layout))

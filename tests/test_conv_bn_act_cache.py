@@ -1,0 +1,391 @@
+"""The folded convolution that evaluation keeps: used again, dropped in time, and never stale."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.utils.prune
+
+from advdl_ops.nn import BatchNormAct2d, ConvBNAct
+from advdl_ops.nn import conv_bn_act as siblings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+f32, f64 = torch.float32, torch.float64
+# fp32 goes to oneDNN with a packed weight, fp64 through torch's own convolution.
+DTYPES = pytest.mark.parametrize("dtype", [f32, f64], ids=["packed", "plain"])
+
+
+def make(dtype=f64, **options):
+    """A layer in eval with statistics of its own, and an input."""
+    layer = ConvBNAct(4, 6, 3, bias=True, act="silu", dtype=dtype, **options)
+    with torch.no_grad():
+        layer.bn.running_mean.normal_()
+        layer.bn.running_var.uniform_(0.5, 2)
+        layer.bn.weight.uniform_(0.5, 1.5)
+        layer.bn.bias.normal_()
+    return layer.eval(), torch.randn(2, 4, 7, 5, dtype=dtype)
+
+
+def unfolded(layer, x):
+    """What the layer must give: a copy with nothing cached, under gradients, where nothing is folded."""
+    with torch.enable_grad():
+        fresh = copy.deepcopy(layer)
+        assert fresh.bn.folded is None
+        return fresh(x).detach()
+
+
+def assert_fresh(layer, x):
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+            if x.dtype in (f32, f64):  # the folded weight of a half type is rounded once more
+                torch.testing.assert_close(layer(x), unfolded(layer, x))
+
+
+def fill(layer, x):
+    with torch.no_grad():
+        out = layer(x)
+    assert layer.bn.folded is not None
+    return out
+
+
+@DTYPES
+def test_reused(dtype):
+    layer, x = make(dtype)
+    first = fill(layer, x)
+    kept = layer.bn.folded
+    with torch.no_grad():
+        assert torch.equal(layer(x), first)
+        layer(torch.randn(5, 4, 9, 9, dtype=dtype))  # another size
+        layer(x.contiguous(memory_format=torch.channels_last))
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x), first)
+    assert layer.bn.folded is kept
+
+
+@DTYPES
+def test_other_sizes_and_layouts_from_the_same_cache(dtype):
+    layer, x = make(dtype)
+    fill(layer, x)
+    for size in [(1, 4, 3, 3), (7, 4, 12, 9), (0, 4, 7, 5), (2, 4, 1, 1)]:
+        other = torch.randn(size, dtype=dtype)
+        assert_fresh(layer, other)
+        assert_fresh(layer, other.contiguous(memory_format=torch.channels_last))
+
+
+DROPS = {
+    "train": lambda layer, x: layer.train(),
+    "eval": lambda layer, x: layer.eval(),
+    "bn.train": lambda layer, x: layer.bn.train(),
+    "load_state_dict": lambda layer, x: layer.load_state_dict(layer.state_dict()),
+    "load_state_dict, assign": lambda layer, x: layer.load_state_dict(
+        {k: v.clone() for k, v in layer.state_dict().items()}, assign=True
+    ),
+    "to(dtype)": lambda layer, x: layer.to(torch.bfloat16),
+    "half": lambda layer, x: layer.half(),
+    "to(memory_format)": lambda layer, x: layer.to(memory_format=torch.channels_last),
+    "_apply": lambda layer, x: layer._apply(lambda t: t),
+    "forward with gradients": lambda layer, x: layer(x),
+    "forward in training": lambda layer, x: layer.train()(x),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("drop", DROPS)
+def test_dropped(drop, dtype):
+    layer, x = make(dtype)
+    fill(layer, x)
+    DROPS[drop](layer, x)
+    assert layer.bn.folded is None
+    layer.eval()
+    assert_fresh(layer, x.to(layer.conv.weight.dtype))
+
+
+@pytest.mark.parametrize("what", ["x", "conv.weight", "bn.weight", "residual"])
+def test_gradients_on_one_tensor_alone(what):
+    layer, x = make()
+    layer.requires_grad_(False)
+    residual = torch.randn_like(fill(layer, x))
+    tensors = {"x": x, "conv.weight": layer.conv.weight, "bn.weight": layer.bn.weight}
+    leaf = (tensors | {"residual": residual})[what].requires_grad_()
+    out = layer(x, residual)
+    assert out.requires_grad
+    assert layer.bn.folded is None
+    out.sum().backward()
+    assert leaf.grad.abs().max() > 0
+
+
+def frozen_needs_no_no_grad():
+    layer, x = make()
+    layer.requires_grad_(False)
+    layer(x)
+    return layer
+
+
+def test_frozen_layer_folds_with_gradients_enabled():
+    assert frozen_needs_no_no_grad().bn.folded is not None
+
+
+def optimizer_step(kind, **options):
+    def change(layer, x):
+        optimizer = kind(layer.parameters(), **options)
+        for parameter in layer.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    return change
+
+
+def ema(layer, x):
+    for parameter in layer.parameters():
+        parameter.data.copy_(parameter.data * 0.9 + 0.1)
+
+
+def assign(name, value):
+    def change(layer, x):
+        owner, attribute = name.split(".")
+        setattr(getattr(layer, owner), attribute, value(layer))
+
+    return change
+
+
+@torch.no_grad()
+def in_place(layer, x):
+    layer.conv.weight.mul_(1.5)
+
+
+@torch.no_grad()
+def foreach(layer, x):
+    torch._foreach_mul_(list(layer.parameters()), 1.25)
+
+
+def numpy_write(layer, x):
+    layer.bn.bias.detach().numpy()[2] = 3.0
+
+
+def set_data(name):
+    def change(layer, x):
+        owner, attribute = name.split(".")
+        tensor = getattr(getattr(layer, owner), attribute)
+        tensor.data = tensor.data * 2 + 1
+
+    return change
+
+
+# Those beyond version counters and pointers: fused steps and writes through .data or numpy.
+CHANGES = {
+    "AdamW, fused": optimizer_step(torch.optim.AdamW, fused=True, lr=0.1),
+    "AdamW": optimizer_step(torch.optim.AdamW, lr=0.1),
+    "AdamW, foreach": optimizer_step(torch.optim.AdamW, foreach=True, lr=0.1),
+    "SGD": optimizer_step(torch.optim.SGD, lr=0.1),
+    "SGD, fused": optimizer_step(torch.optim.SGD, fused=True, lr=0.1),
+    "EMA": ema,
+    "in place": in_place,
+    "foreach": foreach,
+    "running_mean.add_": lambda layer, x: layer.bn.running_mean.add_(1),
+    "running_var.data": lambda layer, x: layer.bn.running_var.data.mul_(2),
+    "running_mean.data, one value": lambda layer, x: layer.bn.running_mean.data[3:4].add_(1),
+    "bn.weight.data": lambda layer, x: layer.bn.weight.data.__setitem__(slice(None), 2.0),
+    "bn.weight.data, one value": lambda layer, x: layer.bn.weight.data.__setitem__(1, -3.0),
+    "bn.bias.data": lambda layer, x: layer.bn.bias.data.__setitem__(0, 9.0),
+    "bn.bias by numpy": numpy_write,
+    "conv.bias.data": lambda layer, x: layer.conv.bias.data.__setitem__(5, 9.0),
+    "pruned output channel": lambda layer, x: layer.conv.weight.data.__setitem__(4, 0.0),
+    "scaled output channel": lambda layer, x: layer.conv.weight.data[2].mul_(1.01),
+    "conv.weight.data replaced": set_data("conv.weight"),
+    "bn.running_var.data replaced": set_data("bn.running_var"),
+    "new conv.weight": assign(
+        "conv.weight", lambda layer: torch.nn.Parameter(layer.conv.weight.detach() * 2)
+    ),
+    "new bn.running_mean": assign("bn.running_mean", lambda layer: layer.bn.running_mean + 1),
+    "no conv.bias": assign("conv.bias", lambda layer: None),
+    "bn.bias None": assign("bn.bias", lambda layer: None),
+    "eps": assign("bn.eps", lambda layer: 0.5),
+    "stride": assign("conv.stride", lambda layer: (2, 2)),
+    "padding_mode": assign("conv.padding_mode", lambda layer: "circular"),
+    "act": assign("bn.act", lambda layer: BatchNormAct2d(1, act="relu").act),
+    "training steps between": lambda layer, x: (layer.train()(x), layer.eval()),
+    "init": lambda layer, x: torch.nn.init.uniform_(layer.conv.weight),
+    "reset_running_stats": lambda layer, x: layer.bn.reset_running_stats(),
+    "conv.load_state_dict": lambda layer, x: layer.conv.load_state_dict(
+        {k: v * 2 for k, v in layer.conv.state_dict().items()}
+    ),
+    "swap": lambda layer, x: layer.bn.load_state_dict(BatchNormAct2d(6).double().state_dict()),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("change", CHANGES)
+def test_never_stale(change, dtype):
+    layer, x = make(dtype)
+    before = fill(layer, x).clone()
+    CHANGES[change](layer, x)
+    assert_fresh(layer, x)
+    with torch.no_grad():
+        after = layer(x)
+    if change != "training steps between":
+        assert after.shape != before.shape or not torch.equal(after, before), "nothing was changed"
+
+
+def test_stale_never_over_many_fused_steps():
+    layer, x = make(f32)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True, lr=1e-2)
+    for _ in range(3):
+        layer(x).square().mean().backward()
+        fill(layer, x)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_fresh(layer, x)
+
+
+def test_swapped_statistics_of_the_same_values_elsewhere():
+    # A weight freed and another allocated at its address must not be taken for the first.
+    layer, x = make(f32)
+    for _ in range(5):
+        fill(layer, x)
+        layer.conv.weight = torch.nn.Parameter(torch.randn(6, 4, 3, 3))
+        assert_fresh(layer, x)
+
+
+def test_parametrized_weight():
+    layer, x = make()
+    torch.nn.utils.parametrizations.weight_norm(layer.conv)
+    assert_fresh(layer, x)
+    with torch.no_grad():
+        layer.conv.parametrizations.weight.original0.mul_(2)
+    assert_fresh(layer, x)
+
+
+def test_pruned_by_torch():
+    layer, x = make()
+    fill(layer, x)
+    torch.nn.utils.prune.random_unstructured(layer.conv, "weight", amount=0.5)
+    assert_fresh(layer, x)
+    torch.nn.utils.prune.remove(layer.conv, "weight")
+    assert_fresh(layer, x)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "global", "patched"])
+@pytest.mark.parametrize("owner", ["conv", "bn"])
+def test_hooks_are_honoured(owner, kind):
+    layer, x = make()
+    fill(layer, x)
+    module = getattr(layer, owner)
+    seen = []
+    if kind == "forward":
+        handle = module.register_forward_hook(lambda m, args, out: (seen.append(m), out * 2)[1])
+    elif kind == "forward_pre":
+        handle = module.register_forward_pre_hook(lambda m, args: seen.append(m))
+    elif kind == "global":
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda m, args, out: seen.append(m) if m is module else None
+        )
+    else:
+        handle = None
+        original = module.forward
+        module.forward = lambda *a: (seen.append(module), original(*a))[1]
+    with torch.no_grad():
+        hooked = layer(x)
+    assert seen == [module]
+    if handle is not None:
+        handle.remove()
+        with torch.no_grad():
+            plain = layer(x)
+        assert seen == [module]
+        assert torch.allclose(hooked, plain) == (kind != "forward")
+
+
+def test_subclass_with_its_own_forward_is_honoured():
+    class Doubled(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    conv, bn = Doubled(4, 6, 3, dtype=f64), BatchNormAct2d(6, dtype=f64).eval()
+    x = torch.randn(2, 4, 5, 5, dtype=f64)
+    with torch.no_grad():
+        torch.testing.assert_close(siblings(conv, bn, x), bn(conv(x)))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@DTYPES
+def test_copies_with_a_filled_cache(dtype, how):
+    layer, x = make(dtype)
+    expected = fill(layer, x)
+    other = copy.deepcopy(layer) if how == "deepcopy" else pickle.loads(pickle.dumps(layer))
+    assert other.bn.folded is None
+    assert layer.bn.folded is not None
+    with torch.no_grad():
+        assert torch.equal(other(x), expected)
+        other.bn.bias.add_(1)
+        assert not torch.allclose(other(x), expected)
+        assert torch.equal(layer(x), expected)
+
+
+def test_cache_is_no_state():
+    layer, x = make()
+    keys = list(layer.state_dict())
+    fill(layer, x)
+    assert list(layer.state_dict()) == keys
+    assert len(list(layer.buffers())) == 3
+    assert "folded" not in repr(layer)
+
+
+def test_functional_call_uses_what_is_passed():
+    layer, x = make()
+    other, _ = make()
+    expected = fill(other, x)
+    before = fill(layer, x)
+    with torch.no_grad():
+        out = torch.func.functional_call(layer, dict(other.state_dict()), (x,))
+        torch.testing.assert_close(out, expected)
+        assert torch.equal(layer(x), before)
+
+
+def test_cache_made_in_inference_mode_serves_outside():
+    layer, x = make()
+    with torch.inference_mode():
+        inside = layer(x)
+    assert_fresh(layer, x)
+    torch.testing.assert_close(layer(x).detach(), inside)
+    layer(x).sum().backward()
+    assert layer.conv.weight.grad is not None
+
+
+def test_layer_made_in_inference_mode():
+    with torch.inference_mode():
+        layer, x = make()
+        expected = layer(x)
+        torch.testing.assert_close(layer(x), expected)
+        layer.bn.bias.add_(1)
+        assert not torch.allclose(layer(x), expected)
+
+
+def test_one_norm_behind_two_convolutions():
+    bn = BatchNormAct2d(6, dtype=f64).eval()
+    convs = [torch.nn.Conv2d(4, 6, 3, dtype=f64) for _ in range(2)]
+    x = torch.randn(2, 4, 5, 5, dtype=f64)
+    with torch.no_grad():
+        for _ in range(2):
+            for conv in convs:
+                torch.testing.assert_close(siblings(conv, bn, x), bn(conv(x)))
+
+
+def test_onednn_switched_off_between_calls():
+    layer, x = make(f32)
+    before = fill(layer, x)
+    with torch.backends.mkldnn.flags(enabled=False), torch.no_grad():
+        torch.testing.assert_close(layer(x), before)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), before)
+
+
+def test_module_is_left_as_it_was():
+    layer, x = make(f32)
+    kept = {k: v.clone() for k, v in layer.state_dict().items()}
+    versions = {k: v._version for k, v in layer.state_dict(keep_vars=True).items()}
+    fill(layer, x)
+    fill(layer, x)
+    for key, t in layer.state_dict(keep_vars=True).items():
+        assert torch.equal(t, kept[key]), key
+        assert t._version == versions[key], key
