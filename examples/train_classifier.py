@@ -91,7 +91,7 @@ def train(
         for images, labels in batches:
             images, labels = images.to(device), labels.to(device)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
-                loss = cross_entropy(model(images), labels)
+                loss = cross_entropy(model(images), labels, label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
