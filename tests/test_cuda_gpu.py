@@ -15,19 +15,18 @@ from torch.nn import functional as F
 
 import advdl_ops
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
 
 # What the emulation is too slow for: many splits, ResNet-50's sizes at a small batch.
 BIG = [
-    Case(16, 64, 112 * 112, "first", "bf16", "relu"),
-    Case(16, 64, 112 * 112, "last", "bf16", "relu"),
+    Case(8, 64, 112 * 112, "first", "bf16", "relu"),
+    Case(8, 64, 112 * 112, "last", "bf16", "relu"),
     Case(
         8, 256, 56 * 56, "first", "f32", "relu", residual=True, want_dresidual=True, z_output=True
     ),
-    Case(8, 256, 56 * 56, "last", "f32", "relu", residual=True, want_dresidual=True, z_output=True),
+    Case(4, 256, 56 * 56, "last", "f32", "relu", residual=True, want_dresidual=True, z_output=True),
     Case(
         128,
         512,
@@ -39,8 +38,8 @@ BIG = [
         want_dresidual=True,
         z_output=True,
     ),
-    Case(128, 2048, 7 * 7, "first", "f16", "silu"),
-    Case(128, 2048, 7 * 7, "last", "f16", "silu"),
+    Case(128, 512, 7 * 7, "first", "f16", "silu"),
+    Case(128, 512, 7 * 7, "last", "f16", "silu"),
     Case(1, 1, 3_000_001, "first", "f32", "gelu"),
     Case(2, 3, 1_500_001, "last", "bf16", "gelu"),
     Case(70_000, 5, 1, "last", "f32", "tanh"),
@@ -48,13 +47,18 @@ BIG = [
 ]
 
 
+def make_inputs(case: Case) -> dict[str, Tensor]:
+    """On the GPU: the fp64 reference is computed there too."""
+    return {name: value.to(DEVICE) for name, value in bna.make_inputs(case).items()}
+
+
 def place(case: Case, value: Tensor, whole: bool = True) -> Tensor:
     """On the GPU in the case's layout, shifted from 16-byte alignment as the case asks."""
     if not whole:
-        return value.cuda()
+        return value.to(DEVICE)
     laid = value.transpose(1, 2).contiguous() if case.layout == "last" else value.contiguous()
-    room = torch.empty(laid.numel() + case.offset, dtype=value.dtype, device="cuda")
-    room[case.offset :] = laid.flatten().cuda()
+    room = torch.empty(laid.numel() + case.offset, dtype=value.dtype, device=DEVICE)
+    room[case.offset :] = laid.flatten().to(DEVICE)
     placed = room[case.offset :].view(laid.shape)
     return placed.transpose(1, 2) if case.layout == "last" else placed
 
@@ -87,7 +91,7 @@ def backward(case: Case, t: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("case", [*CASES, *BIG], ids=str)
 def test_forward(case: Case, training: bool) -> None:
     case = dataclasses.replace(case, training=training)
-    inputs = bna.make_inputs(case)
+    inputs = make_inputs(case)
     bna.assert_within(forward(case, on_gpu(case, inputs)), bna.forward_reference(case, inputs))
 
 
@@ -95,7 +99,7 @@ def test_forward(case: Case, training: bool) -> None:
 @pytest.mark.parametrize("case", [*BACKWARD, *BIG], ids=str)
 def test_backward(case: Case, training: bool) -> None:
     case = dataclasses.replace(case, training=training)
-    inputs = bna.make_inputs(case)
+    inputs = make_inputs(case)
     extra = bna.backward_inputs(case, inputs)
     kept = {k: v for k, v in inputs.items() if k in ("x", "dout", "weight", "bias")}
     result = backward(case, on_gpu(case, {**kept, **extra}))
@@ -104,7 +108,7 @@ def test_backward(case: Case, training: bool) -> None:
 
 @pytest.mark.parametrize("case", BIG, ids=str)
 def test_two_runs_agree_bit_for_bit(case: Case) -> None:
-    inputs = bna.make_inputs(case)
+    inputs = make_inputs(case)
     tensors = on_gpu(case, {**inputs, **bna.backward_inputs(case, inputs)})
     runs = [{**forward(case, tensors), **backward(case, tensors)} for _ in range(3)]
     for name, value in runs[0].items():
@@ -141,16 +145,16 @@ def test_error_is_at_most_that_of_stock(dtype: torch.dtype, layout: torch.memory
         return [out, *torch.autograd.grad(out, leaves, dout.to(to))]
 
     exact, stock, ours = run(False, torch.float64), run(False, dtype), run(True, dtype)
-    steps = 4 * torch.finfo(dtype).eps
+    ulp = torch.finfo(dtype).eps
     for e, s, o in zip(exact, stock, ours, strict=True):
         stock_error, error = ((v.double() - e).norm() / e.norm() for v in (s, o))
-        assert error <= stock_error + steps / e.numel() ** 0.5
+        assert error <= stock_error + ulp / 4
 
 
 def test_second_stream() -> None:
     """Kernels run on the current stream: behind the work queued there, not beside it."""
     case = Case(16, 64, 56 * 56, "first", "f32", "relu")
-    inputs = bna.make_inputs(case)
+    inputs = make_inputs(case)
     tensors = on_gpu(case, inputs)
     reference = bna.forward_reference(case, inputs)
     x = tensors["x"]
@@ -170,7 +174,7 @@ def test_graph_capture(layout: str) -> None:
     # fused, and split over blocks
     for n, s in ((4, 49), (64, 3136)):
         case = Case(n, 64, s, layout, "bf16", "silu", residual=True, want_dresidual=True)
-        first = bna.make_inputs(case)
+        first = make_inputs(case)
         tensors = on_gpu(case, {**first, **bna.backward_inputs(case, first)})
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -183,7 +187,7 @@ def test_graph_capture(layout: str) -> None:
                 **forward(case, tensors),
                 **{k: v for k, v in backward(case, tensors).items()},
             }
-        other = bna.make_inputs(dataclasses.replace(case, mean=2.0))
+        other = make_inputs(dataclasses.replace(case, mean=2.0))
         extra = bna.backward_inputs(case, other)
         for name, value in on_gpu(case, {**other, **extra}).items():
             tensors[name].copy_(value)

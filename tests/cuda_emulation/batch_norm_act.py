@@ -107,7 +107,8 @@ def per_channel(v: Tensor) -> Tensor:
 
 
 def affine(inputs: dict[str, Tensor], c: int) -> tuple[Tensor, Tensor]:
-    one, zero = torch.ones(c, dtype=torch.float64), torch.zeros(c, dtype=torch.float64)
+    like = {"dtype": torch.float64, "device": inputs["x"].device}
+    one, zero = torch.ones(c, **like), torch.zeros(c, **like)
     return inputs.get("weight", one).double(), inputs.get("bias", zero).double()
 
 
@@ -324,7 +325,7 @@ def run_backward(
 def assert_within(result: dict[str, Any], reference: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Every output named by the reference is there, finite, and inside its bound."""
     for name, (expected, allowed) in reference.items():
-        actual = result[name].double().cpu()
+        actual = result[name].double().to(expected.device)
         assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}"
         error = (actual - expected).abs()
         bad = ~(error <= allowed)
