@@ -308,9 +308,27 @@ def test_curves_that_part_are_an_error() -> None:
     with pytest.raises(digits.Disagreement, match="step 1"):
         digits.check_curves(curve, [[2.0, 1.502], [1.0, 0.5]])
     with pytest.raises(digits.Disagreement, match="epoch 2"):
-        digits.check_curves(curve, [[2.0, 1.5], [1.0, 0.65]])
+        digits.check_curves(curve, [[2.0, 1.5], [1.2, 0.65]])
     with pytest.raises(digits.Disagreement):
         digits.check_curves(curve, [[float("nan"), 1.5], [1.0, 0.5]])
+
+
+def test_a_training_with_another_gradient_is_an_error(monkeypatch: Any) -> None:
+    training = digits.example()
+    train_set, _ = training.load_digits(0, 96)
+    monkeypatch.setattr(digits, "EXACT_STEPS", 2)
+    digits.check_exactly(training, train_set, "cpu")
+    build = training.build
+
+    def wrong(name: str, backend: str, seed: int, device: str) -> torch.nn.Module:
+        model = build(name, backend, seed, device)
+        if backend == "fused":
+            model.bn1.weight.register_hook(lambda grad: grad * 1.1)
+        return model
+
+    monkeypatch.setattr(training, "build", wrong)
+    with pytest.raises(digits.Disagreement, match="in fp64"):
+        digits.check_exactly(training, train_set, "cpu")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
