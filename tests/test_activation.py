@@ -93,9 +93,10 @@ def points(dtype):
     [("reference", torch.float32), *(("fused", dtype) for dtype in HALVES + WIDE)],
     ids=str,
 )
+@pytest.mark.parametrize("through", ["x", "residual"])
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_values_and_derivatives(act, dtype, backend):
-    """An identity norm leaves the activation of the residual. Each point by the rule, against its own size."""
+def test_values_and_derivatives(act, through, dtype, backend):
+    """An identity norm leaves the activation of x or of the residual. Each point by the rule, against its own size."""
     z = points(dtype)[None, None]
     zero = torch.zeros(1)
     params = (zero, zero + 1) if dtype != torch.float64 else (zero.double(), zero.double() + 1)
@@ -106,10 +107,14 @@ def test_values_and_derivatives(act, dtype, backend):
         out = function(values)
         return out.detach(), torch.autograd.grad(out, values, torch.ones_like(out))[0]
 
-    with advdl_ops.use_backend(backend):
-        found = run(
-            lambda r: batch_norm_act(x, *params, eps=0.0, residual=r, act=ACTIVATIONS[act][0]), z
+    def norm(values):
+        inputs = (values, None) if through == "x" else (x, values)
+        return batch_norm_act(
+            inputs[0], *params, eps=0.0, residual=inputs[1], act=ACTIVATIONS[act][0]
         )
+
+    with advdl_ops.use_backend(backend):
+        found = run(norm, z)
     exact = run(ACTIVATIONS[act][1], z.double())
     stock = run(ACTIVATIONS[act][1], z)
     eps = torch.finfo(dtype).eps

@@ -21,6 +21,7 @@ from helpers import (
 )
 
 import advdl_ops
+from advdl_ops.functional import batch_norm_act
 
 # Odd sizes, one position, batch 1, C = 1, 3 and 300, runs shorter and longer than any vector.
 SHAPES = [
@@ -176,7 +177,7 @@ def test_running_statistics_that_are_views_are_written(backend):
     table = torch.stack([torch.zeros(4), torch.ones(4)], 1)
     mean, var = table.unbind(1)
     p = make_problem((3, 4, 5, 5))
-    advdl_ops.functional.batch_norm_act(p.x, mean, var, training=True)
+    batch_norm_act(p.x, mean, var, training=True)
     expected = torch.nn.BatchNorm2d(4)
     expected(p.x)
     torch.testing.assert_close(table[:, 0], expected.running_mean)
@@ -190,9 +191,7 @@ def test_residual_of_another_dtype_promotes(backend, x_dtype, residual_dtype):
     residual = torch.randn(2, 3, 4, 4).to(residual_dtype).requires_grad_()
     weight = torch.rand(3).requires_grad_()
     bias, mean, var = torch.randn(3), torch.zeros(3), torch.ones(3)
-    out = advdl_ops.functional.batch_norm_act(
-        x, mean, var, weight, bias, True, residual=residual, act="relu"
-    )
+    out = batch_norm_act(x, mean, var, weight, bias, True, residual=residual, act="relu")
     assert out.dtype == torch.promote_types(x_dtype, residual_dtype)
     out.float().square().sum().backward()
     assert (x.grad.dtype, residual.grad.dtype) == (x_dtype, residual_dtype)
@@ -230,6 +229,22 @@ def test_nan_and_infinity_stay_in_their_channel(backend, layout, value):
             for name in ("out", "dx", "dresidual"):
                 after[name][at] = before[name][at]
                 assert torch.equal(after[name], before[name]), (name, act, shape)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_to_nearest_even(dtype, layout):
+    """Under an identity norm the sum is exact in fp32: every bit of the output is known."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = in_layout(bits.view(16, 64, 64).contiguous(), layout)
+    zero, one = torch.zeros(64), torch.ones(64)
+    for residual in (torch.zeros_like(bits), bits.flip(0), bits[torch.randperm(bits.numel())]):
+        residual = in_layout(residual.view(16, 64, 64), layout)
+        out = batch_norm_act(x, zero, one, eps=0.0, residual=residual)
+        exact = (x.float() + residual.float()).to(dtype)
+        assert torch.equal(out.isnan(), exact.isnan())
+        keep = ~exact.isnan()
+        assert torch.equal(out[keep].view(torch.int16), exact[keep].view(torch.int16))
 
 
 def test_batch_of_zero(backend):
