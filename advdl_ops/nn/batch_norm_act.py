@@ -75,8 +75,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             mean,
             var,
             # Not in the dict where the weight is parametrized.
-            parameters["weight"] if "weight" in parameters else self.weight,
-            parameters["bias"] if "bias" in parameters else self.bias,
+            parameters["weight"] if "weight" in parameters else self.weight,  # noqa: SIM401
+            parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401
             training or (mean is None and var is None),
             0.0 if momentum is None else momentum,
             self.eps,
