@@ -153,6 +153,18 @@ def test_channels_last_module_chain_stays_channels_last():
     assert grad.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_empty_batch_returns_no_uninitialised_memory():
+    for layout in LAYOUTS:
+        arguments = forward_arguments((0, 3, 2, 2), layout)
+        junk = [torch.full((3,), float("nan")) for _ in range(500)]
+        del junk  # what the allocator hands out next
+        _, mean, rstd, running_mean, running_var = OPS.batch_norm_act(*arguments)
+        assert mean.isfinite().all()
+        assert rstd.isfinite().all()
+        assert torch.equal(running_mean, arguments[4])
+        assert torch.equal(running_var, arguments[5])
+
+
 def test_raw_operator_checks_its_arguments():
     # Reached past the Python checks: an error, never a read out of bounds.
     x, c = torch.randn(2, 3, 4), torch.zeros(3)

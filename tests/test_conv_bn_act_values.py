@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import advdl_ops
 from advdl_ops.functional import conv_bn_act
+from advdl_ops.functional.conv_bn_act import fold
 from advdl_ops.nn import BatchNormAct2d, ConvBNAct, ConvBNReLU
 from advdl_ops.nn import conv_bn_act as siblings
 
@@ -372,13 +373,26 @@ def test_autocast_gives_the_dtypes_of_stock():
         assert torch.equal(own(x), before)
 
 
-def test_acc_dtype_is_used_by_the_fold():
-    # A half-precision norm is folded in fp32: running_var + eps would lose eps in bf16.
-    assert acc_dtype(torch.bfloat16) == f32
-    x, t = make(torch.bfloat16)
-    t["running_var"] = torch.full((CHANNELS,), 1e-5).bfloat16()
-    with torch.no_grad():
-        found = conv_bn_act(x, **t)
-        exact = stock(x.double(), as_fp64(t))
-    size = term_size(x, t)
-    assert error(found, exact) <= ULPS * torch.finfo(torch.bfloat16).eps * size
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, f32, f64])
+def test_fold_rounds_once(dtype):
+    # In the accumulation dtype, as running_var + eps loses eps in bf16; then to the weight's.
+    _, t = make(dtype)
+    t["running_var"] = torch.full((CHANNELS,), 1e-4).to(dtype)
+    names = ("weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias")
+    found = fold(*(t[n] for n in names), 1e-5)
+    exact = fold(*(as_fp64(t)[n] for n in names), 1e-5)
+    half_ulp = torch.finfo(dtype).eps / 2
+    acc = torch.finfo(acc_dtype(dtype)).eps
+    for own, truth, terms in zip(found, exact, (exact[0], exact[1].abs() + 100), strict=True):
+        assert own.dtype == dtype
+        limit = half_ulp * truth.abs() + ULPS * acc * terms.abs()
+        assert ((own.double() - truth).abs() <= limit).all()
+
+
+def test_one_channel_in_contiguous_memory_stays_contiguous():
+    # Such memory is channels_last too.
+    layer = ConvBNAct(1, CHANNELS, 3, act="relu").eval()
+    x = torch.randn(2, 1, 6, 6)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert layer(x).is_contiguous()
