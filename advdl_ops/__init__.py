@@ -1,4 +1,4 @@
-"""Fused layers for PyTorch: drop-in for ``torch.nn``, one kernel where stock PyTorch runs several."""
+"""Fused layers for PyTorch: drop-in for ``torch.nn``, one op where stock PyTorch runs several."""
 
 import importlib
 from typing import Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -22,17 +23,22 @@ def _load_cpu() -> str | None:
 
 
 def _load_cuda() -> str | None:
+    # No call into CUDA here: it would initialise the driver at import, after which no forked child can use it.
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     path = _LIB_DIR / "libadvdl_ops_cuda.so"
     if not path.exists():
         return "the CUDA library was not built (nvcc was not found, or ADVDL_OPS_CUDA=0)"
-    if not torch.cuda.is_available():
-        return "no CUDA device is available (torch.cuda.is_available() is False)"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return f"the GPU is of compute capability {capability[0]}.{capability[1]}, kernels need 8.0 or later"
     return _load(path)
+
+
+@functools.cache
+def unsupported_gpu(index: int) -> str | None:
+    """Why the kernels cannot run on this GPU, or ``None``. Called with a tensor there, so CUDA is up already."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= (8, 0):
+        return None
+    return f"GPU {index} is of compute capability {capability[0]}.{capability[1]}, kernels need 8.0 or later"
 
 
 def _load(path: Path) -> str | None:
@@ -57,14 +63,15 @@ def load() -> None:
     """Load what this machine can use. Called once, by ``import advdl_ops``."""
     _status["cpu"] = _load_cpu()
     _status["cuda"] = _load_cuda()
-    missing = [] if native("cpu") else [f"CPU: {_status['cpu']}"]
-    # A machine without a GPU misses nothing; one with a GPU should hear that its kernels are idle.
-    if torch.version.cuda is not None and torch.cuda.is_available() and not native("cuda"):
-        missing.append(f"CUDA: {_status['cuda']}")
-    if missing and os.environ.get("ADVDL_OPS_BACKEND") != "reference":
-        warnings.warn(
-            "advdl_ops runs without its fused kernels, on the plain PyTorch reference. "
-            + "; ".join(missing),
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    if not native("cpu") and os.environ.get("ADVDL_OPS_BACKEND") != "reference":
+        warn_once(f"CPU: {_status['cpu']}")
+
+
+@functools.cache
+def warn_once(reason: str) -> None:
+    """Say that the reference serves in place of a kernel, and why."""
+    warnings.warn(
+        f"advdl_ops runs without its fused kernels, on the plain PyTorch reference. {reason}",
+        RuntimeWarning,
+        stacklevel=3,
+    )

@@ -37,7 +37,7 @@ def _(
     size = channels if writes_running else 0
     running = x if running_mean is None else running_mean
     return (
-        torch.empty_like(dense(x)),
+        _kept(x),
         x.new_empty(channels, dtype=_acc_dtype(x)),
         x.new_empty(channels, dtype=_acc_dtype(x)),
         running.new_empty(size),
@@ -61,23 +61,24 @@ def _(
     need_dx,
     need_dresidual,
 ):
-    like = dense(x)
     return (
-        torch.empty_like(like) if need_dx else x.new_empty(0),
-        torch.empty_like(like) if need_dresidual else x.new_empty(0),
+        _kept(x) if need_dx else x.new_empty(0),
+        _kept(x) if need_dresidual else x.new_empty(0),
         torch.empty_like(mean),
         torch.empty_like(mean),
     )
 
 
-def dense(x: Tensor) -> Tensor:
-    """``x`` itself if the kernels read its memory as it is ([N, C, S] or [N, S, C]), else a contiguous copy."""
-    if x.is_contiguous():
-        return x
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return x
-    if x.dim() == 3 and x.transpose(1, 2).is_contiguous():
-        return x
-    return x.contiguous()
+def _kept(x: Tensor) -> Tensor:
+    """An output with ``x``'s strides where the kernels read x as it is ([N, C, S] or [N, S, C]), else contiguous."""
+    dense = (
+        x.is_contiguous()
+        or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
+        or (x.dim() == 3 and x.transpose(1, 2).is_contiguous())
+    )
+    return (
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        if dense
+        else x.new_empty(x.shape)
+    )

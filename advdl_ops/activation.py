@@ -14,7 +14,7 @@ class Activation(NamedTuple):
 
     Attributes:
         name: one of :data:`ACTIVATIONS`.
-        code: the number under which the kernels know it (``csrc/common/activation.h``).
+        code: the number under which the kernels know it (``csrc/common/tensor_types.h``).
         param: ``negative_slope`` of leaky_relu, ``alpha`` of elu, else 0.
     """
 
@@ -25,7 +25,7 @@ class Activation(NamedTuple):
 
 IDENTITY = Activation("identity", 0)
 
-# Values are part of the operator schema, see csrc/common/activation.h: append only.
+# Values are part of the operator schema, see csrc/common/tensor_types.h: append only.
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation("relu", 1),
     "leaky_relu": Activation("leaky_relu", 2, 0.01),

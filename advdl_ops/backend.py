@@ -75,18 +75,26 @@ def serves_native(function: str, x: torch.Tensor) -> bool:
         return False
     device = x.device.type
     # Meta tensors have no data: the fake function of the operator gives the shapes.
-    if (_library.native(device) or device == "meta") and not _transformed():
-        return True
-    if _require_native:
+    if (_library.native(device) or device == "meta") and not transformed():
+        if device != "cuda" or torch.compiler.is_compiling():
+            return True
+        reason = _library.unsupported_gpu(x.device.index)
+        if reason is None:
+            return True
+    else:
         reason = _library.status().get(device, f"no kernels exist for device type {device!r}")
+    if _require_native:
         raise RuntimeError(
             f"{function}: ADVDL_OPS_REQUIRE_NATIVE=1 is set, but the reference would serve: "
             f"{reason or 'a functorch or forward-mode transform is active'}"
         )
+    if device == "cuda" and reason is not None and not torch.compiler.is_compiling():
+        _library.warn_once(f"CUDA: {reason}")
     return False
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
+    """Whether a functorch or forward-mode transform is active, which only differentiable aten operators serve."""
     if torch.compiler.is_compiling():
         return False
     return (

@@ -62,8 +62,8 @@ CASES = {
         {"running_mean": None, "running_var": None, "training": False},
         "running_mean",
     ),
-    "running_mean alone": ({"running_var": None}, "running_mean and running_var"),
-    "running_var alone": ({"running_mean": None}, "running_mean and running_var"),
+    "running_mean alone": ({"running_var": None}, "running_var"),
+    "running_var alone": ({"running_mean": None}, "running_mean"),
     "meta statistics": (
         {"running_mean": c3.to("meta"), "running_var": c3.to("meta"), "training": False},
         "running_mean",

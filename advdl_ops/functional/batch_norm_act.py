@@ -93,15 +93,11 @@ def batch_norm_act(
             out, new_mean, new_var = BatchNormActFunction.apply(*tensors, options)
         else:
             out, _, _, new_mean, new_var = _forward(*tensors, options)
-    if training and running_mean is not None:
-        _write_running(x, running_mean, running_var, new_mean, new_var)
+    if training and running_mean is not None and running_var is not None:
+        assert new_mean is not None and new_var is not None
+        running_mean.copy_(new_mean)
+        running_var.copy_(new_var)
     return out
-
-
-def _write_running(x: Tensor, mean: Any, var: Any, new_mean: Any, new_var: Any) -> None:
-    if x.numel() > 0:  # an empty batch leaves the statistics as they are
-        mean.copy_(new_mean)
-        var.copy_(new_var)
 
 
 _forward_op = torch.ops.advdl_ops.batch_norm_act.default
@@ -162,8 +158,9 @@ class BatchNormActFunction(torch.autograd.Function):
             ctx.set_materialize_grads(False)
             return out, new_mean, new_var
         # Here each output of a Function costs as much as a small kernel.
-        if options[0] and running_mean is not None:
-            _write_running(x, running_mean, running_var, new_mean, new_var)
+        if options[0] and running_mean is not None and running_var is not None:
+            running_mean.copy_(new_mean)
+            running_var.copy_(new_var)
         return out
 
     @staticmethod
@@ -231,7 +228,7 @@ def _differentiable_backward(
     if z_source == _Z_OUTPUT:
         # relu's derivative is piecewise constant: what is left is the norm under a masked cotangent.
         assert saved is not None
-        dout, act = dout * (saved > 0), IDENTITY
+        dout, act = torch.where(saved <= 0, 0, dout), IDENTITY
     elif z_source == _Z_RESIDUAL:
         residual = saved
 
@@ -334,10 +331,13 @@ def check_norm(
             raise RuntimeError(
                 f"{function}: {name} (device {v.device}) must be on x's device ({device})"
             )
+    _check_same_dtype(function, "bias", bias, "weight", weight)
+    _check_same_dtype(function, "running_var", running_var, "running_mean", running_mean)
     if training:
         if (running_mean is None) != (running_var is None):
             raise ValueError(
-                f"{function}: running_mean and running_var must either both be None or neither"
+                f"{function}: {'running_mean' if running_mean is None else 'running_var'} (None) must be given, "
+                "or neither of running_mean and running_var"
             )
         if eps <= 0:
             raise ValueError(f"{function}: eps ({eps}) must be positive in training")
@@ -347,3 +347,12 @@ def check_norm(
             raise RuntimeError(f"{function}: {name} (None) must be given when training is False")
         if eps < 0:
             raise ValueError(f"{function}: eps ({eps}) must not be negative")
+
+
+def _check_same_dtype(
+    function: str, name: str, v: Tensor | None, other: str, w: Tensor | None
+) -> None:
+    if v is not None and w is not None and v.dtype != w.dtype:
+        raise RuntimeError(
+            f"{function}: {name} (dtype {v.dtype}) must be of {other}'s dtype ({w.dtype})"
+        )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activation import IDENTITY, Activation, resolve_activation
-from ..backend import get_backend
+from ..backend import get_backend, transformed
 from ..reference.activation import activate
 from ..reference.batch_norm_act import acc_dtype
 from .batch_norm_act import batch_norm_act, check_norm, check_residual
@@ -46,7 +46,7 @@ def conv_bn_act(
     """``act(batch_norm(conv2d(x)) + residual)``, or ``batch_norm(act(conv2d(x))) + residual``.
 
     Args:
-        x: ``[N, C_in, H, W]`` (or ``[C_in, H, W]`` outside training, as :func:`torch.nn.functional.conv2d` takes it).
+        x: ``[N, C_in, H, W]``.
         weight: ``[C_out, C_in / groups, kH, kW]``.
         running_mean, running_var, bn_weight, bn_bias: ``[C_out]``, see :func:`batch_norm_act`.
         bias: ``[C_out]``, the convolution's own.
@@ -60,12 +60,16 @@ def conv_bn_act(
         ``[N, C_out, H_out, W_out]``.
 
     Raises:
-        ValueError: an unknown ``order`` or ``act``; else what :func:`torch.nn.functional.conv2d` and
-            :func:`batch_norm_act` raise. Nothing is written when an error is raised.
+        ValueError: an unknown ``order`` or ``act``, unbatched ``x``; else what :func:`torch.nn.functional.conv2d`
+            and :func:`batch_norm_act` raise. Nothing is written when an error is raised.
     """
     activation = resolve_activation(_NAME, act)
     if order not in ORDERS:
         raise ValueError(f"{_NAME}: order ({order!r}) must be one of {', '.join(ORDERS)}")
+    if x.dim() != 4:
+        # The types of torch's layers: the convolution takes an unbatched image, and the norm then refuses it.
+        error = ValueError if x.dim() == 3 else RuntimeError
+        raise error(f"{_NAME}: x (shape {tuple(x.shape)}) must be [N, C_in, H, W]")
     conv = Conv(stride, padding, dilation, groups)
     if (
         not training
@@ -75,6 +79,7 @@ def conv_bn_act(
         check_norm(
             _NAME, x, weight.shape[0], running_mean, running_var, bn_weight, bn_bias, False, eps
         )
+        check_conv(x, weight, bias)
         assert running_mean is not None and running_var is not None
         folded = fold(weight, bias, running_mean, running_var, bn_weight, bn_bias, eps)
         return conv_act(x, *folded, conv, residual, activation)
@@ -92,6 +97,24 @@ def conv_bn_act(
         residual=residual,
         act=outside,
     )
+
+
+def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """What :func:`torch.nn.functional.conv2d` would refuse, before folding broadcasts over it."""
+    if weight.dim() != 4:
+        raise RuntimeError(
+            f"{_NAME}: weight (shape {tuple(weight.shape)}) must be [C_out, C_in / groups, kH, kW]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(
+            f"{_NAME}: bias (shape {tuple(bias.shape)}) must have one value for each of the {weight.shape[0]} channels"
+        )
+    for name, v in (("weight", weight), ("bias", bias)):
+        if v is not None and (v.device != x.device or v.dtype != weight.dtype):
+            raise RuntimeError(
+                f"{_NAME}: {name} ({v.dtype} on {v.device}) must be of the weight's dtype ({weight.dtype}) "
+                f"on x's device ({x.device})"
+            )
 
 
 class Conv(NamedTuple):
@@ -113,7 +136,7 @@ def folds(x: Tensor, *others: Tensor | None) -> bool:
         x.requires_grad or any(t is not None and t.requires_grad for t in others)
     ):
         return False
-    return x.device.type == "cpu" and get_backend() == "fused"
+    return x.device.type == "cpu" and get_backend() == "fused" and not transformed()
 
 
 def fold(
@@ -149,6 +172,7 @@ def conv_act(
 
     On CPU one oneDNN call where torch offers it; ``weight`` may come prepacked by :func:`prepack`. Under compile the
     steps stay aten operators, visible to the compiler.
+    As in what Inductor makes of a frozen network, oneDNN's relu gives 0 for NaN.
     """
     if uses_onednn(x, weight, conv) and (residual is None or residual.dtype == x.dtype):
         return _onednn_conv_act(x, weight, bias, conv, residual, act)
@@ -175,6 +199,8 @@ def uses_onednn(x: Tensor, weight: Tensor, conv: Conv) -> bool:
     """Whether :func:`conv_act` may hand this input to oneDNN's fused convolution."""
     return bool(
         _HAS_ONEDNN
+        and type(x)
+        in (Tensor, torch.nn.Parameter)  # no subclass: fake tensors have no such operator
         and x.device.type == "cpu"
         and x.dtype == torch.float32 == weight.dtype
         and x.dim() == 4
@@ -190,10 +216,7 @@ def uses_onednn(x: Tensor, weight: Tensor, conv: Conv) -> bool:
 def prefers_channels_last(x: Tensor, *parameters: Tensor) -> bool:
     """Whether a network that ends in no image should run this input in channels_last: folded convolutions on CPU do."""
     return (
-        x.device.type == "cpu"
-        and folds(x, *parameters)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        folds(x, *parameters) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
     )
 
 
@@ -256,4 +279,6 @@ def _output_shape(x: Tensor, weight: Tensor, conv: Conv) -> tuple[int, ...]:
 
 
 def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+    """Height and width of an option that is one number for both, or two, or a sequence of one."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * 2 if len(values) == 1 else values

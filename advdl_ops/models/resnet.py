@@ -282,8 +282,8 @@ class ResNet(torch.nn.Module):
         # One value per channel in stage 4 would raise there, after the statistics before it have moved. Each stride
         # of 2 halves a size rounding up, so it is one pixel from _stride pixels down.
         if self.training and x.shape[0] == 1 and max(x.shape[2:]) <= self._stride:
-            norm: Any = self.layer4[-1].last_norm
-            if norm.training and isinstance(norm, torch.nn.BatchNorm2d):
+            norms = (m for m in self.layer4.modules() if isinstance(m, torch.nn.BatchNorm2d))
+            if any(norm.training for norm in norms):
                 raise ValueError(
                     f"{self.name}: input shape {list(x.shape)} leaves one value per channel in training; "
                     f"it must have a batch over 1 or a side over {self._stride}"
@@ -291,7 +291,7 @@ class ResNet(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        if prefers_channels_last(x, self.conv1.weight):
+        if not self.training and prefers_channels_last(x, self.conv1.weight):
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(_conv_norm(self.conv1, self.bn1, x))
         x = self.layer1(x)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..activation import Activation, resolve_activation
 from ..functional.batch_norm_act import batch_norm_act
+from ..reference.batch_norm_act import acc_dtype
 
 
 class BatchNormAct2d(torch.nn.BatchNorm2d):
@@ -65,8 +66,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         counter = buffers["num_batches_tracked"]
         momentum = self.momentum
         training = self.training
-        tracks = training and self.track_running_stats and mean is not None
-        if tracks and momentum is None and counter is not None:
+        tracks = training and self.track_running_stats
+        if tracks and momentum is None and mean is not None and counter is not None:
             return self._forward_cumulative(x, residual)
         if training and not tracks:
             mean = var = None
@@ -90,10 +91,17 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
 
     def _forward_cumulative(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """``momentum=None``: the running statistics are the plain mean over all batches."""
-        assert self.running_mean is not None and self.running_var is not None
+        running_mean, running_var, counter = (
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+        )
+        assert running_mean is not None and running_var is not None and counter is not None
         # The op writes the batch's own statistics; the average stays a tensor expression, with no
         # read of the counter on the host, so that it compiles and never waits for the GPU.
-        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        acc = acc_dtype(running_mean.dtype)
+        mean = torch.zeros_like(running_mean, dtype=acc)
+        var = torch.zeros_like(mean)
         out = batch_norm_act(
             x,
             mean,
@@ -106,12 +114,11 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             residual=residual,
             act=self.act,
         )
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
+        counter.add_(1)
         if x.numel() > 0:
-            share = self.num_batches_tracked.reciprocal().to(mean.dtype)
-            self.running_mean.lerp_(mean, share)
-            self.running_var.lerp_(var, share)
+            share = counter.to(acc).reciprocal()
+            running_mean.copy_(running_mean.to(acc).lerp(mean, share))
+            running_var.copy_(running_var.to(acc).lerp(var, share))
         return out
 
     def extra_repr(self) -> str:

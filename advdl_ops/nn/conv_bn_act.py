@@ -11,7 +11,16 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..functional.batch_norm_act import check_norm
-from ..functional.conv_bn_act import ORDERS, Conv, conv_act, fold, folds, prepack, uses_onednn
+from ..functional.conv_bn_act import (
+    ORDERS,
+    Conv,
+    check_conv,
+    conv_act,
+    fold,
+    folds,
+    prepack,
+    uses_onednn,
+)
 from ..reference.activation import activate
 from .batch_norm_act import BatchNormAct2d
 
@@ -86,7 +95,7 @@ class ConvBNAct(torch.nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` ``[N, C_in, H, W]``, ``residual`` of the output's shape -> ``[N, C_out, H_out, W_out]``."""
-        if self.inner_act is not IDENTITY and self.inner_act.code != 0:
+        if self.inner_act.code != 0:
             return self.bn(activate(self.conv(x), self.inner_act), residual)
         return conv_bn_act(self.conv, self.bn, x, residual)
 
@@ -138,12 +147,17 @@ def conv_bn_act(
     if conv.padding_mode != "zeros":
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         options = options._replace(padding=(0, 0))
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    # Read once: another thread may drop it meanwhile.
+    folded = bn.folded
+    if (
+        folded is None
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not folded.serves(x, source, bn.eps, options)
+    ):
         folded = FoldedConv(x, source, bn.eps, options)
-    elif bn.folded is None or not bn.folded.serves(x, source, bn.eps, options):
-        folded = bn.folded = FoldedConv(x, source, bn.eps, options)
-    else:
-        folded = bn.folded
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            bn.folded = folded
     return conv_act(x, folded.weight, folded.bias, options, residual, bn.act)
 
 
@@ -160,6 +174,7 @@ class FoldedConv:
     ) -> None:
         weight, bias, running_mean, running_var, bn_weight, bn_bias = source
         assert weight is not None and running_mean is not None and running_var is not None
+        check_conv(x, weight, bias)
         check_norm(
             "conv_bn_act",
             x,
@@ -197,8 +212,9 @@ def _identity(source: tuple[Tensor | None, ...], eps: float, options: Conv) -> t
     return eps, options, *(None if t is None else (t.data_ptr(), _version(t)) for t in source)
 
 
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
+def _version(t: Tensor) -> Any:
+    # Inference tensors count no versions: what is folded from one serves one call.
+    return object() if t.is_inference() else t._version
 
 
 def _sample(source: tuple[Tensor | None, ...]) -> Tensor:
@@ -212,9 +228,13 @@ def _plain(conv: torch.nn.Conv2d, bn: BatchNormAct2d) -> bool:
     """Whether calling ``conv`` and ``bn`` does nothing but their own arithmetic: no hook, no other ``forward``."""
     return (
         type(conv).forward is torch.nn.Conv2d.forward
+        and type(conv)._conv_forward is torch.nn.Conv2d._conv_forward
         and type(bn).forward is BatchNormAct2d.forward
-        and "forward" not in conv.__dict__
+        and not {"forward", "_conv_forward"} & conv.__dict__.keys()
         and "forward" not in bn.__dict__
+        # Parametrized weights are made anew in every call.
+        and "weight" in conv._parameters
+        and "weight" in bn._parameters
         and not (conv._forward_hooks or conv._forward_pre_hooks)
         and not (bn._forward_hooks or bn._forward_pre_hooks)
         and not (_global_forward_hooks or _global_forward_pre_hooks)

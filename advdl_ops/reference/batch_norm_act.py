@@ -23,6 +23,9 @@ def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of ``x`` ``[N, C, ...]`` over all dimensions but the channels: two ``[C]``."""
     dims = [0, *range(2, x.dim())]
     wide = x.to(acc_dtype(x.dtype))
+    if x.numel() == 0:  # the mean of nothing is NaN; torch's gradients of an empty batch are zero
+        nothing = wide.sum(dims)
+        return nothing, nothing
     mean = wide.mean(dims)
     return mean, (wide - per_channel(mean, x)).square().mean(dims)
 
@@ -73,8 +76,10 @@ def batch_norm_act(
         return normalize_act(x, running_mean, rstd, weight, bias, residual, act), None, None
     mean, var = batch_stats(x)
     out = normalize_act(x, mean, (var + eps).rsqrt(), weight, bias, residual, act)
-    if running_mean is None or running_var is None or x.numel() == 0:
+    if running_mean is None or running_var is None:
         return out, None, None
+    if x.numel() == 0:
+        return out, running_mean, running_var
     with torch.no_grad():
         count = x.numel() // x.shape[1]
         unbiased = var * (count / (count - 1))

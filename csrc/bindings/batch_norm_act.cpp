@@ -1,6 +1,7 @@
 // torch.ops.advdl_ops.batch_norm_act and its backward: argument checks, allocation, registration.
 #include "../common/batch_norm_act.h"
 
+#include <cmath>
 #include <tuple>
 
 #include "tensor.h"
@@ -29,8 +30,9 @@ BatchNormActShape shape_of(const Tensor& x, const OptionalTensor& weight,
   return shape;
 }
 
-void check_channels(const OptionalTensor& t, int64_t channels, const char* message) {
-  check(!t.has_value() || (t->dim() == 1 && t->size(0) == channels), message);
+void check_channels(const OptionalTensor& t, const Tensor& x, const char* message) {
+  check(!t.has_value() || (t->dim() == 1 && t->size(0) == x.size(1) && t->device() == x.device()),
+        message);
 }
 
 bool same_sizes(const Tensor& a, const Tensor& b) {
@@ -49,9 +51,10 @@ bool same_kind(const Tensor& a, const Tensor& b) {
 void check_common(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                   int64_t act) {
   check(x.dim() >= 2, "batch_norm_act: x must have at least 2 dimensions");
-  const int64_t channels = x.size(1);
-  check_channels(weight, channels, "batch_norm_act: weight must have one value per channel of x");
-  check_channels(bias, channels, "batch_norm_act: bias must have one value per channel of x");
+  check_channels(weight, x,
+                 "batch_norm_act: weight must have one value per channel of x, on its device");
+  check_channels(bias, x,
+                 "batch_norm_act: bias must have one value per channel of x, on its device");
   check(!weight.has_value() || !bias.has_value() || weight->scalar_type() == bias->scalar_type(),
         "batch_norm_act: weight and bias must have the same dtype");
   check(act >= 0 && act < kActivationCount, "batch_norm_act: unknown activation code");
@@ -63,10 +66,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     double eps, int64_t act, double act_param) {
   check_common(x, weight, bias, act);
   const int64_t channels = x.size(1);
-  check_channels(running_mean, channels,
-                 "batch_norm_act: running_mean must have one value per channel of x");
-  check_channels(running_var, channels,
-                 "batch_norm_act: running_var must have one value per channel of x");
+  check_channels(
+      running_mean, x,
+      "batch_norm_act: running_mean must have one value per channel of x, on its device");
+  check_channels(running_var, x,
+                 "batch_norm_act: running_var must have one value per channel of x, on its device");
   check(running_mean.has_value() == running_var.has_value(),
         "batch_norm_act: running_mean and running_var must either both be given or neither");
   check(training || running_mean.has_value(),
@@ -110,7 +114,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   p.rstd = data(rstd);
   p.running_mean_out = data_or_null(running_mean_out, writes_running);
   p.running_var_out = data_or_null(running_var_out, writes_running);
-  Launch(x, device::batch_norm_act_forward_workspace(p)).run(device::batch_norm_act_forward, p);
+  if (training && x.numel() == 0) {
+    // No batch to take statistics of: the running ones stay, as in torch.
+    torch::stable::zero_(mean);
+    torch::stable::fill_(rstd, 1.0 / std::sqrt(eps));
+    if (writes_running) {
+      torch::stable::copy_(running_mean_out, *running_mean);
+      torch::stable::copy_(running_var_out, *running_var);
+    }
+    return {out, mean, rstd, running_mean_out, running_var_out};
+  }
+  Launch(x, [&] {
+    return device::batch_norm_act_forward_workspace(p);
+  }).run(device::batch_norm_act_forward, p);
   return {out, mean, rstd, running_mean_out, running_var_out};
 }
 
@@ -134,9 +150,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
   const int64_t channels = x.size(1);
   const ScalarType acc = acc_type(x.scalar_type());
   for (const Tensor& t : {mean, rstd}) {
-    check(t.dim() == 1 && t.size(0) == channels && t.scalar_type() == acc,
-          "batch_norm_act_backward: mean and rstd must have one value per channel, as forward "
-          "returned them");
+    check(
+        t.dim() == 1 && t.size(0) == channels && t.scalar_type() == acc && t.device() == x.device(),
+        "batch_norm_act_backward: mean and rstd must have one value per channel, as forward "
+        "returned them");
   }
 
   x = dense(x);
@@ -168,7 +185,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
   p.dresidual = data_or_null(dresidual, need_dresidual);
   p.dweight = data(dweight);
   p.dbias = data(dbias);
-  Launch(x, device::batch_norm_act_backward_workspace(p)).run(device::batch_norm_act_backward, p);
+  Launch(x, [&] {
+    return device::batch_norm_act_backward_workspace(p);
+  }).run(device::batch_norm_act_backward, p);
   return {dx, dresidual, dweight, dbias};
 }
 

@@ -131,9 +131,11 @@ inline OptionalTensor contiguous(const OptionalTensor& t) {
 #if defined(USE_CUDA)
 class Launch {
  public:
-  Launch(const Tensor& like, size_t workspace_bytes)
+  // `workspace` is asked behind the guard: its answer may depend on the device.
+  template <class Workspace>
+  Launch(const Tensor& like, Workspace workspace)
       : guard_(like.get_device_index()),
-        workspace_(allocate_vector(like, static_cast<int64_t>(workspace_bytes), ScalarType::Byte)) {
+        workspace_(allocate_vector(like, static_cast<int64_t>(workspace()), ScalarType::Byte)) {
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
   }
@@ -150,7 +152,9 @@ class Launch {
 #else
 class Launch {
  public:
-  Launch(const Tensor& like, size_t workspace_bytes) {
+  template <class Workspace>
+  Launch(const Tensor& like, Workspace workspace) {
+    const size_t workspace_bytes = workspace();
     if (workspace_bytes <= sizeof(small_)) return;
     large_ = allocate_vector(like, static_cast<int64_t>(workspace_bytes), ScalarType::Byte);
   }

@@ -35,7 +35,6 @@ ADVDL_HOST_DEVICE T select(bool condition, T a, T b) {
 // Scalar type of T and a broadcast of a constant; SIMD vectors specialise this.
 template <class T>
 struct Lanes {
-  using scalar = T;
   static ADVDL_HOST_DEVICE T set(double value) { return static_cast<T>(value); }
 };
 
@@ -117,7 +116,7 @@ ADVDL_HOST_DEVICE T activate_grad(Activation act, T z, T param) {
     case Activation::hardswish: {
       const T three = Lanes<T>::set(3.0);
       const T middle = z / three + half;
-      return math::select(z < -three, zero, math::select(z < three, middle, one));
+      return math::select(z <= -three, zero, math::select(z >= three, one, middle));
     }
     default:
       return one;

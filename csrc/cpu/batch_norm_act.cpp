@@ -240,20 +240,30 @@ ADVDL_INLINE void for_gradients(const T* dout, const T* x, const T* saved, int64
   }
 }
 
+// Whether dz as stored in dresidual is dz itself. Rounded to half precision it is not, but for relu and identity, where it
+// is dout or 0; dx must be made of the same dz as the sums.
+template <class T>
+bool stored_dz_is_exact(Activation act) {
+  return sizeof(T) >= 4 || act == Activation::identity || act == Activation::relu;
+}
+
 // dx on a run.
 template <class T, BackwardAct kAct, bool kVary>
 void gradient_run(const T* dout, const T* x, const T* saved, T* dx, int64_t n,
                   const Constants<acc_t<T>>& k, int64_t c, Activation act, acc_t<T> param,
-                  bool streams) {
+                  bool training, bool streams) {
   using Acc = acc_t<T>;
   streams = streams && is_aligned(dx);
   const ChannelValue<Acc, kVary> scale(k.scale + c), slope(k.slope + c), offset(k.offset + c);
-  for_gradients<T, kAct, kVary, 1>(
-      dout, x, saved, n, k, c, act, param,
-      [&](int64_t i, const auto& lanes, auto, auto dz,
-          auto centred) __attribute__((always_inline)) {
-        lanes.write_out(dx + i, scale.at(i) * dz + (slope.at(i) * centred + offset.at(i)), streams);
-      });
+  for_gradients<T, kAct, kVary, 1>(dout, x, saved, n, k, c, act, param,
+                                   [&](int64_t i, const auto& lanes, auto, auto dz, auto centred)
+                                       __attribute__((always_inline)) {
+                                         auto value = scale.at(i) * dz;
+                                         // Not by zero slopes: under frozen statistics NaN or Inf in x stays out of dx.
+                                         if (training)
+                                           value = value + (slope.at(i) * centred + offset.at(i));
+                                         lanes.write_out(dx + i, value, streams);
+                                       });
 }
 
 // Carves aligned arrays out of the workspace; with a null base it only counts.
@@ -423,6 +433,7 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   const T* x = static_cast<const T*>(p.x);
   const T* saved = static_cast<const T*>(p.saved);
   T* dresidual = static_cast<T*>(p.dresidual);
+  const bool reads_dz = dresidual != nullptr && stored_dz_is_exact<T>(p.act);
   T* dx = static_cast<T*>(p.dx);
   const bool stream_out = streams<T>(p.shape);
   const Acc param = static_cast<Acc>(p.act_param);
@@ -465,15 +476,15 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
     if (dx == nullptr) return;
     cut.for_blocks(c, chunk, [&](int64_t offset, int64_t length, int64_t runs) {
       for (int64_t r = 0; r < runs; ++r, offset += stride) {
-        if (dresidual != nullptr) {
+        if (reads_dz) {
           // Already holds dz.
           gradient_run<T, BackwardAct::identity, false>(dresidual + offset, x + offset, nullptr,
                                                         dx + offset, length, k, c, p.act, param,
-                                                        stream_out);
+                                                        p.training, stream_out);
         } else {
           gradient_run<T, kAct, false>(dout + offset, x + offset,
                                        saved == nullptr ? nullptr : saved + offset, dx + offset,
-                                       length, k, c, p.act, param, stream_out);
+                                       length, k, c, p.act, param, p.training, stream_out);
         }
       }
     });
@@ -652,6 +663,7 @@ void backward_channels_last(const BatchNormActBackward& p, Arena arena) {
   const T* x = static_cast<const T*>(p.x);
   const T* saved = static_cast<const T*>(p.saved);
   T* dresidual = static_cast<T*>(p.dresidual);
+  const bool reads_dz = dresidual != nullptr && stored_dz_is_exact<T>(p.act);
   T* dx = static_cast<T*>(p.dx);
   const bool stream_out = streams<T>(p.shape);
   const Acc param = static_cast<Acc>(p.act_param);
@@ -717,14 +729,14 @@ void backward_channels_last(const BatchNormActBackward& p, Arena arena) {
     for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
       for (int64_t row = cut.first_row(chunk); row < cut.first_row(chunk + 1); ++row) {
         const int64_t offset = row * cut.width;
-        if (dresidual != nullptr) {
+        if (reads_dz) {
           gradient_run<T, BackwardAct::identity, true>(dresidual + offset, x + offset, nullptr,
                                                        dx + offset, cut.width, k, 0, p.act, param,
-                                                       stream_out);
+                                                       p.training, stream_out);
         } else {
           gradient_run<T, kAct, true>(dout + offset, x + offset,
                                       saved == nullptr ? nullptr : saved + offset, dx + offset,
-                                      cut.width, k, 0, p.act, param, stream_out);
+                                      cut.width, k, 0, p.act, param, p.training, stream_out);
         }
       }
     }
@@ -833,11 +845,15 @@ size_t workspace_bytes(const BatchNormActShape& shape) {
 
 }  // namespace
 
-cpu::KernelTable batch_norm_act_kernels() {
-  return {ADVDL_STRING(ADVDL_CPU_CAPABILITY),
-          [](const BatchNormActForward& p) { return workspace_bytes<Moments>(p.shape); },
-          [](const BatchNormActBackward& p) { return workspace_bytes<GradientSums>(p.shape); },
-          forward, backward};
+void add_batch_norm_act(cpu::KernelTable& table) {
+  table.batch_norm_act_forward_workspace = [](const BatchNormActForward& p) {
+    return workspace_bytes<Moments>(p.shape);
+  };
+  table.batch_norm_act_backward_workspace = [](const BatchNormActBackward& p) {
+    return workspace_bytes<GradientSums>(p.shape);
+  };
+  table.batch_norm_act_forward = forward;
+  table.batch_norm_act_backward = backward;
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE

@@ -8,17 +8,23 @@
 
 namespace advdl_ops {
 
-namespace capability_default {
-cpu::KernelTable batch_norm_act_kernels();
-}
+// Each family adds its kernels to the table of each capability; a new one adds its line here.
+#define ADVDL_DECLARE_KERNELS(capability)             \
+  namespace capability {                              \
+  void add_batch_norm_act(cpu::KernelTable& table);   \
+  static cpu::KernelTable kernels(const char* name) { \
+    cpu::KernelTable table{};                         \
+    table.name = name;                                \
+    add_batch_norm_act(table);                        \
+    return table;                                     \
+  }                                                   \
+  }
+ADVDL_DECLARE_KERNELS(capability_default)
 #if defined(__x86_64__)
-namespace capability_avx2 {
-cpu::KernelTable batch_norm_act_kernels();
-}
-namespace capability_avx512 {
-cpu::KernelTable batch_norm_act_kernels();
-}
+ADVDL_DECLARE_KERNELS(capability_avx2)
+ADVDL_DECLARE_KERNELS(capability_avx512)
 #endif
+#undef ADVDL_DECLARE_KERNELS
 
 namespace cpu {
 namespace {
@@ -26,7 +32,7 @@ namespace {
 struct Capability {
   const char* name;
   bool (*supported)();
-  KernelTable (*kernels)();
+  KernelTable (*kernels)(const char* name);
 };
 
 // Best first.
@@ -37,22 +43,22 @@ const Capability kCapabilities[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      },
-     capability_avx512::batch_norm_act_kernels},
+     capability_avx512::kernels},
     {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
      },
-     capability_avx2::batch_norm_act_kernels},
+     capability_avx2::kernels},
 #endif
-    {"default", [] { return true; }, capability_default::batch_norm_act_kernels},
+    {"default", [] { return true; }, capability_default::kernels},
 };
 
 KernelTable choose() {
   const char* forced = std::getenv("ADVDL_OPS_CPU_CAPABILITY");
   if (forced != nullptr && *forced != '\0') {
     for (const auto& c : kCapabilities) {
-      if (std::strcmp(c.name, forced) == 0 && c.supported()) return c.kernels();
+      if (std::strcmp(c.name, forced) == 0 && c.supported()) return c.kernels(c.name);
     }
     std::fprintf(stderr,
                  "advdl_ops: ADVDL_OPS_CPU_CAPABILITY (%s) must be default, avx2 or avx512 and "
@@ -60,7 +66,7 @@ KernelTable choose() {
                  forced);
   }
   for (const auto& c : kCapabilities) {
-    if (c.supported()) return c.kernels();
+    if (c.supported()) return c.kernels(c.name);
   }
   std::abort();  // not reached: `default` always is
 }
@@ -84,7 +90,7 @@ const char* capability() { return table().name; }
 bool set_capability(const char* name) {
   for (const auto& c : kCapabilities) {
     if (std::strcmp(c.name, name) == 0 && c.supported()) {
-      table() = c.kernels();
+      table() = c.kernels(c.name);
       return true;
     }
   }

@@ -18,8 +18,6 @@
 #define ADVDL_CONCAT(a, b) ADVDL_CONCAT_(a, b)
 #define ADVDL_CAPABILITY_NAMESPACE ADVDL_CONCAT(capability_, ADVDL_CPU_CAPABILITY)
 
-#define ADVDL_STRING_(a) #a
-#define ADVDL_STRING(a) ADVDL_STRING_(a)
 #define ADVDL_INLINE inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
@@ -176,12 +174,10 @@ namespace advdl_ops {
 
 template <>
 struct Lanes<FloatVec> {
-  using scalar = float;
   static ADVDL_INLINE FloatVec set(double v) { return broadcast(static_cast<float>(v)); }
 };
 template <>
 struct Lanes<DoubleVec> {
-  using scalar = double;
   static ADVDL_INLINE DoubleVec set(double v) { return broadcast(v); }
 };
 

@@ -67,6 +67,7 @@ struct Plan {
   bool backwards =
       false;            // walk the blocks in reverse: what the pass before read last is still in L2
   bool keep_dz = true;  // fused backward: dz as well as x fits in shared memory
+  bool reads_dz = false;  // a second pass may read the dz that the first one stored
 };
 
 // ---- where a thread is ----
@@ -622,9 +623,9 @@ __device__ __forceinline__ void apply_backward(const Backward& p, const Plan& pl
                                                const Pack<T, V>* kept_x,
                                                const Pack<T, V>* kept_dz) {
   constexpr int Lanes = CL ? V : 1, U = backward_unroll<T, V, Simple>();
-  const bool ready = kept_dz != nullptr || p.dresidual != nullptr;
+  const bool ready = plan.reads_dz && (kept_dz != nullptr || p.dresidual != nullptr);
   const T* x = static_cast<const T*>(p.x);
-  const T* dout = static_cast<const T*>(p.dresidual != nullptr ? p.dresidual : p.dout);
+  const T* dout = static_cast<const T*>(ready && p.dresidual != nullptr ? p.dresidual : p.dout);
   const T* saved = ready || p.z_source == ZSource::input ? nullptr : static_cast<const T*>(p.saved);
   T* dx = static_cast<T*>(p.dx);
   const A param = static_cast<A>(p.act_param);
@@ -880,8 +881,17 @@ bool forward_is_fused(const Forward& p) { return p.training && slabs_that_fit(p.
 // In training mode with dx wanted there is a second pass that depends on the sums of the first.
 bool has_second_pass(const Backward& p) { return p.training && p.dx != nullptr; }
 
+// Whether dz as stored is dz itself. Rounded to half precision it is not, but for relu and identity, where it is dout
+// or 0; dx must be made of the same dz as the sums.
+bool stored_dz_is_exact(const Backward& p) {
+  return element_bytes(p.shape.dtype) >= 4 || p.act == Activation::identity ||
+         p.act == Activation::relu;
+}
+
 // Slabs that the fused backward keeps in shared memory: x and dz, x alone, or 0 where it cannot be used.
-int fused_slabs(const Backward& p) { return has_second_pass(p) ? slabs_that_fit(p.shape, 2) : 0; }
+int fused_slabs(const Backward& p) {
+  return has_second_pass(p) ? slabs_that_fit(p.shape, stored_dz_is_exact(p) ? 2 : 1) : 0;
+}
 
 }  // namespace
 
@@ -955,6 +965,7 @@ void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace, voi
                                   slab),
               stream};
         };
+        plan.reads_dz = stored_dz_is_exact(p);
         if (slabs > 0) {
           plan.keep_dz = slabs > 1;
           const int64_t slab = plan.positions * plan.columns * int64_t{sizeof(Pack<T, V>)};
