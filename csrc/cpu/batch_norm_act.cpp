@@ -3,7 +3,7 @@
 // channels_first: a channel is N runs of S elements. They are cut into blocks of about kBlock elements, which stay in L1
 // for the two passes of the statistics (mean, then squares about it), and blocks are grouped into chunks. With channels enough
 // for all threads, one thread does a channel from statistics to output while it lies in L2: x is read from memory once.
-// channels_last: [N * S, C] rows, cut into chunks of rows; statistics of all chunks, then the apply over the same chunks in
+// channels_last, and short runs: rows cut into chunks; statistics of all chunks, then the apply over the same chunks in
 // reverse, so that what was read last, and is still in cache, is used first.
 //
 // Chunks depend on the shape only, and partial sums are merged in chunk order in double: the result does
@@ -23,7 +23,8 @@ using cpu::parallel_ranges;
 constexpr int64_t kBlock = 4096;  // elements that one pass of the statistics covers: 16 KB of fp32
 constexpr int64_t kActBlock =
     256;  // elements whose pre-activation is buffered for a transcendental activation
-constexpr int64_t kMaxChunks = 64;    // partial sums per channel
+constexpr int64_t kShortRun = 32;   // channels_first runs below this are read as rows of [N, C * S]
+constexpr int64_t kMaxChunks = 64;  // partial sums per channel
 constexpr int64_t kMaxColumns = 512;  // columns that the channels_last sums hold on the stack
 constexpr int64_t kPad = 64;          // elements readable past the end of per-channel arrays
 constexpr int64_t kStreamBytes =
@@ -247,23 +248,34 @@ bool stored_dz_is_exact(Activation act) {
   return sizeof(T) >= 4 || act == Activation::identity || act == Activation::relu;
 }
 
-// dx on a run.
-template <class T, BackwardAct kAct, bool kVary>
-void gradient_run(const T* dout, const T* x, const T* saved, T* dx, int64_t n,
-                  const Constants<acc_t<T>>& k, int64_t c, Activation act, acc_t<T> param,
-                  bool training, bool streams) {
+// dx on a run. kTraining is no run-time choice: the compiler must contract the same products in every instantiation.
+template <class T, BackwardAct kAct, bool kVary, bool kTraining>
+void gradient_run_as(const T* dout, const T* x, const T* saved, T* dx, int64_t n,
+                     const Constants<acc_t<T>>& k, int64_t c, Activation act, acc_t<T> param,
+                     bool streams) {
   using Acc = acc_t<T>;
   streams = streams && is_aligned(dx);
   const ChannelValue<Acc, kVary> scale(k.scale + c), slope(k.slope + c), offset(k.offset + c);
   for_gradients<T, kAct, kVary, 1>(dout, x, saved, n, k, c, act, param,
-                                   [&](int64_t i, const auto& lanes, auto, auto dz, auto centred)
-                                       __attribute__((always_inline)) {
-                                         auto value = scale.at(i) * dz;
-                                         // Not by zero slopes: under frozen statistics NaN or Inf in x stays out of dx.
-                                         if (training)
-                                           value = value + (slope.at(i) * centred + offset.at(i));
-                                         lanes.write_out(dx + i, value, streams);
-                                       });
+                                   [&](int64_t i, const auto& lanes, auto, auto dz,
+                                       auto centred) __attribute__((always_inline)) {
+                                     if constexpr (kTraining) {
+                                       const auto rest = slope.at(i) * centred + offset.at(i);
+                                       lanes.write_out(dx + i, scale.at(i) * dz + rest, streams);
+                                     } else {
+                                       // Not by zero slopes: under frozen statistics NaN or Inf in x stays out of dx.
+                                       lanes.write_out(dx + i, scale.at(i) * dz, streams);
+                                     }
+                                   });
+}
+
+template <class T, BackwardAct kAct, bool kVary>
+void gradient_run(const T* dout, const T* x, const T* saved, T* dx, int64_t n,
+                  const Constants<acc_t<T>>& k, int64_t c, Activation act, acc_t<T> param,
+                  bool training, bool streams) {
+  const auto run =
+      training ? gradient_run_as<T, kAct, kVary, true> : gradient_run_as<T, kAct, kVary, false>;
+  run(dout, x, saved, dx, n, k, c, act, param, streams);
 }
 
 // Carves aligned arrays out of the workspace; with a null base it only counts.
@@ -514,26 +526,50 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   });
 }
 
-// --- channels_last -------------------------------------------------------------------------------
+// --- rows: channels_last, and channels_first with short runs ------------------------------------
 
-// [N * S, C] read as [rows, width]: `fold` positions side by side make a row wide enough for vectors, also
-// where C is 3. Rows are cut into chunks, by the shape alone.
+// The tensor read as rows of columns, of which each belongs to one channel: channels_last [N * S, C], and
+// channels_first [N, C * S] where a run of S is too short for vectors. `fold` positions side by side make a row wide
+// enough, also where C is 3. Rows are cut into chunks, by the shape alone.
 struct RowChunks {
-  int64_t channels, fold = 1, width, rows, chunks;
-  explicit RowChunks(const BatchNormActShape& shape) : channels(shape.c) {
-    const int64_t positions = shape.n * shape.s;
-    while (fold * 2 * channels <= 256 && positions % (fold * 2) == 0) fold *= 2;
-    width = fold * channels;
+  int64_t channels, inner, fold = 1, width, rows, chunks;
+  explicit RowChunks(const BatchNormActShape& shape)
+      : channels(shape.c), inner(shape.layout == Layout::channels_last ? 1 : shape.s) {
+    const int64_t positions = shape.n * shape.s / max_of(1, inner);
+    while (fold * 2 * channels * inner <= 256 && positions % (fold * 2) == 0) fold *= 2;
+    width = fold * channels * inner;
     rows = positions / fold;
     chunks = clamp(rows * width / (8 * kBlock), 1, min_of(kMaxChunks, max_of(1, rows)));
   }
   int64_t first_row(int64_t chunk) const { return chunk * rows / chunks; }
+  int64_t columns_per_channel() const { return fold * inner; }
+  // f(column) for each column of a channel.
+  template <class F>
+  ADVDL_INLINE void for_columns(int64_t c, F&& f) const {
+    for (int64_t part = 0; part < fold; ++part) {
+      const int64_t first = (part * channels + c) * inner;
+      for (int64_t i = first; i < first + inner; ++i) f(i);
+    }
+  }
 };
 
-// Gives every column the value of its channel, values[0 .. channels).
+// Whether a tensor is read so, and not channel by channel.
+bool by_rows(const BatchNormActShape& shape) {
+  return shape.layout == Layout::channels_last || (shape.s > 0 && shape.s < kShortRun);
+}
+
+// Gives every column the value of its channel, values[0 .. channels), in place: from the end, as a channel's columns
+// lie at or behind its own index.
 template <class Acc>
 void repeat(const RowChunks& cut, Acc* values) {
-  for (int64_t i = cut.channels; i < cut.width; ++i) values[i] = values[i - cut.channels];
+  if (cut.columns_per_channel() == 1) return;
+  Acc* end = values + cut.width;
+  for (int64_t part = cut.fold - 1; part >= 0; --part) {
+    for (int64_t c = cut.channels - 1; c >= 0; --c) {
+      const Acc value = values[c];
+      for (int64_t i = 0; i < cut.inner; ++i) *--end = value;
+    }
+  }
 }
 
 // Per column of rows [row, row + count) x [column, column + width): mean and squared deviations.
@@ -596,7 +632,7 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, dou
 }
 
 template <class T, ForwardAct kAct, bool kResidual>
-void forward_channels_last(const BatchNormActForward& p, Arena arena) {
+void forward_rows(const BatchNormActForward& p, Arena arena) {
   using Acc = acc_t<T>;
   const RowChunks cut(p.shape);
   Constants<Acc> k = arena.take_constants<Acc>(cut.width);
@@ -619,23 +655,33 @@ void forward_channels_last(const BatchNormActForward& p, Arena arena) {
       }
     });
   }
-  parallel_ranges(cut.channels, 8 * cut.chunks * cut.fold, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      if (p.training) {
-        Moments m;
-        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
-          const double count = static_cast<double>(cut.first_row(chunk + 1) - cut.first_row(chunk));
-          for (int64_t i = c; i < cut.width; i += cut.channels) {
-            m.merge(count, partial_mean[chunk * cut.width + i], partial_m2[chunk * cut.width + i]);
-          }
-        }
-        finish_statistics<Acc>(p, c, m, k.scale + c, k.shift + c);
-      } else {
-        use_running_statistics<Acc>(p, c, k.scale + c, k.shift + c);
-      }
-      k.mean[c] = static_cast<const Acc*>(p.mean)[c];
-    }
-  });
+  parallel_ranges(cut.channels, 8 * cut.chunks * cut.columns_per_channel(),
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t c = begin; c < end; ++c) {
+                      if (p.training) {
+                        Moments m;
+                        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
+                          const double count =
+                              static_cast<double>(cut.first_row(chunk + 1) - cut.first_row(chunk));
+                          // Columns of a chunk count alike: their mean and squares together, with no division for each.
+                          const double* means = partial_mean + chunk * cut.width;
+                          const double* squares = partial_m2 + chunk * cut.width;
+                          const double columns = static_cast<double>(cut.columns_per_channel());
+                          double mean = 0, m2 = 0;
+                          cut.for_columns(c, [&](int64_t i) { mean += means[i]; });
+                          mean /= columns;
+                          cut.for_columns(c, [&](int64_t i) {
+                            m2 += squares[i] + count * (means[i] - mean) * (means[i] - mean);
+                          });
+                          m.merge(count * columns, mean, m2);
+                        }
+                        finish_statistics<Acc>(p, c, m, k.scale + c, k.shift + c);
+                      } else {
+                        use_running_statistics<Acc>(p, c, k.scale + c, k.shift + c);
+                      }
+                      k.mean[c] = static_cast<const Acc*>(p.mean)[c];
+                    }
+                  });
   repeat(cut, k.mean);
   repeat(cut, k.scale);
   repeat(cut, k.shift);
@@ -653,7 +699,7 @@ void forward_channels_last(const BatchNormActForward& p, Arena arena) {
 }
 
 template <class T, BackwardAct kAct>
-void backward_channels_last(const BatchNormActBackward& p, Arena arena) {
+void backward_rows(const BatchNormActBackward& p, Arena arena) {
   using Acc = acc_t<T>;
   const RowChunks cut(p.shape);
   Constants<Acc> k = arena.take_constants<Acc>(cut.width);
@@ -710,18 +756,19 @@ void backward_channels_last(const BatchNormActBackward& p, Arena arena) {
       }
     }
   });
-  parallel_ranges(cut.channels, 8 * cut.chunks * cut.fold, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      GradientSums sums;
-      for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
-        for (int64_t i = c; i < cut.width; i += cut.channels) {
-          sums.dz += partial_dz[chunk * cut.width + i];
-          sums.dz_centred += partial_dz_centred[chunk * cut.width + i];
+  parallel_ranges(
+      cut.channels, 8 * cut.chunks * cut.columns_per_channel(), [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          GradientSums sums;
+          for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
+            cut.for_columns(c, [&](int64_t i) {
+              sums.dz += partial_dz[chunk * cut.width + i];
+              sums.dz_centred += partial_dz_centred[chunk * cut.width + i];
+            });
+          }
+          finish_gradients<Acc>(p, c, sums.dz, sums.dz_centred, k.slope + c, k.offset + c);
         }
-      }
-      finish_gradients<Acc>(p, c, sums.dz, sums.dz_centred, k.slope + c, k.offset + c);
-    }
-  });
+      });
   if (dx == nullptr) return;
   repeat(cut, k.slope);
   repeat(cut, k.offset);
@@ -749,13 +796,12 @@ void backward_channels_last(const BatchNormActBackward& p, Arena arena) {
 template <class T, ForwardAct kAct>
 void forward_with(const BatchNormActForward& p, void* workspace) {
   const Arena arena{static_cast<char*>(workspace)};
-  const bool first = p.shape.layout == Layout::channels_first;
+  const bool first = !by_rows(p.shape);
   if (p.residual == nullptr) {
     first ? forward_channels_first<T, kAct, false>(p, arena)
-          : forward_channels_last<T, kAct, false>(p, arena);
+          : forward_rows<T, kAct, false>(p, arena);
   } else {
-    first ? forward_channels_first<T, kAct, true>(p, arena)
-          : forward_channels_last<T, kAct, true>(p, arena);
+    first ? forward_channels_first<T, kAct, true>(p, arena) : forward_rows<T, kAct, true>(p, arena);
   }
 }
 
@@ -787,10 +833,10 @@ void forward(const BatchNormActForward& p, void* workspace) {
 template <class T, BackwardAct kAct>
 void backward_with(const BatchNormActBackward& p, void* workspace) {
   const Arena arena{static_cast<char*>(workspace)};
-  if (p.shape.layout == Layout::channels_first) {
+  if (!by_rows(p.shape)) {
     backward_channels_first<T, kAct>(p, arena);
   } else {
-    backward_channels_last<T, kAct>(p, arena);
+    backward_rows<T, kAct>(p, arena);
   }
 }
 
@@ -824,7 +870,7 @@ template <class Acc, class Partial>
 size_t workspace_of(const BatchNormActShape& shape) {
   if (shape.c == 0) return 0;
   Arena arena{nullptr};
-  if (shape.layout == Layout::channels_first) {
+  if (!by_rows(shape)) {
     const ChannelBlocks cut(shape);
     arena.take_constants<Acc>(cut.c);
     arena.take<Partial>(cut.c * cut.chunks);
