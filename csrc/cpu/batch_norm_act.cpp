@@ -27,8 +27,8 @@ constexpr int64_t kShortRun = 32;   // channels_first runs below this are read a
 constexpr int64_t kMaxChunks = 64;  // partial sums per channel
 constexpr int64_t kMaxColumns = 512;  // columns that the channels_last sums hold on the stack
 constexpr int64_t kPad = 64;          // elements readable past the end of per-channel arrays
-constexpr int64_t kStreamBytes =
-    24 << 20;  // outputs of this size and more are written past the caches
+// Outputs of so many bytes and more are written past the caches: docs/performance.md. Less where the next read is far.
+constexpr int64_t kStreamBytes = 24 << 20, kStreamStoredBytes = 8 << 20;
 
 int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -90,10 +90,10 @@ void channel_affine(const void* weight, const void* bias, DType dtype, int64_t c
   *shift = bias == nullptr ? Acc(0) : static_cast<Acc>(read_scalar(bias, dtype, c));
 }
 
-// Whether the output streams, and whether this run of it is aligned for that.
+// Whether an output of at least `bytes` streams, and whether this run of it is aligned for that.
 template <class T>
-bool streams(const BatchNormActShape& shape) {
-  return shape.n * shape.c * shape.s * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+bool streams(const BatchNormActShape& shape, int64_t bytes) {
+  return shape.n * shape.c * shape.s * static_cast<int64_t>(sizeof(T)) >= bytes;
 }
 ADVDL_INLINE bool is_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % ADVDL_VECTOR_BYTES == 0;
@@ -373,7 +373,7 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
-  const bool stream_out = streams<T>(p.shape);
+  const bool stream_out = streams<T>(p.shape, kStreamBytes);
   const int64_t stride = cut.c * cut.s;
 
   const auto collect = [&](int64_t c, int64_t chunk) {
@@ -447,7 +447,7 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   T* dresidual = static_cast<T*>(p.dresidual);
   const bool reads_dz = dresidual != nullptr && stored_dz_is_exact<T>(p.act);
   T* dx = static_cast<T*>(p.dx);
-  const bool stream_out = streams<T>(p.shape);
+  const bool stream_out = streams<T>(p.shape, kStreamBytes);
   const Acc param = static_cast<Acc>(p.act_param);
   const int64_t stride = cut.c * cut.s;
 
@@ -641,7 +641,7 @@ void forward_rows(const BatchNormActForward& p, Arena arena) {
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
-  const bool stream_out = streams<T>(p.shape);
+  const bool stream_out = streams<T>(p.shape, kStreamBytes);
 
   if (p.training) {
     parallel_ranges(cut.chunks, cut.rows * cut.width / cut.chunks, [&](int64_t begin, int64_t end) {
@@ -711,7 +711,9 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
   T* dresidual = static_cast<T*>(p.dresidual);
   const bool reads_dz = dresidual != nullptr && stored_dz_is_exact<T>(p.act);
   T* dx = static_cast<T*>(p.dx);
-  const bool stream_out = streams<T>(p.shape);
+  const bool stream_out = streams<T>(p.shape, kStreamBytes);
+  // Read again only after a pass over three tensors.
+  const bool stream_residual = streams<T>(p.shape, kStreamStoredBytes);
   const Acc param = static_cast<Acc>(p.act_param);
 
   for (int64_t c = 0; c < cut.channels; ++c) {
@@ -738,12 +740,15 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
           std::memset(centred_sum, 0, width * sizeof(Acc));
           for (int64_t row = first; row < min_of(last, first + rows_per_block); ++row) {
             const int64_t offset = row * cut.width + c;
+            const bool streams_dz = stream_residual && is_aligned(dresidual + offset);
             for_gradients<T, kAct, true, 1>(
                 dout + offset, x + offset, saved == nullptr ? nullptr : saved + offset, width, k, c,
                 p.act, param,
                 [&](int64_t i, const auto& lanes, auto, auto dz, auto centred)
                     __attribute__((always_inline)) {
-                      if (dresidual != nullptr) lanes.write(dresidual + offset + i, dz);
+                      if (dresidual != nullptr) {
+                        lanes.write_out(dresidual + offset + i, dz, streams_dz);
+                      }
                       store(sum + i, load(sum + i) + lanes.counted(dz));
                       store(centred_sum + i, load(centred_sum + i) + lanes.counted(dz * centred));
                     });
@@ -755,6 +760,7 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
         }
       }
     }
+    if (stream_residual) stream_fence();
   });
   parallel_ranges(
       cut.channels, 8 * cut.chunks * cut.columns_per_channel(), [&](int64_t begin, int64_t end) {
