@@ -208,16 +208,18 @@ def uses_onednn(x: Tensor, weight: Tensor, conv: Conv) -> bool:
         and not isinstance(conv.padding, str)
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not is_traced()
     )
+
+
+def is_traced() -> bool:
+    """Whether a compiler or the tracer records this call: nothing may be cached, and the steps stay aten operators."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def prefers_channels_last(x: Tensor, *parameters: Tensor) -> bool:
     """Whether a network that ends in no image should run this input in channels_last: folded convolutions on CPU do."""
-    return (
-        folds(x, *parameters) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-    )
+    return folds(x, *parameters) and not is_traced()
 
 
 def prepack(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:

@@ -18,6 +18,7 @@ from ..functional.conv_bn_act import (
     conv_act,
     fold,
     folds,
+    is_traced,
     prepack,
     uses_onednn,
 )
@@ -149,14 +150,10 @@ def conv_bn_act(
         options = options._replace(padding=(0, 0))
     # Read once: another thread may drop it meanwhile.
     folded = bn.folded
-    if (
-        folded is None
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or not folded.serves(x, source, bn.eps, options)
-    ):
+    traced = is_traced()
+    if traced or folded is None or not folded.serves(x, source, bn.eps, options):
         folded = FoldedConv(x, source, bn.eps, options)
-        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        if not traced:
             bn.folded = folded
     return conv_act(x, folded.weight, folded.bias, options, residual, bn.act)
 
