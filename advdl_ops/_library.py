@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import importlib
 import os
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,22 +26,74 @@ def _load_cpu() -> str | None:
 
 
 def _load_cuda() -> str | None:
-    # No call into CUDA here: it would initialise the driver at import, after which no forked child can use it.
+    # Nothing here may initialise the driver: after that no forked child can use it.
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     path = _LIB_DIR / "libadvdl_ops_cuda.so"
     if not path.exists():
         return "the CUDA library was not built (nvcc was not found, or ADVDL_OPS_CUDA=0)"
+    built, driver = _built(), _driver()
+    # Within a major version an older driver runs what a newer toolkit compiled: NVIDIA's minor version compatibility.
+    if built and driver and driver[0] < built.toolkit[0]:
+        return _too_old(driver, built.toolkit)
     return _load(path)
+
+
+def _driver() -> tuple[int, int] | None:
+    """The newest CUDA that the driver serves, ``None`` without a driver. Initialises nothing."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else (version.value // 1000, version.value % 1000 // 10)
+
+
+class _Built(NamedTuple):
+    toolkit: tuple[int, int]
+    gpus: list[tuple[int, int]]
+
+
+def _built() -> _Built | None:
+    """What the CUDA library was compiled by and for; ``None`` where `_C`, which knows, is of another Python."""
+    try:
+        info = importlib.import_module("advdl_ops._C").build_info()
+    except ImportError:
+        return None
+    gpus = [_version(name.removesuffix("+PTX").rstrip("af")) for name in info["cuda_architectures"]]
+    return _Built(_version(info["cuda"]), gpus) if info["cuda"] else None
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor, *_ = map(int, text.split("."))
+    return major, minor
+
+
+def _too_old(driver: tuple[int, int], toolkit: tuple[int, int]) -> str:
+    return (
+        f"the driver serves CUDA {driver[0]}.{driver[1]}, the kernels were compiled by "
+        f"CUDA {toolkit[0]}.{toolkit[1]}: update the driver, or build with an nvcc of its version"
+    )
 
 
 @functools.cache
 def unsupported_gpu(index: int) -> str | None:
     """Why the kernels cannot run on this GPU, or ``None``. Called with a tensor there, so CUDA is up already."""
     capability = torch.cuda.get_device_capability(index)
-    if capability >= (8, 0):
-        return None
-    return f"GPU {index} is of compute capability {capability[0]}.{capability[1]}, kernels need 8.0 or later"
+    if capability < (8, 0):
+        return f"GPU {index} is of compute capability {capability[0]}.{capability[1]}, kernels need 8.0 or later"
+    built, driver = _built(), _driver()
+    # A GPU that the library was not compiled for gets its PTX, which a driver older than the toolkit cannot compile.
+    if (
+        built
+        and driver
+        and driver < built.toolkit
+        and not any(
+            major == capability[0] and minor <= capability[1] for major, minor in built.gpus
+        )
+    ):
+        return _too_old(driver, built.toolkit)
+    return None
 
 
 def _load(path: Path) -> str | None:

@@ -5,8 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from advdl_ops import _library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,6 +99,80 @@ def test_without_gpu() -> None:
     done = run_python(COMPUTE, ROOT, CUDA_VISIBLE_DEVICES="", ADVDL_OPS_REQUIRE_NATIVE="1")
     assert done.returncode == 0, done.stderr
     assert "RuntimeWarning" not in done.stderr
+
+
+@pytest.fixture
+def cuda_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pretends a torch with CUDA, a CUDA library and GPUs; call it with the versions of the driver and the toolkit."""
+    (tmp_path / "libadvdl_ops_cuda.so").touch()
+    monkeypatch.setattr(_library, "_LIB_DIR", tmp_path)
+    monkeypatch.setattr(_library, "_load", lambda path: None)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+
+    class Driver:  # has no other function: one that initialises would fail
+        def __init__(self, version: int) -> None:
+            self.version = version
+
+        def cuDriverGetVersion(self, pointer) -> int:
+            pointer._obj.value = self.version
+            return 0
+
+    def pretend(driver: int | None, toolkit: str | None) -> None:
+        def open_library(name: str) -> Driver:
+            assert name == "libcuda.so.1"
+            if driver is None:
+                raise OSError(name)
+            return Driver(driver)
+
+        info = {"cuda": toolkit, "cuda_architectures": ["8.0", "9.0a", "10.0+PTX"]}
+        module = None if toolkit is None else SimpleNamespace(build_info=lambda: info)
+        monkeypatch.setitem(sys.modules, "advdl_ops._C", module)
+        monkeypatch.setattr(_library.ctypes, "CDLL", open_library)
+        _library.unsupported_gpu.cache_clear()
+
+    yield pretend
+    _library.unsupported_gpu.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("driver", "toolkit", "serves"),
+    [
+        (12080, "13.0.88", False),
+        (12080, "12.9.86", True),  # a later minor of the same major
+        (13000, "13.0.88", True),
+        (14010, "13.0.88", True),
+        (None, "13.0.88", True),  # no driver, hence no GPU on which a kernel could fail
+        (12080, None, True),  # no _C that would tell
+        (12080, "", True),
+    ],
+)
+def test_driver_must_serve_the_toolkit(cuda_machine, driver, toolkit, serves) -> None:
+    cuda_machine(driver, toolkit)
+    reason = _library._load_cuda()
+    assert (reason is None) == serves
+    if not serves:
+        assert "serves CUDA 12.8" in reason
+        assert "compiled by CUDA 13.0" in reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "serves"),
+    [
+        ((7, 5), 13010, False),
+        ((8, 0), 13000, True),
+        ((8, 9), 13000, True),  # runs what was compiled for 8.0
+        ((9, 0), 13000, True),
+        ((12, 0), 13000, False),  # only as PTX
+        ((12, 0), 13010, True),
+        ((12, 0), None, True),
+    ],
+)
+def test_older_driver_compiles_no_ptx(
+    cuda_machine, monkeypatch, capability, driver, serves
+) -> None:
+    cuda_machine(driver, "13.1.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert (_library.unsupported_gpu(0) is None) == serves
 
 
 def test_import_is_light() -> None:
