@@ -150,10 +150,12 @@ def conv_bn_act(
         options = options._replace(padding=(0, 0))
     # Read once: another thread may drop it meanwhile.
     folded = bn.folded
-    traced = is_traced()
-    if traced or folded is None or not folded.serves(x, source, bn.eps, options):
+    # FSDP gathers a weight anew for each call: kept, the folded one would undo the sharding, and neither the version
+    # nor the address of what was gathered says that the shards have changed.
+    once = is_traced() or "_is_fsdp_managed_module" in conv.__dict__
+    if once or folded is None or not folded.serves(x, source, bn.eps, options):
         folded = FoldedConv(x, source, bn.eps, options)
-        if not traced:
+        if not once:
             bn.folded = folded
     return conv_act(x, folded.weight, folded.bias, options, residual, bn.act)
 
