@@ -69,6 +69,15 @@ def test_blocks_run_in_the_order_asked_for(emulator: Emulator) -> None:
     assert shuffled != list(range(8))
 
 
+def test_a_dry_run_checks_launches_and_runs_nothing(emulator: Emulator) -> None:
+    request = {"blocks": 3, "threads": 64, "width": 32, "dry": True}
+    result = emulator.call("selftest", {"name": "global_write_past_the_end", **request})
+    assert [launch[:3] for launch in result["launches"]] == [(True, 3, 64)]
+    assert "out" not in result
+    with pytest.raises(EmulationError, match="too_much_shared: invalid value"):
+        emulator.call("selftest", {"name": "too_much_shared", **request})
+
+
 @pytest.mark.parametrize(
     ("name", "report"),
     [

@@ -33,6 +33,9 @@ constexpr int kMaxColumns = kWarp;
 constexpr int64_t kSplitElements = 16384;  // a split is worth at least this many elements of a tile
 constexpr int64_t kFusedTileBytes = 32;    // one DRAM sector per row, channels_last
 constexpr int64_t kScratchReserve = 8 * 1024;  // more than a fused kernel needs besides its slabs
+// Of an H200, for every GPU: which path is taken follows from the shape.
+constexpr int64_t kLaunchBytes = 10 * 1024 * 1024;  // it copies in the 2.5 us of one launch more
+constexpr int64_t kCachedBytes = 25 * 1024 * 1024;  // half of its L2: writes pass through it too
 
 // Packs in flight per thread and tensor. Statistics: 64 bytes, or 8 single elements.
 template <class T, int V>
@@ -166,6 +169,13 @@ struct Shared {
   }
 };
 
+// Bytes of one slab: the packs of a whole tile.
+template <class T, int V>
+ADVDL_HOST_DEVICE int64_t kept_bytes(const Plan& plan) {
+  const int64_t bytes = plan.positions * plan.columns * static_cast<int64_t>(sizeof(Pack<T, V>));
+  return (bytes + 15) / 16 * 16;
+}
+
 template <class State, class A>
 int64_t shared_bytes(const Plan& plan, int lanes, int constants, bool reduces = true) {
   const int width = plan.columns * lanes;
@@ -182,6 +192,18 @@ __device__ __forceinline__ void load_constant(const A* constants, int which, int
       constants + which * columns * Lanes + static_cast<int>(threadIdx.x) % columns * Lanes;
 #pragma unroll
   for (int j = 0; j < Lanes; ++j) out[j] = from[j];
+}
+
+// Writes the block's results, one per channel of the tile, to the workspace ([fields][splits][C]).
+template <class State, class A>
+__device__ __forceinline__ void store_partials(const Plan& plan, int64_t tile, int64_t split,
+                                               int width, const State* results, A* workspace) {
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
+    const int64_t c = tile * width + i;
+    if (c < plan.channels)
+      store_partial(workspace, plan.splits, plan.channels, split, c, results[i]);
+  }
 }
 
 // ---- statistics ----
@@ -323,12 +345,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Welford<A> states[Lanes] = {};
   accumulate_statistics<T, V, CL>(p, plan, tile, split, static_cast<Pack<T, V>*>(nullptr), states);
   block_reduce(states, plan.columns, shared.scratch, shared.result);
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
-    const int64_t c = tile * width + i;
-    if (c < plan.channels)
-      store_partial(workspace, plan.splits, plan.channels, split, c, shared.result[i]);
-  }
+  store_partials(plan, tile, split, width, shared.result, workspace);
 }
 
 template <class A>
@@ -473,8 +490,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   ADVDL_DYNAMIC_SHARED(memory);
   const int width = plan.columns * Lanes;
   auto* slab = reinterpret_cast<Pack<T, V>*>(memory);
-  const int64_t slab_bytes = (plan.positions * plan.columns * sizeof(Pack<T, V>) + 15) / 16 * 16;
-  Shared<Welford<A>, A> shared(memory + slab_bytes, width);
+  Shared<Welford<A>, A> shared(memory + kept_bytes<T, V>(plan), width);
   const int64_t tile = blockIdx.x;
   Welford<A> states[Lanes] = {};
   accumulate_statistics<T, V, CL>(p, plan, tile, 0, slab, states);
@@ -688,12 +704,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                                          static_cast<Pack<T, V>*>(nullptr),
                                          static_cast<Pack<T, V>*>(nullptr), sums);
   block_reduce(sums, plan.columns, shared.scratch, shared.result);
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
-    const int64_t c = tile * width + i;
-    if (c < plan.channels)
-      store_partial(workspace, plan.splits, plan.channels, split, c, shared.result[i]);
-  }
+  store_partials(plan, tile, split, width, shared.result, workspace);
 }
 
 template <class A>
@@ -734,10 +745,10 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   constexpr int Lanes = CL ? V : 1;
   ADVDL_DYNAMIC_SHARED(memory);
   const int width = plan.columns * Lanes;
-  const int64_t slab_bytes = (plan.positions * plan.columns * sizeof(Pack<T, V>) + 15) / 16 * 16;
+  const int64_t slab = kept_bytes<T, V>(plan);
   auto* kept_x = reinterpret_cast<Pack<T, V>*>(memory);
-  auto* kept_dz = plan.keep_dz ? reinterpret_cast<Pack<T, V>*>(memory + slab_bytes) : nullptr;
-  Shared<SumPair<A>, A> shared(memory + (plan.keep_dz ? 2 : 1) * slab_bytes, width);
+  auto* kept_dz = plan.keep_dz ? reinterpret_cast<Pack<T, V>*>(memory + slab) : nullptr;
+  Shared<SumPair<A>, A> shared(memory + (plan.keep_dz ? 2 : 1) * slab, width);
   const int64_t tile = blockIdx.x;
   backward_constants(p, plan, tile, width, shared.constants);
   SumPair<A> sums[Lanes] = {};
@@ -766,17 +777,23 @@ bool row_takes_packs(int64_t s, int v) { return s % v == 0 || s >= 2 * v; }
 
 int64_t packs_per_row(int64_t s, int v) { return s % v == 0 ? s / v : (s + v - 2) / v + 1; }
 
-// Blocks that share a tile: from the shape alone, for any pack size.
+// Channels of a tile, the most over the pack sizes; from the shape alone, as the two functions below.
+int64_t tile_channels_of(const BatchNormActShape& s, bool fused) {
+  if (!channels_last(s)) return 1;
+  return std::min<int64_t>(s.c, fused ? kFusedTileBytes / element_bytes(s.dtype) : 256);
+}
+
+// Blocks that share a tile.
 int64_t splits_of(const BatchNormActShape& s) {
   const int64_t count = s.n * s.s;
-  const int64_t tile_channels = channels_last(s) ? std::min<int64_t>(s.c, 256) : 1;
+  const int64_t tile_channels = tile_channels_of(s, false);
   const int64_t blocks = kMultiprocessors * (channels_last(s) ? 8 : 16);
   const int64_t wanted = divide_up(count * tile_channels, kSplitElements);
   const int64_t useful = divide_up(blocks, divide_up(s.c, tile_channels));
   return std::max<int64_t>(1, std::min({wanted, useful, count}));
 }
 
-// Shared bytes of a fused tile, the larger over the pack sizes; from the shape alone.
+// Shared bytes of a fused tile, the larger over the pack sizes.
 int64_t slab_bytes(const BatchNormActShape& s) {
   const int bytes = element_bytes(s.dtype), v = s.dtype == DType::f64 ? 1 : kVectorBytes / bytes;
   if (channels_last(s))
@@ -792,6 +809,30 @@ int slabs_that_fit(const BatchNormActShape& s, int most) {
   for (int slabs = most; slabs > 0; --slabs)
     if (slab_bytes(s) * slabs <= room) return slabs;
   return 0;
+}
+
+// Tensors of x's size that a path reads and writes in its first pass over them or its only one, and that it reads again.
+struct Traffic {
+  int64_t once, again;
+};
+
+// How long a path takes, in bytes at the copy rate: `pass` for each tensor of `tensor` bytes, half for what L2 still has.
+int64_t time_of(Traffic traffic, int64_t pass, int64_t tensor) {
+  return (traffic.once + traffic.again) * pass - std::min(traffic.again * tensor, kCachedBytes) / 2;
+}
+
+// Fused, a multiprocessor works on one tile at a time and those without a tile are idle; over splits there is work for
+// all, but more of it and in more launches. A multiprocessor moves its share of the copy rate, busy neighbours or not.
+bool fused_is_faster(const BatchNormActShape& s, Traffic fused, Traffic split) {
+  const int64_t channel = s.n * s.s * element_bytes(s.dtype), tensor = channel * s.c;
+  const int64_t tile_channels = tile_channels_of(s, true);
+  const int64_t rounds = divide_up(divide_up(s.c, tile_channels), kMultiprocessors);
+  const int64_t fused_pass = rounds * kMultiprocessors * tile_channels * channel;
+  const int64_t blocks = divide_up(s.c, tile_channels_of(s, false)) * splits_of(s);
+  const int64_t split_pass = tensor * std::max(blocks, kMultiprocessors) / blocks;
+  const int64_t more_launches = channels_last(s) ? 2 : 1;
+  return time_of(fused, fused_pass, tensor) <=
+         time_of(split, split_pass, tensor) + more_launches * kLaunchBytes;
 }
 
 bool is_empty(const BatchNormActShape& s) { return s.n == 0 || s.s == 0; }
@@ -865,6 +906,15 @@ size_t workspace_bytes(const BatchNormActShape& s, int fields) {
   return static_cast<size_t>(fields * splits_of(s) * s.c * (s.dtype == DType::f64 ? 8 : 4));
 }
 
+// A block per tile and split, with room for `constants` per channel and `slabs` of its tile.
+template <class T, int V, bool CL, template <class> class State>
+LaunchConfig tile_config(const Plan& plan, int constants, int slabs, bool reduces, void* stream) {
+  using A = acc_t<T>;
+  const int64_t bytes = slabs * kept_bytes<T, V>(plan) +
+                        shared_bytes<State<A>, A>(plan, CL ? V : 1, constants, reduces);
+  return {plan.tiles * plan.splits, plan.threads, static_cast<size_t>(bytes), stream};
+}
+
 template <class State, class A>
 LaunchConfig finalize_config(const Plan& plan, void* stream) {
   Plan block;
@@ -876,7 +926,11 @@ LaunchConfig finalize_config(const Plan& plan, void* stream) {
           static_cast<size_t>(shared_bytes<State, A>(block, 1, 0)), stream};
 }
 
-bool forward_is_fused(const Forward& p) { return p.training && slabs_that_fit(p.shape, 1) > 0; }
+bool forward_is_fused(const Forward& p) {
+  if (!p.training || slabs_that_fit(p.shape, 1) == 0) return false;
+  const int64_t once = p.residual != nullptr ? 3 : 2;
+  return fused_is_faster(p.shape, {once, 0}, {once, 1});
+}
 
 // In training mode with dx wanted there is a second pass that depends on the sums of the first.
 bool has_second_pass(const Backward& p) { return p.training && p.dx != nullptr; }
@@ -888,9 +942,16 @@ bool stored_dz_is_exact(const Backward& p) {
          p.act == Activation::relu;
 }
 
-// Slabs that the fused backward keeps in shared memory: x and dz, x alone, or 0 where it cannot be used.
+// Slabs that the fused backward keeps in shared memory: x and dz, x alone, or 0 where it is not used.
 int fused_slabs(const Backward& p) {
-  return has_second_pass(p) ? slabs_that_fit(p.shape, stored_dz_is_exact(p) ? 2 : 1) : 0;
+  if (!has_second_pass(p)) return 0;
+  const bool exact = stored_dz_is_exact(p), saved = p.z_source != ZSource::input;
+  const int slabs = slabs_that_fit(p.shape, exact ? 2 : 1);
+  // dout, x, saved; dx, dresidual. Then x and either dz or what it is made of.
+  const int64_t once = 3 + saved + (p.dresidual != nullptr);
+  const int64_t again = 2 + (saved && !(exact && p.dresidual != nullptr));
+  const int64_t fused_again = slabs > 1 ? 0 : again - 1;
+  return slabs > 0 && fused_is_faster(p.shape, {once, fused_again}, {once, again}) ? slabs : 0;
 }
 
 }  // namespace
@@ -908,38 +969,30 @@ size_t batch_norm_act_backward_workspace(const BatchNormActBackward& p) {
 void batch_norm_act_forward(const BatchNormActForward& p, void* workspace, void* stream) {
   if (p.shape.c == 0 || (p.training && is_empty(p.shape))) return;
   const bool fused = forward_is_fused(p);
-  dispatch(
-      p.shape, p.act, vector_aligned(p.x, p.residual, p.out),
-      [&]<class T, int V, bool CL, bool Simple>() {
-        using A = acc_t<T>;
-        constexpr int Lanes = CL ? V : 1;
-        Plan plan = make_plan(p.shape, V, fused, stats_unroll<T, V>());
-        auto config = [&](int constants, int64_t slab, bool reduces = true) {
-          return LaunchConfig{
-              plan.tiles * plan.splits, plan.threads,
-              static_cast<size_t>(shared_bytes<Welford<A>, A>(plan, Lanes, constants, reduces) +
-                                  slab),
-              stream};
-        };
-        if (fused) {
-          const int64_t slab = plan.positions * plan.columns * int64_t{sizeof(Pack<T, V>)};
-          launch("batch_norm_act_fused", &batch_norm_act_fused<T, V, CL, Simple>,
-                 config(3, divide_up(slab, 16) * 16), p, plan);
-          return;
-        }
-        A* partials = static_cast<A*>(workspace);
-        Statistics from = Statistics::running;
-        if (p.training) {
-          launch("batch_norm_stats", &batch_norm_stats<T, V, CL>, config(0, 0), p, plan, partials);
-          from = CL ? Statistics::stored : Statistics::partials;
-          if (CL)
-            launch("batch_norm_finalize_stats", &batch_norm_finalize_stats<A>,
-                   finalize_config<Welford<A>, A>(plan, stream), p, plan, partials);
-          plan.backwards = true;
-        }
-        launch("batch_norm_act_apply", &batch_norm_act_apply<T, V, CL, Simple>, config(3, 0, !CL),
-               p, plan, from, partials);
-      });
+  dispatch(p.shape, p.act, vector_aligned(p.x, p.residual, p.out),
+           [&]<class T, int V, bool CL, bool Simple>() {
+             using A = acc_t<T>;
+             Plan plan = make_plan(p.shape, V, fused, stats_unroll<T, V>());
+             if (fused) {
+               launch("batch_norm_act_fused", &batch_norm_act_fused<T, V, CL, Simple>,
+                      tile_config<T, V, CL, Welford>(plan, 3, 1, true, stream), p, plan);
+               return;
+             }
+             A* partials = static_cast<A*>(workspace);
+             Statistics from = Statistics::running;
+             if (p.training) {
+               launch("batch_norm_stats", &batch_norm_stats<T, V, CL>,
+                      tile_config<T, V, CL, Welford>(plan, 0, 0, true, stream), p, plan, partials);
+               from = CL ? Statistics::stored : Statistics::partials;
+               if (CL)
+                 launch("batch_norm_finalize_stats", &batch_norm_finalize_stats<A>,
+                        finalize_config<Welford<A>, A>(plan, stream), p, plan, partials);
+               plan.backwards = true;
+             }
+             launch("batch_norm_act_apply", &batch_norm_act_apply<T, V, CL, Simple>,
+                    tile_config<T, V, CL, Welford>(plan, 3, 0, !CL, stream), p, plan, from,
+                    partials);
+           });
 }
 
 void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace, void* stream) {
@@ -956,33 +1009,24 @@ void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace, voi
       p.shape, p.act, vector_aligned(p.x, p.dout, p.saved, p.dx, p.dresidual),
       [&]<class T, int V, bool CL, bool Simple>() {
         using A = acc_t<T>;
-        constexpr int Lanes = CL ? V : 1;
         Plan plan = make_plan(p.shape, V, slabs > 0, backward_unroll<T, V, Simple>());
-        auto config = [&](int constants, int64_t slab, bool reduces = true) {
-          return LaunchConfig{
-              plan.tiles * plan.splits, plan.threads,
-              static_cast<size_t>(shared_bytes<SumPair<A>, A>(plan, Lanes, constants, reduces) +
-                                  slab),
-              stream};
-        };
         plan.reads_dz = stored_dz_is_exact(p);
         if (slabs > 0) {
           plan.keep_dz = slabs > 1;
-          const int64_t slab = plan.positions * plan.columns * int64_t{sizeof(Pack<T, V>)};
           launch("batch_norm_act_backward_fused", &batch_norm_act_backward_fused<T, V, CL, Simple>,
-                 config(5, divide_up(slab, 16) * 16 * slabs), p, plan);
+                 tile_config<T, V, CL, SumPair>(plan, 5, slabs, true, stream), p, plan);
           return;
         }
         A* partials = static_cast<A*>(workspace);
         launch("batch_norm_act_backward_reduce", &batch_norm_act_backward_reduce<T, V, CL, Simple>,
-               config(3, 0), p, plan, partials);
+               tile_config<T, V, CL, SumPair>(plan, 3, 0, true, stream), p, plan, partials);
         if (CL || !has_second_pass(p))
           launch("batch_norm_finalize_grads", &batch_norm_finalize_grads<A>,
                  finalize_config<SumPair<A>, A>(plan, stream), p, plan, partials);
         if (!has_second_pass(p)) return;
         plan.backwards = true;
         launch("batch_norm_act_backward_apply", &batch_norm_act_backward_apply<T, V, CL, Simple>,
-               config(5, 0, !CL), p, plan, partials);
+               tile_config<T, V, CL, SumPair>(plan, 5, 0, !CL, stream), p, plan, partials);
       });
 }
 

@@ -269,6 +269,7 @@ void run(const cudaLaunchConfig_t& config, const void* kernel, const std::functi
     machine.error = cudaErrorInvalidValue;
     return;
   }
+  if (settings().dry) return;
   machine.threads = static_cast<int>(block.x);
   machine.fibers.resize(std::max<size_t>(machine.fibers.size(), block.x));
   machine.warps.resize(std::max<size_t>(machine.warps.size(), block.x / 32));
@@ -321,7 +322,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 
 cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
   machine.launches.push_back({false, 0, 0, bytes});
-  std::memset(pointer, value, bytes);
+  if (!settings().dry) std::memset(pointer, value, bytes);
   return cudaSuccess;
 }
 

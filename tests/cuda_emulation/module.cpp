@@ -1,6 +1,7 @@
 // Python's way to the emulated kernels: every tensor arrives as bytes and leaves as bytes. Each is copied to a
 // heap block of its exact size, so that AddressSanitizer sees the first access outside; outputs and workspace
-// start as NaN. worker.py calls this in a process of its own.
+// start as NaN. worker.py calls this in a process of its own. With "dry" in the request only the launches and the
+// size of the workspace come back: any shape costs nothing, and a tensor is named instead of given.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -29,6 +30,7 @@ class Arena {
   // The tensor `name` of the request, or null. "<name>_offset" shifts it by elements from 16-byte alignment.
   void* input(const std::string& name, size_t bytes, DType dtype) {
     if (!request_.contains(name) || request_[name.c_str()].is_none()) return nullptr;
+    if (wants("dry")) return allocate(name, bytes, dtype);
     const std::string value = request_[name.c_str()].cast<py::bytes>();
     if (value.size() != bytes)
       throw std::runtime_error(name + ": " + std::to_string(value.size()) + " bytes, expected " +
@@ -39,18 +41,22 @@ class Arena {
   }
   void* output(const std::string& name, size_t bytes, DType dtype) {
     void* data = allocate(name, bytes, dtype);
-    outputs_.push_back({name, data, bytes});
+    if (!wants("dry")) outputs_.push_back({name, data, bytes});
     return data;
   }
   bool wants(const char* name) const {
     return request_.contains(name) && request_[name].cast<bool>();
   }
-  void* workspace(size_t bytes) { return allocate("workspace", bytes, DType::f32); }
+  void* workspace(size_t bytes) {
+    workspace_ = bytes;
+    return allocate("workspace", bytes, DType::f32);
+  }
 
   py::dict results() const {
     py::dict result;
     for (const auto& [name, data, bytes] : outputs_)
       result[name.c_str()] = py::bytes(static_cast<const char*>(data), bytes);
+    result["workspace"] = workspace_;
     py::list launches;
     for (size_t i = 0; i < cuda_emulation::launch_count(); ++i) {
       const auto& l = cuda_emulation::launch_at(i);
@@ -71,6 +77,7 @@ class Arena {
     const std::string key = name + "_offset";
     const size_t offset =
         request_.contains(key) ? request_[key.c_str()].cast<size_t>() * element_bytes(dtype) : 0;
+    if (wants("dry")) bytes = 0;
     memory_.emplace_back(std::malloc(bytes + offset), &std::free);
     std::memset(memory_.back().get(), 0xff, bytes + offset);
     return static_cast<char*>(memory_.back().get()) + offset;
@@ -79,6 +86,7 @@ class Arena {
   py::dict request_;
   std::list<std::unique_ptr<void, decltype(&std::free)>> memory_;
   std::list<Output> outputs_;
+  size_t workspace_ = 0;
 };
 
 template <class Enum>
@@ -104,6 +112,7 @@ void apply_settings(const py::dict& r) {
   if (r.contains("order")) settings.order = get_enum<cuda_emulation::Order>(r, "order");
   if (r.contains("seed")) settings.seed = r["seed"].cast<unsigned>();
   if (r.contains("shared_limit")) settings.shared_limit = r["shared_limit"].cast<int>();
+  if (r.contains("dry")) settings.dry = r["dry"].cast<bool>();
   cuda_emulation::clear_launches();
 }
 

@@ -50,6 +50,7 @@ struct Settings {
   Order order = Order::forward;
   unsigned seed = 0;
   int shared_limit = 227 * 1024;  // what cudaDevAttrMaxSharedMemoryPerBlockOptin reports
+  bool dry = false;               // launches are checked and recorded, nothing runs
 };
 Settings& settings();
 
