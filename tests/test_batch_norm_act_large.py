@@ -1,4 +1,4 @@
-"""What only large tensors reach in csrc/cpu: outputs past the caches (kStreamBytes), channels in groups (kGroupBytes)."""
+"""What only large tensors reach in csrc/cpu: outputs past the caches (kStreamBytes), groups of channels (kGroupBytes)."""
 
 import pytest
 from helpers import check_problem, make_problem
@@ -10,7 +10,7 @@ def test_streamed_outputs(shape, layout):
     check_problem(make_problem(shape, residual=True).laid(layout), "relu", True)
 
 
-# Per channel 64 to 300 KB: groups of a few channels, the last of a thread's share smaller; one or several chunks of blocks.
+# 64 to 300 KB per channel: groups of a few, the last of a thread's share smaller; one or several chunks of blocks.
 @pytest.mark.parametrize("shape", [(2, 23, 200, 91), (5, 29, 57, 57), (3, 31, 160, 160)])
 @pytest.mark.parametrize("residual", [False, True])
 def test_groups_of_channels(shape, residual):
