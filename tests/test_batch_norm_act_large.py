@@ -1,4 +1,4 @@
-"""What only large tensors reach in csrc/cpu: outputs past the caches (kStreamBytes), groups of channels (kGroupBytes)."""
+"""What only large tensors reach in csrc/cpu: outputs past the caches (kStreamBytes), channel groups (kGroupBytes)."""
 
 import pytest
 from helpers import check_problem, make_problem
