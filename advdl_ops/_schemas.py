@@ -1,7 +1,7 @@
 """Every raw operator: its schema, and its fake function with exact sizes, dtypes and strides.
 
-Raw operators are functional: they write no argument. ``csrc/bindings/<family>.cpp`` implements them for CPU and
-CUDA; what they compute stands in ``csrc/common/<family>.h``.
+Raw operators write no argument, but for those whose name ends in ``_``. ``csrc/bindings/<family>.cpp`` implements them
+for CPU and CUDA; what they compute stands in ``csrc/common/<family>.h``.
 """
 
 from __future__ import annotations
@@ -12,60 +12,55 @@ from torch import Tensor
 # Kept alive: destroying a Library takes its operators away.
 _library = torch.library.Library("advdl_ops", "DEF")
 
+# The running statistics are an output here, [2, C], for the caller to copy: what a compiler may trace inside of an
+# autograd.Function writes no input. Eagerly batch_norm_act_ writes them in place: a tensor and two copies less.
 _library.define(
     "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, "
     "Tensor? running_var, bool training, float momentum, float eps, int act, float act_param) "
-    "-> (Tensor out, Tensor mean, Tensor rstd, Tensor running_mean_out, Tensor running_var_out)"
+    "-> (Tensor out, Tensor stats, Tensor running_out)"
 )
 _library.define(
-    "batch_norm_act_backward(Tensor dout, Tensor x, Tensor? saved, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor rstd, bool training, int act, float act_param, int z_source, bool need_dx, bool need_dresidual) "
+    "batch_norm_act_(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, bool training, float momentum, float eps, int act, float act_param) "
+    "-> (Tensor out, Tensor stats)"
+)
+_library.define(
+    "batch_norm_act_backward(Tensor dout, Tensor x, Tensor? saved, Tensor? weight, Tensor? bias, Tensor stats, "
+    "bool training, int act, float act_param, int z_source, bool need_dx, bool need_dresidual) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
 
 
-def _acc_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake("advdl_ops::batch_norm_act", lib=_library)
-def _(
-    x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act, act_param
-):
-    channels = x.shape[1]
+def _(x, residual, weight, bias, running_mean, running_var, training, *options):
+    out, stats = _fake_forward(x, residual, weight, bias, running_mean, running_var)
     writes_running = training and running_mean is not None
-    size = channels if writes_running else 0
     running = x if running_mean is None else running_mean
-    return (
-        _kept(x),
-        x.new_empty(channels, dtype=_acc_dtype(x)),
-        x.new_empty(channels, dtype=_acc_dtype(x)),
-        running.new_empty(size),
-        running.new_empty(size),
-    )
+    return out, stats, running.new_empty((2, x.shape[1] if writes_running else 0))
+
+
+@torch.library.register_fake("advdl_ops::batch_norm_act_", lib=_library)
+def _(x, residual, weight, bias, running_mean, running_var, *options):
+    return _fake_forward(x, residual, weight, bias, running_mean, running_var)
+
+
+def _fake_forward(x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    for t in others:
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"batch_norm_act: tensors on {x.device} and on {t.device}")
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return _kept(x), x.new_empty((2, x.shape[1]), dtype=acc)
 
 
 @torch.library.register_fake("advdl_ops::batch_norm_act_backward", lib=_library)
 def _(
-    dout,
-    x,
-    saved,
-    weight,
-    bias,
-    mean,
-    rstd,
-    training,
-    act,
-    act_param,
-    z_source,
-    need_dx,
-    need_dresidual,
+    dout, x, saved, weight, bias, stats, training, act, act_param, z_source, need_dx, need_dresidual
 ):
     return (
         _kept(x) if need_dx else x.new_empty(0),
         _kept(x) if need_dresidual else x.new_empty(0),
-        torch.empty_like(mean),
-        torch.empty_like(mean),
+        stats.new_empty(stats.shape[1]),
+        stats.new_empty(stats.shape[1]),
     )
 
 

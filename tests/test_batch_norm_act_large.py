@@ -1,4 +1,4 @@
-"""Outputs large enough to be written past the caches (kStreamBytes in csrc/cpu), with rows aligned and not."""
+"""What only large tensors reach in csrc/cpu: outputs past the caches (kStreamBytes), channel groups (kGroupBytes)."""
 
 import pytest
 from helpers import check_problem, make_problem
@@ -8,3 +8,14 @@ from helpers import check_problem, make_problem
 @pytest.mark.parametrize("shape", [(2, 64, 224, 224), (2, 61, 233, 229)])
 def test_streamed_outputs(shape, layout):
     check_problem(make_problem(shape, residual=True).laid(layout), "relu", True)
+
+
+# 64 to 300 KB per channel: groups of a few, the last of a thread's share smaller; one or several chunks of blocks.
+@pytest.mark.parametrize("shape", [(2, 23, 200, 91), (5, 29, 57, 57), (3, 31, 160, 160)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_groups_of_channels(shape, residual):
+    check_problem(make_problem(shape, residual=residual), "relu", True)
+
+
+def test_evaluation_in_memory_order():
+    check_problem(make_problem((3, 29, 57, 57), residual=True), "relu", False)

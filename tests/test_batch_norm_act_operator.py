@@ -1,6 +1,7 @@
 """The raw operators: opcheck, fake strides, meta tensors; and the memory format of what the op returns."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from advdl_ops.functional import batch_norm_act
 from advdl_ops.nn import BatchNormAct2d
 
 OPS = torch.ops.advdl_ops
+FORWARD = [OPS.batch_norm_act.default, OPS.batch_norm_act_.default]
 TESTS = (
     "test_schema",
     "test_autograd_registration",
@@ -44,28 +46,27 @@ def backward_arguments(
 ):
     p = make_problem(shape, mix, residual=True).laid(layout)
     acc = torch.float64 if mix == "fp64" else torch.float32
-    mean, rstd = torch.zeros(shape[1], dtype=acc), torch.ones(shape[1], dtype=acc)
+    stats = torch.stack([torch.zeros(shape[1], dtype=acc), torch.ones(shape[1], dtype=acc)])
     saved = None if source == 0 else p.residual
     return (
-        p.dout, p.x, saved, p.weight, p.bias, mean, rstd, training, act, 0.0, source, *needs,
+        p.dout, p.x, saved, p.weight, p.bias, stats, training, act, 0.0, source, *needs,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("op", FORWARD, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck_forward(layout):
+def test_opcheck_forward(layout, op):
     for shape in SHAPES:
-        torch.library.opcheck(
-            OPS.batch_norm_act.default, forward_arguments(shape, layout), test_utils=TESTS
-        )
+        torch.library.opcheck(op, forward_arguments(shape, layout), test_utils=TESTS)
     shape = (3, 4, 5, 2)
     for mix, training, residual in itertools.product(
         ("bf16", "fp64"), (True, False), (True, False)
     ):
         arguments = forward_arguments(shape, layout, mix, training, residual)
-        torch.library.opcheck(OPS.batch_norm_act.default, arguments, test_utils=TESTS)
+        torch.library.opcheck(op, arguments, test_utils=TESTS)
     x = arguments[0]
     bare = (x, None, None, None, None, None, True, 0.1, 1e-5, 0, 0.0)
-    torch.library.opcheck(OPS.batch_norm_act.default, bare, test_utils=TESTS)
+    torch.library.opcheck(op, bare, test_utils=TESTS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,10 +88,12 @@ def test_opcheck_backward(layout):
 def test_fake_strides_equal_real_ones(layout):
     for shape in [*SHAPES, (1, 1, 1, 1), (1, 4), (4, 1), (2, 3, 0, 2)]:
         for make, op in (
-            (forward_arguments, OPS.batch_norm_act.default),
+            (forward_arguments, FORWARD[0]),
+            (forward_arguments, FORWARD[1]),
             (backward_arguments, OPS.batch_norm_act_backward.default),
         ):
-            arguments = make(shape, layout)
+            one_value = math.prod(shape) == shape[1]  # refused in training
+            arguments = make(shape, layout, training=not one_value)
             real = op(*arguments)
             with FakeTensorMode() as mode:
                 fake = op(
@@ -158,23 +161,55 @@ def test_empty_batch_returns_no_uninitialised_memory():
         arguments = forward_arguments((0, 3, 2, 2), layout)
         junk = [torch.full((3,), float("nan")) for _ in range(500)]
         del junk  # what the allocator hands out next
-        _, mean, rstd, running_mean, running_var = OPS.batch_norm_act(*arguments)
-        assert mean.isfinite().all()
-        assert rstd.isfinite().all()
-        assert torch.equal(running_mean, arguments[4])
-        assert torch.equal(running_var, arguments[5])
+        _, stats, running = OPS.batch_norm_act(*arguments)
+        assert stats.isfinite().all()
+        assert torch.equal(running, torch.stack(arguments[4:6]))
+        before = running.clone()
+        _, stats = OPS.batch_norm_act_(*arguments)
+        assert stats.isfinite().all()
+        assert torch.equal(torch.stack(arguments[4:6]), before)
+
+
+@pytest.mark.parametrize("mix", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_running_statistics_in_place_equal_those_returned(layout, mix):
+    for shape, strided in itertools.product(SHAPES[:4], (False, True)):
+        arguments = list(forward_arguments(shape, layout, mix))
+        out, stats, running = OPS.batch_norm_act(*arguments)
+        for i in (4, 5):
+            buffer = arguments[i].clone()
+            arguments[i] = buffer.repeat_interleave(2)[::2] if strided else buffer
+            assert arguments[i].is_contiguous() != strided
+        out_, stats_ = OPS.batch_norm_act_(*arguments)
+        assert torch.equal(out, out_)
+        assert torch.equal(stats, stats_)
+        assert torch.equal(running, torch.stack(arguments[4:6]))
+
+
+def test_buffers_written_in_place_are_seen_by_autograd():
+    x, c = torch.randn(4, 3, 5), torch.zeros(3)
+    mean, var = c.clone(), c + 1
+    weight = torch.ones(3, requires_grad=True)
+    saved = weight * mean
+    for grad in (False, True):
+        version = mean._version, var._version
+        with torch.set_grad_enabled(grad):
+            batch_norm_act(x, mean, var, weight, training=True)
+        assert mean._version > version[0]
+        assert var._version > version[1]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
 
 
 def test_raw_operator_checks_its_arguments():
     # Reached past the Python checks: an error, never a read out of bounds.
     x, c = torch.randn(2, 3, 4), torch.zeros(3)
 
-    def forward(*, x=x, residual=None, weight=None, mean=c, var=c, training=False, act=0):
-        return OPS.batch_norm_act(
-            x, residual, weight, None, mean, var, training, 0.1, 1e-5, act, 0.0
-        )
+    def forward(
+        op, *, x=x, residual=None, weight=None, mean=c, var=c, training=False, act=0, eps=1e-5
+    ):
+        return op(x, residual, weight, None, mean, var, training, 0.1, eps, act, 0.0)
 
-    forward()
     for bad in (
         {"x": torch.randn(3)},
         {"x": x.int()},
@@ -186,15 +221,30 @@ def test_raw_operator_checks_its_arguments():
         {"var": c.double()},
         {"residual": torch.randn(2, 3, 5)},
         {"residual": x.double()},
+        {"x": torch.randn(2, 3, 1, 1, 1, 1)},
+        {"weight": c.double()},
+        {"weight": c.bfloat16()},
+        {"mean": c.half(), "var": c.half()},
+        {"residual": torch.randn(2, 3, 4, device="meta")},
+        {"weight": torch.zeros(3, device="meta")},
+        {"eps": -1e-5},
+        {"eps": 0.0, "training": True},
+        {"x": x[:1, :, :1], "training": True},
         {"act": 10},
         {"act": -1},
     ):
-        with pytest.raises(RuntimeError, match="batch_norm_act"):
-            forward(**bad)
+        for op in FORWARD:
+            with pytest.raises(RuntimeError, match="batch_norm_act"):
+                forward(op, **bad)
+            assert not c.any(), bad
+    for op in FORWARD:
+        forward(op)
 
-    def backward(*, dout=x, x=x, saved=None, mean=c, act=1, source=0):
+    stats = torch.ones(2, 3)
+
+    def backward(*, dout=x, x=x, saved=None, stats=stats, act=1, source=0):
         return OPS.batch_norm_act_backward(
-            dout, x, saved, None, None, mean, c, True, act, 0.0, source, True, True
+            dout, x, saved, None, None, stats, True, act, 0.0, source, True, True
         )
 
     backward()
@@ -205,8 +255,10 @@ def test_raw_operator_checks_its_arguments():
         {"source": 1},
         {"source": 3},
         {"source": 2, "saved": x, "act": 4},
-        {"mean": torch.zeros(2)},
-        {"mean": c.double()},
+        {"stats": torch.ones(2, 2)},
+        {"stats": torch.ones(3, 3)},
+        {"stats": torch.ones(3)},
+        {"stats": torch.ones(2, 3).double()},
     ):
         with pytest.raises(RuntimeError, match="batch_norm_act"):
             backward(**bad)

@@ -69,19 +69,20 @@ def on_gpu(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def forward(case: Case, t: dict[str, Tensor]) -> dict[str, Tensor]:
     code, param, _ = ACTS[case.act]
-    names = ("out", "mean", "rstd", "running_mean_out", "running_var_out")
     given = (t.get(name) for name in ("residual", "weight", "bias", "running_mean", "running_var"))
-    outputs = torch.ops.advdl_ops.batch_norm_act(
+    out, stats, running = torch.ops.advdl_ops.batch_norm_act(
         t["x"], *given, case.training, 0.1, bna.EPS, code, param
     )
-    return dict(zip(names, outputs, strict=True))
+    names = ("mean", "rstd", "running_mean_out", "running_var_out")
+    return {"out": out, **dict(zip(names, (*stats, *running), strict=True))}
 
 
 def backward(case: Case, t: dict[str, Tensor]) -> dict[str, Tensor]:
     code, param, _ = ACTS[case.act]
     source = bna.Z_OUTPUT if case.z_output else bna.Z_RESIDUAL if case.residual else bna.Z_INPUT
     outputs = torch.ops.advdl_ops.batch_norm_act_backward(
-        t["dout"], t["x"], t.get("saved"), t.get("weight"), t.get("bias"), t["mean"], t["rstd"],
+        t["dout"], t["x"], t.get("saved"), t.get("weight"), t.get("bias"),
+        torch.stack([t["mean"], t["rstd"]]),
         case.training, code, param, source, case.want_dx, case.want_dresidual,
     )  # fmt: skip
     return dict(zip(("dx", "dresidual", "dweight", "dbias"), outputs, strict=True))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import reference
 from ..activation import IDENTITY, Activation, resolve_activation
@@ -60,13 +61,35 @@ def batch_norm_act(
 
     Nothing is written when an error is raised.
     """
-    activation = resolve_activation(_NAME, act)
-    _check(x, running_mean, running_var, weight, bias, training, eps, residual)
+    activation = act if type(act) is Activation else resolve_activation(_NAME, act)
+    options = training, momentum, eps, activation
+    native = serves_native(_NAME, x)
+    refused = None
+    if (
+        native
+        and not torch.compiler.is_compiling()
+        and (residual is None or residual.dtype == x.dtype)
+    ):
+        tensors = x, residual, weight, bias, running_mean, running_var
+        try:
+            if _needs_grad(x, residual, weight, bias):
+                return _apply_eagerly(*tensors, options)
+            return _forward_in_place(*tensors, options)[0]
+        except RuntimeError as error:
+            # The operator checks all of its input before it writes. What to call the error is Python's matter, and only
+            # now: to check on every call what the operator checks too would cost as much as a small kernel.
+            refused = error
+    _check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
+    if refused is not None:
+        raise refused
     if residual is not None and residual.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
+        return batch_norm_act(
+            x.to(dtype), running_mean, running_var, weight, bias, training, momentum, eps,
+            residual=residual.to(dtype), act=activation,
+        )  # fmt: skip
 
-    if not serves_native(_NAME, x):
+    if not native:
         out, new_mean, new_var = reference.batch_norm_act(
             x,
             running_mean,
@@ -80,19 +103,12 @@ def batch_norm_act(
             activation,
         )
     else:
-        options = training, momentum, eps, activation
         tensors = x, residual, weight, bias, running_mean, running_var
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        ):
-            if not torch.compiler.is_compiling():
-                return BatchNormActFunction.apply(*tensors, options)
-            out, new_mean, new_var = BatchNormActFunction.apply(*tensors, options)
+        if _needs_grad(x, residual, weight, bias):
+            out, running = BatchNormActFunction.apply(*tensors, options)
         else:
-            out, _, _, new_mean, new_var = _forward(*tensors, options)
+            out, _, running = _forward(*tensors, options)
+        new_mean, new_var = running.unbind()
     if training and running_mean is not None and running_var is not None:
         assert new_mean is not None and new_var is not None
         running_mean.copy_(new_mean)
@@ -101,10 +117,22 @@ def batch_norm_act(
 
 
 _forward_op = torch.ops.advdl_ops.batch_norm_act.default
+_forward_in_place_op = torch.ops.advdl_ops.batch_norm_act_.default
 _backward_op = torch.ops.advdl_ops.batch_norm_act_backward.default
 
 # training, momentum, eps, activation
 _Options = tuple[bool, float, float, Activation]
+
+
+def _needs_grad(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
 
 
 def _forward(
@@ -115,11 +143,32 @@ def _forward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     options: _Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, statistics ``[2, C]`` and new running statistics ``[2, C]``: what a compiler traces."""
     training, momentum, eps, (_, code, param) = options
     return _forward_op(
         x, residual, weight, bias, running_mean, running_var, training, momentum, eps, code, param
     )
+
+
+def _forward_in_place(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:
+    """Output and statistics ``[2, C]``; the running statistics are written where they are."""
+    training, momentum, eps, (_, code, param) = options
+    outputs = _forward_in_place_op(
+        x, residual, weight, bias, running_mean, running_var, training, momentum, eps, code, param
+    )
+    if training and running_mean is not None and running_var is not None:
+        # Torch's stable ABI has no such call: without it autograd would not see that a saved buffer was written.
+        increment_version((running_mean, running_var))
+    return outputs
 
 
 class BatchNormActFunction(torch.autograd.Function):
@@ -140,9 +189,12 @@ class BatchNormActFunction(torch.autograd.Function):
         running_var: Tensor | None,
         options: _Options,
     ) -> Any:
-        out, mean, rstd, new_mean, new_var = _forward(
-            x, residual, weight, bias, running_mean, running_var, options
-        )
+        tensors = x, residual, weight, bias, running_mean, running_var
+        traced = torch.compiler.is_compiling()
+        if traced:
+            out, stats, running = _forward(*tensors, options)
+        else:
+            out, stats = _forward_in_place(*tensors, options)
         act = options[3]
         if residual is None or act.code == 0:
             saved, z_source = None, _Z_INPUT
@@ -150,29 +202,25 @@ class BatchNormActFunction(torch.autograd.Function):
             saved, z_source = out, _Z_OUTPUT
         else:
             saved, z_source = residual, _Z_RESIDUAL
-        ctx.save_for_backward(x, saved, weight, bias, mean, rstd)
+        ctx.save_for_backward(x, saved, weight, bias, stats)
         ctx.options, ctx.z_source = options, z_source
-        if torch.compiler.is_compiling():
+        if traced:
             # A Function that is traced must not write its inputs: the caller does.
-            ctx.mark_non_differentiable(new_mean, new_var)
+            ctx.mark_non_differentiable(running)
             ctx.set_materialize_grads(False)
-            return out, new_mean, new_var
-        # Here each output of a Function costs as much as a small kernel.
-        if options[0] and running_mean is not None and running_var is not None:
-            running_mean.copy_(new_mean)
-            running_var.copy_(new_var)
+            return out, running
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dout is None:
             return (None,) * 7
-        x, saved, weight, bias, mean, rstd = ctx.saved_tensors
+        x, saved, weight, bias, stats = ctx.saved_tensors
         training, _momentum, eps, act = ctx.options
         need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             dx, dresidual, dweight, dbias = _differentiable_backward(
-                dout, x, saved, weight, bias, mean, rstd, training, eps, act, ctx.z_source
+                dout, x, saved, weight, bias, stats, training, eps, act, ctx.z_source
             )
         else:
             # Without an activation the residual's gradient is dout itself: no kernel need write it.
@@ -183,8 +231,7 @@ class BatchNormActFunction(torch.autograd.Function):
                 saved,
                 weight,
                 bias,
-                mean,
-                rstd,
+                stats,
                 training,
                 act.code,
                 act.param,
@@ -205,6 +252,10 @@ class BatchNormActFunction(torch.autograd.Function):
         )
 
 
+# Function.apply without torch's wrapper of it, which looks for functorch transforms: serves_native has.
+_apply_eagerly = super(torch.autograd.Function, BatchNormActFunction).apply
+
+
 def _like(grad: Tensor, parameter: Tensor) -> Tensor:
     """Kernels sum in at least fp32; a gradient is of its parameter's dtype."""
     return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
@@ -216,14 +267,14 @@ def _differentiable_backward(
     saved: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     training: bool,
     eps: float,
     act: Activation,
     z_source: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same gradients through differentiable torch operators, for ``create_graph=True``."""
+    mean, rstd = stats.unbind()
     residual = None
     if z_source == _Z_OUTPUT:
         # relu's derivative is piecewise constant: what is left is the norm under a masked cotangent.
@@ -259,6 +310,7 @@ def _check(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
+    momentum: float,
     eps: float,
     residual: Tensor | None,
 ) -> None:
@@ -272,6 +324,8 @@ def _check(
         raise ValueError(
             f"{_NAME}: x (shape {tuple(shape)}) must have more than 1 value per channel in training"
         )
+    if momentum is None:
+        raise TypeError(f"{_NAME}: momentum (None) must be a number")
     if residual is not None:
         check_residual(_NAME, residual, shape, x.device)
 

@@ -37,7 +37,7 @@ def calls(device: str) -> dict[str, dict[str, Callable[[], Any]]]:
     gradient = torch.randn(SHAPE, device=device)
 
     def raw(training: bool) -> Callable[[], Any]:
-        operator = torch.ops.advdl_ops.batch_norm_act.default
+        operator = torch.ops.advdl_ops.batch_norm_act_.default
         relu = ours.act
         options = (training, 0.1, 1e-5, relu.code, relu.param)
         return lambda: operator(x, None, weight, bias, mean, var, *options)

@@ -48,9 +48,18 @@ bool same_kind(const Tensor& a, const Tensor& b) {
   return same_sizes(a, b) && a.scalar_type() == b.scalar_type() && a.device() == b.device();
 }
 
+// Whether a [C] tensor's dtype goes with x's: its own, or fp32 beside a half-precision x.
+bool goes_with(const OptionalTensor& t, ScalarType x) {
+  if (!t.has_value() || t->scalar_type() == x) return true;
+  return (x == ScalarType::Half || x == ScalarType::BFloat16) &&
+         t->scalar_type() == ScalarType::Float;
+}
+
 void check_common(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                   int64_t act) {
-  check(x.dim() >= 2, "batch_norm_act: x must have at least 2 dimensions");
+  check(x.dim() >= 2 && x.dim() <= 5, "batch_norm_act: x must have 2 to 5 dimensions");
+  check(goes_with(weight, x.scalar_type()) && goes_with(bias, x.scalar_type()),
+        "batch_norm_act: weight and bias must be of x's dtype, or float32 beside a half x");
   check_channels(weight, x,
                  "batch_norm_act: weight must have one value per channel of x, on its device");
   check_channels(bias, x,
@@ -60,11 +69,24 @@ void check_common(const Tensor& x, const OptionalTensor& weight, const OptionalT
   check(act >= 0 && act < kActivationCount, "batch_norm_act: unknown activation code");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor running_mean, OptionalTensor running_var, bool training, double momentum,
-    double eps, int64_t act, double act_param) {
-  check_common(x, weight, bias, act);
+struct ForwardOptions {
+  bool training;
+  double momentum, eps;
+  int64_t act;
+  double act_param;
+};
+
+// `in_place`: the running statistics are written where they are, else into running_out [2, C].
+struct ForwardOutputs {
+  Tensor out, stats;  // as x; [2, C] acc: mean, rstd
+  OptionalTensor running_out;
+};
+ForwardOutputs run_forward(Tensor x, OptionalTensor residual, OptionalTensor weight,
+                           OptionalTensor bias, const OptionalTensor& running_mean,
+                           const OptionalTensor& running_var, const ForwardOptions& options,
+                           bool in_place) {
+  const bool training = options.training;
+  check_common(x, weight, bias, options.act);
   const int64_t channels = x.size(1);
   check_channels(
       running_mean, x,
@@ -77,63 +99,99 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
         "batch_norm_act: running_mean must be given when training is False");
   check(!running_mean.has_value() || running_mean->scalar_type() == running_var->scalar_type(),
         "batch_norm_act: running_mean and running_var must have the same dtype");
+  check(goes_with(running_mean, x.scalar_type()),
+        "batch_norm_act: the running statistics must be of x's dtype, or float32 beside a half x");
   check(!residual.has_value() || same_kind(*residual, x),
         "batch_norm_act: residual must have the shape, dtype and device of x");
+  check(training ? options.eps > 0 : options.eps >= 0, "batch_norm_act: eps is out of range");
+  check(!training || x.numel() != channels || channels == 0,
+        "batch_norm_act: more than one value per channel is needed in training");
 
   x = dense(x);
   residual = in_format_of(residual, x);
   weight = contiguous(weight);
   bias = contiguous(bias);
-  running_mean = contiguous(running_mean);
-  running_var = contiguous(running_var);
-  const ScalarType acc = acc_type(x.scalar_type());
+  const OptionalTensor old_mean = contiguous(running_mean), old_var = contiguous(running_var);
   const bool writes_running = training && running_mean.has_value();
-  const ScalarType running_type =
-      running_mean.has_value() ? running_mean->scalar_type() : x.scalar_type();
-  const int64_t running_size = writes_running ? channels : 0;
-  Tensor out = allocate_like(x);
-  Tensor mean = allocate_vector(x, channels, acc), rstd = allocate_vector(x, channels, acc);
-  Tensor running_mean_out = allocate_vector(x, running_size, running_type);
-  Tensor running_var_out = allocate_vector(x, running_size, running_type);
+  ForwardOutputs outputs{allocate_like(x), allocate_pair(x, channels, acc_type(x.scalar_type())),
+                         std::nullopt};
+  if (!in_place) {
+    const ScalarType dtype =
+        running_mean.has_value() ? running_mean->scalar_type() : x.scalar_type();
+    outputs.running_out = allocate_pair(x, writes_running ? channels : 0, dtype);
+  }
 
   BatchNormActForward p;
   p.shape = shape_of(x, weight, bias, running_mean);
   p.training = training;
-  p.momentum = momentum;
-  p.eps = eps;
-  p.act = static_cast<Activation>(act);
-  p.act_param = act_param;
+  p.momentum = options.momentum;
+  p.eps = options.eps;
+  p.act = static_cast<Activation>(options.act);
+  p.act_param = options.act_param;
   p.x = data(x);
   p.residual = data(residual);
   p.weight = data(weight);
   p.bias = data(bias);
-  p.running_mean = data(running_mean);
-  p.running_var = data(running_var);
-  p.out = data(out);
-  p.mean = data(mean);
-  p.rstd = data(rstd);
-  p.running_mean_out = data_or_null(running_mean_out, writes_running);
-  p.running_var_out = data_or_null(running_var_out, writes_running);
+  p.running_mean = data(old_mean);
+  p.running_var = data(old_var);
+  p.out = data(outputs.out);
+  p.mean = data(outputs.stats);
+  p.rstd = second_of_pair(outputs.stats);
+  if (writes_running) {
+    p.running_mean_out = in_place ? data(old_mean) : data(outputs.running_out);
+    p.running_var_out = in_place ? data(old_var) : second_of_pair(*outputs.running_out);
+  }
   if (training && x.numel() == 0) {
     // No batch to take statistics of: the running ones stay, as in torch.
-    torch::stable::zero_(mean);
-    torch::stable::fill_(rstd, 1.0 / std::sqrt(eps));
-    if (writes_running) {
-      torch::stable::copy_(running_mean_out, *running_mean);
-      torch::stable::copy_(running_var_out, *running_var);
+    torch::stable::zero_(outputs.stats);
+    Tensor rstd = torch::stable::select(outputs.stats, 0, 1);
+    torch::stable::fill_(rstd, 1.0 / std::sqrt(options.eps));
+    if (writes_running && !in_place) {
+      Tensor mean_out = torch::stable::select(*outputs.running_out, 0, 0);
+      Tensor var_out = torch::stable::select(*outputs.running_out, 0, 1);
+      torch::stable::copy_(mean_out, *running_mean);
+      torch::stable::copy_(var_out, *running_var);
     }
-    return {out, mean, rstd, running_mean_out, running_var_out};
+    return outputs;
   }
   Launch(x, [&] {
     return device::batch_norm_act_forward_workspace(p);
   }).run(device::batch_norm_act_forward, p);
-  return {out, mean, rstd, running_mean_out, running_var_out};
+  if (in_place && writes_running) {
+    // Where the kernel was given a contiguous copy.
+    for (const auto& [given, written] :
+         {std::pair{&running_mean, &old_mean}, std::pair{&running_var, &old_var}}) {
+      if ((*given)->is_contiguous()) continue;
+      Tensor target = **given;
+      torch::stable::copy_(target, **written);
+    }
+  }
+  return outputs;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, OptionalTensor residual, OptionalTensor weight,
+                                           OptionalTensor bias, OptionalTensor running_mean,
+                                           OptionalTensor running_var, bool training,
+                                           double momentum, double eps, int64_t act,
+                                           double act_param) {
+  ForwardOutputs o = run_forward(x, residual, weight, bias, running_mean, running_var,
+                                 {training, momentum, eps, act, act_param}, false);
+  return {o.out, o.stats, *o.running_out};
+}
+
+std::tuple<Tensor, Tensor> forward_(Tensor x, OptionalTensor residual, OptionalTensor weight,
+                                    OptionalTensor bias, OptionalTensor running_mean,
+                                    OptionalTensor running_var, bool training, double momentum,
+                                    double eps, int64_t act, double act_param) {
+  ForwardOutputs o = run_forward(x, residual, weight, bias, running_mean, running_var,
+                                 {training, momentum, eps, act, act_param}, true);
+  return {o.out, o.stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, OptionalTensor saved,
                                                     OptionalTensor weight, OptionalTensor bias,
-                                                    Tensor mean, Tensor rstd, bool training,
-                                                    int64_t act, double act_param, int64_t z_source,
+                                                    Tensor stats, bool training, int64_t act,
+                                                    double act_param, int64_t z_source,
                                                     bool need_dx, bool need_dresidual) {
   using ZSource = BatchNormActBackward::ZSource;
   check_common(x, weight, bias, act);
@@ -149,12 +207,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
         "batch_norm_act_backward: only relu's derivative can be read off its output");
   const int64_t channels = x.size(1);
   const ScalarType acc = acc_type(x.scalar_type());
-  for (const Tensor& t : {mean, rstd}) {
-    check(
-        t.dim() == 1 && t.size(0) == channels && t.scalar_type() == acc && t.device() == x.device(),
-        "batch_norm_act_backward: mean and rstd must have one value per channel, as forward "
-        "returned them");
-  }
+  check(stats.dim() == 2 && stats.size(0) == 2 && stats.size(1) == channels &&
+            stats.scalar_type() == acc && stats.device() == x.device(),
+        "batch_norm_act_backward: stats must be [2, C] as forward returned them");
 
   x = dense(x);
   // Inductor may hand a gradient in another memory format than forward's output had.
@@ -162,8 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
   saved = in_format_of(saved, x);
   weight = contiguous(weight);
   bias = contiguous(bias);
-  mean = *contiguous(OptionalTensor(mean));
-  rstd = *contiguous(OptionalTensor(rstd));
+  stats = *contiguous(OptionalTensor(stats));
   Tensor dx = need_dx ? allocate_like(x) : allocate_vector(x, 0, x.scalar_type());
   Tensor dresidual = need_dresidual ? allocate_like(x) : allocate_vector(x, 0, x.scalar_type());
   Tensor dweight = allocate_vector(x, channels, acc), dbias = allocate_vector(x, channels, acc);
@@ -179,8 +233,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
   p.saved = data(saved);
   p.weight = data(weight);
   p.bias = data(bias);
-  p.mean = data(mean);
-  p.rstd = data(rstd);
+  p.mean = data(stats);
+  p.rstd = second_of_pair(stats);
   p.dx = data_or_null(dx, need_dx);
   p.dresidual = data_or_null(dresidual, need_dresidual);
   p.dweight = data(dweight);
@@ -196,5 +250,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
 
 STABLE_TORCH_LIBRARY_IMPL(advdl_ops, ADVDL_DISPATCH_KEY, m) {
   m.impl("batch_norm_act", TORCH_BOX(&advdl_ops::forward));
+  m.impl("batch_norm_act_", TORCH_BOX(&advdl_ops::forward_));
   m.impl("batch_norm_act_backward", TORCH_BOX(&advdl_ops::backward));
 }

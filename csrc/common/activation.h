@@ -1,7 +1,7 @@
 // The activations that every fused kernel applies, and their derivatives: one arithmetic for CPU and CUDA.
 //
 // T is float or double (CUDA, scalar CPU) or a SIMD vector of them (csrc/cpu/simd.h). The few primitives
-// that differ between those (exp, tanh, erf, select) are overloads found by argument-dependent lookup or
+// that differ between those (exp, tanh, normal_cdf, select) are overloads found by argument-dependent lookup or
 // declared below, so that each formula stands here once. Formulas and derivatives follow torch.nn.functional.
 #pragma once
 
@@ -24,8 +24,13 @@ ADVDL_HOST_DEVICE float expm1(float x) { return ::expm1f(x); }
 ADVDL_HOST_DEVICE double expm1(double x) { return ::expm1(x); }
 ADVDL_HOST_DEVICE float tanh(float x) { return ::tanhf(x); }
 ADVDL_HOST_DEVICE double tanh(double x) { return ::tanh(x); }
-ADVDL_HOST_DEVICE float erf(float x) { return ::erff(x); }
-ADVDL_HOST_DEVICE double erf(double x) { return ::erf(x); }
+// As torch has it; where erfc costs no more than erf (csrc/cpu/simd.h) its form does not cancel below zero.
+ADVDL_HOST_DEVICE float normal_cdf(float z) {
+  return 0.5f * (1.0f + ::erff(z * 0.70710678118654752440f));
+}
+ADVDL_HOST_DEVICE double normal_cdf(double z) {
+  return 0.5 * (1.0 + ::erf(z * 0.70710678118654752440));
+}
 template <class T>
 ADVDL_HOST_DEVICE T select(bool condition, T a, T b) {
   return condition ? a : b;
@@ -58,7 +63,7 @@ ADVDL_HOST_DEVICE T activate(Activation act, T z, T param) {
     case Activation::silu:
       return z / (one + math::exp(-z));
     case Activation::gelu:
-      return half * z * (one + math::erf(z * Lanes<T>::set(0.70710678118654752440)));
+      return z * math::normal_cdf(z);
     case Activation::gelu_tanh: {
       const T inner =
           Lanes<T>::set(0.79788456080286535588) * (z + Lanes<T>::set(0.044715) * z * z * z);
@@ -95,9 +100,8 @@ ADVDL_HOST_DEVICE T activate_grad(Activation act, T z, T param) {
       return s * (one + z * (one - s));
     }
     case Activation::gelu: {
-      const T cdf = half * (one + math::erf(z * Lanes<T>::set(0.70710678118654752440)));
       const T pdf = Lanes<T>::set(0.39894228040143267794) * math::exp(-half * z * z);
-      return cdf + z * pdf;
+      return math::normal_cdf(z) + z * pdf;
     }
     case Activation::gelu_tanh: {
       const T beta = Lanes<T>::set(0.79788456080286535588), kappa = Lanes<T>::set(0.044715);

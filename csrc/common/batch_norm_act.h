@@ -1,7 +1,7 @@
 // y = act(batch_norm(x) + residual) and its gradients: what a launcher is given.
 //
 // csrc/cpu/batch_norm_act.cpp and csrc/cuda/batch_norm_act.cu implement the same functions on these structs;
-// csrc/bindings/batch_norm_act.cpp checks, allocates and fills them. No pointer aliases another one.
+// csrc/bindings/batch_norm_act.cpp checks, allocates and fills them. No pointer aliases another one, but for running_*_out.
 // "acc" is float, or double where `dtype` is f64: the type of statistics, sums and arithmetic.
 #pragma once
 
@@ -40,8 +40,9 @@ struct BatchNormActForward {
   void* out = nullptr;                 // as x
   void* mean = nullptr;                // [C] acc
   void* rstd = nullptr;                // [C] acc
-  void* running_mean_out = nullptr;    // [C]; written in training where running_mean is given
-  void* running_var_out = nullptr;     // [C]
+  void* running_mean_out =
+      nullptr;  // [C], may be running_mean; written in training where that is given
+  void* running_var_out = nullptr;  // [C], may be running_var
 };
 
 // With z the pre-activation and dz = dout * act'(z), xhat = (x - mean) * rstd:

@@ -25,6 +25,9 @@ constexpr int64_t kActBlock =
     256;  // elements whose pre-activation is buffered for a transcendental activation
 constexpr int64_t kShortRun = 32;   // channels_first runs below this are read as rows of [N, C * S]
 constexpr int64_t kMaxChunks = 64;  // partial sums per channel
+// Neighbouring channels of so many bytes in x take turns, block by block: their runs lie side by side, and a channel's own
+// lie far apart, each on pages that the TLB does not hold.
+constexpr int64_t kGroupBytes = 1 << 20;
 constexpr int64_t kMaxColumns = 512;  // columns that the channels_last sums hold on the stack
 constexpr int64_t kPad = 64;          // elements readable past the end of per-channel arrays
 // Outputs of so many bytes and more are written past the caches: docs/performance.md. Less where the next read is far.
@@ -304,23 +307,28 @@ struct Arena {
 
 // How a channel's N runs of S elements are cut; by the shape alone.
 struct ChannelBlocks {
-  int64_t n, c, s, rows_per_block, blocks, chunks;
-  explicit ChannelBlocks(const BatchNormActShape& shape) : n(shape.n), c(shape.c), s(shape.s) {
+  int64_t n, c, s, rows_per_block, blocks, chunks, group;
+  ChannelBlocks(const BatchNormActShape& shape, int64_t element_bytes)
+      : n(shape.n), c(shape.c), s(shape.s) {
     rows_per_block = s <= kBlock ? max_of(1, kBlock / max_of(1, s)) : 1;
     blocks = s <= kBlock ? ceil_div(n, rows_per_block) : n * ceil_div(s, kBlock);
     chunks = clamp(blocks / 4, 1, kMaxChunks);
+    group = max_of(1, kGroupBytes / max_of(1, n * s * element_bytes));
   }
-  // f(offset of the first element, run length, runs; runs lie c * s apart) for each block of a chunk.
+  // f(channel, offset of the first element, run length, runs; runs lie c * s apart) for each block of a chunk of the
+  // channels [first, last): neighbours in memory take turns.
   template <class F>
-  ADVDL_INLINE void for_blocks(int64_t channel, int64_t chunk, F&& f) const {
+  ADVDL_INLINE void for_blocks(int64_t first, int64_t last, int64_t chunk, F&& f) const {
     const int64_t end = (chunk + 1) * blocks / chunks;
     for (int64_t b = chunk * blocks / chunks; b < end; ++b) {
-      if (s <= kBlock) {
-        const int64_t row = b * rows_per_block;
-        f((row * c + channel) * s, s, min_of(rows_per_block, n - row));
-      } else {
-        const int64_t per_row = ceil_div(s, kBlock), begin = b % per_row * kBlock;
-        f((b / per_row * c + channel) * s + begin, min_of(kBlock, s - begin), 1);
+      for (int64_t channel = first; channel < last; ++channel) {
+        if (s <= kBlock) {
+          const int64_t row = b * rows_per_block;
+          f(channel, (row * c + channel) * s, s, min_of(rows_per_block, n - row));
+        } else {
+          const int64_t per_row = ceil_div(s, kBlock), begin = b % per_row * kBlock;
+          f(channel, (b / per_row * c + channel) * s + begin, min_of(kBlock, s - begin), 1);
+        }
       }
     }
   }
@@ -366,7 +374,7 @@ Moments block_moments(const T* x, int64_t length, int64_t runs, int64_t stride) 
 template <class T, ForwardAct kAct, bool kResidual>
 void forward_channels_first(const BatchNormActForward& p, Arena arena) {
   using Acc = acc_t<T>;
-  const ChannelBlocks cut(p.shape);
+  const ChannelBlocks cut(p.shape, sizeof(T));
   Constants<Acc> k = arena.take_constants<Acc>(cut.c);
   Moments* partial = arena.take<Moments>(cut.c * cut.chunks);
   k.mean = static_cast<Acc*>(p.mean);
@@ -376,13 +384,13 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
   const bool stream_out = streams<T>(p.shape, kStreamBytes);
   const int64_t stride = cut.c * cut.s;
 
-  const auto collect = [&](int64_t c, int64_t chunk) {
-    Moments m;
-    cut.for_blocks(c, chunk, [&](int64_t offset, int64_t length, int64_t runs) {
-      const Moments block = block_moments(x + offset, length, runs, stride);
-      m.merge(block.count, block.mean, block.m2);
-    });
-    partial[c * cut.chunks + chunk] = m;
+  const auto collect = [&](int64_t first, int64_t last, int64_t chunk) {
+    for (int64_t c = first; c < last; ++c) partial[c * cut.chunks + chunk] = Moments{};
+    cut.for_blocks(first, last, chunk,
+                   [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
+                     const Moments block = block_moments(x + offset, length, runs, stride);
+                     partial[c * cut.chunks + chunk].merge(block.count, block.mean, block.m2);
+                   });
   };
   const auto finish = [&](int64_t c) {
     if (!p.training) return use_running_statistics<Acc>(p, c, k.scale + c, k.shift + c);
@@ -393,24 +401,28 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
     }
     finish_statistics<Acc>(p, c, m, k.scale + c, k.shift + c);
   };
-  const auto apply = [&](int64_t c, int64_t chunk) {
-    cut.for_blocks(c, chunk, [&](int64_t offset, int64_t length, int64_t runs) {
-      for (int64_t r = 0; r < runs; ++r, offset += stride) {
-        apply_run<T, kAct, false, kResidual>(x + offset, residual + (kResidual ? offset : 0),
-                                             out + offset, length, k, c, p.act,
-                                             static_cast<Acc>(p.act_param), stream_out);
-      }
-    });
+  const auto apply = [&](int64_t first, int64_t last, int64_t chunk) {
+    cut.for_blocks(
+        first, last, chunk, [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
+          for (int64_t r = 0; r < runs; ++r, offset += stride) {
+            apply_run<T, kAct, false, kResidual>(x + offset, residual + (kResidual ? offset : 0),
+                                                 out + offset, length, k, c, p.act,
+                                                 static_cast<Acc>(p.act_param), stream_out);
+          }
+        });
   };
 
   if (cut.channel_per_thread()) {
     parallel_ranges(cut.c, cut.n * cut.s, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
+      // Evaluation reads once: in the order of memory.
+      const int64_t group = p.training ? cut.group : cut.c;
+      for (int64_t first = begin; first < end; first += group) {
+        const int64_t last = min_of(first + group, end);
         if (p.training) {
-          for (int64_t i = 0; i < cut.chunks; ++i) collect(c, i);
+          for (int64_t i = 0; i < cut.chunks; ++i) collect(first, last, i);
         }
-        finish(c);
-        for (int64_t i = cut.chunks - 1; i >= 0; --i) apply(c, i);
+        for (int64_t c = first; c < last; ++c) finish(c);
+        for (int64_t i = cut.chunks - 1; i >= 0; --i) apply(first, last, i);
       }
       if (stream_out) stream_fence();
     });
@@ -419,12 +431,14 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
   const int64_t tasks = cut.c * cut.chunks;
   if (p.training) {
     parallel_ranges(tasks, cut.n * cut.s / cut.chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) collect(i / cut.chunks, i % cut.chunks);
+      for (int64_t i = begin; i < end; ++i)
+        collect(i / cut.chunks, i / cut.chunks + 1, i % cut.chunks);
     });
   }
   for (int64_t c = 0; c < cut.c; ++c) finish(c);
   parallel_ranges(tasks, cut.n * cut.s / cut.chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = end - 1; i >= begin; --i) apply(i / cut.chunks, i % cut.chunks);
+    for (int64_t i = end - 1; i >= begin; --i)
+      apply(i / cut.chunks, i / cut.chunks + 1, i % cut.chunks);
     if (stream_out) stream_fence();
   });
 }
@@ -437,7 +451,7 @@ template <class T, BackwardAct kAct>
 void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
-  const ChannelBlocks cut(p.shape);
+  const ChannelBlocks cut(p.shape, sizeof(T));
   Constants<Acc> k = arena.take_constants<Acc>(cut.c);
   GradientSums* partial = arena.take<GradientSums>(cut.c * cut.chunks);
   k.mean = const_cast<Acc*>(static_cast<const Acc*>(p.mean));
@@ -445,32 +459,37 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   const T* x = static_cast<const T*>(p.x);
   const T* saved = static_cast<const T*>(p.saved);
   T* dresidual = static_cast<T*>(p.dresidual);
-  const bool reads_dz = dresidual != nullptr && stored_dz_is_exact<T>(p.act);
   T* dx = static_cast<T*>(p.dx);
   const bool stream_out = streams<T>(p.shape, kStreamBytes);
+  const bool stream_residual = streams<T>(p.shape, kStreamStoredBytes);
+  // What was streamed is far: dz is then computed again from dout, which is near.
+  const bool reads_dz = dresidual != nullptr && !stream_residual && stored_dz_is_exact<T>(p.act);
   const Acc param = static_cast<Acc>(p.act_param);
   const int64_t stride = cut.c * cut.s;
 
-  const auto collect = [&](int64_t c, int64_t chunk) {
-    GradientSums sums;
-    cut.for_blocks(c, chunk, [&](int64_t offset, int64_t length, int64_t runs) {
-      Vec dz_sum[4] = {}, dz_centred_sum[4] = {};
-      for (int64_t r = 0; r < runs; ++r, offset += stride) {
-        for_gradients<T, kAct, false, 4>(
-            dout + offset, x + offset, saved == nullptr ? nullptr : saved + offset, length, k, c,
-            p.act, param,
-            [&](int64_t i, const auto& lanes, auto index, auto dz, auto centred)
-                __attribute__((always_inline)) {
-                  if (dresidual != nullptr) lanes.write(dresidual + offset + i, dz);
-                  dz_sum[index.value] += lanes.counted(dz);
-                  dz_centred_sum[index.value] += lanes.counted(dz * centred);
-                });
-      }
-      sums.dz += lane_sum((dz_sum[0] + dz_sum[1]) + (dz_sum[2] + dz_sum[3]));
-      sums.dz_centred += lane_sum((dz_centred_sum[0] + dz_centred_sum[1]) +
-                                  (dz_centred_sum[2] + dz_centred_sum[3]));
-    });
-    partial[c * cut.chunks + chunk] = sums;
+  const auto collect = [&](int64_t first, int64_t last, int64_t chunk) {
+    for (int64_t c = first; c < last; ++c) partial[c * cut.chunks + chunk] = GradientSums{};
+    cut.for_blocks(first, last, chunk,
+                   [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
+                     Vec dz_sum[4] = {}, dz_centred_sum[4] = {};
+                     for (int64_t r = 0; r < runs; ++r, offset += stride) {
+                       const bool streams_dz = stream_residual && is_aligned(dresidual + offset);
+                       for_gradients<T, kAct, false, 4>(
+                           dout + offset, x + offset, saved == nullptr ? nullptr : saved + offset,
+                           length, k, c, p.act, param,
+                           [&](int64_t i, const auto& lanes, auto index, auto dz, auto centred)
+                               __attribute__((always_inline)) {
+                                 if (dresidual != nullptr)
+                                   lanes.write_out(dresidual + offset + i, dz, streams_dz);
+                                 dz_sum[index.value] += lanes.counted(dz);
+                                 dz_centred_sum[index.value] += lanes.counted(dz * centred);
+                               });
+                     }
+                     GradientSums& sums = partial[c * cut.chunks + chunk];
+                     sums.dz += lane_sum((dz_sum[0] + dz_sum[1]) + (dz_sum[2] + dz_sum[3]));
+                     sums.dz_centred += lane_sum((dz_centred_sum[0] + dz_centred_sum[1]) +
+                                                 (dz_centred_sum[2] + dz_centred_sum[3]));
+                   });
   };
   const auto begin_channel = [&](int64_t c) {
     channel_affine(p.weight, p.bias, p.shape.weight_dtype, c, static_cast<const Acc*>(p.rstd)[c],
@@ -484,45 +503,49 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
     }
     finish_gradients<Acc>(p, c, sums.dz, sums.dz_centred, k.slope + c, k.offset + c);
   };
-  const auto apply = [&](int64_t c, int64_t chunk) {
+  const auto apply = [&](int64_t first, int64_t last, int64_t chunk) {
     if (dx == nullptr) return;
-    cut.for_blocks(c, chunk, [&](int64_t offset, int64_t length, int64_t runs) {
-      for (int64_t r = 0; r < runs; ++r, offset += stride) {
-        if (reads_dz) {
-          // Already holds dz.
-          gradient_run<T, BackwardAct::identity, false>(dresidual + offset, x + offset, nullptr,
-                                                        dx + offset, length, k, c, p.act, param,
-                                                        p.training, stream_out);
-        } else {
-          gradient_run<T, kAct, false>(dout + offset, x + offset,
-                                       saved == nullptr ? nullptr : saved + offset, dx + offset,
-                                       length, k, c, p.act, param, p.training, stream_out);
-        }
-      }
-    });
+    cut.for_blocks(
+        first, last, chunk, [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
+          for (int64_t r = 0; r < runs; ++r, offset += stride) {
+            if (reads_dz) {
+              // Already holds dz.
+              gradient_run<T, BackwardAct::identity, false>(dresidual + offset, x + offset, nullptr,
+                                                            dx + offset, length, k, c, p.act, param,
+                                                            p.training, stream_out);
+            } else {
+              gradient_run<T, kAct, false>(dout + offset, x + offset,
+                                           saved == nullptr ? nullptr : saved + offset, dx + offset,
+                                           length, k, c, p.act, param, p.training, stream_out);
+            }
+          }
+        });
   };
 
   if (cut.channel_per_thread()) {
     parallel_ranges(cut.c, cut.n * cut.s, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        begin_channel(c);
-        for (int64_t i = 0; i < cut.chunks; ++i) collect(c, i);
-        finish(c);
-        for (int64_t i = cut.chunks - 1; i >= 0; --i) apply(c, i);
+      for (int64_t first = begin; first < end; first += cut.group) {
+        const int64_t last = min_of(first + cut.group, end);
+        for (int64_t c = first; c < last; ++c) begin_channel(c);
+        for (int64_t i = 0; i < cut.chunks; ++i) collect(first, last, i);
+        for (int64_t c = first; c < last; ++c) finish(c);
+        for (int64_t i = cut.chunks - 1; i >= 0; --i) apply(first, last, i);
       }
-      if (stream_out) stream_fence();
+      if (stream_out || stream_residual) stream_fence();
     });
     return;
   }
   const int64_t tasks = cut.c * cut.chunks;
   for (int64_t c = 0; c < cut.c; ++c) begin_channel(c);
   parallel_ranges(tasks, cut.n * cut.s / cut.chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) collect(i / cut.chunks, i % cut.chunks);
+    for (int64_t i = begin; i < end; ++i)
+      collect(i / cut.chunks, i / cut.chunks + 1, i % cut.chunks);
   });
   for (int64_t c = 0; c < cut.c; ++c) finish(c);
   parallel_ranges(tasks, cut.n * cut.s / cut.chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = end - 1; i >= begin; --i) apply(i / cut.chunks, i % cut.chunks);
-    if (stream_out) stream_fence();
+    for (int64_t i = end - 1; i >= begin; --i)
+      apply(i / cut.chunks, i / cut.chunks + 1, i % cut.chunks);
+    if (stream_out || stream_residual) stream_fence();
   });
 }
 
@@ -877,7 +900,7 @@ size_t workspace_of(const BatchNormActShape& shape) {
   if (shape.c == 0) return 0;
   Arena arena{nullptr};
   if (!by_rows(shape)) {
-    const ChannelBlocks cut(shape);
+    const ChannelBlocks cut(shape, 1);  // the size of groups needs no memory
     arena.take_constants<Acc>(cut.c);
     arena.take<Partial>(cut.c * cut.chunks);
   } else {

@@ -119,32 +119,25 @@ ADVDL_INLINE FloatVec tanh(FloatVec x) {
   return (FloatVec)((IntVec)(e / (e + 2.f)) | sign);
 }
 
-// |x| < 0.95: x + x q(x^2); else 1 - exp(g(|x|)) with g = log erfc on [0.9, 4] (Chebyshev interpolations).
-ADVDL_INLINE FloatVec erf(FloatVec x) {
-  const IntVec sign = (IntVec)x & (int32_t)0x80000000;
-  FloatVec a = (FloatVec)((IntVec)x & 0x7fffffff);
-  const FloatVec u = x * x;
-  FloatVec q = broadcast(8.204169716918841e-05f);
-  q = q * u - 8.102915599010885e-04f;
-  q = q * u + 5.197487305849791e-03f;
-  q = q * u - 2.6857959106564522e-02f;
-  q = q * u + 1.1283669620752335e-01f;
-  q = q * u - 3.7612631916999817e-01f;
-  q = q * u + 1.2837916709551257e-01f;
-  const FloatVec small = x + x * q;
-  a = select(a > 4.f, broadcast(4.f), a);
-  FloatVec g = broadcast(-4.4538964516505075e-08f);
-  g = g * a + 2.594339321149164e-06f;
-  g = g * a - 5.4936168453423306e-05f;
-  g = g * a + 6.433164817281067e-04f;
-  g = g * a - 4.910780116915703e-03f;
-  g = g * a + 2.673623338341713e-02f;
-  g = g * a - 1.1049956828355789e-01f;
-  g = g * a - 6.314834952354431e-01f;
-  g = g * a - 1.1303883790969849e+00f;
-  g = g * a + 3.495821147225797e-04f;
-  const FloatVec large = (FloatVec)((IntVec)(1.f - exp(g)) | sign);
-  return select(a < 0.95f, small, large);
+// The normal distribution up to z. Below zero it is half of erfc(|z| / sqrt 2) = p(|z|)^-4, with p by minimax on [0, 6] (the
+// form of Abramowitz & Stegun 7.1.28): no branch, no exp, and nothing cancels. Off by at most 2 units of 2^-23.
+ADVDL_INLINE FloatVec normal_cdf(FloatVec z) {
+  const FloatVec a = (FloatVec)((IntVec)z & 0x7fffffff);
+  FloatVec p = broadcast(7.705181702e-07f);
+  p = p * a - 8.709649592e-06f;
+  p = p * a + 5.070278712e-05f;
+  p = p * a - 1.467448747e-04f;
+  p = p * a + 3.478362341e-04f;
+  p = p * a - 1.051216168e-04f;
+  p = p * a + 1.699895482e-03f;
+  p = p * a + 5.286666099e-03f;
+  p = p * a + 2.631891891e-02f;
+  p = p * a + 9.946683794e-02f;
+  p = p * a + 1.994713545e-01f;
+  p = p * a + 1.f;
+  p = p * p;
+  const FloatVec tail = 0.5f / (p * p);
+  return select(z < 0.f, tail, 1.f - tail);
 }
 
 // fp64 serves gradient checks and references: the C library, lane by lane.
@@ -163,8 +156,12 @@ namespace advdl_ops::math {
 ADVDL_LANEWISE(exp)
 ADVDL_LANEWISE(expm1)
 ADVDL_LANEWISE(tanh)
-ADVDL_LANEWISE(erf)
 #undef ADVDL_LANEWISE
+ADVDL_INLINE DoubleVec normal_cdf(DoubleVec z) {
+  DoubleVec y;
+  for (int i = 0; i < Simd<double>::lanes; ++i) y[i] = 0.5 * ::erfc(z[i] * -0.70710678118654752440);
+  return y;
+}
 }  // namespace advdl_ops::math
 
 // After the overloads above: its formulas look the functions up where they stand.
