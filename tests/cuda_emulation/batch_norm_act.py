@@ -288,6 +288,7 @@ def common_request(
         "z_source": Z_OUTPUT if case.z_output else Z_RESIDUAL if case.residual else Z_INPUT,
         "want_dx": case.want_dx,
         "want_dresidual": case.want_dresidual,
+        "in_place": case.c % 2 == 0,  # the running statistics; both ways over the cases
         **settings,
     }
     for name, tensor in tensors.items():

@@ -40,7 +40,9 @@ class Arena {
     return data;
   }
   void* output(const std::string& name, size_t bytes, DType dtype) {
-    void* data = allocate(name, bytes, dtype);
+    return output_at(name, allocate(name, bytes, dtype), bytes);
+  }
+  void* output_at(const std::string& name, void* data, size_t bytes) {
     if (!wants("dry")) outputs_.push_back({name, data, bytes});
     return data;
   }
@@ -145,8 +147,12 @@ py::dict forward(const py::dict& r) {
   p.mean = arena.output("mean", acc, acc_dtype(s));
   p.rstd = arena.output("rstd", acc, acc_dtype(s));
   if (p.training && p.running_mean != nullptr) {
-    p.running_mean_out = arena.output("running_mean_out", running, s.running_dtype);
-    p.running_var_out = arena.output("running_var_out", running, s.running_dtype);
+    const auto output = [&](const char* name, const void* old) {
+      return arena.wants("in_place") ? arena.output_at(name, const_cast<void*>(old), running)
+                                     : arena.output(name, running, s.running_dtype);
+    };
+    p.running_mean_out = output("running_mean_out", p.running_mean);
+    p.running_var_out = output("running_var_out", p.running_var);
   }
   cuda::batch_norm_act_forward(p, arena.workspace(cuda::batch_norm_act_forward_workspace(p)),
                                nullptr);
