@@ -1,6 +1,6 @@
 // Batch norm, residual addition and activation on the CPU; what is computed stands in ../common/batch_norm_act.h.
 //
-// channels_first: a channel is N runs of S elements. They are cut into blocks of about kBlock elements, which stay in L1
+// channels_first: a channel is N runs of S elements. They are cut into blocks of up to kBlock elements, which stay in L1
 // for the two passes of the statistics (mean, then squares about it), and blocks are grouped into chunks. With channels enough
 // for all threads, one thread does a channel from statistics to output while it lies in L2: x is read from memory once.
 // channels_last, and short runs: rows cut into chunks; statistics of all chunks, then the apply over the same chunks in
@@ -23,7 +23,9 @@ using cpu::parallel_ranges;
 constexpr int64_t kBlock = 4096;  // elements that one pass of the statistics covers: 16 KB of fp32
 constexpr int64_t kActBlock =
     256;  // elements whose pre-activation is buffered for a transcendental activation
-constexpr int64_t kShortRun = 32;   // channels_first runs below this are read as rows of [N, C * S]
+constexpr int64_t kShortRun = 32;  // channels_first runs below this are read as rows of [N, C * S]
+constexpr int64_t kLongRun =
+    512;  // runs from here on are blocks of their own: rows side by side lose the prefetchers
 constexpr int64_t kMaxChunks = 64;  // partial sums per channel
 // Neighbouring channels of so many bytes in x take turns, block by block: their runs lie side by side, and a channel's own
 // lie far apart, each on pages that the TLB does not hold.
@@ -310,7 +312,7 @@ struct ChannelBlocks {
   int64_t n, c, s, rows_per_block, blocks, chunks, group;
   ChannelBlocks(const BatchNormActShape& shape, int64_t element_bytes)
       : n(shape.n), c(shape.c), s(shape.s) {
-    rows_per_block = s <= kBlock ? max_of(1, kBlock / max_of(1, s)) : 1;
+    rows_per_block = s < kLongRun ? max_of(1, kBlock / max_of(1, s)) : 1;
     blocks = s <= kBlock ? ceil_div(n, rows_per_block) : n * ceil_div(s, kBlock);
     chunks = clamp(blocks / 4, 1, kMaxChunks);
     group = max_of(1, kGroupBytes / max_of(1, n * s * element_bytes));
@@ -336,21 +338,25 @@ struct ChannelBlocks {
   bool channel_per_thread() const { return chunks == 1 || c >= 4 * cpu::thread_count(); }
 };
 
+// Adds a block to the moments of its chunk: deviations from the mean so far, which a first pass finds for the first block.
+// Their sum mends mean and squares. Rounding grows with the distance of the two means, but no more than the squares do.
 template <class T>
-Moments block_moments(const T* x, int64_t length, int64_t runs, int64_t stride) {
+void add_block(const T* x, int64_t length, int64_t runs, int64_t stride, Moments* moments) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   const double count = static_cast<double>(length) * static_cast<double>(runs);
-  Vec sum[4] = {};
-  for (int64_t r = 0; r < runs; ++r) {
-    const T* run = x + r * stride;
-    for_vectors<Acc, 4>(
-        length, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
-          sum[index.value] += lanes.counted(lanes.read(run + i));
-        });
+  Acc guess = static_cast<Acc>(moments->mean);
+  if (moments->count == 0) {
+    Vec sum[4] = {};
+    for (int64_t r = 0; r < runs; ++r) {
+      const T* run = x + r * stride;
+      for_vectors<Acc, 4>(
+          length, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
+            sum[index.value] += lanes.counted(lanes.read(run + i));
+          });
+    }
+    guess = static_cast<Acc>(lane_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) / count);
   }
-  // A first guess of the mean, good to rounding; the second pass corrects it exactly.
-  const Acc guess = static_cast<Acc>(lane_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) / count);
   const Vec centre = broadcast(guess);
   Vec first[4] = {}, second[4] = {};
   for (int64_t r = 0; r < runs; ++r) {
@@ -364,11 +370,7 @@ Moments block_moments(const T* x, int64_t length, int64_t runs, int64_t stride) 
   }
   const double shift = lane_sum((first[0] + first[1]) + (first[2] + first[3]));
   const double squares = lane_sum((second[0] + second[1]) + (second[2] + second[3]));
-  Moments m;
-  m.count = count;
-  m.mean = guess + shift / count;
-  m.m2 = squares - shift * shift / count;
-  return m;
+  moments->merge(count, guess + shift / count, squares - shift * shift / count);
 }
 
 template <class T, ForwardAct kAct, bool kResidual>
@@ -388,8 +390,7 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
     for (int64_t c = first; c < last; ++c) partial[c * cut.chunks + chunk] = Moments{};
     cut.for_blocks(first, last, chunk,
                    [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
-                     const Moments block = block_moments(x + offset, length, runs, stride);
-                     partial[c * cut.chunks + chunk].merge(block.count, block.mean, block.m2);
+                     add_block(x + offset, length, runs, stride, &partial[c * cut.chunks + chunk]);
                    });
   };
   const auto finish = [&](int64_t c) {
