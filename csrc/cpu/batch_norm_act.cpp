@@ -1,8 +1,8 @@
 // Batch norm, residual addition and activation on the CPU; what is computed stands in ../common/batch_norm_act.h.
 //
-// channels_first: a channel is N runs of S elements. They are cut into blocks of up to kBlock elements, which stay in L1
-// for the two passes of the statistics (mean, then squares about it), and blocks are grouped into chunks. With channels enough
-// for all threads, one thread does a channel from statistics to output while it lies in L2: x is read from memory once.
+// channels_first: a channel is N runs of S elements. They are cut into blocks of up to kBlock elements, whose deviations are
+// taken from the mean of the blocks before, and blocks are grouped into chunks. With channels enough for all threads, one
+// thread does a few neighbouring channels from statistics to output while they lie in L2: x is read from memory once.
 // channels_last, and short runs: rows cut into chunks; statistics of all chunks, then the apply over the same chunks in
 // reverse, so that what was read last, and is still in cache, is used first.
 //
@@ -823,6 +823,21 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
 
 // --- choice of the instantiation -----------------------------------------------------------------
 
+// f<T>() for the element type.
+template <class F>
+void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32:
+      return f.template operator()<float>();
+    case DType::f64:
+      return f.template operator()<double>();
+    case DType::f16:
+      return f.template operator()<Float16>();
+    case DType::bf16:
+      return f.template operator()<BFloat16>();
+  }
+}
+
 template <class T, ForwardAct kAct>
 void forward_with(const BatchNormActForward& p, void* workspace) {
   const Arena arena{static_cast<char*>(workspace)};
@@ -848,16 +863,7 @@ void forward_dtype(const BatchNormActForward& p, void* workspace) {
 void forward(const BatchNormActForward& p, void* workspace) {
   // Nothing to normalize; evaluation still has mean and rstd to report.
   if (p.shape.c == 0 || (p.training && p.shape.n * p.shape.s == 0)) return;
-  switch (p.shape.dtype) {
-    case DType::f32:
-      return forward_dtype<float>(p, workspace);
-    case DType::f64:
-      return forward_dtype<double>(p, workspace);
-    case DType::f16:
-      return forward_dtype<Float16>(p, workspace);
-    case DType::bf16:
-      return forward_dtype<BFloat16>(p, workspace);
-  }
+  with_type(p.shape.dtype, [&]<class T>() { forward_dtype<T>(p, workspace); });
 }
 
 template <class T, BackwardAct kAct>
@@ -884,16 +890,7 @@ void backward_dtype(const BatchNormActBackward& p, void* workspace) {
 
 void backward(const BatchNormActBackward& p, void* workspace) {
   if (p.shape.c == 0) return;
-  switch (p.shape.dtype) {
-    case DType::f32:
-      return backward_dtype<float>(p, workspace);
-    case DType::f64:
-      return backward_dtype<double>(p, workspace);
-    case DType::f16:
-      return backward_dtype<Float16>(p, workspace);
-    case DType::bf16:
-      return backward_dtype<BFloat16>(p, workspace);
-  }
+  with_type(p.shape.dtype, [&]<class T>() { backward_dtype<T>(p, workspace); });
 }
 
 template <class Acc, class Partial>
