@@ -71,8 +71,8 @@ def batch_norm_act(
     options = training, momentum, eps, activation
     native = serves_native(_NAME, x)
     eager = native and not torch.compiler.is_compiling()
-    # The operator checks all of its input before it writes. What to call the error is Python's matter, and only then: to
-    # check on every call what the operator checks too would cost as much as a small kernel. The fake function, which
+    # The operator checks all of its input before it writes. What to call the error is Python's matter, and only then:
+    # to check on every call what the operator checks too would cost as much as a small kernel. The fake function, which
     # serves meta tensors and many a subclass, checks little.
     if eager and type(x) is Tensor and not x.is_meta:
         try:
