@@ -96,10 +96,10 @@ def serves_native(function: str, x: torch.Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a functorch or forward-mode transform is active, which only differentiable aten operators serve."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether a functorch or forward-mode transform is active, which only differentiable aten operators serve.
+
+    Under compile too, where the inputs of a transformed function do not say that they need a gradient.
+    """
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )

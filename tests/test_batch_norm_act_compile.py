@@ -7,6 +7,7 @@ import torch
 from helpers import ACTIVATIONS, channels_last
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import advdl_ops
 from advdl_ops.functional import batch_norm_act
 from advdl_ops.nn import BatchNormAct2d
 
@@ -143,3 +144,20 @@ def test_export(mode):
     exported = dict(other.named_buffers())
     for name, t in module.named_buffers():
         torch.testing.assert_close(exported[name], t)
+
+
+def test_transforms_under_compile(monkeypatch):
+    """The inputs of a transformed function do not say that they need a gradient."""
+    monkeypatch.setattr(advdl_ops.backend, "_require_native", False)  # the reference serves them
+
+    def loss(w, x):
+        return batch_norm_act(x, None, None, w, training=True, act="silu").square().sum()
+
+    def tangent(w, x):
+        return torch.func.jvp(loss, (w, x), (torch.ones_like(w), x))
+
+    w, x = torch.rand(5, dtype=f64) + 0.5, batch(3).detach()
+    for function in (torch.func.grad(loss), torch.func.grad(loss, argnums=1), tangent):
+        found = compiled(function)(w, x)
+        torch.testing.assert_close(found, function(w, x))
+        assert found[0].abs().max() > 1e-3

@@ -1,11 +1,14 @@
 """Bad input: torch's exception types, one form of message, and nothing changed."""
 
 import copy
+import gc
 import re
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import advdl_ops
 from advdl_ops.functional import batch_norm_act
@@ -138,6 +141,66 @@ def test_own_arguments(backend, name):
     kept = {n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in given.items()}
     assert_refused(lambda: batch_norm_act(**given), expected, argument)
     assert_untouched(kept, given)
+
+
+def fake(case):
+    """The case on meta tensors, where the operator's fake function serves."""
+    given = arguments(**case)
+    return {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in given.items()}
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "meta" not in n])
+def test_as_of_real_tensors_on_meta(name):
+    changed, argument = CASES[name]
+    with pytest.raises(Exception) as real:  # noqa: PT011
+        batch_norm_act(**arguments(**changed))
+    assert_refused(lambda: batch_norm_act(**fake(changed)), real.type, argument)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "meta" not in n])
+def test_as_of_real_tensors_on_fake_ones(name):
+    changed, argument = CASES[name]
+    with pytest.raises(Exception) as real:  # noqa: PT011
+        batch_norm_act(**arguments(**changed))
+    with FakeTensorMode() as mode:
+        given = {
+            n: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t
+            for n, t in arguments(**changed).items()
+        }
+        assert_refused(lambda: batch_norm_act(**given), real.type, argument)
+
+
+def test_a_refused_call_keeps_nothing_alive():
+    def refused(**changed):
+        x = torch.randn(X)
+        with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
+            batch_norm_act(**arguments(**{"x": x, **changed}))
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+        del caught
+        return weakref.ref(x)
+
+    gc.disable()
+    try:
+        # Refused by the operator; by the operator for what Python has no name for.
+        assert refused(weight=torch.ones(4))() is None
+        assert refused(momentum="a")() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_buffers_that_cannot_be_written(grad):
+    expanded = arguments(running_var=torch.ones(1).expand(3))
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="must not be expanded"):
+        batch_norm_act(**expanded)
+    assert not expanded["running_mean"].any()
+    batch_norm_act(**expanded | {"training": False})  # read only
+    given = arguments(running_mean=torch.zeros(3, requires_grad=True))
+    given["weight"].requires_grad_()
+    with pytest.raises(RuntimeError, match="running_mean must not require a gradient"):
+        batch_norm_act(**given)
+    assert not given["running_mean"].any()
 
 
 MODULE_CASES = {

@@ -184,6 +184,22 @@ def test_running_statistics_that_are_views_are_written(backend):
     torch.testing.assert_close(table[:, 1], expected.running_var)
 
 
+def test_wider_residual_in_a_half_precision_model(backend):
+    bf16 = torch.bfloat16
+    x, residual = torch.randn(4, 3, 5, 5).to(bf16), torch.randn(4, 3, 5, 5)
+    norm = torch.nn.BatchNorm2d(3).to(bf16)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    out = batch_norm_act(x, mean, var, norm.weight, norm.bias, True, residual=residual, act="relu")
+    exact = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
+    exact = (exact + residual.double()).relu()
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    norm(x)
+    assert mean.dtype == var.dtype == bf16
+    torch.testing.assert_close(mean, norm.running_mean)
+    torch.testing.assert_close(var, norm.running_var)
+
+
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_residual_of_another_dtype_promotes(backend, x_dtype, residual_dtype):

@@ -59,37 +59,42 @@ def batch_norm_act(
         RuntimeError: a ``[C]`` tensor of another length, mixed devices, a dtype that does not go with ``x``'s,
             evaluation without running statistics; for a non-floating ``x`` its subclass ``NotImplementedError``.
 
-    Nothing is written when an error is raised.
+    Nothing is written when an argument is refused.
     """
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
+    if residual is not None and residual.dtype != x.dtype:
+        _check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
+        return _promoted(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
+        )  # fmt: skip
+    tensors = x, residual, weight, bias, running_mean, running_var
     options = training, momentum, eps, activation
     native = serves_native(_NAME, x)
-    refused = None
-    if (
-        native
-        and not torch.compiler.is_compiling()
-        and (residual is None or residual.dtype == x.dtype)
-    ):
-        tensors = x, residual, weight, bias, running_mean, running_var
+    eager = native and not torch.compiler.is_compiling()
+    # The operator checks all of its input before it writes. What to call the error is Python's matter, and only then:
+    # to check on every call what the operator checks too would cost as much as a small kernel. The fake function, which
+    # serves meta tensors and many a subclass, checks little.
+    if eager and type(x) is Tensor and not x.is_meta:
         try:
-            if _needs_grad(x, residual, weight, bias):
-                return _apply_eagerly(*tensors, options)
-            return _forward_in_place(*tensors, options)[0]
-        except RuntimeError as error:
-            # The operator checks all of its input before it writes. What to call the error is Python's matter, and only
-            # now: to check on every call what the operator checks too would cost as much as a small kernel.
-            refused = error
+            return _eager(*tensors, options)
+        except RuntimeError:
+            try:
+                _check(
+                    x, running_mean, running_var, weight, bias, training, momentum, eps, residual
+                )
+            except (RuntimeError, TypeError, ValueError) as named:
+                raise named from None
+            raise
     _check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
-    if refused is not None:
-        raise refused
-    if residual is not None and residual.dtype != x.dtype:
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        return batch_norm_act(
-            x.to(dtype), running_mean, running_var, weight, bias, training, momentum, eps,
-            residual=residual.to(dtype), act=activation,
-        )  # fmt: skip
-
-    if not native:
+    if eager:
+        return _eager(*tensors, options)
+    if native:
+        if _needs_grad(x, residual, weight, bias):
+            out, running = BatchNormActFunction.apply(*tensors, options)
+        else:
+            out, _, running = _forward(*tensors, options)
+        new_mean, new_var = running.unbind()
+    else:
         out, new_mean, new_var = reference.batch_norm_act(
             x,
             running_mean,
@@ -102,13 +107,6 @@ def batch_norm_act(
             residual,
             activation,
         )
-    else:
-        tensors = x, residual, weight, bias, running_mean, running_var
-        if _needs_grad(x, residual, weight, bias):
-            out, running = BatchNormActFunction.apply(*tensors, options)
-        else:
-            out, _, running = _forward(*tensors, options)
-        new_mean, new_var = running.unbind()
     if training and running_mean is not None and running_var is not None:
         assert new_mean is not None and new_var is not None
         running_mean.copy_(new_mean)
@@ -133,6 +131,51 @@ def _needs_grad(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
+
+
+def _eager(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    options: _Options,
+) -> Tensor:
+    tensors = x, residual, weight, bias, running_mean, running_var
+    if not _needs_grad(x, residual, weight, bias):
+        return _forward_in_place(*tensors, options)[0]
+    if options[0] and running_mean is not None and running_mean.requires_grad:
+        raise RuntimeError(f"{_NAME}: running_mean must not require a gradient in training")
+    return _apply_eagerly(*tensors, options)
+
+
+def _promoted(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor,
+    act: Activation,
+) -> Tensor:
+    """In the dtype that adding ``residual`` to ``x`` would give."""
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    mean, var, weight, bias = (
+        t if t is None else t.to(dtype) for t in (running_mean, running_var, weight, bias)
+    )
+    out = batch_norm_act(
+        x.to(dtype), mean, var, weight, bias, training, momentum, eps,
+        residual=residual.to(dtype), act=act,
+    )  # fmt: skip
+    if training and running_mean is not None and running_mean is not mean:
+        assert running_var is not None and mean is not None and var is not None
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+    return out
 
 
 def _forward(

@@ -107,6 +107,11 @@ ForwardOutputs run_forward(Tensor x, OptionalTensor residual, OptionalTensor wei
   check(!training || x.numel() != channels || channels == 0,
         "batch_norm_act: more than one value per channel is needed in training");
 
+  for (const OptionalTensor& t : {running_mean, running_var}) {
+    check(!in_place || !training || !t.has_value() || t->stride(0) != 0 || channels <= 1,
+          "batch_norm_act: the running statistics must not be expanded, to be written");
+  }
+
   x = dense(x);
   residual = in_format_of(residual, x);
   weight = contiguous(weight);

@@ -541,6 +541,7 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   parallel_ranges(tasks, cut.n * cut.s / cut.chunks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       collect(i / cut.chunks, i / cut.chunks + 1, i % cut.chunks);
+    if (stream_residual) stream_fence();
   });
   for (int64_t c = 0; c < cut.c; ++c) finish(c);
   parallel_ranges(tasks, cut.n * cut.s / cut.chunks, [&](int64_t begin, int64_t end) {
