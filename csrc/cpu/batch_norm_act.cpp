@@ -22,7 +22,7 @@ using cpu::parallel_ranges;
 
 constexpr int64_t kBlock = 4096;  // elements that one pass of the statistics covers: 16 KB of fp32
 constexpr int64_t kActBlock =
-    256;  // elements whose pre-activation is buffered for a transcendental activation
+    1024;  // elements whose pre-activation is buffered for a transcendental activation
 constexpr int64_t kShortRun = 32;  // channels_first runs below this are read as rows of [N, C * S]
 constexpr int64_t kLongRun =
     512;  // runs from here on are blocks of their own: rows side by side lose the prefetchers
@@ -31,7 +31,9 @@ constexpr int64_t kMaxChunks = 64;  // partial sums per channel
 // lie far apart, each on pages that the TLB does not hold.
 constexpr int64_t kGroupBytes = 1 << 20;
 constexpr int64_t kMaxColumns = 512;  // columns that the channels_last sums hold on the stack
-constexpr int64_t kPad = 64;          // elements readable past the end of per-channel arrays
+// Channels whose partial sums are merged together, chunk after chunk: one channel's lie a row of channels apart.
+constexpr int64_t kMergedChannels = 64;
+constexpr int64_t kPad = 64;  // elements readable past the end of per-channel arrays
 // Outputs of so many bytes and more are written past the caches: docs/performance.md. Less where the next read is far.
 constexpr int64_t kStreamBytes = 24 << 20, kStreamStoredBytes = 8 << 20;
 
@@ -564,7 +566,7 @@ struct RowChunks {
     while (fold * 2 * channels * inner <= 256 && positions % (fold * 2) == 0) fold *= 2;
     width = fold * channels * inner;
     rows = positions / fold;
-    chunks = clamp(rows * width / (8 * kBlock), 1, min_of(kMaxChunks, max_of(1, rows)));
+    chunks = clamp(rows * width / (8 * kBlock), 1, min_of(kMaxChunks, max_of(1, rows / 32)));
   }
   int64_t first_row(int64_t chunk) const { return chunk * rows / chunks; }
   int64_t columns_per_channel() const { return fold * inner; }
@@ -680,33 +682,43 @@ void forward_rows(const BatchNormActForward& p, Arena arena) {
       }
     });
   }
-  parallel_ranges(cut.channels, 8 * cut.chunks * cut.columns_per_channel(),
-                  [&](int64_t begin, int64_t end) {
-                    for (int64_t c = begin; c < end; ++c) {
-                      if (p.training) {
-                        Moments m;
-                        for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
-                          const double count =
-                              static_cast<double>(cut.first_row(chunk + 1) - cut.first_row(chunk));
-                          // Columns of a chunk count alike: their mean and squares together, with no division for each.
-                          const double* means = partial_mean + chunk * cut.width;
-                          const double* squares = partial_m2 + chunk * cut.width;
-                          const double columns = static_cast<double>(cut.columns_per_channel());
-                          double mean = 0, m2 = 0;
-                          cut.for_columns(c, [&](int64_t i) { mean += means[i]; });
-                          mean /= columns;
-                          cut.for_columns(c, [&](int64_t i) {
-                            m2 += squares[i] + count * (means[i] - mean) * (means[i] - mean);
-                          });
-                          m.merge(count * columns, mean, m2);
-                        }
-                        finish_statistics<Acc>(p, c, m, k.scale + c, k.shift + c);
-                      } else {
-                        use_running_statistics<Acc>(p, c, k.scale + c, k.shift + c);
-                      }
-                      k.mean[c] = static_cast<const Acc*>(p.mean)[c];
-                    }
-                  });
+  parallel_ranges(
+      cut.channels, 8 * cut.chunks * cut.columns_per_channel(), [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin; first < end; first += kMergedChannels) {
+          const int64_t channels = min_of(kMergedChannels, end - first);
+          double mean[kMergedChannels] = {}, m2[kMergedChannels] = {}, done = 0;
+          for (int64_t chunk = 0; p.training && chunk < cut.chunks; ++chunk) {
+            const double* means = partial_mean + chunk * cut.width;
+            const double* squares = partial_m2 + chunk * cut.width;
+            // All columns of a chunk count alike: no division for each.
+            const double rows =
+                static_cast<double>(cut.first_row(chunk + 1) - cut.first_row(chunk));
+            const double columns = static_cast<double>(cut.columns_per_channel());
+            const double total = done + rows * columns, share = rows * columns / total;
+            for (int64_t c = 0; c < channels; ++c) {
+              double chunk_mean = 0, chunk_m2 = 0;
+              cut.for_columns(first + c, [&](int64_t i) { chunk_mean += means[i]; });
+              chunk_mean /= columns;
+              cut.for_columns(first + c, [&](int64_t i) {
+                chunk_m2 += squares[i] + rows * (means[i] - chunk_mean) * (means[i] - chunk_mean);
+              });
+              const double delta = chunk_mean - mean[c];
+              mean[c] += delta * share;
+              m2[c] += chunk_m2 + delta * delta * done * share;
+            }
+            done = total;
+          }
+          for (int64_t c = 0; c < channels; ++c) {
+            const int64_t to = first + c;
+            if (p.training) {
+              finish_statistics<Acc>(p, to, {done, mean[c], m2[c]}, k.scale + to, k.shift + to);
+            } else {
+              use_running_statistics<Acc>(p, to, k.scale + to, k.shift + to);
+            }
+            k.mean[to] = static_cast<const Acc*>(p.mean)[to];
+          }
+        }
+      });
   repeat(cut, k.mean);
   repeat(cut, k.scale);
   repeat(cut, k.shift);
@@ -787,19 +799,25 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
     }
     if (stream_residual) stream_fence();
   });
-  parallel_ranges(
-      cut.channels, 8 * cut.chunks * cut.columns_per_channel(), [&](int64_t begin, int64_t end) {
-        for (int64_t c = begin; c < end; ++c) {
-          GradientSums sums;
-          for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
-            cut.for_columns(c, [&](int64_t i) {
-              sums.dz += partial_dz[chunk * cut.width + i];
-              sums.dz_centred += partial_dz_centred[chunk * cut.width + i];
-            });
-          }
-          finish_gradients<Acc>(p, c, sums.dz, sums.dz_centred, k.slope + c, k.offset + c);
-        }
-      });
+  parallel_ranges(cut.channels, 8 * cut.chunks * cut.columns_per_channel(),
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t first = begin; first < end; first += kMergedChannels) {
+                      const int64_t channels = min_of(kMergedChannels, end - first);
+                      GradientSums sums[kMergedChannels];
+                      for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
+                        for (int64_t c = 0; c < channels; ++c) {
+                          cut.for_columns(first + c, [&](int64_t i) {
+                            sums[c].dz += partial_dz[chunk * cut.width + i];
+                            sums[c].dz_centred += partial_dz_centred[chunk * cut.width + i];
+                          });
+                        }
+                      }
+                      for (int64_t c = 0; c < channels; ++c) {
+                        finish_gradients<Acc>(p, first + c, sums[c].dz, sums[c].dz_centred,
+                                              k.slope + first + c, k.offset + first + c);
+                      }
+                    }
+                  });
   if (dx == nullptr) return;
   repeat(cut, k.slope);
   repeat(cut, k.offset);
