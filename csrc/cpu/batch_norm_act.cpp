@@ -183,15 +183,21 @@ void apply_run(const T* x, const T* residual, T* out, int64_t n, const Constants
   } else {
     for (int64_t begin = 0; begin < n; begin += kActBlock) {
       const int64_t count = min_of(kActBlock, n - begin);
-      alignas(64) Acc z[kActBlock];
       constexpr int64_t lanes_per = Simd<Acc>::lanes;
-      // Written from the front without overlap: the buffer has whole vectors.
+      alignas(64) Acc buffer[kActBlock];
+      Acc* z = buffer;
+      // What is written in the type of the arithmetic is activated where it lies. The buffer has whole vectors.
+      if constexpr (sizeof(T) == sizeof(Acc)) {
+        if (count % lanes_per == 0) z = out + begin;
+      }
+      // From the front without overlap.
       int64_t i = 0;
       for (; i + lanes_per <= count; i += lanes_per)
         store(z + i, pre_activation(begin + i, FullLanes{}));
       if (i < count)
         store(z + i, pre_activation(begin + i, PartialLanes{static_cast<int32_t>(count - i)}));
       activate_block<false>(act, param, z, ceil_div(count, lanes_per) * lanes_per);
+      if (z != buffer) continue;
       for (i = 0; i + lanes_per <= count; i += lanes_per) store(out + begin + i, load(z + i));
       if (i < count) store_partial(out + begin + i, load(z + i), count - i);
     }
