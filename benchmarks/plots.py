@@ -107,6 +107,8 @@ def _training(axes: dict[str, Any], training: list[record.Record], curves: dict[
         found = {item.provider: item for item in training if item.metric == metric}
         kept = [provider for provider in names if provider in found]
         values = [found[provider].p50 * factor for provider in kept]
-        bars = axes[panel].bar([names[p] for p in kept], values, color=[COLORS[p] for p in kept])
+        bars = axes[panel].bar(
+            [names[p].replace(" ", "\n") for p in kept], values, color=[COLORS[p] for p in kept]
+        )
         axes[panel].bar_label(bars, fmt="%.1f")
         axes[panel].set_title(title)
