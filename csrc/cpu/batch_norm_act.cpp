@@ -261,6 +261,16 @@ bool stored_dz_is_exact(Activation act) {
   return sizeof(T) >= 4 || act == Activation::identity || act == Activation::relu;
 }
 
+// Where the first pass keeps dz for the second one, or null: computed again. Without a residual only a transcendental
+// derivative is worth a store, where dx will lie; in place only without vectors that overlap.
+template <class T, BackwardAct kAct>
+T* kept_dz(const BatchNormActBackward& p, int64_t run) {
+  if (!stored_dz_is_exact<T>(p.act)) return nullptr;
+  if (p.dresidual != nullptr) return static_cast<T*>(p.dresidual);
+  const bool parks = kAct == BackwardAct::other && run % Simd<acc_t<T>>::lanes == 0;
+  return parks ? static_cast<T*>(p.dx) : nullptr;
+}
+
 // dx on a run. kTraining is no run-time choice: the compiler must contract the same products in every instantiation.
 template <class T, BackwardAct kAct, bool kVary, bool kTraining>
 void gradient_run_as(const T* dout, const T* x, const T* saved, T* dx, int64_t n,
@@ -470,9 +480,12 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   T* dresidual = static_cast<T*>(p.dresidual);
   T* dx = static_cast<T*>(p.dx);
   const bool stream_out = streams<T>(p.shape, kStreamBytes);
-  const bool stream_residual = streams<T>(p.shape, kStreamStoredBytes);
+  const bool stream_residual =
+      kAct != BackwardAct::other && streams<T>(p.shape, kStreamStoredBytes);
+  T* kept = kept_dz<T, kAct>(p, cut.s);
+  T* stores_dz = kept != nullptr ? kept : dresidual;
   // What was streamed is far: dz is then computed again from dout, which is near.
-  const bool reads_dz = dresidual != nullptr && !stream_residual && stored_dz_is_exact<T>(p.act);
+  if (stream_residual) kept = nullptr;
   const Acc param = static_cast<Acc>(p.act_param);
   const int64_t stride = cut.c * cut.s;
 
@@ -482,14 +495,14 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
                    [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
                      Vec dz_sum[4] = {}, dz_centred_sum[4] = {};
                      for (int64_t r = 0; r < runs; ++r, offset += stride) {
-                       const bool streams_dz = stream_residual && is_aligned(dresidual + offset);
+                       const bool streams_dz = stream_residual && is_aligned(stores_dz + offset);
                        for_gradients<T, kAct, false, 4>(
                            dout + offset, x + offset, saved == nullptr ? nullptr : saved + offset,
                            length, k, c, p.act, param,
                            [&](int64_t i, const auto& lanes, auto index, auto dz, auto centred)
                                __attribute__((always_inline)) {
-                                 if (dresidual != nullptr)
-                                   lanes.write_out(dresidual + offset + i, dz, streams_dz);
+                                 if (stores_dz != nullptr)
+                                   lanes.write_out(stores_dz + offset + i, dz, streams_dz);
                                  dz_sum[index.value] += lanes.counted(dz);
                                  dz_centred_sum[index.value] += lanes.counted(dz * centred);
                                });
@@ -517,9 +530,9 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
     cut.for_blocks(
         first, last, chunk, [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
           for (int64_t r = 0; r < runs; ++r, offset += stride) {
-            if (reads_dz) {
+            if (kept != nullptr) {
               // Already holds dz.
-              gradient_run<T, BackwardAct::identity, false>(dresidual + offset, x + offset, nullptr,
+              gradient_run<T, BackwardAct::identity, false>(kept + offset, x + offset, nullptr,
                                                             dx + offset, length, k, c, p.act, param,
                                                             p.training, stream_out);
             } else {
@@ -752,7 +765,8 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
   const T* x = static_cast<const T*>(p.x);
   const T* saved = static_cast<const T*>(p.saved);
   T* dresidual = static_cast<T*>(p.dresidual);
-  const bool reads_dz = dresidual != nullptr && stored_dz_is_exact<T>(p.act);
+  T* kept = kept_dz<T, kAct>(p, cut.width);
+  T* stores_dz = kept != nullptr ? kept : dresidual;
   T* dx = static_cast<T*>(p.dx);
   const bool stream_out = streams<T>(p.shape, kStreamBytes);
   // Read again only after a pass over three tensors.
@@ -783,14 +797,14 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
           std::memset(centred_sum, 0, width * sizeof(Acc));
           for (int64_t row = first; row < min_of(last, first + rows_per_block); ++row) {
             const int64_t offset = row * cut.width + c;
-            const bool streams_dz = stream_residual && is_aligned(dresidual + offset);
+            const bool streams_dz = stream_residual && is_aligned(stores_dz + offset);
             for_gradients<T, kAct, true, 1>(
                 dout + offset, x + offset, saved == nullptr ? nullptr : saved + offset, width, k, c,
                 p.act, param,
                 [&](int64_t i, const auto& lanes, auto, auto dz, auto centred)
                     __attribute__((always_inline)) {
-                      if (dresidual != nullptr) {
-                        lanes.write_out(dresidual + offset + i, dz, streams_dz);
+                      if (stores_dz != nullptr) {
+                        lanes.write_out(stores_dz + offset + i, dz, streams_dz);
                       }
                       store(sum + i, load(sum + i) + lanes.counted(dz));
                       store(centred_sum + i, load(centred_sum + i) + lanes.counted(dz * centred));
@@ -831,8 +845,8 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
     for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
       for (int64_t row = cut.first_row(chunk); row < cut.first_row(chunk + 1); ++row) {
         const int64_t offset = row * cut.width;
-        if (reads_dz) {
-          gradient_run<T, BackwardAct::identity, true>(dresidual + offset, x + offset, nullptr,
+        if (kept != nullptr) {
+          gradient_run<T, BackwardAct::identity, true>(kept + offset, x + offset, nullptr,
                                                        dx + offset, cut.width, k, 0, p.act, param,
                                                        p.training, stream_out);
         } else {
