@@ -21,7 +21,7 @@ def test_evaluation_in_memory_order():
     check_problem(make_problem((3, 29, 57, 57), residual=True), "relu", False)
 
 
-# Whole vectors in a run, and one element more: dz of a transcendental derivative waits where dx will lie, or comes again.
+# Whole vectors in a run, and one element more: dz of a transcendental derivative waits where dx will lie, or not.
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(3, 16, 8, 8), (3, 5, 13, 5), (2, 64, 56, 56)])
 @pytest.mark.parametrize("training", [True, False])
