@@ -1,7 +1,7 @@
 // Batch norm, residual addition and activation on the CPU; what is computed stands in ../common/batch_norm_act.h.
 //
-// channels_first: a channel is N runs of S elements. They are cut into blocks of up to kBlock elements, whose deviations are
-// taken from the mean of the blocks before, and blocks are grouped into chunks. With channels enough for all threads, one
+// channels_first: a channel is N runs of S elements. They are cut into blocks of up to kBlock elements, which stay in
+// L1 for two passes (mean, squares about it), and blocks are grouped into chunks. With channels enough for all threads, one
 // thread does a few neighbouring channels from statistics to output while they lie in L2: x is read from memory once.
 // channels_last, and short runs: rows cut into chunks; statistics of all chunks, then the apply over the same chunks in
 // reverse, so that what was read last, and is still in cache, is used first.
@@ -33,7 +33,8 @@ constexpr int64_t kGroupBytes = 1 << 20;
 constexpr int64_t kMaxColumns = 512;  // columns that the channels_last sums hold on the stack
 // Channels whose partial sums are merged together, chunk after chunk: one channel's lie a row of channels apart.
 constexpr int64_t kMergedChannels = 64;
-constexpr int64_t kPad = 64;  // elements readable past the end of per-channel arrays
+constexpr int64_t kMaxRows = 64;  // rows that a column adds up in its own precision, before double
+constexpr int64_t kPad = 64;      // elements readable past the end of per-channel arrays
 // Outputs of so many bytes and more are written past the caches: docs/performance.md. Less where the next read is far.
 constexpr int64_t kStreamBytes = 24 << 20, kStreamStoredBytes = 8 << 20;
 
@@ -356,25 +357,22 @@ struct ChannelBlocks {
   bool channel_per_thread() const { return chunks == 1 || c >= 4 * cpu::thread_count(); }
 };
 
-// Adds a block to the moments of its chunk: deviations from the mean so far, which a first pass finds for the first block.
-// Their sum mends mean and squares. Rounding grows with the distance of the two means, but no more than the squares do.
+// Adds a block to the moments of its chunk: squares about a first guess of its own mean, whose error their sum mends. About
+// the mean of the blocks before they would be cheaper, and off where the first block lies far from the rest.
 template <class T>
 void add_block(const T* x, int64_t length, int64_t runs, int64_t stride, Moments* moments) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   const double count = static_cast<double>(length) * static_cast<double>(runs);
-  Acc guess = static_cast<Acc>(moments->mean);
-  if (moments->count == 0) {
-    Vec sum[4] = {};
-    for (int64_t r = 0; r < runs; ++r) {
-      const T* run = x + r * stride;
-      for_vectors<Acc, 4>(
-          length, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
-            sum[index.value] += lanes.counted(lanes.read(run + i));
-          });
-    }
-    guess = static_cast<Acc>(lane_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) / count);
+  Vec sum[4] = {};
+  for (int64_t r = 0; r < runs; ++r) {
+    const T* run = x + r * stride;
+    for_vectors<Acc, 4>(
+        length, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
+          sum[index.value] += lanes.counted(lanes.read(run + i));
+        });
   }
+  const Acc guess = static_cast<Acc>(lane_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) / count);
   const Vec centre = broadcast(guess);
   Vec first[4] = {}, second[4] = {};
   for (int64_t r = 0; r < runs; ++r) {
@@ -625,7 +623,7 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, dou
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   alignas(64) Acc centre[kMaxColumns + kPad], first[kMaxColumns + kPad], second[kMaxColumns + kPad];
-  const int64_t rows_per_block = max_of(1, 2 * kBlock / width);
+  const int64_t rows_per_block = clamp(2 * kBlock / width, 1, kMaxRows);
   double done = 0;
   for (int64_t begin = 0; begin < rows; begin += rows_per_block) {
     const int64_t count = min_of(rows_per_block, rows - begin);
@@ -790,7 +788,7 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
         double* dz_centred_total = partial_dz_centred + chunk * cut.width + c;
         std::memset(dz_total, 0, width * sizeof(double));
         std::memset(dz_centred_total, 0, width * sizeof(double));
-        const int64_t rows_per_block = max_of(1, 2 * kBlock / width);
+        const int64_t rows_per_block = clamp(2 * kBlock / width, 1, kMaxRows);
         const int64_t last = cut.first_row(chunk + 1);
         for (int64_t first = cut.first_row(chunk); first < last; first += rows_per_block) {
           std::memset(sum, 0, width * sizeof(Acc));
