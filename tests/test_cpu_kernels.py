@@ -33,7 +33,7 @@ PAIRS = [
     ("tanh", True),
 ]
 SHAPES = [(1, 1, 2), (2, 3, 1), (3, 5, 7), (4, 33, 49), (2, 64, 200), (0, 4, 9)]
-INPUT, RESIDUAL, OUTPUT = 0, 1, 2  # BatchNormActBackward::ZSource
+INPUT, RESIDUAL, OUTPUT = 0, 1, 2  # ZSource of csrc/common/tensor_types.h
 
 
 @pytest.fixture(params=["default", "avx2", "avx512"])

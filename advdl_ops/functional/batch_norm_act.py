@@ -17,7 +17,7 @@ _NAME = "batch_norm_act"
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
 
-# BatchNormActBackward::ZSource in csrc/common/batch_norm_act.h.
+# ZSource in csrc/common/tensor_types.h.
 _Z_INPUT, _Z_RESIDUAL, _Z_OUTPUT = 0, 1, 2
 
 

@@ -198,7 +198,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
                                                     Tensor stats, bool training, int64_t act,
                                                     double act_param, int64_t z_source,
                                                     bool need_dx, bool need_dresidual) {
-  using ZSource = BatchNormActBackward::ZSource;
   check_common(x, weight, bias, act);
   check(same_kind(dout, x),
         "batch_norm_act_backward: dout must have the shape, dtype and device of x");

@@ -48,13 +48,7 @@ struct BatchNormActForward {
 // With z the pre-activation and dz = dout * act'(z), xhat = (x - mean) * rstd:
 //   dbias = sum dz, dweight = sum dz * xhat, dresidual = dz,
 //   dx = weight * rstd * (dz - (dbias + xhat * dweight) / (n * s)) in training, weight * rstd * dz otherwise.
-// z is recomputed from x and the statistics; `z_source` adds what that needs.
 struct BatchNormActBackward {
-  enum class ZSource : int {
-    input = 0,     // z = norm(x); `saved` is null
-    residual = 1,  // z = norm(x) + saved
-    output = 2,    // act'(z) read off saved = act(z); relu only (out > 0 exactly where z > 0)
-  };
   BatchNormActShape shape;
   bool training = false;
   Activation act = Activation::identity;

@@ -28,4 +28,11 @@ enum class Activation : int {
 };
 inline constexpr int kActivationCount = 10;
 
+// Where the pre-activation z comes from that backward needs for act'(z): recomputed from x and the statistics, and this.
+enum class ZSource : int {
+  input = 0,     // z = norm(x); `saved` is null
+  residual = 1,  // z = norm(x) + saved
+  output = 2,    // act'(z) read off saved = act(z); relu only (out > 0 exactly where z > 0)
+};
+
 }  // namespace advdl_ops

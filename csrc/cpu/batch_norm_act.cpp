@@ -915,7 +915,7 @@ void backward_with(const BatchNormActBackward& p, void* workspace) {
 
 template <class T>
 void backward_dtype(const BatchNormActBackward& p, void* workspace) {
-  if (p.z_source == BatchNormActBackward::ZSource::output) {
+  if (p.z_source == ZSource::output) {
     return backward_with<T, BackwardAct::relu_of_output>(p, workspace);
   }
   if constexpr (sizeof(T) < 8) {

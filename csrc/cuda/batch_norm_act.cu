@@ -22,7 +22,6 @@ namespace {
 
 using Forward = BatchNormActForward;
 using Backward = BatchNormActBackward;
-using ZSource = BatchNormActBackward::ZSource;
 
 constexpr int kThreads = 256;       // of the kernels that split a channel over blocks
 constexpr int kFusedThreads = 512;  // at most, of the kernels that keep a slab in shared memory

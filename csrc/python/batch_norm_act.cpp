@@ -65,7 +65,7 @@ void backward(const Shape& shape, bool training, int act, double act_param, int 
   p.training = training;
   p.act = static_cast<Activation>(act);
   p.act_param = act_param;
-  p.z_source = static_cast<BatchNormActBackward::ZSource>(z_source);
+  p.z_source = static_cast<ZSource>(z_source);
   p.dout = in(dout);
   p.x = in(x);
   p.saved = in(saved);

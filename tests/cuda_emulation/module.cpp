@@ -171,7 +171,7 @@ py::dict backward(const py::dict& r) {
   p.training = r["training"].cast<bool>();
   p.act = get_enum<Activation>(r, "act");
   p.act_param = r["act_param"].cast<double>();
-  p.z_source = get_enum<BatchNormActBackward::ZSource>(r, "z_source");
+  p.z_source = get_enum<ZSource>(r, "z_source");
   p.dout = arena.input("dout", all, s.dtype);
   p.x = arena.input("x", all, s.dtype);
   p.saved = arena.input("saved", all, s.dtype);
