@@ -12,13 +12,19 @@ from .. import reference
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..backend import serves_native
 from ..reference.batch_norm_act import batch_stats, normalize_act
+from ._norm import (
+    Z_OUTPUT,
+    Z_RESIDUAL,
+    check_floating,
+    check_per_channel,
+    check_residual,
+    check_same_dtype,
+    gradient_like,
+    needs_grad,
+    saved_for,
+)
 
 _NAME = "batch_norm_act"
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_HALF = (torch.bfloat16, torch.float16)
-
-# ZSource in csrc/common/tensor_types.h.
-_Z_INPUT, _Z_RESIDUAL, _Z_OUTPUT = 0, 1, 2
 
 
 def batch_norm_act(
@@ -89,7 +95,7 @@ def batch_norm_act(
     if eager:
         return _eager(*tensors, options)
     if native:
-        if _needs_grad(x, residual, weight, bias):
+        if needs_grad(x, residual, weight, bias):
             out, running = BatchNormActFunction.apply(*tensors, options)
         else:
             out, _, running = _forward(*tensors, options)
@@ -122,17 +128,6 @@ _backward_op = torch.ops.advdl_ops.batch_norm_act_backward.default
 _Options = tuple[bool, float, float, Activation]
 
 
-def _needs_grad(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> bool:
-    return torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    )
-
-
 def _eager(
     x: Tensor,
     residual: Tensor | None,
@@ -143,7 +138,7 @@ def _eager(
     options: _Options,
 ) -> Tensor:
     tensors = x, residual, weight, bias, running_mean, running_var
-    if not _needs_grad(x, residual, weight, bias):
+    if not needs_grad(x, residual, weight, bias):
         return _forward_in_place(*tensors, options)[0]
     if options[0] and running_mean is not None and running_mean.requires_grad:
         raise RuntimeError(f"{_NAME}: running_mean must not require a gradient in training")
@@ -215,11 +210,7 @@ def _forward_in_place(
 
 
 class BatchNormActFunction(torch.autograd.Function):
-    """Gradients of ``batch_norm_act``.
-
-    Saved beside ``x`` and the ``[C]`` statistics: nothing, as the pre-activation is recomputed from them. With a
-    residual, relu saves its output, which the next layer saves anyway; the other activations save the residual.
-    """
+    """Gradients of ``batch_norm_act``. Saved: ``x``, the ``[C]`` statistics, and what :func:`.saved_for` says."""
 
     @staticmethod
     def forward(
@@ -238,13 +229,7 @@ class BatchNormActFunction(torch.autograd.Function):
             out, stats, running = _forward(*tensors, options)
         else:
             out, stats = _forward_in_place(*tensors, options)
-        act = options[3]
-        if residual is None or act.code == 0:
-            saved, z_source = None, _Z_INPUT
-        elif act.name == "relu":
-            saved, z_source = out, _Z_OUTPUT
-        else:
-            saved, z_source = residual, _Z_RESIDUAL
+        saved, z_source = saved_for(options[3], residual, out)
         ctx.save_for_backward(x, saved, weight, bias, stats)
         ctx.options, ctx.z_source = options, z_source
         if traced:
@@ -287,8 +272,8 @@ class BatchNormActFunction(torch.autograd.Function):
         return (
             dx if need_x else None,
             dresidual if need_residual else None,
-            _like(dweight, weight) if need_weight else None,
-            _like(dbias, bias) if need_bias else None,
+            gradient_like(dweight, weight) if need_weight else None,
+            gradient_like(dbias, bias) if need_bias else None,
             None,
             None,
             None,
@@ -297,11 +282,6 @@ class BatchNormActFunction(torch.autograd.Function):
 
 # Function.apply without torch's wrapper of it, which looks for functorch transforms: serves_native has.
 _apply_eagerly = super(torch.autograd.Function, BatchNormActFunction).apply
-
-
-def _like(grad: Tensor, parameter: Tensor) -> Tensor:
-    """Kernels sum in at least fp32; a gradient is of its parameter's dtype."""
-    return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
 
 
 def _differentiable_backward(
@@ -319,11 +299,11 @@ def _differentiable_backward(
     """The same gradients through differentiable torch operators, for ``create_graph=True``."""
     mean, rstd = stats.unbind()
     residual = None
-    if z_source == _Z_OUTPUT:
+    if z_source == Z_OUTPUT:
         # relu's derivative is piecewise constant: what is left is the norm under a masked cotangent.
         assert saved is not None
         dout, act = torch.where(saved <= 0, 0, dout), IDENTITY
-    elif z_source == _Z_RESIDUAL:
+    elif z_source == Z_RESIDUAL:
         residual = saved
 
     # Fresh aliases, so that the first-order gradients stop here while their own graph reaches x, weight and bias.
@@ -373,22 +353,6 @@ def _check(
         check_residual(_NAME, residual, shape, x.device)
 
 
-def check_residual(function: str, residual: Tensor, shape: Any, device: torch.device) -> None:
-    """``residual`` must have the output's ``shape`` and a floating dtype."""
-    if residual.shape != shape:
-        raise ValueError(
-            f"{function}: residual (shape {tuple(residual.shape)}) must have the shape {tuple(shape)}"
-        )
-    if residual.dtype not in _FLOATING:
-        raise RuntimeError(
-            f"{function}: residual (dtype {residual.dtype}) must be of float32, float64, bfloat16 or float16"
-        )
-    if residual.device != device:
-        raise RuntimeError(
-            f"{function}: residual (device {residual.device}) must be on x's device ({device})"
-        )
-
-
 def check_norm(
     function: str,
     x: Tensor,
@@ -401,35 +365,18 @@ def check_norm(
     eps: float,
 ) -> None:
     """The per-channel tensors must fit ``channels`` and the dtype and device of ``x``."""
-    dtype = x.dtype
-    device = x.device
-    if dtype not in _FLOATING:
-        raise NotImplementedError(
-            f"{function}: x (dtype {dtype}) must be of float32, float64, bfloat16 or float16"
-        )
-    for name, v in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if v is None:
-            continue
-        if v.dim() != 1 or v.shape[0] != channels:
-            raise RuntimeError(
-                f"{function}: {name} (shape {tuple(v.shape)}) must have one value for each of the {channels} channels"
-            )
-        if v.dtype != dtype and not (dtype in _HALF and v.dtype == torch.float32):
-            raise RuntimeError(
-                f"{function}: {name} (dtype {v.dtype}) must be of x's dtype ({dtype})"
-                + (" or float32" if dtype in _HALF else "")
-            )
-        if v.device != device:
-            raise RuntimeError(
-                f"{function}: {name} (device {v.device}) must be on x's device ({device})"
-            )
-    _check_same_dtype(function, "bias", bias, "weight", weight)
-    _check_same_dtype(function, "running_var", running_var, "running_mean", running_mean)
+    check_floating(function, "x", x)
+    check_per_channel(
+        function,
+        x,
+        channels,
+        running_mean=running_mean,
+        running_var=running_var,
+        weight=weight,
+        bias=bias,
+    )
+    check_same_dtype(function, "bias", bias, "weight", weight)
+    check_same_dtype(function, "running_var", running_var, "running_mean", running_mean)
     if training:
         if (running_mean is None) != (running_var is None):
             raise ValueError(
@@ -444,12 +391,3 @@ def check_norm(
             raise RuntimeError(f"{function}: {name} (None) must be given when training is False")
         if eps < 0:
             raise ValueError(f"{function}: eps ({eps}) must not be negative")
-
-
-def _check_same_dtype(
-    function: str, name: str, v: Tensor | None, other: str, w: Tensor | None
-) -> None:
-    if v is not None and w is not None and v.dtype != w.dtype:
-        raise RuntimeError(
-            f"{function}: {name} (dtype {v.dtype}) must be of {other}'s dtype ({w.dtype})"
-        )

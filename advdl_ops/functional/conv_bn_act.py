@@ -17,7 +17,8 @@ from ..activation import IDENTITY, Activation, resolve_activation
 from ..backend import get_backend, transformed
 from ..reference.activation import activate
 from ..reference.batch_norm_act import acc_dtype
-from .batch_norm_act import batch_norm_act, check_norm, check_residual
+from ._norm import check_residual
+from .batch_norm_act import batch_norm_act, check_norm
 
 _NAME = "conv_bn_act"
 ORDERS = ("conv-bn-act", "conv-act-bn")

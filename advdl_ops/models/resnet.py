@@ -37,8 +37,7 @@ def _batch_norm(channels: int, act: str | None) -> torch.nn.Module:
 
 def _group_norm(channels: int, act: str | None) -> torch.nn.Module:
     # 32 groups as in Wu and He 2018 (https://arxiv.org/abs/1803.08494), fewer where 32 does not divide the width.
-    group_norm: Any = nn.GroupNorm  # type: ignore[attr-defined]
-    return group_norm(math.gcd(32, channels), channels, act=act)
+    return nn.GroupNorm(math.gcd(32, channels), channels, act=act)
 
 
 def _norm_factory(name: str, norm: str) -> _NormFactory:
@@ -46,10 +45,6 @@ def _norm_factory(name: str, norm: str) -> _NormFactory:
         return _batch_norm
     if norm != "group":
         raise ValueError(f'{name}: norm ({norm!r}) must be "batch" or "group"')
-    if not hasattr(nn, "GroupNorm"):
-        raise ValueError(
-            f'{name}: norm "group" needs advdl_ops.nn.GroupNorm, which this version lacks'
-        )
     return _group_norm
 
 

@@ -2,5 +2,22 @@
 
 from .batch_norm_act import BatchNormAct2d
 from .conv_bn_act import ConvBNAct, ConvBNReLU, conv_bn_act
+from .group_norm import (
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm2d,
+)
 
-__all__ = ["BatchNormAct2d", "ConvBNAct", "ConvBNReLU", "conv_bn_act"]
+__all__ = [
+    "BatchNormAct2d",
+    "ConvBNAct",
+    "ConvBNReLU",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm2d",
+    "conv_bn_act",
+]

@@ -2,5 +2,6 @@
 
 from .batch_norm_act import batch_norm_act
 from .conv_bn_act import conv_bn_act
+from .group_norm import group_norm
 
-__all__ = ["batch_norm_act", "conv_bn_act"]
+__all__ = ["batch_norm_act", "conv_bn_act", "group_norm"]

@@ -4,25 +4,20 @@
 #include <cmath>
 #include <tuple>
 
-#include "tensor.h"
+#include "norm.h"
 
 namespace advdl_ops {
 namespace {
 
-constexpr const char* kName = "batch_norm_act";
+constexpr const char *kName = "batch_norm_act", *kBackwardName = "batch_norm_act_backward";
 
 BatchNormActShape shape_of(const Tensor& x, const OptionalTensor& weight,
                            const OptionalTensor& bias, const OptionalTensor& running) {
   BatchNormActShape shape;
-  const auto sizes = x.sizes();
-  shape.n = sizes[0];
-  shape.c = sizes[1];
-  shape.s = 1;
-  for (int64_t i = 2; i < x.dim(); ++i) shape.s *= sizes[i];
-  // With one position, or one channel, both are true; rows of channels are the longer runs.
-  shape.layout = is_channels_last(x) && (shape.c > 1 || !x.is_contiguous())
-                     ? Layout::channels_last
-                     : Layout::channels_first;
+  shape.n = x.size(0);
+  shape.c = x.size(1);
+  shape.s = positions(x);
+  shape.layout = layout_of(x);
   shape.dtype = dtype_of(x, kName);
   const OptionalTensor& affine = weight.has_value() ? weight : bias;
   if (affine.has_value()) shape.weight_dtype = dtype_of(*affine, kName);
@@ -30,43 +25,10 @@ BatchNormActShape shape_of(const Tensor& x, const OptionalTensor& weight,
   return shape;
 }
 
-void check_channels(const OptionalTensor& t, const Tensor& x, const char* message) {
-  check(!t.has_value() || (t->dim() == 1 && t->size(0) == x.size(1) && t->device() == x.device()),
-        message);
-}
-
-bool same_sizes(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (x[i] != y[i]) return false;
-  }
-  return true;
-}
-
-bool same_kind(const Tensor& a, const Tensor& b) {
-  return same_sizes(a, b) && a.scalar_type() == b.scalar_type() && a.device() == b.device();
-}
-
-// Whether a [C] tensor's dtype goes with x's: its own, or fp32 beside a half-precision x.
-bool goes_with(const OptionalTensor& t, ScalarType x) {
-  if (!t.has_value() || t->scalar_type() == x) return true;
-  return (x == ScalarType::Half || x == ScalarType::BFloat16) &&
-         t->scalar_type() == ScalarType::Float;
-}
-
 void check_common(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                   int64_t act) {
-  check(x.dim() >= 2 && x.dim() <= 5, "batch_norm_act: x must have 2 to 5 dimensions");
-  check(goes_with(weight, x.scalar_type()) && goes_with(bias, x.scalar_type()),
-        "batch_norm_act: weight and bias must be of x's dtype, or float32 beside a half x");
-  check_channels(weight, x,
-                 "batch_norm_act: weight must have one value per channel of x, on its device");
-  check_channels(bias, x,
-                 "batch_norm_act: bias must have one value per channel of x, on its device");
-  check(!weight.has_value() || !bias.has_value() || weight->scalar_type() == bias->scalar_type(),
-        "batch_norm_act: weight and bias must have the same dtype");
-  check(act >= 0 && act < kActivationCount, "batch_norm_act: unknown activation code");
+  check(x.dim() >= 2 && x.dim() <= 5, kName, "x must have 2 to 5 dimensions");
+  check_affine(kName, x, weight, bias, act);
 }
 
 struct ForwardOptions {
@@ -88,28 +50,26 @@ ForwardOutputs run_forward(Tensor x, OptionalTensor residual, OptionalTensor wei
   const bool training = options.training;
   check_common(x, weight, bias, options.act);
   const int64_t channels = x.size(1);
-  check_channels(
-      running_mean, x,
-      "batch_norm_act: running_mean must have one value per channel of x, on its device");
-  check_channels(running_var, x,
-                 "batch_norm_act: running_var must have one value per channel of x, on its device");
-  check(running_mean.has_value() == running_var.has_value(),
-        "batch_norm_act: running_mean and running_var must either both be given or neither");
-  check(training || running_mean.has_value(),
-        "batch_norm_act: running_mean must be given when training is False");
+  check(is_per_channel(running_mean, x), kName,
+        "running_mean must have one value per channel of x, on its device");
+  check(is_per_channel(running_var, x), kName,
+        "running_var must have one value per channel of x, on its device");
+  check(running_mean.has_value() == running_var.has_value(), kName,
+        "running_mean and running_var must either both be given or neither");
+  check(training || running_mean.has_value(), kName,
+        "running_mean must be given when training is False");
   check(!running_mean.has_value() || running_mean->scalar_type() == running_var->scalar_type(),
-        "batch_norm_act: running_mean and running_var must have the same dtype");
-  check(goes_with(running_mean, x.scalar_type()),
-        "batch_norm_act: the running statistics must be of x's dtype, or float32 beside a half x");
-  check(!residual.has_value() || same_kind(*residual, x),
-        "batch_norm_act: residual must have the shape, dtype and device of x");
-  check(training ? options.eps > 0 : options.eps >= 0, "batch_norm_act: eps is out of range");
-  check(!training || x.numel() != channels || channels == 0,
-        "batch_norm_act: more than one value per channel is needed in training");
+        kName, "running_mean and running_var must have the same dtype");
+  check(goes_with(running_mean, x.scalar_type()), kName,
+        "the running statistics must be of x's dtype, or float32 beside a half x");
+  check_residual(kName, residual, x);
+  check(training ? options.eps > 0 : options.eps >= 0, kName, "eps is out of range");
+  check(!training || x.numel() != channels || channels == 0, kName,
+        "more than one value per channel is needed in training");
 
   for (const OptionalTensor& t : {running_mean, running_var}) {
-    check(!in_place || !training || !t.has_value() || t->stride(0) != 0 || channels <= 1,
-          "batch_norm_act: the running statistics must not be expanded, to be written");
+    check(!in_place || !training || !t.has_value() || t->stride(0) != 0 || channels <= 1, kName,
+          "the running statistics must not be expanded, to be written");
   }
 
   x = dense(x);
@@ -199,21 +159,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
                                                     double act_param, int64_t z_source,
                                                     bool need_dx, bool need_dresidual) {
   check_common(x, weight, bias, act);
-  check(same_kind(dout, x),
-        "batch_norm_act_backward: dout must have the shape, dtype and device of x");
-  check(!saved.has_value() || same_kind(*saved, x),
-        "batch_norm_act_backward: saved must have the shape, dtype and device of x");
-  check(z_source >= 0 && z_source <= 2, "batch_norm_act_backward: unknown z_source");
-  check((static_cast<ZSource>(z_source) != ZSource::input) == saved.has_value(),
-        "batch_norm_act_backward: saved must be given exactly where z_source names it");
-  check(static_cast<ZSource>(z_source) != ZSource::output ||
-            static_cast<Activation>(act) == Activation::relu,
-        "batch_norm_act_backward: only relu's derivative can be read off its output");
+  check_backward(kBackwardName, dout, x, saved, act, z_source);
   const int64_t channels = x.size(1);
   const ScalarType acc = acc_type(x.scalar_type());
   check(stats.dim() == 2 && stats.size(0) == 2 && stats.size(1) == channels &&
             stats.scalar_type() == acc && stats.device() == x.device(),
-        "batch_norm_act_backward: stats must be [2, C] as forward returned them");
+        kBackwardName, "stats must be [2, C] as forward returned them");
 
   x = dense(x);
   // Inductor may hand a gradient in another memory format than forward's output had.

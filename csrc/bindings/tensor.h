@@ -48,8 +48,8 @@ inline DType dtype_of(const Tensor& t, const char* function) {
   }
 }
 
-inline void check(bool condition, const char* message) {
-  if (!condition) throw std::runtime_error(message);
+inline void check(bool condition, const char* function, const char* message) {
+  if (!condition) throw std::runtime_error(std::string(function) + ": " + message);
 }
 
 inline void* data(const Tensor& t) { return t.data_ptr(); }

@@ -12,10 +12,14 @@ namespace advdl_ops {
 #define ADVDL_DECLARE_KERNELS(capability)             \
   namespace capability {                              \
   void add_batch_norm_act(cpu::KernelTable& table);   \
+  void add_group_norm(cpu::KernelTable& table);       \
+  void add_layer_norm_2d(cpu::KernelTable& table);    \
   static cpu::KernelTable kernels(const char* name) { \
     cpu::KernelTable table{};                         \
     table.name = name;                                \
     add_batch_norm_act(table);                        \
+    add_group_norm(table);                            \
+    add_layer_norm_2d(table);                         \
     return table;                                     \
   }                                                   \
   }
@@ -107,18 +111,23 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFunction funct
 }
 int thread_count() { return pool_threads(); }
 
-size_t batch_norm_act_forward_workspace(const BatchNormActForward& p) {
-  return table().batch_norm_act_forward_workspace(p);
-}
-size_t batch_norm_act_backward_workspace(const BatchNormActBackward& p) {
-  return table().batch_norm_act_backward_workspace(p);
-}
-void batch_norm_act_forward(const BatchNormActForward& p, void* workspace) {
-  table().batch_norm_act_forward(p, workspace);
-}
-void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace) {
-  table().batch_norm_act_backward(p, workspace);
-}
+#define ADVDL_DEFINE_NORM(family, Params)                              \
+  size_t family##_forward_workspace(const Params##Forward& p) {        \
+    return table().family##_forward_workspace(p);                      \
+  }                                                                    \
+  size_t family##_backward_workspace(const Params##Backward& p) {      \
+    return table().family##_backward_workspace(p);                     \
+  }                                                                    \
+  void family##_forward(const Params##Forward& p, void* workspace) {   \
+    table().family##_forward(p, workspace);                            \
+  }                                                                    \
+  void family##_backward(const Params##Backward& p, void* workspace) { \
+    table().family##_backward(p, workspace);                           \
+  }
+ADVDL_DEFINE_NORM(batch_norm_act, BatchNormAct)
+ADVDL_DEFINE_NORM(group_norm, GroupNorm)
+ADVDL_DEFINE_NORM(layer_norm_2d, GroupNorm)
+#undef ADVDL_DEFINE_NORM
 
 }  // namespace cpu
 }  // namespace advdl_ops

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/batch_norm_act.h"
+#include "../common/group_norm.h"
 
 namespace advdl_ops::cpu {
 
@@ -11,6 +12,16 @@ struct KernelTable {
   size_t (*batch_norm_act_backward_workspace)(const BatchNormActBackward&);
   void (*batch_norm_act_forward)(const BatchNormActForward&, void*);
   void (*batch_norm_act_backward)(const BatchNormActBackward&, void*);
+
+  size_t (*group_norm_forward_workspace)(const GroupNormForward&);
+  size_t (*group_norm_backward_workspace)(const GroupNormBackward&);
+  void (*group_norm_forward)(const GroupNormForward&, void*);
+  void (*group_norm_backward)(const GroupNormBackward&, void*);
+
+  size_t (*layer_norm_2d_forward_workspace)(const GroupNormForward&);
+  size_t (*layer_norm_2d_backward_workspace)(const GroupNormBackward&);
+  void (*layer_norm_2d_forward)(const GroupNormForward&, void*);
+  void (*layer_norm_2d_backward)(const GroupNormBackward&, void*);
 };
 
 // The capability in use: "default", "avx2" or "avx512".

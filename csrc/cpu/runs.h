@@ -11,17 +11,6 @@ struct Index {
   static constexpr int value = i;
 };
 
-ADVDL_INLINE IntVec lane_index(FloatVec) {
-  IntVec v;
-  for (int i = 0; i < Simd<float>::lanes; ++i) v[i] = i;
-  return v;
-}
-ADVDL_INLINE LongVec lane_index(DoubleVec) {
-  LongVec v;
-  for (int i = 0; i < Simd<double>::lanes; ++i) v[i] = i;
-  return v;
-}
-
 // How a vector at the current position is read, written and counted.
 struct FullLanes {
   template <class T>
@@ -53,7 +42,7 @@ struct OverlapLanes : FullLanes {
   }
   template <class Vec>
   ADVDL_INLINE Vec counted(Vec v) const {
-    return math::select(lane_index(v) >= seen, v, Vec{});
+    return math::select(lane_index<decltype(v < v)>() >= seen, v, Vec{});
   }
 };
 // A run shorter than a vector.
@@ -73,13 +62,13 @@ struct PartialLanes {
   }
   template <class Vec>
   ADVDL_INLINE Vec counted(Vec v) const {
-    return math::select(lane_index(v) < count, v, Vec{});
+    return math::select(lane_index<decltype(v < v)>() < count, v, Vec{});
   }
 };
 
 // f(position, lanes, Index<k>) over [0, n); with kChains = 4, k cycles through 0..3, so that sums can keep four
-// additions in flight. Writes must not depend on earlier writes of the same run: the last vector may overlap the one before.
-template <class Acc, int kChains, class F>
+// additions in flight. With kOverlap the last vector may overlap the one before: what is written must not be read again.
+template <class Acc, int kChains, bool kOverlap = true, class F>
 ADVDL_INLINE void for_vectors(int64_t n, F&& f) {
   constexpr int64_t lanes = Simd<Acc>::lanes;
   int64_t i = 0;
@@ -93,10 +82,10 @@ ADVDL_INLINE void for_vectors(int64_t n, F&& f) {
   }
   for (; i + lanes <= n; i += lanes) f(i, FullLanes{}, Index<0>{});
   if (i == n) return;
-  if (n >= lanes) {
+  if (kOverlap && n >= lanes) {
     f(n - lanes, OverlapLanes{lanes - (n - i)}, Index<0>{});
   } else {
-    f(0, PartialLanes{static_cast<int32_t>(n)}, Index<0>{});
+    f(i, PartialLanes{static_cast<int32_t>(n - i)}, Index<0>{});
   }
 }
 

@@ -51,12 +51,30 @@ struct Simd<double> {
 ADVDL_INLINE FloatVec broadcast(float v) { return v - FloatVec{}; }
 ADVDL_INLINE DoubleVec broadcast(double v) { return v - DoubleVec{}; }
 
-// The sum of the lanes, in double and in a fixed order.
-template <class Vec>
-ADVDL_INLINE double lane_sum(Vec v) {
-  double sum = 0;
-  for (size_t i = 0; i < sizeof(v) / sizeof(v[0]); ++i) sum += v[i];
-  return sum;
+// 0, 1, 2 ...
+template <class Mask>
+ADVDL_INLINE Mask lane_index() {
+  Mask v;
+  for (size_t i = 0; i < sizeof(v) / sizeof(v[0]); ++i) v[i] = i;
+  return v;
+}
+
+// The sum of the lanes, in double and in a fixed order: halves are added until one lane is left.
+ADVDL_INLINE double lane_sum(DoubleVec v) {
+  double lanes[Simd<double>::lanes];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int64_t half = Simd<double>::lanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+ADVDL_INLINE double lane_sum(FloatVec v) {
+  typedef float HalfVec __attribute__((vector_size(ADVDL_VECTOR_BYTES / 2)));
+  HalfVec low, high;
+  std::memcpy(&low, &v, sizeof(low));
+  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+  return lane_sum(__builtin_convertvector(low, DoubleVec) +
+                  __builtin_convertvector(high, DoubleVec));
 }
 
 namespace math {
@@ -338,19 +356,66 @@ ADVDL_INLINE void stream_fence() {
 #endif
 }
 
+// All bits set in the first `count` lanes, none in the others.
+template <class Mask>
+ADVDL_INLINE Mask first_lanes(int64_t count) {
+  return lane_index<Mask>() < static_cast<int32_t>(count);
+}
+
 // The first `count` < lanes elements; the other lanes are zero.
 template <class T>
 ADVDL_INLINE auto load_partial(const T* p, int64_t count) {
+#if defined(__AVX512F__)
+  const auto wanted = static_cast<uint16_t>((1u << count) - 1u);
+  if constexpr (sizeof(T) == 8) {
+    return (DoubleVec)_mm512_maskz_loadu_pd(static_cast<__mmask8>(wanted), p);
+  } else if constexpr (sizeof(T) == 4) {
+    return (FloatVec)_mm512_maskz_loadu_ps(wanted, p);
+  } else {
+    T buffer[Simd<float>::lanes];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer), _mm256_maskz_loadu_epi16(wanted, p));
+    return load(buffer);
+  }
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 8) {
+    return (DoubleVec)_mm256_maskload_pd(p, (__m256i)first_lanes<LongVec>(count));
+  } else if constexpr (sizeof(T) == 4) {
+    return (FloatVec)_mm256_maskload_ps(p, (__m256i)first_lanes<IntVec>(count));
+  }
+#endif
   T buffer[Simd<acc_t<T>>::lanes];
   std::memset(buffer, 0, sizeof(buffer));
   std::memcpy(buffer, p, count * sizeof(T));
   return load(buffer);
+#endif
 }
 template <class T, class Vec>
 ADVDL_INLINE void store_partial(T* p, Vec v, int64_t count) {
+#if defined(__AVX512F__)
+  const auto wanted = static_cast<uint16_t>((1u << count) - 1u);
+  if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(wanted), (__m512d)v);
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, wanted, (__m512)v);
+  } else {
+    T buffer[Simd<float>::lanes];
+    store(buffer, v);
+    _mm256_mask_storeu_epi16(p, wanted,
+                             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(buffer)));
+  }
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 8) {
+    return _mm256_maskstore_pd(p, (__m256i)first_lanes<LongVec>(count), (__m256d)v);
+  } else if constexpr (sizeof(T) == 4) {
+    return _mm256_maskstore_ps(p, (__m256i)first_lanes<IntVec>(count), (__m256)v);
+  }
+#endif
   T buffer[Simd<acc_t<T>>::lanes];
   store(buffer, v);
   std::memcpy(p, buffer, count * sizeof(T));
+#endif
 }
 
 }  // namespace advdl_ops

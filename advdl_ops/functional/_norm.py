@@ -1,0 +1,97 @@
+"""What the norms share: how errors are named, what backward needs of the activation, dtypes of gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activation import Activation
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+
+# ZSource of csrc/common/tensor_types.h.
+Z_INPUT, Z_RESIDUAL, Z_OUTPUT = 0, 1, 2
+
+
+def needs_grad(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+
+
+def saved_for(act: Activation, residual: Tensor | None, out: Tensor) -> tuple[Tensor | None, int]:
+    """The tensor beside ``x`` that backward needs for the activation's derivative, and what it is.
+
+    Without a residual: none, as the pre-activation is recomputed from ``x``. With one, relu needs its output, which the
+    next layer saves anyway; the other activations need the residual.
+    """
+    if residual is None or act.code == 0:
+        return None, Z_INPUT
+    if act.name == "relu":
+        return out, Z_OUTPUT
+    return residual, Z_RESIDUAL
+
+
+def gradient_like(grad: Tensor, parameter: Tensor) -> Tensor:
+    """Kernels sum in at least fp32; a gradient is of its parameter's dtype."""
+    return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
+
+
+def check_floating(function: str, name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATING:
+        # What torch raises for a dtype that its kernels lack; for the others a RuntimeError.
+        error = NotImplementedError if name == "x" else RuntimeError
+        raise error(
+            f"{function}: {name} (dtype {t.dtype}) must be of float32, float64, bfloat16 or float16"
+        )
+
+
+def check_per_channel(function: str, x: Tensor, channels: int, **tensors: Tensor | None) -> None:
+    """The ``[C]`` tensors must fit ``channels`` and the dtype and device of ``x``."""
+    dtype, device = x.dtype, x.device
+    for name, v in tensors.items():
+        if v is None:
+            continue
+        if v.dim() != 1 or v.shape[0] != channels:
+            raise RuntimeError(
+                f"{function}: {name} (shape {tuple(v.shape)}) must have one value for each of the {channels} channels"
+            )
+        if v.dtype != dtype and not (dtype in HALF and v.dtype == torch.float32):
+            raise RuntimeError(
+                f"{function}: {name} (dtype {v.dtype}) must be of x's dtype ({dtype})"
+                + (" or float32" if dtype in HALF else "")
+            )
+        if v.device != device:
+            raise RuntimeError(
+                f"{function}: {name} (device {v.device}) must be on x's device ({device})"
+            )
+
+
+def check_same_dtype(
+    function: str, name: str, v: Tensor | None, other: str, w: Tensor | None
+) -> None:
+    if v is not None and w is not None and v.dtype != w.dtype:
+        raise RuntimeError(
+            f"{function}: {name} (dtype {v.dtype}) must be of {other}'s dtype ({w.dtype})"
+        )
+
+
+def check_residual(function: str, residual: Tensor, shape: Any, device: torch.device) -> None:
+    """``residual`` must have the output's ``shape`` and a floating dtype."""
+    if residual.shape != shape:
+        raise ValueError(
+            f"{function}: residual (shape {tuple(residual.shape)}) must have the shape {tuple(shape)}"
+        )
+    check_floating(function, "residual", residual)
+    if residual.device != device:
+        raise RuntimeError(
+            f"{function}: residual (device {residual.device}) must be on x's device ({device})"
+        )

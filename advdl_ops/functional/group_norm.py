@@ -1,0 +1,378 @@
+"""Group norm, layer norm 2d and instance norm with residual addition and activation, each as one op.
+
+Wu & He 2018 (arXiv:1803.08494), Ba et al. 2016 (arXiv:1607.06450), Ulyanov et al. 2016 (arXiv:1607.08022).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..activation import IDENTITY, Activation, resolve_activation
+from ..backend import serves_native
+from ._norm import (
+    Z_OUTPUT,
+    Z_RESIDUAL,
+    check_floating,
+    check_per_channel,
+    check_residual,
+    check_same_dtype,
+    gradient_like,
+    needs_grad,
+    saved_for,
+)
+from .batch_norm_act import batch_norm_act
+
+# In place of a number of groups, for the kernels: each position over its channels (csrc/common/group_norm.h).
+_EACH_POSITION = 0
+
+_Act = str | Activation | torch.nn.Module | None
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    act: _Act = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    r"""``act(group_norm(x) + residual)``; arguments in the order of :func:`torch.nn.functional.group_norm`.
+
+    .. math:: y = \mathrm{act}\Big(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}\,\gamma + \beta + r\Big)
+
+    with mean and variance of each group of ``C / num_groups`` neighbouring channels of each sample.
+
+    Args:
+        x: ``[N, C]`` or ``[N, C, ...]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept).
+        num_groups: divides ``C``; 1 normalizes each sample, ``C`` each channel of each sample.
+        weight, bias: ``[C]`` or ``None``; in ``x``'s dtype, or fp32 beside a half-precision ``x``.
+        eps: added to the variance; >= 0.
+        act: ``None``, a name or a ``torch.nn`` module, see :func:`.resolve_activation`.
+        residual: of ``x``'s shape, added before the activation.
+
+    Returns:
+        ``[N, C, ...]`` in ``x``'s memory format and dtype (promoted with ``residual``'s, as an addition does; fp32
+        under CUDA's autocast, as stock group norm).
+
+    Raises:
+        RuntimeError: fewer than two dimensions, groups that do not divide the channels, ``weight`` or ``bias`` of
+            another length, mixed devices, a dtype that does not go with ``x``'s; for a non-floating ``x`` its
+            subclass ``NotImplementedError``.
+        ValueError: no position (an empty spatial size), one value per group in the whole of ``x``, a negative
+            ``eps``, an unknown ``act``, ``residual`` of another shape.
+    """
+    if num_groups < 1:
+        raise RuntimeError(f"group_norm: num_groups ({num_groups}) must be at least 1")
+    options = num_groups, eps, _resolve("group_norm", act)
+    return _normalize("group_norm", x, residual, weight, bias, options)
+
+
+def layer_norm_2d(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    act: _Act = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``act(layer_norm(x) + residual)`` over the channels of each position of ``x`` ``[N, C, ...]``.
+
+    As :func:`torch.nn.functional.layer_norm` of ``x.movedim(1, -1)``, without the two copies.
+    Arguments, returns and errors as :func:`group_norm`; an empty spatial size gives an empty result.
+    """
+    options = _EACH_POSITION, eps, _resolve("layer_norm_2d", act)
+    return _normalize("layer_norm_2d", x, residual, weight, bias, options)
+
+
+def instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    act: _Act = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``act(instance_norm(x) + residual)``; arguments in the order of :func:`torch.nn.functional.instance_norm`.
+
+    Args:
+        x: ``[N, C, ...]``, as :func:`group_norm`.
+        running_mean, running_var: ``[C]``, both or neither; with ``use_input_stats`` written: the mean over the
+            batch of each sample's mean and unbiased variance, with weight ``momentum``. An empty batch leaves them.
+        use_input_stats: normalize each channel of each sample by its own statistics, else by the running ones.
+
+    Raises:
+        ValueError: with ``use_input_stats`` fewer than two positions, only one of the running statistics.
+        RuntimeError: without, no running statistics.
+
+    And as :func:`group_norm`. Nothing is written when an argument is refused.
+    """
+    function = "instance_norm"
+    activation = _resolve(function, act)
+    if not use_input_stats:
+        if running_mean is None or running_var is None:
+            raise RuntimeError(
+                f"{function}: running_mean and running_var must be given when use_input_stats is False"
+            )
+        return batch_norm_act(
+            x, running_mean, running_var, weight, bias, False, momentum, eps,
+            residual=residual, act=activation,
+        )  # fmt: skip
+    shape = x.shape
+    positions = shape[2:].numel()
+    if positions < 2 or len(shape) < 3:
+        raise ValueError(
+            f"{function}: x (shape {tuple(shape)}) must have more than 1 spatial element when "
+            "normalized by its own statistics"
+        )
+    options = shape[1], eps, activation
+    if running_mean is None and running_var is None:
+        return _normalize(function, x, residual, weight, bias, options)
+    if running_mean is None or running_var is None:
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(
+            f"{function}: {missing} (None) must be given, or neither of running_mean and running_var"
+        )
+    check_per_channel(function, x, shape[1], running_mean=running_mean, running_var=running_var)
+    out, (mean, var) = _normalize_with_stats(function, x, residual, weight, bias, options)
+    if shape[0] > 0:
+        with torch.no_grad():
+            unbiased = var * (positions / (positions - 1))
+            for running, of_samples in ((running_mean, mean), (running_var, unbiased)):
+                of_batch = of_samples.view(shape[0], shape[1]).mean(0)
+                running.copy_((1 - momentum) * running + momentum * of_batch)
+    return out
+
+
+_forward_op = torch.ops.advdl_ops.group_norm.default
+_backward_op = torch.ops.advdl_ops.group_norm_backward.default
+
+# groups, eps, activation
+_Options = tuple[int, float, Activation]
+
+
+def _resolve(function: str, act: _Act) -> Activation:
+    return act if type(act) is Activation else resolve_activation(function, act)
+
+
+def _normalize(
+    function: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: _Options,
+) -> Tensor:
+    tensors = x, residual, weight, bias
+    # The operator checks all of its input before it computes. What to call the error is Python's matter, and only then:
+    # to check on every call what the operator checks too would cost as much as a small kernel. The fake function,
+    # which serves meta tensors and many a subclass, checks little.
+    if (
+        type(x) is Tensor
+        and not x.is_meta
+        and not _changes_dtype(x, residual)
+        and serves_native(function, x)
+        and not torch.compiler.is_compiling()
+    ):
+        try:
+            if needs_grad(*tensors):
+                return _apply_eagerly(*tensors, options, False)
+            return _forward(*tensors, options)[0]
+        except RuntimeError:
+            try:
+                _check(function, *tensors, options)
+            except (RuntimeError, ValueError) as named:
+                raise named from None
+            raise
+    return _normalize_with_stats(function, *tensors, options)[0]
+
+
+def _changes_dtype(x: Tensor, residual: Tensor | None) -> bool:
+    """Whether the result is of another dtype than ``x``: that of the addition, or by autocast's rule."""
+    return (residual is not None and residual.dtype != x.dtype) or (
+        x.is_cuda and torch.is_autocast_enabled("cuda")
+    )
+
+
+def _normalize_with_stats(
+    function: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: _Options,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The output, and mean and variance of each set, ``[N * groups]`` or ``[N * S]``."""
+    _check(function, x, residual, weight, bias, options)
+    if _changes_dtype(x, residual):
+        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            dtype = torch.promote_types(dtype, torch.float32)
+        x = x.to(dtype)
+        residual, weight, bias = (t if t is None else t.to(dtype) for t in (residual, weight, bias))
+    tensors = x, residual, weight, bias
+    if not serves_native(function, x):
+        groups, eps, act = options
+        out, mean, var = reference.group_norm(x, groups, weight, bias, eps, residual, act)
+        return out, (mean.detach().flatten(), var.detach().flatten())
+    if needs_grad(*tensors):
+        out, stats = GroupNormFunction.apply(*tensors, options, True)
+    else:
+        out, stats = _forward(*tensors, options)
+    return out, stats.unbind()
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:
+    groups, eps, (_, code, param) = options
+    return _forward_op(x, residual, weight, bias, groups, eps, code, param)
+
+
+class GroupNormFunction(torch.autograd.Function):
+    """Gradients of these norms. Saved: ``x``, mean and variance of the sets, and what :func:`.saved_for` says."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        options: _Options,
+        returns_stats: bool,
+    ) -> Any:
+        out, stats = _forward(x, residual, weight, bias, options)
+        saved, ctx.z_source = saved_for(options[2], residual, out)
+        ctx.save_for_backward(x, saved, weight, bias, stats)
+        ctx.options = options
+        if returns_stats:
+            ctx.mark_non_differentiable(stats)
+            ctx.set_materialize_grads(False)
+            return out, stats
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * 6
+        x, saved, weight, bias, stats = ctx.saved_tensors
+        groups, eps, act = ctx.options
+        need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            dx, dresidual, dweight, dbias = _differentiable_backward(
+                dout, x, saved, weight, bias, ctx.options, ctx.z_source
+            )
+        else:
+            # Without an activation the residual's gradient is dout itself: no kernel need write it.
+            passes_dout = act.code == 0
+            dx, dresidual, dweight, dbias = _backward_op(
+                dout,
+                x,
+                saved,
+                weight,
+                bias,
+                stats,
+                groups,
+                eps,
+                act.code,
+                act.param,
+                ctx.z_source,
+                need_x,
+                need_residual and not passes_dout,
+            )
+            if passes_dout:
+                dresidual = dout
+        return (
+            dx if need_x else None,
+            dresidual if need_residual else None,
+            gradient_like(dweight, weight) if need_weight else None,
+            gradient_like(dbias, bias) if need_bias else None,
+            None,
+            None,
+        )
+
+
+# Function.apply without torch's wrapper of it, which looks for functorch transforms: serves_native has.
+_apply_eagerly = super(torch.autograd.Function, GroupNormFunction).apply
+
+
+def _differentiable_backward(
+    dout: Tensor,
+    x: Tensor,
+    saved: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: _Options,
+    z_source: int,
+) -> tuple[Tensor, ...]:
+    """The same gradients through differentiable torch operators, for ``create_graph=True``."""
+    groups, eps, act = options
+    residual = saved if z_source == Z_RESIDUAL else None
+    if z_source == Z_OUTPUT:
+        # relu's derivative is piecewise constant: what is left is the norm under a masked cotangent.
+        assert saved is not None
+        dout, act = torch.where(saved <= 0, 0, dout), IDENTITY
+    # Fresh aliases, so that the first-order gradients stop here while their own graph reaches x, weight and bias.
+    with torch.enable_grad():
+        residual = torch.zeros_like(x) if residual is None else residual
+        inputs = [
+            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in (x, residual, weight, bias)
+        ]
+        x_, residual_, weight_, bias_ = inputs
+        assert x_ is not None
+        out, _, _ = reference.group_norm(x_, groups, weight_, bias_, eps, residual_, act)
+        given = [t for t in inputs if t is not None]
+        found = iter(torch.autograd.grad(out, given, dout, create_graph=True))
+        return tuple(x if t is None else next(found) for t in inputs)  # x: not looked at
+
+
+def _check(
+    function: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: _Options,
+) -> None:
+    groups, eps, _ = options
+    shape = x.shape
+    if len(shape) < 2:
+        raise RuntimeError(
+            f"{function}: x (shape {tuple(shape)}) must have at least 2 dimensions, [N, C, ...]"
+        )
+    channels = shape[1]
+    check_floating(function, "x", x)
+    check_per_channel(function, x, channels, weight=weight, bias=bias)
+    check_same_dtype(function, "bias", bias, "weight", weight)
+    if groups != _EACH_POSITION:
+        if channels % groups != 0:
+            raise RuntimeError(
+                f"{function}: num_groups ({groups}) must divide the channels ({channels})"
+            )
+        if x.numel() == groups and channels > 0:
+            raise ValueError(
+                f"{function}: x (shape {tuple(shape)}) must have more than 1 value per group"
+            )
+        if shape[0] > 0 and channels > 0 and x.numel() == 0:
+            raise ValueError(f"{function}: x (shape {tuple(shape)}) must have a position at least")
+    if eps < 0:
+        raise ValueError(f"{function}: eps ({eps}) must not be negative")
+    if residual is not None:
+        check_residual(function, residual, shape, x.device)

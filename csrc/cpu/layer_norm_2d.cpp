@@ -1,0 +1,228 @@
+// Layer norm over the channels of each position, residual addition and activation on the CPU; what is computed stands in
+// ../common/group_norm.h.
+//
+// channels_last: a position is a contiguous run (contiguous_sets.cpp). channels_first: tiles of neighbouring positions, C rows
+// of up to kMaxColumns elements that lie S apart; the moments and the gradient sums of the positions are those of the tile's
+// columns, the gradients of weight and bias sums along its rows. A tile is small enough to be found in L2 by its second pass.
+#include "../common/group_norm.h"
+
+#include "contiguous_sets.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace advdl_ops {
+namespace ADVDL_CAPABILITY_NAMESPACE {
+namespace {
+
+using cpu::parallel_ranges;
+
+constexpr int64_t kTileBytes = 128 << 10;  // of x; the gradients read two or three tensors
+constexpr int64_t kMinTileWidth = 64;
+
+// How the positions of the samples are cut into tiles, and these into chunks that sum dweight and dbias; by the shape alone.
+struct Tiles {
+  int64_t c, s, width, per_sample, count, chunks;
+  explicit Tiles(const GroupNormShape& shape, int64_t element_bytes) : c(shape.c), s(shape.s) {
+    const int64_t wanted = kTileBytes / max_of(1, c * element_bytes) / 64 * 64;
+    width = min_of(clamp(wanted, kMinTileWidth, kMaxColumns), s);
+    per_sample = ceil_div(s, width);
+    count = shape.n * per_sample;
+    chunks = min_of(count, kMaxChunks);
+  }
+  int64_t first_of(int64_t chunk) const { return chunk * count / chunks; }
+  // f(offset of the tile's first element, of its first position's statistics, its width)
+  template <class F>
+  void with_tile(int64_t tile, const F& f) const {
+    const int64_t n = tile / per_sample, begin = tile % per_sample * width;
+    f(n * c * s + begin, n * s + begin, min_of(width, s - begin));
+  }
+};
+
+// Statistics of the positions of one tile, for each column.
+template <class Acc>
+struct TileStatistics {
+  alignas(64) Acc mean[kMaxColumns + kPad], rstd[kMaxColumns + kPad];
+  template <class Params>
+  void read(const Params& p, int64_t position, int64_t width) {
+    for (int64_t i = 0; i < width; ++i) {
+      mean[i] = static_cast<const Acc*>(p.mean)[position + i];
+      rstd[i] = rstd_of(static_cast<const Acc*>(p.var)[position + i], p.eps);
+    }
+  }
+};
+
+template <class T, ForwardAct kAct, bool kResidual>
+void forward_channels_first(const GroupNormForward& p, Arena arena) {
+  using Acc = acc_t<T>;
+  const Tiles cut(p.shape, sizeof(T));
+  const Affine<Acc> affine(p, 1, arena);
+  const T* x = static_cast<const T*>(p.x);
+  const T* residual = static_cast<const T*>(p.residual);
+  T* out = static_cast<T*>(p.out);
+  const bool stream_out = streams<T>(p.shape.n * cut.c * cut.s, kStreamBytes);
+  parallel_ranges(cut.count, cut.width * cut.c, [&](int64_t begin, int64_t end) {
+    TileStatistics<Acc> statistics;
+    double mean[kMaxColumns], m2[kMaxColumns];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      cut.with_tile(tile, [&](int64_t offset, int64_t position, int64_t width) {
+        column_moments(x + offset, cut.s, cut.c, width, mean, m2);
+        for (int64_t i = 0; i < width; ++i)
+          write_statistics<Acc>(p, position + i, {static_cast<double>(cut.c), mean[i], m2[i]});
+        statistics.read(p, position, width);
+        for (int64_t c = cut.c - 1; c >= 0; --c) {
+          const Constants<Acc> k{statistics.mean, affine.weight + c, affine.bias + c,
+                                 nullptr,         nullptr,           statistics.rstd};
+          const int64_t at = offset + c * cut.s;
+          apply_run<T, kAct, StatisticsPerElement, kResidual>(
+              x + at, residual + (kResidual ? at : 0), out + at, width, k, 0, p.act,
+              static_cast<Acc>(p.act_param), stream_out);
+        }
+      });
+    }
+    if (stream_out) stream_fence();
+  });
+}
+
+template <class T, BackwardAct kAct>
+void backward_channels_first(const GroupNormBackward& p, Arena arena) {
+  using Acc = acc_t<T>;
+  using Vec = typename Simd<Acc>::Vec;
+  const Tiles cut(p.shape, sizeof(T));
+  const Affine<Acc> affine(p, 1, arena);
+  double* dbias = arena.take<double>(cut.chunks * cut.c);
+  double* dweight = arena.take<double>(cut.chunks * cut.c);
+  const T* dout = static_cast<const T*>(p.dout);
+  const T* x = static_cast<const T*>(p.x);
+  const T* saved = static_cast<const T*>(p.saved);
+  T* dresidual = static_cast<T*>(p.dresidual);
+  T* dx = static_cast<T*>(p.dx);
+  T* kept = kept_dz<T, kAct>(p);
+  T* stores_dz = kept != nullptr ? kept : dresidual;
+  const bool stream_out = streams<T>(p.shape.n * cut.c * cut.s, kStreamBytes);
+  const Acc param = static_cast<Acc>(p.act_param);
+
+  const auto do_tile = [&](int64_t offset, int64_t position, int64_t width, int64_t chunk) {
+    TileStatistics<Acc> statistics;
+    alignas(64) Acc slope[kMaxColumns + kPad], offsets[kMaxColumns + kPad];
+    alignas(64) Acc sum[kMaxColumns + kPad] = {}, centred_sum[kMaxColumns + kPad] = {};
+    SetSums total[kMaxColumns];
+    statistics.read(p, position, width);
+    const auto constants = [&](int64_t c) {
+      return Constants<Acc>{statistics.mean, affine.weight + c, affine.bias + c,
+                            slope,           offsets,           statistics.rstd};
+    };
+    const ChannelValue<Acc, true> rstd(statistics.rstd);
+    for (int64_t c = 0; c < cut.c; ++c) {
+      const int64_t at = offset + c * cut.s;
+      const Vec weight = broadcast(affine.weight[c]);
+      Vec dz_sum[4] = {}, dz_xhat_sum[4] = {};
+      for_gradients<T, kAct, StatisticsPerElement, 4>(
+          dout + at, x + at, saved == nullptr ? nullptr : saved + at, width, constants(c), 0, p.act,
+          param,
+          [&](int64_t i, const auto& lanes, auto index, auto dz, auto centred)
+              __attribute__((always_inline)) {
+                if (stores_dz != nullptr) lanes.write(stores_dz + at + i, dz);
+                const Vec counted = lanes.counted(dz), product = lanes.counted(dz * centred);
+                store(sum + i, load(sum + i) + weight * counted);
+                store(centred_sum + i, load(centred_sum + i) + weight * product);
+                dz_sum[index.value] += counted;
+                dz_xhat_sum[index.value] += product * lanes.counted(rstd.at(i));
+              });
+      dbias[chunk * cut.c + c] += lane_sum((dz_sum[0] + dz_sum[1]) + (dz_sum[2] + dz_sum[3]));
+      dweight[chunk * cut.c + c] +=
+          lane_sum((dz_xhat_sum[0] + dz_xhat_sum[1]) + (dz_xhat_sum[2] + dz_xhat_sum[3]));
+      if (c % kMaxRows != kMaxRows - 1 && c != cut.c - 1) continue;
+      for (int64_t i = 0; i < width; ++i) {
+        total[i].dz += sum[i];
+        total[i].dz_centred += centred_sum[i];
+        sum[i] = centred_sum[i] = Acc(0);
+      }
+    }
+    if (dx == nullptr) return;
+    for (int64_t i = 0; i < width; ++i)
+      total[i].finish(static_cast<double>(cut.c), statistics.rstd[i], slope + i, offsets + i);
+    for (int64_t c = cut.c - 1; c >= 0; --c) {
+      const int64_t at = offset + c * cut.s;
+      if (kept != nullptr) {
+        gradient_run<T, BackwardAct::kept, StatisticsPerElement>(kept + at, x + at, nullptr,
+                                                                 dx + at, width, constants(c), 0,
+                                                                 p.act, param, true, stream_out);
+      } else {
+        gradient_run<T, kAct, StatisticsPerElement>(
+            dout + at, x + at, saved == nullptr ? nullptr : saved + at, dx + at, width,
+            constants(c), 0, p.act, param, true, stream_out);
+      }
+    }
+  };
+
+  parallel_ranges(cut.chunks, cut.count * cut.width * cut.c / cut.chunks,
+                  [&](int64_t begin, int64_t end) {
+                    for (int64_t chunk = begin; chunk < end; ++chunk) {
+                      std::memset(dbias + chunk * cut.c, 0, cut.c * sizeof(double));
+                      std::memset(dweight + chunk * cut.c, 0, cut.c * sizeof(double));
+                      for (int64_t t = cut.first_of(chunk); t < cut.first_of(chunk + 1); ++t) {
+                        cut.with_tile(t, [&](int64_t offset, int64_t position, int64_t width) {
+                          do_tile(offset, position, width, chunk);
+                        });
+                      }
+                    }
+                    if (stream_out) stream_fence();
+                  });
+  if (p.dweight != nullptr) sum_parts<Acc>(p, dbias, dweight, cut.chunks, 1);
+}
+
+// Also where there is one position: its channels are a run in either layout.
+bool positions_are_runs(const GroupNormShape& shape) {
+  return shape.layout == Layout::channels_last || shape.s == 1;
+}
+
+ContiguousSets position_sets(const GroupNormShape& shape) {
+  return {shape.n * shape.s, 1, shape.c, 1};
+}
+
+void forward(const GroupNormForward& p, void* workspace) {
+  if (p.shape.is_empty()) return;
+  const Arena arena{static_cast<char*>(workspace)};
+  if (positions_are_runs(p.shape)) return contiguous_sets_forward(p, position_sets(p.shape), arena);
+  dispatch_forward(p, [&]<class T, ForwardAct kAct, bool kResidual>() {
+    forward_channels_first<T, kAct, kResidual>(p, arena);
+  });
+}
+
+void backward(const GroupNormBackward& p, void* workspace) {
+  if (zero_gradients_of_nothing(p)) return;
+  const Arena arena{static_cast<char*>(workspace)};
+  if (positions_are_runs(p.shape))
+    return contiguous_sets_backward(p, position_sets(p.shape), arena);
+  dispatch_backward(
+      p, [&]<class T, BackwardAct kAct>() { backward_channels_first<T, kAct>(p, arena); });
+}
+
+size_t workspace_bytes(const GroupNormShape& shape, bool backward) {
+  if (shape.is_empty()) return 0;
+  Arena arena{nullptr};
+  if (positions_are_runs(shape)) {
+    contiguous_sets_workspace(shape, position_sets(shape), backward, arena);
+    return arena.used;
+  }
+  // The widest type: what is counted too much is little.
+  Affine<double>(shape, 1, arena);
+  if (backward) arena.take<double>(2 * kMaxChunks * (shape.c + 8));
+  return arena.used;
+}
+
+}  // namespace
+
+void add_layer_norm_2d(cpu::KernelTable& table) {
+  table.layer_norm_2d_forward_workspace = [](const GroupNormForward& p) {
+    return workspace_bytes(p.shape, false);
+  };
+  table.layer_norm_2d_backward_workspace = [](const GroupNormBackward& p) {
+    return workspace_bytes(p.shape, true);
+  };
+  table.layer_norm_2d_forward = forward;
+  table.layer_norm_2d_backward = backward;
+}
+
+}  // namespace ADVDL_CAPABILITY_NAMESPACE
+}  // namespace advdl_ops
