@@ -1,7 +1,7 @@
 // The activations that every fused kernel applies, and their derivatives: one arithmetic for CPU and CUDA.
 //
 // T is float or double (CUDA, scalar CPU) or a SIMD vector of them (csrc/cpu/simd.h). The few primitives
-// that differ between those (exp, tanh, normal_cdf, select) are overloads found by argument-dependent lookup or
+// that differ between those (exp, one_plus_exp, tanh, normal_cdf, select) are overloads found by argument-dependent lookup or
 // declared below, so that each formula stands here once. Formulas and derivatives follow torch.nn.functional.
 #pragma once
 
@@ -20,6 +20,9 @@ namespace advdl_ops {
 namespace math {
 ADVDL_HOST_DEVICE float exp(float x) { return ::expf(x); }
 ADVDL_HOST_DEVICE double exp(double x) { return ::exp(x); }
+// The denominator of the sigmoid, where a product of two powers of two is not needed (csrc/cpu/simd.h).
+ADVDL_HOST_DEVICE float one_plus_exp(float x) { return 1.0f + ::expf(x); }
+ADVDL_HOST_DEVICE double one_plus_exp(double x) { return 1.0 + ::exp(x); }
 ADVDL_HOST_DEVICE float expm1(float x) { return ::expm1f(x); }
 ADVDL_HOST_DEVICE double expm1(double x) { return ::expm1(x); }
 ADVDL_HOST_DEVICE float tanh(float x) { return ::tanhf(x); }
@@ -45,8 +48,7 @@ struct Lanes {
 
 template <class T>
 ADVDL_HOST_DEVICE T sigmoid(T z) {
-  const T one = Lanes<T>::set(1.0);
-  return one / (one + math::exp(-z));
+  return Lanes<T>::set(1.0) / math::one_plus_exp(-z);
 }
 
 // y = act(z). NaN passes through every activation, as in torch.
@@ -61,7 +63,7 @@ ADVDL_HOST_DEVICE T activate(Activation act, T z, T param) {
     case Activation::elu:
       return math::select(z > zero, z, param * math::expm1(z));
     case Activation::silu:
-      return z / (one + math::exp(-z));
+      return z / math::one_plus_exp(-z);
     case Activation::gelu:
       return z * math::normal_cdf(z);
     case Activation::gelu_tanh: {

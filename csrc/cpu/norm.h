@@ -135,7 +135,9 @@ struct Normalizer {
   }
 };
 
-enum class ForwardAct { identity, relu, other };
+// Those with loops of their own; silu's arithmetic then overlaps with the accesses to memory. The others are applied to blocks
+// that lie in L1, by one loop for each activation in place of one for each norm and activation.
+enum class ForwardAct { identity, relu, silu, other };
 
 // out = act((x - mean) * scale + shift + residual) on a run.
 template <class T, ForwardAct kAct, class V, bool kResidual>
@@ -154,6 +156,7 @@ void apply_run(const T* x, const T* residual, T* out, int64_t n, const Constants
     for_vectors<Acc, 1>(n, [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
       Vec z = pre_activation(i, lanes);
       if constexpr (kAct == ForwardAct::relu) z = activate(Activation::relu, z, Vec{});
+      if constexpr (kAct == ForwardAct::silu) z = activate(Activation::silu, z, Vec{});
       lanes.write_out(out + i, z, streams);
     });
   } else {
@@ -181,7 +184,11 @@ void apply_run(const T* x, const T* residual, T* out, int64_t n, const Constants
 }
 
 // kept: `dout` is dz, where dx will be written.
-enum class BackwardAct { identity, relu_of_z, relu_of_output, other, kept };
+enum class BackwardAct { identity, relu_of_z, relu_of_output, silu, other, kept };
+
+constexpr bool is_transcendental(BackwardAct act) {
+  return act == BackwardAct::silu || act == BackwardAct::other;
+}
 
 // use(position, lanes, Index, dz, x - mean) on a run.
 template <class T, BackwardAct kAct, class V, int kChains, class F>
@@ -197,10 +204,14 @@ ADVDL_INLINE void for_gradients(const T* dout, const T* x, const T* saved, int64
           const Vec centred = lanes.read(x + i) - norm.mean.at(i);
           Vec dz = lanes.read(dout + i);
           // As torch: where z is NaN the gradient passes.
-          if constexpr (kAct == BackwardAct::relu_of_z) {
+          if constexpr (kAct == BackwardAct::relu_of_z || kAct == BackwardAct::silu) {
             Vec z = norm.z(centred, i);
             if (saved != nullptr) z = z + lanes.read(saved + i);
-            dz = math::select(z <= Vec{}, Vec{}, dz);
+            if constexpr (kAct == BackwardAct::silu) {
+              dz = dz * activate_grad(Activation::silu, z, Vec{});
+            } else {
+              dz = math::select(z <= Vec{}, Vec{}, dz);
+            }
           } else if constexpr (kAct == BackwardAct::relu_of_output) {
             dz = math::select(lanes.read(saved + i) <= Vec{}, Vec{}, dz);
           }
@@ -244,7 +255,7 @@ template <class T, BackwardAct kAct, class Params>
 T* kept_dz(const Params& p) {
   if (!stored_dz_is_exact<T>(p.act)) return nullptr;
   if (p.dresidual != nullptr) return static_cast<T*>(p.dresidual);
-  return kAct == BackwardAct::other ? static_cast<T*>(p.dx) : nullptr;
+  return is_transcendental(kAct) ? static_cast<T*>(p.dx) : nullptr;
 }
 
 // dx on a run. kTraining is no run-time choice: the compiler must contract the same products in every instantiation.
@@ -300,22 +311,27 @@ struct Arena {
   }
 };
 
-// Adds a block to the moments of its chunk: squares about a first guess of its own mean, whose error their sum mends. About
+// One part in so many of a block, the first, is looked at for a guess of its mean. A fraction f of a set has a mean within
+// sqrt((1 - f) / f) deviations of the set's, whatever is in it: the sum of squares about the guess is at most 8 times that
+// about the mean, and loses no more than that of its precision.
+constexpr int64_t kSampled = 8;
+
+// Adds a block to the moments of its chunk: squares about a guess of its own mean, whose error their sum mends. About
 // the mean of the blocks before they would be cheaper, and off where the first block lies far from the rest.
 template <class T>
 void add_block(const T* x, int64_t length, int64_t runs, int64_t stride, Moments* moments) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   const double count = static_cast<double>(length) * static_cast<double>(runs);
-  Vec sum[4] = {};
+  Vec sum{};
+  const int64_t sampled = ceil_div(length, kSampled);
   for (int64_t r = 0; r < runs; ++r) {
-    const T* run = x + r * stride;
-    for_vectors<Acc, 4>(
-        length, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
-          sum[index.value] += lanes.counted(lanes.read(run + i));
-        });
+    for_vectors<Acc, 1>(sampled,
+                        [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
+                          sum += lanes.counted(lanes.read(x + r * stride + i));
+                        });
   }
-  const Acc guess = static_cast<Acc>(lane_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) / count);
+  const Acc guess = static_cast<Acc>(lane_sum(sum) / static_cast<double>(sampled * runs));
   const Vec centre = broadcast(guess);
   Vec first[4] = {}, second[4] = {};
   for (int64_t r = 0; r < runs; ++r) {
@@ -395,16 +411,15 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, dou
       for (; r + 4 <= count; r += 4) add(block + r * stride, Index<4>{});
       for (; r < count; ++r) add(block + r * stride, Index<1>{});
     };
-    row_groups([&](const T* row, auto group) __attribute__((always_inline)) {
+    const int64_t sampled = ceil_div(count, kSampled);
+    for (int64_t r = 0; r < sampled; ++r) {
       for_vectors<Acc, 1>(width,
                           [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
-                            Vec sum = lanes.read(row + i);
-                            for (int g = 1; g < group.value; ++g)
-                              sum += lanes.read(row + g * stride + i);
-                            store(centre + i, load(centre + i) + lanes.counted(sum));
+                            const Vec v = lanes.counted(lanes.read(block + r * stride + i));
+                            store(centre + i, load(centre + i) + v);
                           });
-    });
-    for (int64_t i = 0; i < width; ++i) centre[i] /= static_cast<Acc>(count);
+    }
+    for (int64_t i = 0; i < width; ++i) centre[i] /= static_cast<Acc>(sampled);
     row_groups([&](const T* row, auto group) __attribute__((always_inline)) {
       for_vectors<Acc, 1>(width,
                           [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
@@ -577,7 +592,14 @@ void with_type(DType dtype, F f) {
   }
 }
 
-// f<T, kAct, kResidual>() for a forward call. fp64 serves tests: one instantiation for every activation keeps the build short.
+// Activations with loops of their own, for an element type. fp64 serves tests and the baseline of x86 old CPUs: there one
+// loop for every activation keeps the build short. So it does for silu in half precision, where the conversions cost as much.
+template <class T>
+constexpr bool kSpecialized = sizeof(T) < 8 && ADVDL_VECTOR_BYTES > 16;
+template <class T>
+constexpr bool kSpecializedSilu = kSpecialized<T> && sizeof(T) == 4;
+
+// f<T, kAct, kResidual>() for a forward call.
 template <class Params, class F>
 void dispatch_forward(const Params& p, F f) {
   with_type(p.shape.dtype, [&]<class T>() {
@@ -585,10 +607,13 @@ void dispatch_forward(const Params& p, F f) {
       if (p.residual == nullptr) return f.template operator()<T, kAct, false>();
       f.template operator()<T, kAct, true>();
     };
-    if constexpr (sizeof(T) < 8) {
+    if constexpr (kSpecialized<T>) {
       if (p.act == Activation::identity)
         return with_residual.template operator()<ForwardAct::identity>();
       if (p.act == Activation::relu) return with_residual.template operator()<ForwardAct::relu>();
+    }
+    if constexpr (kSpecializedSilu<T>) {
+      if (p.act == Activation::silu) return with_residual.template operator()<ForwardAct::silu>();
     }
     with_residual.template operator()<ForwardAct::other>();
   });
@@ -600,9 +625,12 @@ void dispatch_backward(const Params& p, F f) {
   with_type(p.shape.dtype, [&]<class T>() {
     if (p.z_source == ZSource::output)
       return f.template operator()<T, BackwardAct::relu_of_output>();
-    if constexpr (sizeof(T) < 8) {
+    if constexpr (kSpecialized<T>) {
       if (p.act == Activation::identity) return f.template operator()<T, BackwardAct::identity>();
       if (p.act == Activation::relu) return f.template operator()<T, BackwardAct::relu_of_z>();
+    }
+    if constexpr (kSpecializedSilu<T>) {
+      if (p.act == Activation::silu) return f.template operator()<T, BackwardAct::silu>();
     }
     f.template operator()<T, BackwardAct::other>();
   });
