@@ -21,19 +21,15 @@ Flops per element: statistics 4, apply 3 (+1 residual); backward: mask 1, two su
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-from ..registry import Case, register
+from ..norms import LAYOUTS, Random, add_norm, stock_activation
+from ..registry import Case
 
 if TYPE_CHECKING:
     import torch
 
-    from ..op_flow import Problem, Tensors
-    from ..session import Session
-
-MARGIN = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}  # see _gradient
-SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+    from ..op_flow import Function, Problem, Tensors
 
 
 def passes(training: bool, residual: bool, cached: bool) -> dict[str, int]:
@@ -45,24 +41,18 @@ def passes(training: bool, residual: bool, cached: bool) -> dict[str, int]:
     return {"fwd": forward, "bwd": backward, "full": forward + backward}
 
 
-def flops(training: bool, residual: bool, elements: int) -> dict[str, int]:
+def flops(training: bool, residual: bool) -> dict[str, int]:
+    """Per element."""
     if not training:
-        return {"fwd": (3 + residual) * elements}
-    forward, backward = (7 + residual) * elements, 10 * elements
-    return {"fwd": forward, "bwd": backward, "full": forward + backward}
+        return {"fwd": 3 + residual}
+    return {"fwd": 7 + residual, "bwd": 10, "full": 17 + residual}
 
 
-def stock(act: str | None, training: bool):
-    """The strongest stock formulation: everything after the norm in place."""
+def stock(act: str | None, training: bool) -> Function:
+    """The strongest stock formulation: the addition in place, the activation where that is faster."""
     import torch.nn.functional as F
 
-    acts = {
-        None: lambda y: y,
-        "relu": F.relu_,
-        "silu": lambda y: F.silu(y, inplace=True),
-        "gelu": F.gelu,
-        "hardswish": lambda y: F.hardswish(y, inplace=True),
-    }
+    activate = stock_activation(act, training)
 
     def function(inputs: Tensors, state: Tensors) -> torch.Tensor:
         y = F.batch_norm(
@@ -75,12 +65,12 @@ def stock(act: str | None, training: bool):
         )
         if "residual" in inputs:
             y = y.add_(inputs["residual"])
-        return acts[act](y)
+        return activate(y)
 
     return function
 
 
-def fused(act: str | None, training: bool):
+def fused(act: str | None, training: bool) -> Function:
     from advdl_ops.functional import batch_norm_act
 
     def function(inputs: Tensors, state: Tensors) -> torch.Tensor:
@@ -98,59 +88,30 @@ def fused(act: str | None, training: bool):
     return function
 
 
-def _gradient(problem: Problem, dtype: str) -> torch.Tensor:
-    """A random gradient that is zero where the pre-activation is so near zero that rounding decides."""
-    import torch
-
-    inputs = {name: tensor.detach().double() for name, tensor in problem.inputs.items()}
-    state = {name: tensor.double() for name, tensor in problem.state.items()}
-    before = stock(None, True)(inputs, state)
-    gradient = torch.randn_like(problem.inputs["x"].detach())
-    return gradient.masked_fill_(before.abs() < MARGIN[dtype], 0.0)
-
-
 def problem(case: Case) -> Problem:
-    import torch
-
     from ..op_flow import Problem
 
     training, act = bool(case.options["training"]), case.options["act"]
     assert act is None or isinstance(act, str)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * scale + shift
-
-    def activation(tensor: torch.Tensor) -> torch.Tensor:
-        layout = getattr(
-            torch, case.layout if case.layout == "channels_last" else "contiguous_format"
-        )
-        placed = tensor.to(case.device, getattr(torch, case.dtype))
-        return placed.contiguous(memory_format=layout).requires_grad_(training)
-
-    channels = case.shape[1]
-    inputs = {"x": activation(random(*case.shape, scale=2.0, shift=0.5))}
-    inputs["weight"] = (
-        random(channels, scale=0.2, shift=1.0).to(case.device).requires_grad_(training)
-    )
-    inputs["bias"] = random(channels, scale=0.2).to(case.device).requires_grad_(training)
+    random, channels = Random(case), case.shape[1]
+    inputs = {
+        "x": random.activation(scale=2.0, shift=0.5),
+        "weight": random.normal(channels, scale=0.2, shift=1.0),
+        "bias": random.normal(channels, scale=0.2),
+    }
     if case.options["residual"]:
-        inputs["residual"] = activation(random(*case.shape))
+        inputs["residual"] = random.activation()
+    for tensor in inputs.values():
+        tensor.requires_grad_(training)
     state = {
-        "running_mean": random(channels, scale=0.1).to(case.device),
-        "running_var": random(channels).abs_().add_(0.5).to(case.device),
+        "running_mean": random.normal(channels, scale=0.1),
+        "running_var": random.normal(channels).abs_().add_(0.5),
     }
     functions = {"eager": stock(act, training), "advdl_ops": fused(act, training)}
     made = Problem(inputs, state, functions)
     if training:
-        made.grad = _gradient(made, case.dtype)
+        made.grad = random.away_from_kinks(stock(None, True), made)
     return made
-
-
-def run(case: Case, session: Session) -> None:
-    from ..op_flow import measure_op
-
-    measure_op(case, session, problem(case))
 
 
 def add(
@@ -169,35 +130,27 @@ def add(
     rounds: int = 11,
     hidden: bool = False,
 ) -> None:
-    elements = math.prod(shape)
     moved = passes(training, residual, cached=device == "cpu" and layout == "contiguous")
-    op = "_".join(["batch_norm", *(["add"] if residual else []), *([act] if act else [])])
-    size = "x".join(map(str, shape))
-    parts = [op, "train" if training else "eval", size, layout, dtype, device]
-    register(
-        Case(
-            name="/".join(parts),
-            suites=suites,
-            op=op,
-            modes=modes or tuple(moved),
-            dtype=dtype,
-            layout=layout,
-            shape=shape,
-            device=device,
-            run=run,
-            bytes={mode: count * elements * SIZE[dtype] for mode, count in moved.items()},
-            flops=flops(training, residual, elements),
-            passes=moved,
-            target=target,
-            rounds=rounds,
-            compile=compile,
-            hidden=hidden,
-            options={"training": training, "residual": residual, "act": act},
-        )
+    add_norm(
+        problem,
+        "_".join(["batch_norm", *(["add"] if residual else []), *([act] if act else [])]),
+        shape,
+        layout,
+        training=training,
+        passes=moved,
+        flops=flops(training, residual),
+        dtype=dtype,
+        device=device,
+        suites=suites,
+        modes=modes,
+        target=target,
+        compile=compile,
+        rounds=rounds,
+        hidden=hidden,
+        options={"residual": residual, "act": act},
     )
 
 
-LAYOUTS = ("contiguous", "channels_last")
 STEM = (16, 64, 56, 56)
 
 for _layout, _target in zip(LAYOUTS, (">= 2.5x", ">= 1.8x, stretch 2.2x"), strict=True):

@@ -1,8 +1,8 @@
-"""What one call costs beyond its kernel: batch norm + ReLU on a tiny tensor.
+"""What one call costs beyond its kernel: batch norm + ReLU, and group norm + SiLU, on a tiny tensor.
 
-The stock layers are nn.BatchNorm2d and nn.ReLU(inplace=True), and their functional forms. ``raw operator``
-is torch.ops.advdl_ops alone. targets.md: raw <= 10 us, without gradients <= 15 us, with gradients below the
-stock layers.
+The stock layers are nn.BatchNorm2d and nn.ReLU(inplace=True), nn.GroupNorm and nn.SiLU, and their functional forms.
+``raw operator`` is torch.ops.advdl_ops alone. targets.md: raw <= 10 us, without gradients <= 15 us, with gradients
+below the stock layers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from typing import TYPE_CHECKING, Any
 from ..registry import Case, register
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from ..session import Session
 
 SHAPE = (2, 8, 4, 4)
 
 
-def calls(device: str) -> dict[str, dict[str, Callable[[], Any]]]:
+Calls = dict[str, dict[str, Callable[[], Any]]]
+
+
+def batch_norm_calls(device: str) -> Calls:
     """Per mode, the competing calls; ``eager`` and ``advdl_ops`` are the modules."""
     import torch
     from torch import nn
@@ -33,25 +39,65 @@ def calls(device: str) -> dict[str, dict[str, Callable[[], Any]]]:
     stock = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True)).to(device)
     mean, var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
     weight, bias = torch.ones(channels, device=device), torch.zeros(channels, device=device)
-    leaf = x.clone().requires_grad_()
-    gradient = torch.randn(SHAPE, device=device)
-
-    def raw(training: bool) -> Callable[[], Any]:
-        operator = torch.ops.advdl_ops.batch_norm_act_.default
-        relu = ours.act
-        options = (training, 0.1, 1e-5, relu.code, relu.param)
-        return lambda: operator(x, None, weight, bias, mean, var, *options)
+    operator, relu = torch.ops.advdl_ops.batch_norm_act_.default, ours.act
 
     def forward(training: bool) -> dict[str, Callable[[], Any]]:
         modules = {"eager": stock, "advdl_ops": ours}
         modules = {name: _copy(module).train(training) for name, module in modules.items()}
+        options = (training, 0.1, 1e-5, relu.code, relu.param)
         return {
             "eager": lambda: modules["eager"](x),
             "eager functional": lambda: relu_(batch_norm(x, mean, var, weight, bias, training)),
-            "raw operator": raw(training),
+            "raw operator": lambda: operator(x, None, weight, bias, mean, var, *options),
             "functional": lambda: batch_norm_act(x, mean, var, weight, bias, training, act="relu"),
             "advdl_ops": lambda: modules["advdl_ops"](x),
         }
+
+    return {
+        "eval fwd": _without_gradients(forward(False)),
+        "train fwd": _without_gradients(forward(True)),
+        **_under_gradients(stock, ours, x),
+    }
+
+
+def group_norm_calls(device: str) -> Calls:
+    """As :func:`batch_norm_calls`."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as stock_functional
+
+    from advdl_ops import functional
+    from advdl_ops.nn import GroupNorm
+
+    torch.manual_seed(0)
+    x, channels, groups = torch.randn(SHAPE, device=device), SHAPE[1], 2
+    ours = GroupNorm(groups, channels, act="silu").to(device)
+    stock = nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU()).to(device)
+    # In place it is the faster without gradients, and the slower with them.
+    in_place = nn.Sequential(_copy(stock[0]), nn.SiLU(inplace=True))
+    weight, bias = torch.ones(channels, device=device), torch.zeros(channels, device=device)
+    operator, silu = torch.ops.advdl_ops.group_norm.default, ours.act
+
+    def stock_silu() -> torch.Tensor:
+        y = stock_functional.group_norm(x, groups, weight, bias)
+        return stock_functional.silu(y, inplace=True)
+
+    forward = {
+        "eager": lambda: in_place(x),
+        "eager functional": stock_silu,
+        "raw operator": lambda: operator(
+            x, None, weight, bias, groups, 1e-5, silu.code, silu.param
+        ),
+        "functional": lambda: functional.group_norm(x, groups, weight, bias, act="silu"),
+        "advdl_ops": lambda: ours(x),
+    }
+    return {"eval fwd": _without_gradients(forward), **_under_gradients(stock, ours, x)}
+
+
+def _under_gradients(stock: nn.Module, ours: nn.Module, x: torch.Tensor) -> Calls:
+    import torch
+
+    leaf, gradient = x.clone().requires_grad_(), torch.randn_like(x)
 
     def full(module: nn.Module) -> Callable[[], Any]:
         leaves = [leaf, *module.parameters()]
@@ -61,8 +107,6 @@ def calls(device: str) -> dict[str, dict[str, Callable[[], Any]]]:
         return lambda: module(leaf)
 
     return {
-        "eval fwd": _without_gradients(forward(False)),
-        "train fwd": _without_gradients(forward(True)),
         "fwd": {"eager": recorded(stock), "advdl_ops": recorded(ours)},
         "full": {"eager": full(stock), "advdl_ops": full(ours)},
     }
@@ -86,6 +130,7 @@ def run(case: Case, session: Session) -> None:
     from .. import timing
     from ..op_flow import report_times
 
+    calls = group_norm_calls if "group_norm" in case.op else batch_norm_calls
     for mode, competing in calls(case.device).items():
         if mode.endswith("fwd"):
             _agree(session, competing)
@@ -120,18 +165,22 @@ def _agree(session: Session, competing: dict[str, Callable[[], Any]]) -> None:
             del competing[name]
 
 
-for _device in ("cpu", "cuda"):
-    register(
-        Case(
-            name=f"overhead/batch_norm_relu/{_device}",
-            suites=("ops",),
-            op="overhead of batch_norm_relu",
-            modes=("eval fwd", "train fwd", "fwd", "full"),
-            dtype="float32",
-            layout="contiguous",
-            shape=SHAPE,
-            device=_device,
-            run=run,
-            target="raw <= 10 us, no gradients <= 15 us, gradients below stock",
+for _op, _modes in (
+    ("batch_norm_relu", ("eval fwd", "train fwd", "fwd", "full")),
+    ("group_norm_silu", ("eval fwd", "fwd", "full")),
+):
+    for _device in ("cpu", "cuda"):
+        register(
+            Case(
+                name=f"overhead/{_op}/{_device}",
+                suites=("ops",),
+                op=f"overhead of {_op}",
+                modes=_modes,
+                dtype="float32",
+                layout="contiguous",
+                shape=SHAPE,
+                device=_device,
+                run=run,
+                target="raw <= 10 us, no gradients <= 15 us, gradients below stock",
+            )
         )
-    )

@@ -84,6 +84,19 @@ ADVDL_INLINE DoubleVec select(LongVec condition, DoubleVec a, DoubleVec b) {
   return condition ? a : b;
 }
 
+// x within [low, high]; NaN stays. By instruction: a comparison and a selection each would be a fifth of an exp.
+ADVDL_INLINE FloatVec clamp(FloatVec x, float low, float high) {
+  const FloatVec lower = broadcast(low), upper = broadcast(high);
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_max_ps((__m512)lower, _mm512_min_ps((__m512)upper, (__m512)x));
+#elif defined(__AVX2__)
+  return (FloatVec)_mm256_max_ps((__m256)lower, _mm256_min_ps((__m256)upper, (__m256)x));
+#else
+  const FloatVec bounded = select(x > upper, upper, x);
+  return select(bounded < lower, lower, bounded);
+#endif
+}
+
 // exp(x) = 2^n exp(r) with r = x - n ln 2, |r| <= ln 2 / 2: returns exp(r) - 1 and n.
 // Polynomial: Chebyshev interpolation of (exp(r) - 1 - r) / r^2, error 5e-9.
 ADVDL_INLINE FloatVec expm1_reduced(FloatVec x, IntVec& n) {
@@ -108,10 +121,8 @@ ADVDL_INLINE FloatVec power_of_two(IntVec n) { return (FloatVec)((n + 127) << 23
 
 // Measured over all floats: at most 1.5 ulp in the normal range; overflow gives inf, NaN stays.
 ADVDL_INLINE FloatVec exp(FloatVec x) {
-  FloatVec bounded = select(x > 89.f, broadcast(89.f), x);
-  bounded = select(bounded < -104.f, broadcast(-104.f), bounded);
   IntVec n;
-  const FloatVec p = expm1_reduced(bounded, n) + 1.f;
+  const FloatVec p = expm1_reduced(clamp(x, -104.f, 89.f), n) + 1.f;
   // In two factors, as 2^n itself may be beyond the exponent range while the product is not.
   const IntVec half = n >> 1;
   return p * power_of_two(half) * power_of_two(n - half);
@@ -119,18 +130,14 @@ ADVDL_INLINE FloatVec exp(FloatVec x) {
 
 // 1 + exp(x): below the bound it is 1, and 2^n may overflow to infinity a little early.
 ADVDL_INLINE FloatVec one_plus_exp(FloatVec x) {
-  FloatVec bounded = select(x > 89.f, broadcast(89.f), x);
-  bounded = select(bounded < -87.f, broadcast(-87.f), bounded);
   IntVec n;
-  const FloatVec p = expm1_reduced(bounded, n) + 1.f;
+  const FloatVec p = expm1_reduced(clamp(x, -87.f, 89.f), n) + 1.f;
   return p * power_of_two(n) + 1.f;
 }
 
 ADVDL_INLINE FloatVec expm1(FloatVec x) {
-  FloatVec bounded = select(x > 89.f, broadcast(89.f), x);
-  bounded = select(bounded < -30.f, broadcast(-30.f), bounded);
   IntVec n;
-  const FloatVec p = expm1_reduced(bounded, n);
+  const FloatVec p = expm1_reduced(clamp(x, -30.f, 89.f), n);
   const IntVec half = n >> 1;
   const FloatVec scale = power_of_two(half);
   const FloatVec rest = power_of_two(n - half);
