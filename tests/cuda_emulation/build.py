@@ -95,8 +95,8 @@ def unavailable() -> str | None:
 
 
 def sources() -> list[Path]:
-    ours = [HERE / name for name in ("emulation.cpp", "module.cpp", "selftest.cu")]
-    return ours + sorted((CSRC / "cuda").glob("*.cu"))
+    ours = [*HERE.glob("*.cpp"), *HERE.glob("*.cu")]
+    return sorted(ours) + sorted((CSRC / "cuda").glob("*.cu"))
 
 
 def digest(paths: list[Path], extra: str) -> str:
