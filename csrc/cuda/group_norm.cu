@@ -118,8 +118,8 @@ struct ColumnsShared {
   SharedLayout layout;
   Pack<T, V>*x, *dz;
   Reduction<State<A>> reduction;
-  State<A>* sets;
-  A* constants;  // [which][columns * V]
+  State<A>* sets;  // in the scratch, which is free by then
+  A* constants;    // [which][columns * V]
 
   ADVDL_HOST_DEVICE ColumnsShared(unsigned char* base, const GroupPlan& plan, int which, int slabs,
                                   bool reduces)
@@ -127,7 +127,7 @@ struct ColumnsShared {
         x(layout.take<Pack<T, V>>(slabs > 0 ? plan.positions * plan.tile_packs : 0)),
         dz(layout.take<Pack<T, V>>(slabs > 1 ? plan.positions * plan.tile_packs : 0)),
         reduction(layout, plan.threads, reduces ? plan.columns : 0, V),
-        sets(layout.take<State<A>>(slabs > 0 ? plan.tile_packs * V / plan.set_channels : 0)),
+        sets(reduction.scratch),
         constants(layout.take<A>(static_cast<int64_t>(which) * plan.columns * V)) {}
 };
 
@@ -477,7 +477,7 @@ __device__ __forceinline__ Work row_work(const GroupPlan& plan, int64_t item) {
   work.row = item / plan.splits;
   work.stride = plan.team;
   work.member = static_cast<int>(threadIdx.x) % plan.team;
-  work.slot = threadIdx.x;
+  work.slot = static_cast<int>(threadIdx.x);
   work.slot_step = static_cast<int>(blockDim.x);
   if (work.row >= plan.channels) return work;
   work.begin = item % plan.splits * plan.per_split;
@@ -566,10 +566,10 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int64_t tile = block_place(plan).tile;
   const int64_t items = Shared::tile_items(plan), teams = threads / plan.team;
-  const int64_t wave_slots = Shared::rounds(plan) * threads;
+  const int wave_slots = static_cast<int>(Shared::rounds(plan)) * threads;
   // Every thread walks the same waves: a team's reduction needs all of its warp.
   const int64_t padded = Shared::waves(plan) * teams;
-  int64_t slots = 0;
+  int slots = 0;
 #pragma unroll 1
   for (int64_t item = thread / plan.team; item < padded; item += teams, slots += wave_slots) {
     // an item of no row of the tile must not be one of the next tile's

@@ -85,8 +85,9 @@ __device__ __forceinline__ Place block_place(const Plan& plan) {
 // the tile of a sample. `slot` is the place of the first one in a slab in shared memory, `slot_step` away the next one's.
 struct Work {
   int64_t sample = 0, tile = 0, row = 0;
-  int64_t begin = 0, end = 0, slot = 0;
-  int column = 0, member = 0, stride = 1, slot_step = 1;
+  int64_t begin = 0, end = 0;
+  int column = 0, member = 0, stride = 1;
+  int slot = 0, slot_step = 1;
 };
 
 // This thread's share where the whole block works on one tile.
@@ -162,12 +163,13 @@ struct Cursor {
 // the thread's own slot of a slab in shared memory (slot + k * slot_step).
 template <int V, bool CL, int U, class Body>
 __device__ __forceinline__ void walk(const Plan& plan, const Work& work, Body body) {
-  const int64_t stride = work.stride, slots = static_cast<int64_t>(U) * work.slot_step;
-  int64_t position = work.begin + work.member, slot = work.slot;
+  const int64_t stride = work.stride;
+  int64_t position = work.begin + work.member;
+  int slot = work.slot;
   if (position >= work.end) return;
   Cursor<V, CL> cursor(plan, work, position);
 #pragma unroll 1
-  for (; position < work.end; position += U * stride, slot += slots) {
+  for (; position < work.end; position += U * stride, slot += U * work.slot_step) {
     int64_t at[U];
     unsigned mask[U];
 #pragma unroll
@@ -342,7 +344,7 @@ __device__ __forceinline__ void accumulate_statistics(const T* x, const Plan& pl
                                                       Welford<A> (&states)[Lanes]) {
   constexpr int U = stats_unroll<T, V>();
   A count = A(0), mean[Lanes] = {}, m2[Lanes] = {};
-  walk<V, CL, U>(plan, work, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int64_t slot) {
+  walk<V, CL, U>(plan, work, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int slot) {
     Pack<T, V> packs[U];
 #pragma unroll
     for (int k = 0; k < U; ++k) packs[k] = load_pack<T, V, CL>(x, at[k], mask[k], plan.size);
@@ -392,7 +394,7 @@ __device__ __forceinline__ void apply_forward(const Params& p, const Plan& plan,
   const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
   const A param = static_cast<A>(p.act_param);
-  walk<V, CL, U>(plan, work, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int64_t slot) {
+  walk<V, CL, U>(plan, work, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int slot) {
     Pack<T, V> packs[U], added[U];
     if (residual != nullptr) {
 #pragma unroll
@@ -457,7 +459,7 @@ __device__ __forceinline__ void accumulate_gradients(const Params& p, const Plan
   const T* saved = p.z_source == ZSource::input ? nullptr : static_cast<const T*>(p.saved);
   T* dresidual = static_cast<T*>(p.dresidual);
   const A param = static_cast<A>(p.act_param);
-  walk<V, CL, U>(plan, work, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int64_t slot) {
+  walk<V, CL, U>(plan, work, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int slot) {
     Inputs<T, V, U> in;
 #pragma unroll
     for (int k = 0; k < U; ++k) {
@@ -510,7 +512,7 @@ __device__ __forceinline__ void apply_backward(const Params& p, const Plan& plan
   const T* saved = ready || p.z_source == ZSource::input ? nullptr : static_cast<const T*>(p.saved);
   T* dx = static_cast<T*>(p.dx);
   const A param = static_cast<A>(p.act_param);
-  walk<V, CL, U>(plan, work, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int64_t slot) {
+  walk<V, CL, U>(plan, work, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int slot) {
     Inputs<T, V, U> in;
 #pragma unroll
     for (int k = 0; k < U; ++k) {
