@@ -192,7 +192,21 @@ def test_backward_fused_without_room_for_dz(emulator: Emulator, case: Case) -> N
 
 MORE = {"residual": True, "want_dresidual": True, "z_output": True}
 # Cases and the first size (of the named dimension) on the other side of the rule: docs/kernels.md, "Fused or split".
-CROSSINGS: list[tuple[str, Case, str, int, bool]] = []
+CROSSINGS = [
+    # direction, case, dimension, first size, whether it is fused from there on
+    ("forward", Case(1, 32, 1, 32, "first", "bf16"), "s", 35425, False),
+    ("forward", Case(1, 32, 1, 32, "first", "bf16", **MORE), "s", 32769, False),
+    ("forward", Case(1, 320, 4096, 32, "first", "bf16"), "n", 2, True),
+    ("forward", Case(1, 64, 1, 32, "last", "bf16"), "s", 3925, False),
+    ("forward", Case(1, 64, 1, 32, "last", "bf16", **MORE), "s", 2953, False),
+    ("backward", Case(1, 32, 1, 32, "first", "bf16"), "s", 24577, False),
+    ("backward", Case(1, 32, 1, 32, "first", "bf16", **MORE), "s", 18433, False),
+    ("backward", Case(1, 320, 4096, 32, "first", "bf16"), "n", 6, True),
+    ("backward", Case(1, 64, 1, 32, "last", "bf16"), "s", 2410, False),
+    ("backward", Case(1, 64, 1, 32, "last", "bf16", **MORE), "s", 1793, False),
+    ("backward", Case(1, 640, 1024, 32, "last", "bf16"), "n", 5, True),
+    ("backward", Case(1, 640, 1024, 32, "last", "bf16"), "n", 9, False),
+]
 
 
 def sides(crossings: list) -> list:
@@ -236,7 +250,9 @@ def test_any_size_can_be_launched(
             assert 1 <= kernels(result) <= most
             # partial results are small beside the tensor, but for channels of very few elements
             size = n * c * s * DTYPES[dtype].itemsize
-            assert result["workspace"] <= max(size // 4, 16 * n * c * (dtype == "f64") + 8 * n * c * 2)
+            assert result["workspace"] <= max(
+                size // 4, 16 * n * c * (dtype == "f64") + 8 * n * c * 2
+            )
 
 
 # ---- what values alone do not show ----
