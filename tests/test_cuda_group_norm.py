@@ -16,7 +16,7 @@ import torch
 from cuda_emulation import Emulator, unavailable
 from cuda_emulation import group_norm as gn
 from cuda_emulation.group_norm import Case
-from cuda_emulation.norms import ACTS, DTYPES, EPS, acc_dtype, assert_within, kernels
+from cuda_emulation.norms import ACTS, DTYPES, assert_within, kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 # Blocks of a GPU without room for a slab: the paths that split a set over blocks.
@@ -89,7 +89,7 @@ def in_columns(case: Case) -> bool:
 
 
 def fusable(case: Case) -> bool:
-    """Whether whole sets and whole packs make a tile of at most 256 channels; all that is small enough is fused then."""
+    """Whether whole sets and whole packs make a tile of at most 256 channels; what is small enough is fused then."""
     if ((case.n, case.c, case.s, case.groups), case.layout, case.dtype) in LARGE:
         return False
     if not in_columns(case):
