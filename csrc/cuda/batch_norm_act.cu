@@ -497,7 +497,7 @@ void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace, voi
       p.shape, p.act, vector_aligned(p.x, p.dout, p.saved, p.dx, p.dresidual),
       [&]<class T, int V, bool CL, bool Simple>() {
         using A = acc_t<T>;
-        Plan plan = make_plan(p.shape, V, slabs > 0, backward_unroll<T, V, Simple>());
+        Plan plan = make_plan(p.shape, V, slabs > 0, kBackwardUnroll);
         plan.reads_dz = stored_dz_is_exact(p.shape.dtype, p.act);
         if (slabs > 0) {
           plan.keep_dz = slabs > 1;

@@ -827,16 +827,18 @@ GroupPlan run_plan(const GroupNormShape& s, int v, bool fused, int unroll) {
   plan.per_split = plan.positions;
   plan.threads = fused_threads(plan.packs, unroll);
   if (plan.packs <= kTeamPacks) {
+    // about four packs per thread, and whole sectors
+    const int64_t least = std::min<int64_t>(2, plan.packs);
     plan.threads = kTeamThreads;
-    plan.columns =
-        kTeamThreads / static_cast<int>(std::min<int64_t>(power_of_two_above(plan.packs), kWarp));
+    plan.columns = kTeamThreads /
+                   static_cast<int>(std::max(least, power_of_two_above(divide_up(plan.packs, 4))));
     plan.tiles = divide_up(plan.sets, plan.columns);
   }
   plan.table = std::min(plan.columns * plan.set_channels, s.c);
   return plan;
 }
 
-GroupPlan row_plan(const GroupNormShape& s, int v, bool fused, int unroll) {
+GroupPlan row_plan(const GroupNormShape& s, int v, bool fused) {
   GroupPlan plan = make_plan(s);
   set_rows(plan, s.n * s.c, s.s, v);
   // about four packs per thread, and whole 128 bytes where the row has them
@@ -848,7 +850,7 @@ GroupPlan row_plan(const GroupNormShape& s, int v, bool fused, int unroll) {
     plan.tiles = divide_up(plan.channels * plan.splits, plan.threads / plan.team);
   } else {
     const int64_t set_packs = plan.set_channels * plan.packs;
-    plan.threads = fused_threads(set_packs, unroll);
+    plan.threads = fused_threads(set_packs, kBackwardUnroll);
     if (set_packs <= kTeamPacks) {
       plan.threads = kTeamThreads;
       plan.columns = kTeamThreads;
@@ -918,10 +920,10 @@ Balance make_balance(const GroupNormShape& s, bool backward) {
     balance.more_launches = 2;
     return balance;
   }
-  const GroupPlan plan = backward ? row_plan(s, v, true, 2) : run_plan(s, v, true, 4);
+  const GroupPlan plan = backward ? row_plan(s, v, true) : run_plan(s, v, true, 4);
   balance.fused_tiles = plan.tiles;
   balance.tile_bytes = plan.columns * plan.count * bytes;
-  balance.split_blocks = backward ? row_plan(s, v, false, 2).tiles : s.sets() * run_splits(s);
+  balance.split_blocks = backward ? row_plan(s, v, false).tiles : s.sets() * run_splits(s);
   balance.more_launches = 1;
   return balance;
 }
@@ -950,12 +952,12 @@ int fused_slabs(const Backward& p) {
   balance.more_launches = p.dweight != nullptr ? 1 : 2;
   for (int slabs = stored_dz_is_exact(s.dtype, p.act) ? 2 : 1; slabs > 0; --slabs) {
     const bool fit = fits(s, s.s, [&]<class T, int V, bool CL>() -> int64_t {
-      constexpr int U = backward_unroll<T, V, true>();
       if constexpr (CL)
-        return ColumnsShared<T, V, SumPair>(nullptr, column_plan(s, V, true, U), 5, slabs, true)
+        return ColumnsShared<T, V, SumPair>(nullptr, column_plan(s, V, true, kBackwardUnroll), 5,
+                                            slabs, true)
             .layout.bytes;
       else
-        return RowsShared<T, V>(nullptr, row_plan(s, V, true, U), slabs).layout.bytes;
+        return RowsShared<T, V>(nullptr, row_plan(s, V, true), slabs).layout.bytes;
     });
     if (!fit) continue;
     return fused_is_faster(balance, backward_traffic(p, slabs), backward_traffic(p, 0)) ? slabs : 0;
@@ -1050,9 +1052,9 @@ void finalize_grads(const Backward& p, const GroupPlan& plan, bool sets, const A
 template <class T, int V, bool CL, bool Simple>
 void backward(const Backward& p, int slabs, acc_t<T>* workspace, void* stream) {
   using A = acc_t<T>;
-  constexpr int U = backward_unroll<T, V, Simple>();
   const bool fused = slabs > 0;
-  GroupPlan plan = CL ? column_plan(p.shape, V, fused, U) : row_plan(p.shape, V, fused, U);
+  GroupPlan plan =
+      CL ? column_plan(p.shape, V, fused, kBackwardUnroll) : row_plan(p.shape, V, fused);
   plan.reads_dz = stored_dz_is_exact(p.shape.dtype, p.act);
   plan.keep_dz = slabs > 1;
   if (fused) {

@@ -36,17 +36,23 @@ template <class T, int V>
 ADVDL_HOST_DEVICE constexpr int stats_unroll() {
   return V > 1 || sizeof(T) > 4 ? 4 : 8;
 }
-// Fewer where each lane keeps constants of its own (registers), and where each element carries the switch over
-// all activations (code size).
+// Fewer where each lane keeps constants of its own (registers).
 template <class T, int V, bool LanesDiffer, bool Simple>
 ADVDL_HOST_DEVICE constexpr int apply_unroll() {
-  if (Simple) return LanesDiffer && V > 4 ? 2 : 4;
-  return V > 1 ? 1 : 2;
+  return Simple && !(LanesDiffer && V > 4) ? 4 : 2;
 }
 // Two or three tensors are read at once.
-template <class T, int V, bool Simple>
-ADVDL_HOST_DEVICE constexpr int backward_unroll() {
-  return Simple || V == 1 ? 2 : 1;
+inline constexpr int kBackwardUnroll = 2;
+
+// Where each element carries the switch over all activations, the packs in flight take turns in one copy of the code:
+// V elements of it are as much as instruction caches and the compiler bear well.
+template <int V, bool Simple>
+inline constexpr bool kTakeTurns = !Simple && V > 1;
+
+template <int U, class Item>
+__device__ __forceinline__ void next_turn(Item (&items)[U]) {
+#pragma unroll
+  for (int k = 0; k + 1 < U; ++k) items[k] = items[k + 1];
 }
 
 // How the work lies over the grid. A tile has `columns` columns, threads that work side by side: packs of neighbouring
@@ -344,7 +350,7 @@ __device__ __forceinline__ void accumulate_statistics(const T* x, const Plan& pl
                                                       Welford<A> (&states)[Lanes]) {
   constexpr int U = stats_unroll<T, V>();
   A count = A(0), mean[Lanes] = {}, m2[Lanes] = {};
-  walk<V, CL, U>(plan, work, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int slot) {
+  walk<V, CL, U>(plan, work, [&](int64_t (&at)[U], unsigned (&mask)[U], int slot) {
     Pack<T, V> packs[U];
 #pragma unroll
     for (int k = 0; k < U; ++k) packs[k] = load_pack<T, V, CL>(x, at[k], mask[k], plan.size);
@@ -391,10 +397,11 @@ template <class T, int V, bool CL, int U, bool Simple, class Params, class Lanes
 __device__ __forceinline__ void apply_forward(const Params& p, const Plan& plan, const Work& work,
                                               const Pack<T, V>* kept, Lanes& lanes) {
   using A = acc_t<T>;
+  constexpr bool kTurns = kTakeTurns<V, Simple>;
   const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
   const A param = static_cast<A>(p.act_param);
-  walk<V, CL, U>(plan, work, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int slot) {
+  walk<V, CL, U>(plan, work, [&](int64_t (&at)[U], unsigned (&mask)[U], int slot) {
     Pack<T, V> packs[U], added[U];
     if (residual != nullptr) {
 #pragma unroll
@@ -409,8 +416,9 @@ __device__ __forceinline__ void apply_forward(const Params& p, const Plan& plan,
         packs[k] = kept[slot + k * work.slot_step];
       }
     }
-#pragma unroll
-    for (int k = 0; k < U; ++k) {
+#pragma unroll(kTurns ? 1 : U)
+    for (int turn = 0; turn < U; ++turn) {
+      const int k = kTurns ? 0 : turn;
       if (mask[k] != 0u) lanes.find(at[k]);
       A y[V];
 #pragma unroll
@@ -420,6 +428,7 @@ __device__ __forceinline__ void apply_forward(const Params& p, const Plan& plan,
         y[j] = apply_activation<Simple>(p.act, z, param);
       }
       store_pack<CL>(out, at[k], mask[k], make_pack<T, V>(y));
+      if constexpr (kTurns) next_turn(at), next_turn(mask), next_turn(packs), next_turn(added);
     }
   });
 }
@@ -430,6 +439,10 @@ __device__ __forceinline__ void apply_forward(const Params& p, const Plan& plan,
 template <class T, int V, int U>
 struct Inputs {
   Pack<T, V> x[U], dout[U], saved[U];
+
+  __device__ __forceinline__ void next_turn() {
+    cuda::next_turn(x), cuda::next_turn(dout), cuda::next_turn(saved);
+  }
 };
 
 template <bool Simple, class Params, class T, int V, int U, class A, int Lanes>
@@ -454,12 +467,13 @@ __device__ __forceinline__ void accumulate_gradients(const Params& p, const Plan
                                                      const ForwardLanes<A, Lanes>& lanes, T* dx,
                                                      Pack<T, V>* kept_x, Pack<T, V>* kept_dz,
                                                      SumPair<A> (&sums)[Lanes]) {
-  constexpr int U = backward_unroll<T, V, Simple>();
+  constexpr int U = kBackwardUnroll;
+  constexpr bool kTurns = kTakeTurns<V, Simple>;
   const T *x = static_cast<const T*>(p.x), *dout = static_cast<const T*>(p.dout);
   const T* saved = p.z_source == ZSource::input ? nullptr : static_cast<const T*>(p.saved);
   T* dresidual = static_cast<T*>(p.dresidual);
   const A param = static_cast<A>(p.act_param);
-  walk<V, CL, U>(plan, work, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int slot) {
+  walk<V, CL, U>(plan, work, [&](int64_t (&at)[U], unsigned (&mask)[U], int slot) {
     Inputs<T, V, U> in;
 #pragma unroll
     for (int k = 0; k < U; ++k) {
@@ -471,8 +485,9 @@ __device__ __forceinline__ void accumulate_gradients(const Params& p, const Plan
       for (int k = 0; k < U; ++k)
         in.saved[k] = load_pack<T, V, CL>(saved, at[k], mask[k], plan.size);
     }
-#pragma unroll
-    for (int k = 0; k < U; ++k) {
+#pragma unroll(kTurns ? 1 : U)
+    for (int turn = 0; turn < U; ++turn) {
+      const int k = kTurns ? 0 : turn;
       A dz[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) {
@@ -482,19 +497,19 @@ __device__ __forceinline__ void accumulate_gradients(const Params& p, const Plan
         const A product = dz[j] * (to_acc(in.x[k].v[j]) - lanes.mean[lane]);
         sums[lane].merge({wanted ? dz[j] : A(0), wanted ? product : A(0)});
       }
-      if (dresidual == nullptr && kept_dz == nullptr && kept_x == nullptr && dx == nullptr)
-        continue;
       const Pack<T, V> rounded = make_pack<T, V>(dz);
       if (dresidual != nullptr) store_pack<CL>(dresidual, at[k], mask[k], rounded);
       if (mask[k] != 0u) {
-        if (kept_dz != nullptr) kept_dz[slot + k * work.slot_step] = rounded;
-        if (kept_x != nullptr) kept_x[slot + k * work.slot_step] = in.x[k];
+        const int place = slot + turn * work.slot_step;
+        if (kept_dz != nullptr) kept_dz[place] = rounded;
+        if (kept_x != nullptr) kept_x[place] = in.x[k];
       }
       if (dx != nullptr) {
 #pragma unroll
         for (int j = 0; j < V; ++j) dz[j] *= lanes.scale[Lanes == 1 ? 0 : j];
         store_pack<CL>(dx, at[k], mask[k], make_pack<T, V>(dz));
       }
+      if constexpr (kTurns) next_turn(at), next_turn(mask), in.next_turn();
     }
   });
 }
@@ -505,14 +520,15 @@ __device__ __forceinline__ void apply_backward(const Params& p, const Plan& plan
                                                const BackwardLanes<A, Lanes>& lanes,
                                                const Pack<T, V>* kept_x,
                                                const Pack<T, V>* kept_dz) {
-  constexpr int U = backward_unroll<T, V, Simple>();
+  constexpr int U = kBackwardUnroll;
+  constexpr bool kTurns = kTakeTurns<V, Simple>;
   const bool ready = plan.reads_dz && (kept_dz != nullptr || p.dresidual != nullptr);
   const T* x = static_cast<const T*>(p.x);
   const T* dout = static_cast<const T*>(ready && p.dresidual != nullptr ? p.dresidual : p.dout);
   const T* saved = ready || p.z_source == ZSource::input ? nullptr : static_cast<const T*>(p.saved);
   T* dx = static_cast<T*>(p.dx);
   const A param = static_cast<A>(p.act_param);
-  walk<V, CL, U>(plan, work, [&](const int64_t (&at)[U], const unsigned (&mask)[U], int slot) {
+  walk<V, CL, U>(plan, work, [&](int64_t (&at)[U], unsigned (&mask)[U], int slot) {
     Inputs<T, V, U> in;
 #pragma unroll
     for (int k = 0; k < U; ++k) {
@@ -532,8 +548,9 @@ __device__ __forceinline__ void apply_backward(const Params& p, const Plan& plan
       for (int k = 0; k < U; ++k)
         in.saved[k] = load_pack<T, V, CL>(saved, at[k], mask[k], plan.size);
     }
-#pragma unroll
-    for (int k = 0; k < U; ++k) {
+#pragma unroll(kTurns ? 1 : U)
+    for (int turn = 0; turn < U; ++turn) {
+      const int k = kTurns ? 0 : turn;
       A result[V];
 #pragma unroll
       for (int j = 0; j < V; ++j) {
@@ -543,6 +560,7 @@ __device__ __forceinline__ void apply_backward(const Params& p, const Plan& plan
         result[j] = dz * lanes.scale[lane] - lanes.shift[lane] - centred * lanes.slope[lane];
       }
       store_pack<CL>(dx, at[k], mask[k], make_pack<T, V>(result));
+      if constexpr (kTurns) next_turn(at), next_turn(mask), in.next_turn();
     }
   });
 }
