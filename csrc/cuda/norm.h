@@ -88,7 +88,7 @@ __device__ __forceinline__ Place block_place(const Plan& plan) {
 }
 
 // A thread's positions: begin + member, + stride, ... below end, in row `row` (channels_first) or in column `column` of
-// the tile of a sample. `slot` is the place of the first one in a slab in shared memory, `slot_step` away the next one's.
+// the tile of a sample. `slot` is the place of the first one in a slab in shared memory, the next lies slot_step on.
 struct Work {
   int64_t sample = 0, tile = 0, row = 0;
   int64_t begin = 0, end = 0;
@@ -246,7 +246,7 @@ struct BackwardLanes : ForwardLanes<A, Lanes> {
 // ---- reductions ----
 
 // Merges the states of each column of a tile: result[column * Lanes + lane] in shared memory, visible to all on return.
-// The threads of a column lie `columns` apart (channels_last) or side by side; then they are the block or part of a warp.
+// The threads of a column lie `columns` apart (channels_last) or side by side: the block, or a part of a warp.
 template <bool CL, int Lanes, class State>
 __device__ __forceinline__ void reduce_columns(State (&states)[Lanes], int columns, State* scratch,
                                                State* result) {
@@ -604,12 +604,12 @@ inline int finalize_threads(int64_t items) {
   return threads;
 }
 
-// Tensors of x's size that a path reads and writes in its first pass over them or its only one, and that it reads again.
+// Tensors of x's size that a path reads and writes in its first or only pass over them, and that it reads again.
 struct Traffic {
   int64_t once, again;
 };
 
-// How long a path takes, in bytes at the copy rate: `pass` for each tensor of `tensor` bytes, half for what L2 still has.
+// How long a path takes, in bytes at the copy rate: `pass` per tensor of `tensor` bytes, half for what L2 still has.
 inline int64_t time_of(Traffic traffic, int64_t pass, int64_t tensor) {
   return (traffic.once + traffic.again) * pass - std::min(traffic.again * tensor, kCachedBytes) / 2;
 }
