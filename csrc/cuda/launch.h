@@ -20,6 +20,14 @@ namespace advdl_ops::cuda {
 // the result, depends on the shape only.
 inline constexpr int64_t kMultiprocessors = 132;
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t power_of_two_above(int64_t value) {
+  int64_t power = 1;
+  while (power < value) power *= 2;
+  return power;
+}
+
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   (void)

@@ -99,12 +99,6 @@ __device__ __forceinline__ void load_params(const void* pointer, DType dtype, in
   }
 }
 
-// From the variance as it is stored: backward finds the same.
-template <class A>
-__device__ __forceinline__ A reciprocal_std(A var, double eps) {
-  return A(1) / sqrt(var + static_cast<A>(eps));
-}
-
 // values[i] = function(values[i]), with one or two copies of a function of much code: the array turns, as registers
 // have no index.
 template <int N, class A, class Function>
@@ -752,16 +746,6 @@ __global__ void __launch_bounds__(kFinalizeThreads, 1)
 }
 
 // ---- host ----
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t power_of_two_above(int64_t value) {
-  int64_t power = 1;
-  while (power < value) power *= 2;
-  return power;
-}
-
-int element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 bool channels_side_by_side(const GroupNormShape& s) {
   return s.layout == Layout::channels_last || s.s == 1;

@@ -15,6 +15,11 @@ namespace advdl_ops::cuda {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kWholeWarp = 0xffffffffu;
 
+template <class A>
+__device__ __forceinline__ A reciprocal_std(A var, double eps) {
+  return A(1) / sqrt(var + static_cast<A>(eps));
+}
+
 template <class T>
 __device__ __forceinline__ Welford<T> shuffle_xor(const Welford<T>& s, int offset) {
   return {__shfl_xor_sync(kWholeWarp, s.count, offset), __shfl_xor_sync(kWholeWarp, s.mean, offset),
@@ -27,20 +32,27 @@ __device__ __forceinline__ SumPair<T> shuffle_xor(const SumPair<T>& s, int offse
           __shfl_xor_sync(kWholeWarp, s.second, offset)};
 }
 
-// Shared bytes that block_reduce needs for `width` results in a block of `threads`.
-template <class State>
-ADVDL_HOST_DEVICE constexpr int64_t reduce_scratch(int threads, int width) {
-  return static_cast<int64_t>(threads / kWarp) * width * static_cast<int64_t>(sizeof(State));
+// Rows of columns that the threads of a block form: a warp is one, merged by shuffles, or a part of one.
+ADVDL_HOST_DEVICE constexpr int reduce_rows(int threads, int columns) {
+  return threads / (columns < kWarp ? kWarp : columns);
 }
 
-// Thread t holds Lanes states of column t % columns (a power of two, at most 32). Merges the states of equal
-// column and lane over the block: result[(t % columns) * Lanes + lane]. Both arrays are shared memory; the
-// result is visible to every thread on return. Threads of the block: a power of two, at least 32.
+// Merges the states of `team` neighbouring threads (a power of two, at most 32), in every one of them.
+template <class State>
+__device__ __forceinline__ void team_reduce(State& state, int team) {
+#pragma unroll 1
+  for (int offset = team / 2; offset >= 1; offset /= 2) state.merge(shuffle_xor(state, offset));
+}
+
+// Thread t holds Lanes states of column t % columns (a power of two, at most the threads). Merges the states of equal
+// column and lane over the block: result[(t % columns) * Lanes + lane], visible to every thread on return. Both arrays
+// are shared memory, scratch of reduce_rows() times the results. Threads of the block: a power of two, at least 32.
 template <int Lanes, class State>
 __device__ __forceinline__ void block_reduce(State (&states)[Lanes], int columns, State* scratch,
                                              State* result) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int lane = thread % kWarp, warp = thread / kWarp, warps = threads / kWarp;
+  const int rows = reduce_rows(threads, columns), row_threads = threads / rows;
+  const int lane = thread % row_threads, row = thread / row_threads;
   const int width = columns * Lanes;
 #pragma unroll 1
   for (int offset = kWarp / 2; offset >= columns; offset /= 2) {
@@ -49,18 +61,17 @@ __device__ __forceinline__ void block_reduce(State (&states)[Lanes], int columns
   }
   if (lane < columns) {
 #pragma unroll
-    for (int j = 0; j < Lanes; ++j) scratch[warp * width + lane * Lanes + j] = states[j];
+    for (int j = 0; j < Lanes; ++j) scratch[row * width + lane * Lanes + j] = states[j];
   }
   __syncthreads();
-  // `warps` neighbouring threads share a result. Every thread walks the same rounds: shuffles need them all.
-  const int group = thread / warps, member = thread % warps, groups = threads / warps;
+  // `rows` neighbouring threads share a result. Every thread walks the same rounds: shuffles need them all.
+  const int group = thread / rows, member = thread % rows, groups = threads / rows;
 #pragma unroll 1
   for (int first = 0; first < width; first += groups) {
     const int index = first + group;
     State state{};
     if (index < width) state = scratch[member * width + index];
-#pragma unroll 1
-    for (int offset = warps / 2; offset >= 1; offset /= 2) state.merge(shuffle_xor(state, offset));
+    team_reduce(state, rows);
     if (member == 0 && index < width) result[index] = state;
   }
   __syncthreads();
@@ -98,6 +109,24 @@ __device__ __forceinline__ void load_partial(const T* workspace, int64_t splits,
   s = {workspace[at], workspace[at + field]};
 }
 
+// Merges load(first), load(first + step), ... below `count`.
+template <class State, class Load>
+__device__ __forceinline__ State merge_strided(int64_t first, int64_t step, int64_t count,
+                                               Load load) {
+  constexpr int kBatch = 4;  // loads in flight
+  State state{};
+#pragma unroll 1
+  for (int64_t i = first; i < count; i += kBatch * step) {
+    State parts[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k)
+      if (i + k * step < count) parts[k] = load(i + k * step);
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) state.merge(parts[k]);
+  }
+  return state;
+}
+
 // The second stage: the block merges the partials of `columns` neighbouring columns, the first of them
 // `column`, into result[0 .. columns).
 template <class State, class T>
@@ -107,20 +136,13 @@ __device__ __forceinline__ void merge_partials(const T* workspace, int64_t split
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int64_t mine = column + thread % columns;
   State states[1] = {};
-  if (mine < all_columns) {
-    constexpr int kBatch = 4;  // loads in flight
-    const int64_t step = threads / columns;
-#pragma unroll 1
-    for (int64_t split = thread / columns; split < splits; split += kBatch * step) {
-      State parts[kBatch];
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k)
-        if (split + k * step < splits)
-          load_partial(workspace, splits, all_columns, split + k * step, mine, parts[k]);
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) states[0].merge(parts[k]);
-    }
-  }
+  if (mine < all_columns)
+    states[0] =
+        merge_strided<State>(thread / columns, threads / columns, splits, [&](int64_t split) {
+          State part;
+          load_partial(workspace, splits, all_columns, split, mine, part);
+          return part;
+        });
   block_reduce(states, columns, scratch, result);
 }
 

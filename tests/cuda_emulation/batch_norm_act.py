@@ -1,8 +1,6 @@
 """Cases of batch_norm_act, its reference in fp64, and how far a kernel may be from it.
 
-Shared by the tests of the emulated kernels and those on a real GPU. Every bound is a count of rounding steps
-(unit roundoff of the type that the step is done in) times the magnitude of what is rounded, so it shrinks with
-the data: nothing here is a tolerance picked to pass.
+Shared by the tests of the emulated kernels and those on a real GPU; norms.py says how bounds are made.
 """
 
 from __future__ import annotations
@@ -13,29 +11,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
-CODES = {"f32": 0, "f64": 1, "f16": 2, "bf16": 3}
-# Activation of csrc/common/tensor_types.h: code, parameter, function
-ACTS: dict[str, tuple[int, float, Any]] = {
-    "identity": (0, 0.0, lambda z: z),
-    "relu": (1, 0.0, F.relu),
-    "leaky_relu": (2, 0.02, lambda z: F.leaky_relu(z, 0.02)),
-    "elu": (3, 0.7, lambda z: F.elu(z, 0.7)),
-    "silu": (4, 0.0, F.silu),
-    "gelu": (5, 0.0, F.gelu),
-    "gelu_tanh": (6, 0.0, lambda z: F.gelu(z, approximate="tanh")),
-    "sigmoid": (7, 0.0, torch.sigmoid),
-    "tanh": (8, 0.0, torch.tanh),
-    "hardswish": (9, 0.0, F.hardswish),
-}
-SIMPLE = ("identity", "relu")
-# Where a derivative jumps: there a rounding of z may choose the other side.
-KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
-Z_INPUT, Z_RESIDUAL, Z_OUTPUT = 0, 1, 2
-EPS = 1e-5
-STEPS = 12  # roundings in a row on the way from x to out, and in a sum of sums
+from .norms import (
+    ACTS,
+    CODES,
+    DTYPES,
+    EPS,
+    SIMPLE,
+    STEPS,
+    WHOLE,
+    Z_INPUT,
+    Z_OUTPUT,
+    Z_RESIDUAL,
+    acc_dtype,
+    act_slope,
+    activated,
+    affine,
+    assert_within,
+    from_bytes,
+    per_channel,
+    roundoff,
+    smallest,
+    with_tensors,
+)
+
+__all__ = ["ACTS", "DTYPES", "EPS", "Z_INPUT", "Z_OUTPUT", "Z_RESIDUAL", "Case", "assert_within"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +66,6 @@ class Case:
         return "-".join(parts)
 
 
-def roundoff(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
-def acc_dtype(case: Case) -> torch.dtype:
-    return torch.float64 if case.dtype == "f64" else torch.float32
-
-
 def make_inputs(case: Case) -> dict[str, Tensor]:
     """Tensors of a case, [N, C, S]; x, residual, dout in its dtype, the per-channel ones in its param_dtype."""
     generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
@@ -102,21 +94,11 @@ def make_inputs(case: Case) -> dict[str, Tensor]:
     return inputs
 
 
-def per_channel(v: Tensor) -> Tensor:
-    return v[None, :, None]
-
-
-def affine(inputs: dict[str, Tensor], c: int) -> tuple[Tensor, Tensor]:
-    like = {"dtype": torch.float64, "device": inputs["x"].device}
-    one, zero = torch.ones(c, **like), torch.zeros(c, **like)
-    return inputs.get("weight", one).double(), inputs.get("bias", zero).double()
-
-
 def forward_reference(case: Case, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """name -> (value in fp64, largest error allowed); momentum 0.1."""
     x = inputs["x"].double()
     weight, bias = affine(inputs, case.c)
-    unit, unit_acc = roundoff(DTYPES[case.dtype]), roundoff(acc_dtype(case))
+    unit_acc = roundoff(acc_dtype(case))
     unit_param = max(roundoff(DTYPES[case.param_dtype]), unit_acc)
     count = case.n * case.s
     out: dict[str, tuple[Tensor, Tensor]] = {}
@@ -160,17 +142,8 @@ def forward_reference(case: Case, inputs: dict[str, Tensor]) -> dict[str, tuple[
     if case.residual:
         z = z + inputs["residual"].double()
         z_error = z_error + unit_acc * (z.abs() + inputs["residual"].double().abs())
-    y = ACTS[case.act][2](z)
-    # |act'| is below 1.2 (hardswish 1.5); the activation's own arithmetic: a few roundings of its terms
-    y_error = 1.5 * z_error + STEPS * unit_acc * (y.abs() + z.abs()) + unit * y.abs()
-    out["out"] = (y, y_error + smallest(case))
+    out["out"] = activated(case, z, z_error)
     return out
-
-
-def smallest(case: Case) -> float:
-    """Half the distance of two subnormal numbers of the dtype, which a rounding may lose."""
-    info = torch.finfo(DTYPES[case.dtype])
-    return info.smallest_normal * info.eps
 
 
 def backward_inputs(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -198,17 +171,7 @@ def backward_reference(
         z = z + inputs["residual"].double()
         terms = terms + inputs["residual"].double().abs()
     z_error = STEPS * unit_acc * terms
-    if case.z_output:
-        slope, z_error = (extra["saved"].double() > 0).double(), torch.zeros_like(z)
-    else:
-        leaf = z.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(ACTS[case.act][2](leaf).sum(), leaf)
-    slope_error = 1.5 * z_error + STEPS * unit_acc * (slope.abs() + z.abs() + 1) * (
-        case.act not in SIMPLE
-    )
-    if not case.z_output:
-        for kink in KINKS.get(case.act, ()):
-            slope_error = slope_error + ((z - kink).abs() <= z_error).double()
+    slope, slope_error = act_slope(case, z, z_error, extra.get("saved"))
     dz = dout * slope
     dz_error = dout.abs() * slope_error + unit_acc * dz.abs()
     xhat = centred * rstd
@@ -248,27 +211,6 @@ def backward_reference(
 # ---- to and from the emulation ----
 
 
-def to_bytes(case: Case, value: Tensor) -> bytes:
-    if value.dim() == 3 and case.layout == "last":
-        value = value.transpose(1, 2)
-    value = value.contiguous()
-    return value.view(torch.uint8).numpy().tobytes() if value.numel() else b""
-
-
-def from_bytes(case: Case, raw: bytes, dtype: torch.dtype, whole: bool) -> Tensor:
-    shape = (case.n, case.s, case.c) if case.layout == "last" else (case.n, case.c, case.s)
-    if not raw:
-        return torch.empty((case.n, case.c, case.s) if whole else (0,), dtype=dtype)
-    flat = torch.frombuffer(bytearray(raw), dtype=dtype)
-    if not whole:
-        return flat
-    value = flat.view(shape)
-    return value.transpose(1, 2) if case.layout == "last" else value
-
-
-WHOLE = ("out", "dx", "dresidual")
-
-
 def common_request(
     case: Case, tensors: dict[str, Tensor], settings: dict[str, Any]
 ) -> dict[str, Any]:
@@ -291,12 +233,7 @@ def common_request(
         "in_place": case.c % 2 == 0,  # the running statistics; both ways over the cases
         **settings,
     }
-    for name, tensor in tensors.items():
-        request[name] = to_bytes(case, tensor)
-    if case.offset:
-        for name in ("x", "residual", "saved", "dout", *WHOLE):
-            request[f"{name}_offset"] = case.offset
-    return request
+    return with_tensors(case, request, tensors)
 
 
 def unpack(case: Case, reply: dict[str, Any]) -> dict[str, Any]:
@@ -332,19 +269,3 @@ def dry_run(emulator: Any, case: Case, direction: str, **settings: Any) -> dict[
     names = ["x", "dout", *["residual"] * case.residual, *["saved"] * saved]
     request = common_request(case, {}, {**settings, "dry": True})
     return emulator.call(direction, request | dict.fromkeys(names, True))
-
-
-def assert_within(result: dict[str, Any], reference: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Every output named by the reference is there, finite, and inside its bound."""
-    for name, (expected, allowed) in reference.items():
-        actual = result[name].double().to(expected.device)
-        assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}"
-        error = (actual - expected).abs()
-        bad = ~(error <= allowed)
-        if bool(bad.any()):
-            worst = int(torch.where(bad, torch.nan_to_num(error / allowed, nan=1e30), 0.0).argmax())
-            raise AssertionError(
-                f"{name}: {int(bad.sum())} of {bad.numel()} outside the bound; worst at {worst}: "
-                f"{actual.flatten()[worst].item()} for {expected.flatten()[worst].item()} "
-                f"(allowed {allowed.expand_as(error).flatten()[worst].item():.3g})"
-            )

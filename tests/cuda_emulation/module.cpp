@@ -4,6 +4,7 @@
 // size of the workspace come back: any shape costs nothing, and a tensor is named instead of given.
 #include "../../csrc/common/batch_norm_act.h"
 #include "arena.h"
+#include "group_norm.h"
 #include "layer_norm_2d.h"
 #include "selftest.h"
 
@@ -110,6 +111,8 @@ py::dict selftest(const py::dict& r) {
 PYBIND11_MODULE(cuda_emulated, m) {
   m.def("forward", &forward);
   m.def("backward", &backward);
+  m.def("group_norm_forward", &cuda_emulation::group_norm_forward);
+  m.def("group_norm_backward", &cuda_emulation::group_norm_backward);
   m.def("layer_norm_2d_forward", &cuda_emulation::layer_norm_2d_forward);
   m.def("layer_norm_2d_backward", &cuda_emulation::layer_norm_2d_backward);
   m.def("selftest", &selftest);

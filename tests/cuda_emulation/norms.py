@@ -1,0 +1,167 @@
+"""What the tests of all norms share: types, activations, error bounds, and tensors as bytes for the emulation.
+
+Every bound is a count of rounding steps (unit roundoff of the type that the step is done in) times the magnitude of
+what is rounded, so it shrinks with the data: nothing here is a tolerance picked to pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
+CODES = {"f32": 0, "f64": 1, "f16": 2, "bf16": 3}
+# Activation of csrc/common/tensor_types.h: code, parameter, function
+ACTS: dict[str, tuple[int, float, Any]] = {
+    "identity": (0, 0.0, lambda z: z),
+    "relu": (1, 0.0, F.relu),
+    "leaky_relu": (2, 0.02, lambda z: F.leaky_relu(z, 0.02)),
+    "elu": (3, 0.7, lambda z: F.elu(z, 0.7)),
+    "silu": (4, 0.0, F.silu),
+    "gelu": (5, 0.0, F.gelu),
+    "gelu_tanh": (6, 0.0, lambda z: F.gelu(z, approximate="tanh")),
+    "sigmoid": (7, 0.0, torch.sigmoid),
+    "tanh": (8, 0.0, torch.tanh),
+    "hardswish": (9, 0.0, F.hardswish),
+}
+SIMPLE = ("identity", "relu")
+# Where a derivative jumps: there a rounding of z may choose the other side.
+KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
+Z_INPUT, Z_RESIDUAL, Z_OUTPUT = 0, 1, 2
+EPS = 1e-5
+STEPS = 12  # roundings in a row on the way from x to out, and in a sum of sums
+
+
+class AnyCase(Protocol):
+    """What these functions read of a case (the dataclass Case of each norm)."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def c(self) -> int: ...
+    @property
+    def s(self) -> int: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def act(self) -> str: ...
+    @property
+    def residual(self) -> bool: ...
+    @property
+    def z_output(self) -> bool: ...
+    @property
+    def offset(self) -> int: ...
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def acc_dtype(case: AnyCase) -> torch.dtype:
+    return torch.float64 if case.dtype == "f64" else torch.float32
+
+
+def per_channel(v: Tensor) -> Tensor:
+    return v[None, :, None]
+
+
+def affine(inputs: dict[str, Tensor], c: int) -> tuple[Tensor, Tensor]:
+    like = {"dtype": torch.float64, "device": inputs["x"].device}
+    one, zero = torch.ones(c, **like), torch.zeros(c, **like)
+    return inputs.get("weight", one).double(), inputs.get("bias", zero).double()
+
+
+def smallest(case: AnyCase) -> float:
+    """Half the distance of two subnormal numbers of the dtype, which a rounding may lose."""
+    info = torch.finfo(DTYPES[case.dtype])
+    return info.smallest_normal * info.eps
+
+
+def activated(case: AnyCase, z: Tensor, z_error: Tensor) -> tuple[Tensor, Tensor]:
+    """act(z) as it is stored, and the largest error allowed."""
+    unit, unit_acc = roundoff(DTYPES[case.dtype]), roundoff(acc_dtype(case))
+    y = ACTS[case.act][2](z)
+    # |act'| is below 1.2 (hardswish 1.5); the activation's own arithmetic: a few roundings of its terms
+    y_error = 1.5 * z_error + STEPS * unit_acc * (y.abs() + z.abs()) + unit * y.abs()
+    return y, y_error + smallest(case)
+
+
+def act_slope(
+    case: AnyCase, z: Tensor, z_error: Tensor, saved: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """act'(z) and the largest error allowed."""
+    unit_acc = roundoff(acc_dtype(case))
+    if case.z_output:
+        assert saved is not None
+        slope, z_error = (saved.double() > 0).double(), torch.zeros_like(z)
+    else:
+        leaf = z.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(ACTS[case.act][2](leaf).sum(), leaf)
+    slope_error = 1.5 * z_error + STEPS * unit_acc * (slope.abs() + z.abs() + 1) * (
+        case.act not in SIMPLE
+    )
+    if not case.z_output:
+        for kink in KINKS.get(case.act, ()):
+            slope_error = slope_error + ((z - kink).abs() <= z_error).double()
+    return slope, slope_error
+
+
+# ---- to and from the emulation ----
+
+
+def to_bytes(case: AnyCase, value: Tensor) -> bytes:
+    if value.dim() == 3 and case.layout == "last":
+        value = value.transpose(1, 2)
+    value = value.contiguous().view(-1)
+    return value.view(torch.uint8).numpy().tobytes() if value.numel() else b""
+
+
+def from_bytes(case: AnyCase, raw: bytes, dtype: torch.dtype, whole: bool) -> Tensor:
+    shape = (case.n, case.s, case.c) if case.layout == "last" else (case.n, case.c, case.s)
+    if not raw:
+        return torch.empty((case.n, case.c, case.s) if whole else (0,), dtype=dtype)
+    flat = torch.frombuffer(bytearray(raw), dtype=dtype)
+    if not whole:
+        return flat
+    value = flat.view(shape)
+    return value.transpose(1, 2) if case.layout == "last" else value
+
+
+WHOLE = ("out", "dx", "dresidual")
+
+
+def with_tensors(
+    case: AnyCase, request: dict[str, Any], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    for name, tensor in tensors.items():
+        request[name] = to_bytes(case, tensor)
+    if case.offset:
+        for name in ("x", "residual", "saved", "dout", *WHOLE):
+            request[f"{name}_offset"] = case.offset
+    return request
+
+
+def kernels(result: dict[str, Any]) -> int:
+    """How many kernels a call launched."""
+    return sum(is_kernel for is_kernel, *_ in result["launches"])
+
+
+def assert_within(result: dict[str, Any], reference: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Every output named by the reference is there, finite, and inside its bound."""
+    for name, (expected, allowed) in reference.items():
+        actual = result[name].double().to(expected.device)
+        assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}"
+        error = (actual - expected).abs()
+        bad = ~(error <= allowed)
+        if bool(bad.any()):
+            worst = int(torch.where(bad, torch.nan_to_num(error / allowed, nan=1e30), 0.0).argmax())
+            raise AssertionError(
+                f"{name}: {int(bad.sum())} of {bad.numel()} outside the bound; worst at {worst}: "
+                f"{actual.flatten()[worst].item()} for {expected.flatten()[worst].item()} "
+                f"(allowed {allowed.expand_as(error).flatten()[worst].item():.3g})"
+            )
