@@ -27,9 +27,6 @@ constexpr int kMaxTeam = 512;  // threads that share a row
 constexpr int kRowThreads = 128;
 constexpr int kTilePack = 4;       // elements: 14x14 in half precision takes packs too
 constexpr int kTileThreads = 512;  // at most; half of it where several tiles share a multiprocessor
-// A sector of a row of partials.
-constexpr int kFinalizeColumns = 8;
-constexpr int kFinalizeThreads = 1024;  // at most
 // More blocks than run at a time; beyond that forward gives each several rounds, for one load of weight and bias.
 constexpr int64_t kBlocks = 8 * kMultiprocessors;
 constexpr int64_t kBlockRounds = 8;

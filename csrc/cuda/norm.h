@@ -17,9 +17,6 @@ namespace advdl_ops::cuda {
 inline constexpr int kThreads = 256;  // of the kernels that split a channel over blocks
 inline constexpr int kFusedThreads =
     512;  // at most, of the kernels that keep a slab in shared memory
-// Channels per block of the second stage of a sum: one sector of a row of partials.
-inline constexpr int kFinalizeColumns = 8;
-inline constexpr int kFinalizeThreads = 1024;  // at most
 inline constexpr int kMaxColumns = kWarp;
 inline constexpr int64_t kSplitElements = 16384;  // a split is worth at least this many of a tile
 inline constexpr int64_t kFusedTileBytes = 32;    // one DRAM sector per row, channels_last

@@ -15,6 +15,10 @@ namespace advdl_ops::cuda {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kWholeWarp = 0xffffffffu;
 
+// Channels per block of the second stage of a sum: one sector of a row of partials.
+inline constexpr int kFinalizeColumns = 8;
+inline constexpr int kFinalizeThreads = 1024;  // at most
+
 template <class A>
 __device__ __forceinline__ A reciprocal_std(A var, double eps) {
   return A(1) / sqrt(var + static_cast<A>(eps));
