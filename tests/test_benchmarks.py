@@ -13,8 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import environment, model_flow, op_flow, record, registry, report, runner, timing
-from benchmarks.cases import batch_norm_act, digits
+from benchmarks import (
+    environment,
+    model_flow,
+    norms,
+    op_flow,
+    record,
+    registry,
+    report,
+    runner,
+    timing,
+)
+from benchmarks.cases import batch_norm_act, digits, group_norm
 from benchmarks.check import wrong_values
 from benchmarks.memory import held_and_peak
 from benchmarks.session import Session, Settings, run_cases
@@ -347,10 +357,21 @@ def test_the_stock_peer_is_the_same_network(name: str, stem: str) -> None:
         torch.testing.assert_close(ours.eval()(images), stock.eval()(images))
 
 
+@pytest.mark.parametrize("layout", norms.LAYOUTS)
+@pytest.mark.parametrize("kind", ["group_norm2", "instance_norm", "layer_norm_2d"])
+def test_the_group_norms_compete_with_their_stock_forms(kind: str, layout: str) -> None:
+    case = registry.all_cases()[f"{kind}_add_silu/train/2x8x4x4/{layout}/float32/cpu"]
+    session = Session(case, "ops", Settings(smoke=True), io.StringIO())
+    problem = group_norm.problem(case)
+    assert set(op_flow.providers(problem, session)) == {"eager", "advdl_ops"}
+    problem.functions["advdl_ops"] = lambda inputs, state: inputs["x"] + inputs["residual"]
+    assert set(op_flow.providers(problem, session)) == {"eager"}
+
+
 def test_every_case_says_what_it_moves() -> None:
     for case in registry.all_cases().values():
-        if case.op.startswith("batch_norm"):
-            size = batch_norm_act.SIZE[case.dtype] * torch.Size(case.shape).numel()
+        if "_norm" in case.op and case.bytes:
+            size = norms.SIZE[case.dtype] * torch.Size(case.shape).numel()
             assert {mode: moved // size for mode, moved in case.bytes.items()} == dict(case.passes)
     # targets.md: floors of the 16x64x56x56 rows, as passes over 12.8 MB; 8 is the count of design.md for CUDA.
     assert batch_norm_act.passes(True, False, cached=True)["full"] == 5

@@ -171,4 +171,5 @@ add(
 
 # For tests of the benchmark itself.
 for _layout in LAYOUTS:
-    add("group_norm", (2, 8, 4, 4), _layout, groups=2, hidden=True, compile=False)
+    for _kind in ("group_norm", "instance_norm", "layer_norm_2d"):
+        add(_kind, (2, 8, 4, 4), _layout, groups=2, residual=True, hidden=True, compile=False)
