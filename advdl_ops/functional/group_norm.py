@@ -146,6 +146,7 @@ def instance_norm(
             f"{function}: {missing} (None) must be given, or neither of running_mean and running_var"
         )
     running_statistics = {"running_mean": running_mean, "running_var": running_var}
+    check_floating(function, "x", x)
     check_per_channel(function, x, shape[1], **running_statistics)
     for name, running in running_statistics.items():
         if shape[1] > 1 and running.stride(0) == 0:
