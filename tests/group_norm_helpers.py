@@ -95,6 +95,8 @@ class Sets:
 
     def mean(self, a: Any) -> Any:
         """For each element the mean over its set."""
+        if a.size == 0:
+            return a
         groups = {POSITION: self.size[2], INSTANCE: self.size[1]}.get(self.norm, self.norm)
         # Sets along the last dimension.
         rows = a.swapaxes(1, 2) if self.norm == POSITION else a

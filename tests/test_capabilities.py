@@ -18,8 +18,9 @@ def in_use() -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["batch_norm_act", "group_norm"])
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_values(capability):
+def test_values(capability, family):
     if capability == in_use():
         pytest.skip("the other tests run it")
     environment = {
@@ -30,7 +31,7 @@ def test_values(capability):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
-            *("-k", "not reference", "tests/test_batch_norm_act_values.py"),
+            *("-k", "not reference", f"tests/test_{family}_values.py"),
         ],
         cwd=ROOT,
         env=environment,
