@@ -5,8 +5,10 @@ import os
 # Before advdl_ops is imported: a test of kernels must never pass on the reference unnoticed.
 os.environ["ADVDL_OPS_REQUIRE_NATIVE"] = "1"
 
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -63,3 +65,21 @@ def fresh_compile() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(params=["default", "avx2", "avx512"])
+def cpu(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The kernels without torch, each capability of this machine in turn."""
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        pytest.skip("this Python has no headers, so _C was not built")
+    from advdl_ops._C import cpu as kernels
+
+    before = kernels.capability()
+    try:
+        kernels.set_capability(request.param)
+    except ValueError:
+        assert request.param != "default"
+        pytest.skip(f"this CPU has no {request.param}")
+    assert kernels.capability() == request.param
+    yield kernels
+    kernels.set_capability(before)

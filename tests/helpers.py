@@ -153,7 +153,7 @@ def _leaf(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach().requires_grad_()
 
 
-def _collect(p: Problem, call: Callable[..., Tensor], backward: bool) -> dict[str, Tensor]:
+def collect(p: Problem, call: Callable[..., Tensor], backward: bool = True) -> dict[str, Tensor]:
     """Output, new running statistics and gradients of ``call(x, mean, var, weight, bias, residual)``."""
     x, weight, bias, residual = (_leaf(t) for t in (p.x, p.weight, p.bias, p.residual))
     mean, var = (None if t is None else t.clone() for t in (p.running_mean, p.running_var))
@@ -178,7 +178,7 @@ def stock(p: Problem, act: str = "none", training: bool = True, backward: bool =
         z = F.batch_norm(x, mean, var, weight, bias, training, p.momentum, p.eps)
         return ACTIVATIONS[act][1](z if residual is None else z + residual)
 
-    return _collect(p, call, backward)
+    return collect(p, call, backward)
 
 
 def ours(p: Problem, act: str = "none", training: bool = True, backward: bool = True):
@@ -191,7 +191,7 @@ def ours(p: Problem, act: str = "none", training: bool = True, backward: bool = 
             residual=residual, act=ACTIVATIONS[act][0],
         )  # fmt: skip
 
-    return _collect(p, call, backward)
+    return collect(p, call, backward)
 
 
 def exactly(p: Problem, act: str = "none", training: bool = True) -> dict[str, Tensor]:
@@ -328,20 +328,29 @@ def check_problem(
     what: Any = "",
 ) -> dict[str, Tensor]:
     """Every result of ``batch_norm_act`` on ``p`` by the rule; returns them."""
-    acc = acc_dtype(p.x.dtype)
     found = ours(p, act, training)
     in_fp64 = p.x.dtype == f64
     exact = exactly(p, act, training) if in_fp64 else stock(p.to(f64), act, training)
-    plain = stock(p if stock_runs else p.to(acc), act, training)
-    sizes = term_sizes(p, training)
+    plain = stock(p if stock_runs else p.to(acc_dtype(p.x.dtype)), act, training)
+    check_results(p, found, exact, plain, term_sizes(p, training), (act, training, what))
+    return found
+
+
+def check_results(
+    p: Problem,
+    found: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    sizes: dict[str, float],
+    what: Any,
+) -> None:
+    """Every result on ``p``: of the dtype of its input, and by the rule; ``plain`` is stock's."""
     assert found.keys() == exact.keys()
+    dtypes = {"weight": p.weight, "bias": p.bias, "running_mean": p.running_mean}
+    dtypes |= {"running_var": p.running_var, "out": p.x, "x": p.x, "residual": p.residual}
     for name, value in exact.items():
-        dtypes = {"weight": p.weight, "bias": p.bias, "running_mean": p.running_mean}
-        dtypes |= {"running_var": p.running_var, "out": p.x, "x": p.x, "residual": p.residual}
         expected = dtypes[name.removeprefix("d")]
         assert expected is not None
         assert found[name].dtype == expected.dtype, name
-        assert_accurate(
-            found[name], value, plain[name], sizes[name], (name, act, training, what), acc
-        )
-    return found
+        acc = acc_dtype(p.x.dtype)
+        assert_accurate(found[name], value, plain[name], sizes[name], (name, what), acc)

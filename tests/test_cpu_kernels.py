@@ -5,56 +5,16 @@ a workspace that holds NaN and is guarded on both sides.
 """
 
 import platform
-import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from cpu_kernel_helpers import ACTIVATIONS, DTYPES, INPUT, OUTPUT, PAIRS, RESIDUAL, pointer
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-ACTIVATIONS = {
-    "identity": (0, lambda z: z),
-    "relu": (1, torch.relu),
-    "silu": (4, torch.nn.functional.silu),
-    "gelu": (5, torch.nn.functional.gelu),
-    "tanh": (8, torch.tanh),
-}
-# Each activation with or without a residual; relu with one reads the output back (OUTPUT).
-PAIRS = [
-    ("identity", False),
-    ("relu", False),
-    ("relu", True),
-    ("silu", True),
-    ("gelu", False),
-    ("tanh", True),
-]
 SHAPES = [(1, 1, 2), (2, 3, 1), (3, 5, 7), (4, 33, 49), (2, 64, 200), (0, 4, 9)]
-INPUT, RESIDUAL, OUTPUT = 0, 1, 2  # ZSource of csrc/common/tensor_types.h
-
-
-@pytest.fixture(params=["default", "avx2", "avx512"])
-def cpu(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        pytest.skip("this Python has no headers, so _C was not built")
-    from advdl_ops._C import cpu as kernels
-
-    before = kernels.capability()
-    try:
-        kernels.set_capability(request.param)
-    except ValueError:
-        assert request.param != "default"
-        pytest.skip(f"this CPU has no {request.param}")
-    assert kernels.capability() == request.param
-    yield kernels
-    kernels.set_capability(before)
-
-
-def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 @dataclass

@@ -172,14 +172,22 @@ def test_dilation_keeps_resolution():
     assert size((False, True, True)) == 8
 
 
-@pytest.mark.skipif(hasattr(nn, "GroupNorm"), reason="advdl_ops.nn has GroupNorm")
-def test_group_norm_is_not_there_yet():
-    with pytest.raises(ValueError, match=r'^resnet18: norm "group" needs advdl_ops.nn.GroupNorm'):
-        models.create_model("resnet18", norm="group")
+def test_group_norm():
+    model = models.create_model("resnet18", num_classes=5, norm="group", zero_init_residual=True)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    assert isinstance(model.layer1[0].bn1, nn.GroupNorm)
+    assert model.layer1[0].bn1.num_groups == 32
+    assert (model.layer1[0].bn2.weight == 0).all()
+    randomize(model).double()
+    # One sample with one pixel left is no error here.
+    for shape in ((1, 3, 32, 32), (2, 3, 40, 40)):
+        x = random_input(shape)
+        out = model(x)
+        assert relative_error(model(x[:1]), out[:1]) < 1e-10
 
 
-class PlainGroupNorm(torch.nn.GroupNorm):
-    """Stands in for advdl_ops.nn.GroupNorm while there is none."""
+class StockGroupNorm(torch.nn.GroupNorm):
+    """torch's layers in place of advdl_ops.nn.GroupNorm."""
 
     def __init__(self, num_groups, num_channels, *, act=None):
         super().__init__(num_groups, num_channels)
@@ -191,24 +199,30 @@ class PlainGroupNorm(torch.nn.GroupNorm):
         return y if self.act is None else torch.relu(y)
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_group_norm(monkeypatch, own):
-    if own and not hasattr(nn, "GroupNorm"):
-        pytest.skip("advdl_ops.nn has no GroupNorm yet")
-    if not own:
-        monkeypatch.setattr(nn, "GroupNorm", PlainGroupNorm, raising=False)
-    model = models.create_model("resnet18", num_classes=5, norm="group", zero_init_residual=True)
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
-    assert model.layer1[0].bn1.num_groups == 32
-    assert (model.layer1[0].bn2.weight == 0).all()
-    randomize(model).double()
-    # One sample with one pixel left is no error here.
-    for shape in ((1, 3, 32, 32), (2, 3, 40, 40)):
-        x = random_input(shape)
-        out = model(x)
-        assert relative_error(model(x[:1]), out[:1]) < 1e-10
-    out.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+@pytest.mark.parametrize(
+    ("name", "memory_format"),
+    [("resnet18", torch.contiguous_format), ("resnet50", torch.channels_last)],
+)
+def test_group_norm_equals_torchs(monkeypatch, name, memory_format):
+    options = {"num_classes": 5, "norm": "group", "stem": "small"}
+    model = randomize(models.create_model(name, **options)).double()
+    monkeypatch.setattr(nn, "GroupNorm", StockGroupNorm)
+    stock = models.create_model(name, **options).double()
+    stock.load_state_dict(model.state_dict(), strict=True)
+    kinds = {type(m) for m in stock.modules() if isinstance(m, torch.nn.GroupNorm)}
+    assert kinds == {StockGroupNorm}
+    results = []
+    for each in (model, stock):
+        each.to(memory_format=memory_format)
+        x = random_input((2, 3, 24, 17)).contiguous(memory_format=memory_format).requires_grad_()
+        out = each(x)
+        out.backward(random_input(out.shape, seed=1))
+        gradients = {key: p.grad for key, p in each.named_parameters()}
+        results.append({"out": out.detach(), "x": x.grad, **gradients})
+    found, expected = results
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert relative_error(found[key], value) < 1e-9, key
 
 
 # ---------------------------------------------------------------- bad input

@@ -66,6 +66,7 @@ def group_norm(
             subclass ``NotImplementedError``.
         ValueError: no position (an empty spatial size), one value per group in the whole of ``x``, a negative
             ``eps``, an unknown ``act``, ``residual`` of another shape.
+        TypeError: ``num_groups`` is no integer.
     """
     if num_groups < 1:
         raise RuntimeError(f"group_norm: num_groups ({num_groups}) must be at least 1")
@@ -144,9 +145,14 @@ def instance_norm(
         raise ValueError(
             f"{function}: {missing} (None) must be given, or neither of running_mean and running_var"
         )
-    check_per_channel(function, x, shape[1], running_mean=running_mean, running_var=running_var)
+    running_statistics = {"running_mean": running_mean, "running_var": running_var}
+    check_floating(function, "x", x)
+    check_per_channel(function, x, shape[1], **running_statistics)
+    for name, running in running_statistics.items():
+        if shape[1] > 1 and running.stride(0) == 0:
+            raise RuntimeError(f"{function}: {name} (strides (0,)) must not be expanded")
     out, (mean, var) = _normalize_with_stats(function, x, residual, weight, bias, options)
-    if shape[0] > 0:
+    if x.numel() > 0:
         with torch.no_grad():
             unbiased = var * (positions / (positions - 1))
             for running, of_samples in ((running_mean, mean), (running_var, unbiased)):
@@ -184,6 +190,7 @@ def _normalize(
         and not _changes_dtype(x, residual)
         and serves_native(function, x)
         and not torch.compiler.is_compiling()
+        and x.numel() > options[0]  # so few values the operator would take: Python refuses them
     ):
         try:
             if needs_grad(*tensors):
@@ -192,7 +199,7 @@ def _normalize(
         except RuntimeError:
             try:
                 _check(function, *tensors, options)
-            except (RuntimeError, ValueError) as named:
+            except (RuntimeError, ValueError, TypeError) as named:
                 raise named from None
             raise
     return _normalize_with_stats(function, *tensors, options)[0]
@@ -353,6 +360,8 @@ def _check(
 ) -> None:
     groups, eps, _ = options
     shape = x.shape
+    if isinstance(groups, float):
+        raise TypeError(f"{function}: num_groups ({groups}) must be an integer")
     if len(shape) < 2:
         raise RuntimeError(
             f"{function}: x (shape {tuple(shape)}) must have at least 2 dimensions, [N, C, ...]"

@@ -13,9 +13,6 @@ using py::literals::operator""_a;
 namespace advdl_ops::python {
 namespace {
 
-const void* in(uintptr_t address) { return reinterpret_cast<const void*>(address); }
-void* out(uintptr_t address) { return reinterpret_cast<void*>(address); }
-
 // shape: (n, c, s, layout, dtype, weight_dtype, running_dtype), enumerators as integers.
 using Shape = std::tuple<int64_t, int64_t, int64_t, int, int, int, int>;
 

@@ -59,6 +59,7 @@ void run_kernel(size_t bytes, int threads, const std::function<void(void*)>& ker
 }
 
 void bind_batch_norm_act(py::module_& module);
+void bind_group_norm(py::module_& module);
 
 void bind_cpu_kernels(py::module_& module) {
   auto sub = module.def_submodule("cpu", "The CPU kernels without torch, for their unit tests.");
@@ -74,6 +75,7 @@ void bind_cpu_kernels(py::module_& module) {
       },
       py::arg("name"));
   bind_batch_norm_act(sub);
+  bind_group_norm(sub);
 }
 
 }  // namespace advdl_ops::python
