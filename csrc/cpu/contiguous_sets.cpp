@@ -123,8 +123,10 @@ void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena
                 // Not beyond the set: its neighbour's sums may be another thread's.
                 lanes.write(down, lanes.read(down) + counted);
                 lanes.write(down_xhat, lanes.read(down_xhat) + product * rstd_vec);
-                sum[index.value] += counted * weight.at(begin + i);
-                centred_sum[index.value] += product * weight.at(begin + i);
+                // Past the set lie its neighbour's weights, whatever they are, or nothing.
+                const Vec weights = lanes.counted(weight.at(begin + i));
+                sum[index.value] += counted * weights;
+                centred_sum[index.value] += product * weights;
               });
       total.dz += lane_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
       total.dz_centred +=

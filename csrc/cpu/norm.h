@@ -366,6 +366,21 @@ struct RowChunks {
   int64_t first_row(int64_t chunk) const { return chunk * rows / chunks; }
   int64_t columns_per_channel() const { return fold * inner; }
   int64_t elements_per_chunk() const { return rows * width / chunks; }
+  // The sum of f(column) over the columns of a channel, in parts: a channel may have thousands.
+  template <class F>
+  ADVDL_INLINE double sum_columns(int64_t c, F&& f) const {
+    constexpr int64_t kPart = 64;
+    double total = 0;
+    for (int64_t part = 0; part < fold; ++part) {
+      const int64_t first = (part * channels + c) * inner;
+      for (int64_t begin = first; begin < first + inner; begin += kPart) {
+        double sum = 0;
+        for (int64_t i = begin; i < min_of(begin + kPart, first + inner); ++i) sum += f(i);
+        total += sum;
+      }
+    }
+    return total;
+  }
   // f(column) for each column of a channel.
   template <class F>
   ADVDL_INLINE void for_columns(int64_t c, F&& f) const {
@@ -475,11 +490,10 @@ inline void merge_moments(const RowChunks& cut, const double* partial_mean,
     const double columns = static_cast<double>(cut.columns_per_channel());
     const double total = done + rows * columns, share = rows * columns / total;
     for (int64_t c = 0; c < channels; ++c) {
-      double chunk_mean = 0, chunk_m2 = 0;
-      cut.for_columns(first + c, [&](int64_t i) { chunk_mean += means[i]; });
-      chunk_mean /= columns;
-      cut.for_columns(first + c, [&](int64_t i) {
-        chunk_m2 += squares[i] + rows * (means[i] - chunk_mean) * (means[i] - chunk_mean);
+      const double chunk_mean =
+          cut.sum_columns(first + c, [&](int64_t i) { return means[i]; }) / columns;
+      const double chunk_m2 = cut.sum_columns(first + c, [&](int64_t i) {
+        return squares[i] + rows * (means[i] - chunk_mean) * (means[i] - chunk_mean);
       });
       const double delta = chunk_mean - moments[c].mean;
       moments[c].mean += delta * share;
