@@ -106,12 +106,7 @@ def _acc(x: Tensor) -> torch.dtype:
 
 def _kept(x: Tensor) -> Tensor:
     """An output with ``x``'s strides where the kernels read x as it is ([N, C, S] or [N, S, C]), else contiguous."""
-    dense = (
-        x.is_contiguous()
-        or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
-        or (x.dim() == 3 and x.transpose(1, 2).is_contiguous())
-    )
+    dense = x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
     return (
         torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
         if dense

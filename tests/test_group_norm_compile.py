@@ -157,9 +157,10 @@ def test_inductor(layout):
 def test_export(name, mode):
     module = MODULES[name]("gelu").train(mode)
     x, residual = torch.randn(2, 3, 6, 4, 5, dtype=f64)
-    rows = torch.export.Dim("rows", min=2, max=64)
+    rows, width = torch.export.Dim("rows", min=2, max=64), torch.export.Dim("width", min=2, max=64)
+    dynamic = {0: rows, 3: width}
     program = torch.export.export(
-        copy.deepcopy(module), (x, residual), dynamic_shapes=({0: rows}, {0: rows})
+        copy.deepcopy(module), (x, residual), dynamic_shapes=(dynamic, dynamic)
     )
     targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
     overloads = [t for t in targets if isinstance(t, torch._ops.OpOverload)]
@@ -167,7 +168,7 @@ def test_export(name, mode):
     assert all(t.namespace == "aten" for t in overloads), overloads
     other = program.module()
     for n in (3, 6):
-        x, residual = torch.randn(2, n, 6, 4, 5, dtype=f64)
+        x, residual = torch.randn(2, n, 6, 4, n + 4, dtype=f64)
         torch.testing.assert_close(other(x, residual), module(x, residual))
     exported = dict(other.named_buffers())
     for key, t in module.named_buffers():

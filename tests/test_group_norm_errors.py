@@ -299,3 +299,24 @@ def test_two_devices():
             value = torch.ones(X if name == "residual" else 6, device="cuda")
             given = arguments(function, **{name: value})
             assert_refused(function, given, RuntimeError, name)
+
+
+def test_running_statistics_are_named_in_evaluation():
+    x = torch.randn(2, 4, 3, 3)
+    for bad in (torch.zeros(3), torch.zeros(4, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match=r"^instance_norm: running_mean \("):
+            instance_norm(x, bad, bad + 1, use_input_stats=False)
+    with pytest.raises(NotImplementedError, match=r"^instance_norm: x \(dtype"):
+        instance_norm(x.int(), torch.zeros(4), torch.ones(4), use_input_stats=False)
+
+
+def test_written_running_statistics_must_not_require_a_gradient():
+    x, mean = torch.randn(2, 4, 3, 3), torch.zeros(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"^instance_norm: running_mean must not require"):
+        instance_norm(x, mean, torch.ones(4))
+    assert mean.eq(0).all()
+
+
+def test_eps_that_is_no_number():
+    with pytest.raises(ValueError, match=r"^group_norm: eps \(nan\) must not be negative"):
+        group_norm(torch.randn(2, 4, 3), 2, eps=float("nan"))

@@ -5,6 +5,7 @@ Wu & He 2018 (arXiv:1803.08494), Ba et al. 2016 (arXiv:1607.06450), Ulyanov et a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ._norm import (
     needs_grad,
     saved_for,
 )
-from .batch_norm_act import batch_norm_act
+from .batch_norm_act import batch_norm_act, check_norm
 
 # In place of a number of groups, for the kernels: each position over its channels (csrc/common/group_norm.h).
 _EACH_POSITION = 0
@@ -49,7 +50,8 @@ def group_norm(
     with mean and variance of each group of ``C / num_groups`` neighbouring channels of each sample.
 
     Args:
-        x: ``[N, C]`` or ``[N, C, ...]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept).
+        x: ``[N, C]`` or ``[N, C, ...]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept; other
+            strides give a contiguous result).
         num_groups: divides ``C``; 1 normalizes each sample, ``C`` each channel of each sample.
         weight, bias: ``[C]`` or ``None``; in ``x``'s dtype, or fp32 beside a half-precision ``x``.
         eps: added to the variance; >= 0.
@@ -109,8 +111,9 @@ def instance_norm(
 
     Args:
         x: ``[N, C, ...]``, as :func:`group_norm`.
-        running_mean, running_var: ``[C]``, both or neither; with ``use_input_stats`` written: the mean over the
-            batch of each sample's mean and unbiased variance, with weight ``momentum``. An empty batch leaves them.
+        running_mean, running_var: ``[C]``, both or neither, in ``x``'s dtype or fp32 beside a half-precision ``x``;
+            with ``use_input_stats`` written: the mean over the batch of each sample's mean and unbiased variance,
+            with weight ``momentum``. An empty batch leaves them.
         use_input_stats: normalize each channel of each sample by its own statistics, else by the running ones.
 
     Raises:
@@ -126,12 +129,18 @@ def instance_norm(
             raise RuntimeError(
                 f"{function}: running_mean and running_var must be given when use_input_stats is False"
             )
+        if x.dim() < 2:
+            raise RuntimeError(
+                f"{function}: x (shape {tuple(x.shape)}) must have at least 2 dimensions, [N, C, ...]"
+            )
+        channels = x.shape[1]
+        check_norm(function, x, channels, running_mean, running_var, weight, bias, False, eps)
         return batch_norm_act(
             x, running_mean, running_var, weight, bias, False, momentum, eps,
             residual=residual, act=activation,
         )  # fmt: skip
     shape = x.shape
-    positions = shape[2:].numel()
+    positions = math.prod(shape[2:])
     if positions < 2 or len(shape) < 3:
         raise ValueError(
             f"{function}: x (shape {tuple(shape)}) must have more than 1 spatial element when "
@@ -151,6 +160,8 @@ def instance_norm(
     for name, running in running_statistics.items():
         if shape[1] > 1 and running.stride(0) == 0:
             raise RuntimeError(f"{function}: {name} (strides (0,)) must not be expanded")
+        if torch.is_grad_enabled() and running.requires_grad:
+            raise RuntimeError(f"{function}: {name} must not require a gradient in training")
     out, (mean, var) = _normalize_with_stats(function, x, residual, weight, bias, options)
     if x.numel() > 0:
         with torch.no_grad():
@@ -381,7 +392,7 @@ def _check(
             )
         if shape[0] > 0 and channels > 0 and x.numel() == 0:
             raise ValueError(f"{function}: x (shape {tuple(shape)}) must have a position at least")
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"{function}: eps ({eps}) must not be negative")
     if residual is not None:
         check_residual(function, residual, shape, x.device)

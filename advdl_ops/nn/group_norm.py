@@ -14,8 +14,10 @@ from ..functional.group_norm import group_norm, instance_norm, layer_norm_2d
 _Act = str | Activation | torch.nn.Module | None
 
 
-def _act_repr(act: Activation) -> str:
-    return "" if act.code == 0 else f", act={act.name!r}"
+def _act_repr(act: _Act) -> str:
+    # An activation may be assigned later, by any of its spellings.
+    name = resolve_activation("act", act).name
+    return "" if name == "identity" else f", act={name!r}"
 
 
 class GroupNorm(torch.nn.GroupNorm):

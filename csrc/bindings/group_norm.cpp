@@ -106,7 +106,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
   p.bias = data(bias);
   p.mean = data(stats);
   p.var = second_of_pair(stats);
-  p.dx = data_or_null(dx, need_dx);
+  // A set of one value is its own mean: the gradient is zero, which the kernels would find but for rounding.
+  const bool is_zero = need_dx && p.shape.set_size() == 1;
+  if (is_zero) torch::stable::zero_(dx);
+  p.dx = data_or_null(dx, need_dx && !is_zero);
   p.dresidual = data_or_null(dresidual, need_dresidual);
   p.dweight = data_or_null(dweight, has_affine);
   p.dbias = data_or_null(dbias, has_affine);

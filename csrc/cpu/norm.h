@@ -315,6 +315,8 @@ struct Arena {
 // sqrt((1 - f) / f) deviations of the set's, whatever is in it: the sum of squares about the guess is at most 8 times that
 // about the mean, and loses no more than that of its precision.
 constexpr int64_t kSampled = 8;
+// But so many elements (rows) at least, where a block has them: few would guess worse than a rounding or two.
+constexpr int64_t kMinSampled = 64, kMinSampledRows = 8;
 
 // Adds a block to the moments of its chunk: squares about a guess of its own mean, whose error their sum mends. About
 // the mean of the blocks before they would be cheaper, and off where the first block lies far from the rest.
@@ -324,7 +326,7 @@ void add_block(const T* x, int64_t length, int64_t runs, int64_t stride, Moments
   using Vec = typename Simd<Acc>::Vec;
   const double count = static_cast<double>(length) * static_cast<double>(runs);
   Vec sum{};
-  const int64_t sampled = ceil_div(length, kSampled);
+  const int64_t sampled = min_of(length, max_of(kMinSampled, ceil_div(length, kSampled)));
   for (int64_t r = 0; r < runs; ++r) {
     for_vectors<Acc, 1>(sampled,
                         [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
@@ -426,7 +428,7 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, dou
       for (; r + 4 <= count; r += 4) add(block + r * stride, Index<4>{});
       for (; r < count; ++r) add(block + r * stride, Index<1>{});
     };
-    const int64_t sampled = ceil_div(count, kSampled);
+    const int64_t sampled = min_of(count, max_of(kMinSampledRows, ceil_div(count, kSampled)));
     for (int64_t r = 0; r < sampled; ++r) {
       for_vectors<Acc, 1>(width,
                           [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
