@@ -166,8 +166,8 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
   T* dx = static_cast<T*>(p.dx);
   const int64_t elements = cut.rows * cut.s;
   const bool stream_out = streams<T>(elements, kStreamBytes);
-  const bool stream_residual = !is_transcendental(kAct) && dresidual != nullptr &&
-                               streams<T>(elements, kStreamStoredBytes);
+  const bool stream_residual =
+      !is_transcendental(kAct) && dresidual != nullptr && streams<T>(elements, kStreamStoredBytes);
   T* kept = kept_dz<T, kAct>(p);
   T* stores_dz = kept != nullptr ? kept : dresidual;
   // What was streamed is far: dz is then computed again from dout, which is near.
