@@ -1,4 +1,4 @@
-// Requests for csrc/cuda/group_norm.cu: see module.cpp.
+// Requests for csrc/cuda/group_norm.cu and, with groups of kEachPosition, layer_norm_2d.cu: see module.cpp.
 #include "../../csrc/common/group_norm.h"
 #include "arena.h"
 #include "group_norm.h"
@@ -58,7 +58,13 @@ py::dict group_norm_forward(const py::dict& r) {
   p.out = arena.output("out", sizes.all, p.shape.dtype);
   p.mean = arena.output("mean", sizes.sets, sizes.acc);
   p.var = arena.output("var", sizes.sets, sizes.acc);
-  cuda::group_norm_forward(p, arena.workspace(cuda::group_norm_forward_workspace(p)), nullptr);
+  if (p.shape.groups == kEachPosition) {
+    void* workspace = arena.workspace(cuda::layer_norm_2d_forward_workspace(p));
+    cuda::layer_norm_2d_forward(p, workspace, nullptr);
+  } else {
+    void* workspace = arena.workspace(cuda::group_norm_forward_workspace(p));
+    cuda::group_norm_forward(p, workspace, nullptr);
+  }
   return arena.results();
 }
 
@@ -81,7 +87,13 @@ py::dict group_norm_backward(const py::dict& r) {
     p.dweight = arena.output("dweight", sizes.channels, sizes.acc);
     p.dbias = arena.output("dbias", sizes.channels, sizes.acc);
   }
-  cuda::group_norm_backward(p, arena.workspace(cuda::group_norm_backward_workspace(p)), nullptr);
+  if (p.shape.groups == kEachPosition) {
+    void* workspace = arena.workspace(cuda::layer_norm_2d_backward_workspace(p));
+    cuda::layer_norm_2d_backward(p, workspace, nullptr);
+  } else {
+    void* workspace = arena.workspace(cuda::group_norm_backward_workspace(p));
+    cuda::group_norm_backward(p, workspace, nullptr);
+  }
   return arena.results();
 }
 

@@ -170,13 +170,15 @@ def backward_reference(
 
 # ---- to and from the emulation ----
 
+EACH_POSITION = {"groups": 0}  # kEachPosition of csrc/common/group_norm.h
+
 
 def run_forward(
     emulator: Any, case: Case, inputs: dict[str, Tensor], **settings: Any
 ) -> dict[str, Any]:
     tensors = {k: v for k, v in inputs.items() if k != "dout"}
     request = common_request(case, tensors, settings)
-    return unpack(case, emulator.call("layer_norm_2d_forward", request))
+    return unpack(case, emulator.call("group_norm_forward", request | EACH_POSITION))
 
 
 def run_backward(
@@ -185,7 +187,7 @@ def run_backward(
     kept = ("x", "dout", "weight", "bias")
     tensors = {**{k: v for k, v in inputs.items() if k in kept}, **extra}
     request = common_request(case, tensors, settings) | {"want_dweight": case.want_dweight}
-    return unpack(case, emulator.call("layer_norm_2d_backward", request))
+    return unpack(case, emulator.call("group_norm_backward", request | EACH_POSITION))
 
 
 def dry_run(emulator: Any, case: Case, direction: str, **settings: Any) -> dict[str, Any]:

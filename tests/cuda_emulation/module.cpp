@@ -5,7 +5,6 @@
 #include "../../csrc/common/batch_norm_act.h"
 #include "arena.h"
 #include "group_norm.h"
-#include "layer_norm_2d.h"
 #include "selftest.h"
 
 namespace {
@@ -113,7 +112,5 @@ PYBIND11_MODULE(cuda_emulated, m) {
   m.def("backward", &backward);
   m.def("group_norm_forward", &cuda_emulation::group_norm_forward);
   m.def("group_norm_backward", &cuda_emulation::group_norm_backward);
-  m.def("layer_norm_2d_forward", &cuda_emulation::layer_norm_2d_forward);
-  m.def("layer_norm_2d_backward", &cuda_emulation::layer_norm_2d_backward);
   m.def("selftest", &selftest);
 }
