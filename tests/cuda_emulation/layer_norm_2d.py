@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch_norm_act import (
+from .batch_norm_act import Case as NormCase
+from .batch_norm_act import common_request, unpack
+from .batch_norm_act import make_inputs as norm_inputs
+from .norms import (
     ACTS,
     DTYPES,
     EPS,
@@ -18,14 +21,10 @@ from .batch_norm_act import (
     acc_dtype,
     affine,
     assert_within,
-    common_request,
     per_channel,
     roundoff,
     smallest,
-    unpack,
 )
-from .batch_norm_act import Case as NormCase
-from .batch_norm_act import make_inputs as norm_inputs
 
 __all__ = ["ACTS", "DTYPES", "SIMPLE", "Case", "assert_within"]
 
