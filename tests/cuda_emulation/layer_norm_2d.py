@@ -194,4 +194,6 @@ def dry_run(emulator: Any, case: Case, direction: str, **settings: Any) -> dict[
     saved = case.z_output or (case.residual and direction == "backward")
     names = ["x", "dout", *["residual"] * case.residual, *["saved"] * saved]
     request = common_request(case, {}, {**settings, "dry": True, "want_dweight": case.want_dweight})
-    return emulator.call(f"layer_norm_2d_{direction}", request | dict.fromkeys(names, True))
+    return emulator.call(
+        f"group_norm_{direction}", request | EACH_POSITION | dict.fromkeys(names, True)
+    )
