@@ -436,9 +436,11 @@ bool is_channels_last(const GroupNormShape& shape) {
   return shape.layout == Layout::channels_last && shape.s > 1;
 }
 
-// Whether the channels of a contiguous sample are too short for vectors.
+// Whether the channels of a contiguous sample are too short for loops of their own. A ragged one (7x7) costs a vector in part
+// and two reductions, longer than the weights of each element.
 bool has_short_runs(const GroupNormShape& shape) {
-  return !is_channels_last(shape) && shape.s < kShortRun;
+  if (is_channels_last(shape)) return false;
+  return shape.s < kShortRun || (shape.s < 4 * kShortRun && shape.s % 8 != 0);
 }
 
 ContiguousSets short_sets(const GroupNormShape& shape) {
