@@ -15,6 +15,7 @@ import torch
 from cuda_emulation import Emulator, unavailable
 from cuda_emulation import batch_norm_act as bna
 from cuda_emulation.batch_norm_act import ACTS, DTYPES, Case
+from cuda_emulation.norms import assert_order_changes_no_bit
 
 ROOT = Path(__file__).resolve().parents[1]
 # Blocks of a GPU without room for a slab: the paths that split a channel over blocks.
@@ -331,19 +332,7 @@ def test_nan_and_inf_stay_in_their_channel(
 def test_the_order_of_blocks_and_threads_changes_no_bit(
     emulator: Emulator, case: Case, settings: dict
 ) -> None:
-    inputs = bna.make_inputs(case)
-    extra = bna.backward_inputs(case, inputs)
-
-    def outputs(**order: int) -> dict:
-        result = bna.run_forward(emulator, case, inputs, **settings, **order)
-        return result | bna.run_backward(emulator, case, inputs, extra, **settings, **order)
-
-    first = outputs()
-    for order in ({"order": 1}, {"order": 2, "seed": 7}):
-        again = outputs(**order)
-        for name, value in first.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, again[name]), name
+    assert_order_changes_no_bit(bna, emulator, case, settings)
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])

@@ -16,7 +16,7 @@ import torch
 from cuda_emulation import Emulator, unavailable
 from cuda_emulation import group_norm as gn
 from cuda_emulation.group_norm import Case
-from cuda_emulation.norms import ACTS, DTYPES, assert_within, kernels
+from cuda_emulation.norms import ACTS, DTYPES, assert_order_changes_no_bit, assert_within, kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 # Blocks of a GPU without room for a slab: the paths that split a set over blocks.
@@ -330,19 +330,7 @@ def test_nan_and_inf_stay_in_their_set(
 def test_the_order_of_blocks_and_threads_changes_no_bit(
     emulator: Emulator, case: Case, settings: dict
 ) -> None:
-    inputs = gn.make_inputs(case)
-    extra = gn.backward_inputs(case, inputs)
-
-    def outputs(**order: int) -> dict:
-        result = gn.run_forward(emulator, case, inputs, **settings, **order)
-        return result | gn.run_backward(emulator, case, inputs, extra, **settings, **order)
-
-    first = outputs()
-    for order in ({"order": 1}, {"order": 2, "seed": 7}):
-        again = outputs(**order)
-        for name, value in first.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, again[name]), name
+    assert_order_changes_no_bit(gn, emulator, case, settings)
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])

@@ -10,6 +10,7 @@ import torch
 from cuda_emulation import Emulator, unavailable
 from cuda_emulation import layer_norm_2d as ln
 from cuda_emulation.layer_norm_2d import ACTS, DTYPES, Case
+from cuda_emulation.norms import assert_order_changes_no_bit
 
 MAX_TEAM = 512  # kMaxTeam
 # Blocks of a GPU without room for a tile, and then without room for a block's sums either.
@@ -306,19 +307,7 @@ def test_nan_and_inf_stay_at_their_position(
 def test_the_order_of_blocks_and_threads_changes_no_bit(
     emulator: Emulator, case: Case, limit: dict
 ) -> None:
-    inputs = ln.make_inputs(case)
-    extra = ln.backward_inputs(case, inputs)
-
-    def outputs(**order: int) -> dict:
-        result = ln.run_forward(emulator, case, inputs, **limit, **order)
-        return result | ln.run_backward(emulator, case, inputs, extra, **limit, **order)
-
-    first = outputs()
-    for order in ({"order": 1}, {"order": 2, "seed": 7}):
-        again = outputs(**order)
-        for name, value in first.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, again[name]), name
+    assert_order_changes_no_bit(ln, emulator, case, limit)
 
 
 @pytest.mark.parametrize("layout", ["first", "last"])

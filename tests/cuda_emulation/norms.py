@@ -165,3 +165,22 @@ def assert_within(result: dict[str, Any], reference: dict[str, tuple[Tensor, Ten
                 f"{actual.flatten()[worst].item()} for {expected.flatten()[worst].item()} "
                 f"(allowed {allowed.expand_as(error).flatten()[worst].item():.3g})"
             )
+
+
+def assert_order_changes_no_bit(
+    family: Any, emulator: Any, case: Any, settings: dict[str, Any]
+) -> None:
+    """Forward and backward of ``family`` (a module of this package), with blocks and threads in three orders."""
+    inputs = family.make_inputs(case)
+    extra = family.backward_inputs(case, inputs)
+
+    def outputs(**order: int) -> dict[str, Any]:
+        result = family.run_forward(emulator, case, inputs, **settings, **order)
+        return result | family.run_backward(emulator, case, inputs, extra, **settings, **order)
+
+    first = outputs()
+    for order in ({"order": 1}, {"order": 2, "seed": 7}):
+        again = outputs(**order)
+        for name, value in first.items():
+            if isinstance(value, Tensor):
+                assert torch.equal(value, again[name]), name
