@@ -91,3 +91,9 @@ def resolve_activation(function: str, act: str | Activation | torch.nn.Module | 
         f"{function}: act ({kind.__name__}) must be None, a name ({', '.join(ACTIVATIONS)}) "
         "or the matching torch.nn module"
     )
+
+
+def act_repr(act: str | Activation | torch.nn.Module | None) -> str:
+    """What a module's ``extra_repr`` ends with; the activation may have been assigned by any of its spellings."""
+    name = resolve_activation("act", act).name
+    return "" if name == "identity" else f", act={name!r}"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activation import Activation, resolve_activation
+from ..activation import Activation, act_repr, resolve_activation
 from ..functional.batch_norm_act import batch_norm_act
 from ..reference.batch_norm_act import acc_dtype
 
@@ -122,5 +122,4 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         return out
 
     def extra_repr(self) -> str:
-        act = "" if self.act.code == 0 else f", act={self.act.name!r}"
-        return super().extra_repr() + act
+        return super().extra_repr() + act_repr(self.act)

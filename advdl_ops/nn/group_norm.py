@@ -8,16 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activation import Activation, resolve_activation
+from ..activation import Activation, act_repr, resolve_activation
 from ..functional.group_norm import group_norm, instance_norm, layer_norm_2d
 
 _Act = str | Activation | torch.nn.Module | None
-
-
-def _act_repr(act: _Act) -> str:
-    # An activation may be assigned later, by any of its spellings.
-    name = resolve_activation("act", act).name
-    return "" if name == "identity" else f", act={name!r}"
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -63,7 +57,7 @@ class GroupNorm(torch.nn.GroupNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _act_repr(self.act)
+        return super().extra_repr() + act_repr(self.act)
 
 
 class LayerNorm2d(torch.nn.LayerNorm):
@@ -107,7 +101,7 @@ class LayerNorm2d(torch.nn.LayerNorm):
         return layer_norm_2d(x, self.weight, self.bias, self.eps, act=self.act, residual=residual)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _act_repr(self.act)
+        return super().extra_repr() + act_repr(self.act)
 
 
 class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
@@ -166,7 +160,7 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _act_repr(self.act)
+        return super().extra_repr() + act_repr(self.act)
 
 
 class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
