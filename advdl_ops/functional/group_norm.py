@@ -133,12 +133,15 @@ def instance_norm(
             raise RuntimeError(
                 f"{function}: x (shape {tuple(x.shape)}) must have at least 2 dimensions, [N, C, ...]"
             )
-        channels = x.shape[1]
-        check_norm(function, x, channels, running_mean, running_var, weight, bias, False, eps)
-        return batch_norm_act(
-            x, running_mean, running_var, weight, bias, False, momentum, eps,
-            residual=residual, act=activation,
-        )  # fmt: skip
+        try:
+            return batch_norm_act(
+                x, running_mean, running_var, weight, bias, False, momentum, eps,
+                residual=residual, act=activation,
+            )  # fmt: skip
+        except (RuntimeError, ValueError):
+            # It has checked all of this itself: here only for the name.
+            check_norm(function, x, x.shape[1], running_mean, running_var, weight, bias, False, eps)
+            raise
     shape = x.shape
     positions = math.prod(shape[2:])
     if positions < 2 or len(shape) < 3:
