@@ -11,51 +11,111 @@ namespace {
 
 using cpu::parallel_ranges;
 
-template <class T, ForwardAct kAct, bool kResidual>
-void forward(const GroupNormForward& p, const ContiguousSets& cut, Arena arena) {
-  using Acc = acc_t<T>;
-  const Affine<Acc> affine(p, cut.inner, arena);
-  const T* x = static_cast<const T*>(p.x);
-  const T* residual = static_cast<const T*>(p.residual);
-  T* out = static_cast<T*>(p.out);
-  const int64_t sets = cut.rows * cut.sets;
-  const bool stream_out = streams<T>(sets * cut.length, kStreamBytes);
-  parallel_ranges(sets, cut.length, [&](int64_t begin, int64_t end) {
-    for (int64_t set = begin; set < end; ++set) {
-      const int64_t at = set * cut.length, column = set % cut.sets * cut.length;
-      Moments m;
-      for (int64_t i = 0; i < cut.length; i += kBlock)
-        add_block(x + at + i, min_of(kBlock, cut.length - i), 1, 0, &m);
-      Acc rstd = write_statistics<Acc>(p, set, m);
-      const Constants<Acc> k{static_cast<Acc*>(p.mean) + set,
-                             affine.weight + column,
-                             affine.bias + column,
-                             nullptr,
-                             nullptr,
-                             &rstd};
-      apply_run<T, kAct, AffinePerElement, kResidual>(x + at, residual + (kResidual ? at : 0),
-                                                      out + at, cut.length, k, 0, p.act,
-                                                      static_cast<Acc>(p.act_param), stream_out);
-    }
-    if (stream_out) stream_fence();
-  });
-}
-
 // Rows are cut into chunks by the shape alone.
 int64_t chunks_of(const ContiguousSets& cut) {
   const int64_t most = min_of(kMaxChunks, max_of(1, cut.rows / 32));
   return clamp(cut.rows * cut.width() / (8 * kBlock), 1, most);
 }
 
+// Forward has nothing to add up: where a chunk needs no memory of its own there may be more, for threads of equal work.
+int64_t forward_chunks(const ContiguousSets& cut) {
+  return cut.inner == 1 ? min_of(cut.rows, 8 * kMaxChunks) : chunks_of(cut);
+}
+
+// Neighbouring sets of the rows of one chunk: what one thread does row by row, in the order of memory.
+struct Span {
+  int64_t chunk, first_set, last_set, first_row, last_row;
+};
+
+// f(span) on all threads. Where there are few chunks they are shared out by their sets.
+template <class F>
+void for_spans(const ContiguousSets& cut, int64_t chunks, const F& f) {
+  const int64_t work = cut.rows * cut.length / chunks;
+  parallel_ranges(chunks * cut.sets, work, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin, last; task < end; task = last) {
+      const int64_t chunk = task / cut.sets, first = chunk * cut.sets;
+      last = min_of(end, first + cut.sets);
+      f(Span{chunk, task - first, last - first, chunk * cut.rows / chunks,
+             (chunk + 1) * cut.rows / chunks});
+    }
+  });
+}
+
+// Weights and biases of every element of a row. Where a channel's are repeated each chunk has its own, filled by the thread
+// that reads them: as one array that one thread fills, it would travel from core to core at every call.
+template <class Acc>
+struct ElementAffine {
+  int64_t inner, length, stride, chunk_stride;
+  Acc *weights, *biases;  // [chunks or 1, width + kPad]
+  ElementAffine(const ContiguousSets& cut, int64_t chunks, Arena& arena)
+      : inner(cut.inner),
+        length(cut.length),
+        stride(cut.width() + kPad),
+        chunk_stride(inner == 1 ? 0 : stride),
+        weights(arena.take<Acc>((inner == 1 ? 1 : chunks) * stride)),
+        biases(arena.take<Acc>((inner == 1 ? 1 : chunks) * stride)) {}
+  template <class Params>
+  ElementAffine(const Params& p, const ContiguousSets& cut, int64_t chunks, Arena& arena)
+      : ElementAffine(cut, chunks, arena) {
+    if (inner == 1) fill(p, 0, 0, p.shape.c);
+  }
+  // What the span reads is there after this.
+  template <class Params>
+  void prepare(const Params& p, const Span& span) const {
+    if (inner > 1)
+      fill(p, span.chunk * chunk_stride, span.first_set * length / inner,
+           span.last_set * length / inner);
+  }
+
+ private:
+  template <class Params>
+  void fill(const Params& p, int64_t at, int64_t first, int64_t last) const {
+    const DType dtype = p.shape.weight_dtype;
+    fill_channels(p.weight, dtype, first, last, inner, Acc(1), weights + at);
+    fill_channels(p.bias, dtype, first, last, inner, Acc(0), biases + at);
+  }
+};
+
+template <class T, ForwardAct kAct, bool kResidual>
+void forward(const GroupNormForward& p, const ContiguousSets& cut, Arena arena) {
+  using Acc = acc_t<T>;
+  const int64_t chunks = forward_chunks(cut);
+  const ElementAffine<Acc> affine(p, cut, chunks, arena);
+  const T* x = static_cast<const T*>(p.x);
+  const T* residual = static_cast<const T*>(p.residual);
+  T* out = static_cast<T*>(p.out);
+  const bool stream_out = streams<T>(cut.rows * cut.width(), kStreamBytes);
+  const auto do_set = [&](int64_t set, Acc* weight, Acc* bias) {
+    const int64_t at = set * cut.length;
+    Moments m;
+    for (int64_t i = 0; i < cut.length; i += kBlock)
+      add_block(x + at + i, min_of(kBlock, cut.length - i), 1, 0, &m);
+    Acc rstd = write_statistics<Acc>(p, set, m);
+    const Constants<Acc> k{static_cast<Acc*>(p.mean) + set, weight, bias, nullptr, nullptr, &rstd};
+    apply_run<T, kAct, AffinePerElement, kResidual>(x + at, residual + (kResidual ? at : 0),
+                                                    out + at, cut.length, k, 0, p.act,
+                                                    static_cast<Acc>(p.act_param), stream_out);
+  };
+  for_spans(cut, chunks, [&](const Span& span) {
+    affine.prepare(p, span);
+    for (int64_t row = span.first_row; row < span.last_row; ++row) {
+      for (int64_t set = span.first_set; set < span.last_set; ++set) {
+        const int64_t at = span.chunk * affine.chunk_stride + set * cut.length;
+        do_set(row * cut.sets + set, affine.weights + at, affine.biases + at);
+      }
+    }
+    if (stream_out) stream_fence();
+  });
+}
+
 // Sums down the columns of one chunk, [width + kPad] each.
 template <class Acc>
 struct ColumnSums {
-  int64_t chunks, width, stride;
+  int64_t width, stride;
   Acc *dz, *dz_xhat;        // of up to kMaxRows rows
   double *dbias, *dweight;  // [chunks, width]
-  ColumnSums(const ContiguousSets& cut, Arena& arena)
-      : chunks(chunks_of(cut)),
-        width(cut.width()),
+  ColumnSums(const ContiguousSets& cut, int64_t chunks, Arena& arena)
+      : width(cut.width()),
         stride(width + kPad),
         dz(arena.take<Acc>(chunks * stride)),
         dz_xhat(arena.take<Acc>(chunks * stride)),
@@ -81,8 +141,9 @@ template <class T, BackwardAct kAct>
 void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
-  const Affine<Acc> affine(p, cut.inner, arena);
-  const ColumnSums<Acc> columns(cut, arena);
+  const int64_t chunks = chunks_of(cut);
+  const ElementAffine<Acc> affine(p, cut, chunks, arena);
+  const ColumnSums<Acc> columns(cut, chunks, arena);
   const T* dout = static_cast<const T*>(p.dout);
   const T* x = static_cast<const T*>(p.x);
   const T* saved = static_cast<const T*>(p.saved);
@@ -93,17 +154,17 @@ void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena
   const bool stream_out = streams<T>(cut.rows * cut.width(), kStreamBytes);
   const Acc param = static_cast<Acc>(p.act_param);
 
-  const auto set_gradient = [&](int64_t set, int64_t column, Acc* dz_sum, Acc* dz_xhat_sum) {
+  const auto do_set = [&](int64_t set, Acc* weights, Acc* biases, Acc* dz_sum, Acc* dz_xhat_sum) {
     const int64_t at = set * cut.length;
     const T* saved_at = saved == nullptr ? nullptr : saved + at;
     Acc slope, offset, rstd = rstd_of(static_cast<const Acc*>(p.var)[set], p.eps);
     const Constants<Acc> k{const_cast<Acc*>(static_cast<const Acc*>(p.mean)) + set,
-                           affine.weight + column,
-                           affine.bias + column,
+                           weights,
+                           biases,
                            &slope,
                            &offset,
                            &rstd};
-    const ChannelValue<Acc, true> weight(affine.weight + column);
+    const ChannelValue<Acc, true> weight(weights);
     const Vec rstd_vec = broadcast(rstd);
     SetSums total;
     for (int64_t begin = 0; begin < cut.length; begin += kBlock) {
@@ -143,26 +204,32 @@ void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena
     }
   };
 
-  // The columns of different sets are apart: chunks of one set each, where there are few rows.
-  const int64_t tasks = columns.chunks * cut.sets;
-  parallel_ranges(tasks, cut.rows * cut.length / columns.chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t chunk = task / cut.sets, column = task % cut.sets * cut.length;
-      columns.clear(chunk, column, cut.length);
-      const int64_t first = chunk * cut.rows / columns.chunks;
-      const int64_t last = (chunk + 1) * cut.rows / columns.chunks;
-      for (int64_t row = first; row < last; ++row) {
-        set_gradient(row * cut.sets + task % cut.sets, column,
-                     columns.dz + chunk * columns.stride + column,
-                     columns.dz_xhat + chunk * columns.stride + column);
-        if ((row - first) % kMaxRows == kMaxRows - 1) columns.flush(chunk, column, cut.length);
+  for_spans(cut, chunks, [&](const Span& span) {
+    const int64_t column = span.first_set * cut.length;
+    const int64_t width = span.last_set * cut.length - column;
+    affine.prepare(p, span);
+    columns.clear(span.chunk, column, width);
+    for (int64_t row = span.first_row; row < span.last_row; ++row) {
+      for (int64_t set = span.first_set; set < span.last_set; ++set) {
+        const int64_t at = span.chunk * affine.chunk_stride + set * cut.length;
+        const int64_t sums_at = span.chunk * columns.stride + set * cut.length;
+        do_set(row * cut.sets + set, affine.weights + at, affine.biases + at, columns.dz + sums_at,
+               columns.dz_xhat + sums_at);
       }
-      columns.flush(chunk, column, cut.length);
+      if ((row - span.first_row) % kMaxRows == kMaxRows - 1)
+        columns.flush(span.chunk, column, width);
     }
+    columns.flush(span.chunk, column, width);
     if (stream_out) stream_fence();
   });
-  if (p.dweight != nullptr)
-    sum_parts<Acc>(p, columns.dbias, columns.dweight, columns.chunks, cut.inner);
+  if (p.dweight != nullptr) sum_parts<Acc>(p, columns.dbias, columns.dweight, chunks, cut.inner);
+}
+
+template <class Acc>
+void count_workspace(const ContiguousSets& cut, bool backward, Arena& arena) {
+  const int64_t chunks = chunks_of(cut);
+  ElementAffine<Acc>(cut, chunks, arena);
+  if (backward) ColumnSums<Acc>(cut, chunks, arena);
 }
 
 }  // namespace
@@ -177,17 +244,10 @@ void contiguous_sets_backward(const GroupNormBackward& p, const ContiguousSets& 
   dispatch_backward(p, [&]<class T, BackwardAct kAct>() { backward<T, kAct>(p, cut, arena); });
 }
 
-template <class Acc>
-static void count_workspace(const GroupNormShape& shape, const ContiguousSets& cut, bool backward,
-                            Arena& arena) {
-  Affine<Acc>(shape, cut.inner, arena);
-  if (backward) ColumnSums<Acc>(cut, arena);
-}
-
 void contiguous_sets_workspace(const GroupNormShape& shape, const ContiguousSets& cut,
                                bool backward, Arena& arena) {
-  shape.dtype == DType::f64 ? count_workspace<double>(shape, cut, backward, arena)
-                            : count_workspace<float>(shape, cut, backward, arena);
+  shape.dtype == DType::f64 ? count_workspace<double>(cut, backward, arena)
+                            : count_workspace<float>(cut, backward, arena);
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE

@@ -77,7 +77,7 @@ void forward_channels_first(const GroupNormForward& p, Arena arena) {
   const SetChunks cut(p.shape);
   Moments* partial = arena.take<Moments>(cut.sets * cut.chunks);
   Acc* rstd = arena.take<Acc>(cut.sets);
-  const Affine<Acc> affine(p, 1, arena);
+  const Affine<Acc> affine(p, arena);
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
@@ -157,7 +157,7 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
   Acc* slopes = arena.take<Acc>(sets);
   Acc* offsets = arena.take<Acc>(sets);
   const Acc* rstd = read_rstd<Acc>(p, arena);
-  const Affine<Acc> affine(p, 1, arena);
+  const Affine<Acc> affine(p, arena);
   Acc* means = const_cast<Acc*>(static_cast<const Acc*>(p.mean));
   const T* dout = static_cast<const T*>(p.dout);
   const T* x = static_cast<const T*>(p.x);
@@ -339,7 +339,7 @@ void forward_channels_last(const GroupNormForward& p, Arena arena) {
   const Columns<Acc> columns(shape, arena, false);
   const RowChunks& cut = columns.cut;
   Acc* rstd = arena.take<Acc>(shape.sets());
-  const Affine<Acc> affine(p, 1, arena);
+  const Affine<Acc> affine(p, arena);
   const int64_t sample = shape.c * shape.s;
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
@@ -377,7 +377,7 @@ void backward_channels_last(const GroupNormBackward& p, Arena arena) {
   const RowChunks& cut = columns.cut;
   GradientSums* sums = arena.take<GradientSums>(shape.n * shape.c);
   const Acc* rstd = read_rstd<Acc>(p, arena);
-  const Affine<Acc> affine(p, 1, arena);
+  const Affine<Acc> affine(p, arena);
   const int64_t sample = shape.c * shape.s;
   const auto at = [&](const void* tensor, int64_t n) {
     return tensor == nullptr ? nullptr : static_cast<const T*>(tensor) + n * sample;
@@ -475,7 +475,7 @@ size_t workspace_of(const GroupNormShape& shape, bool backward) {
     return arena.used;
   }
   arena.take<Acc>(shape.sets());
-  Affine<Acc>(shape, 1, arena);
+  Affine<Acc>(shape, arena);
   if (is_channels_last(shape)) {
     const Columns<Acc> columns(shape, arena, backward);
     if (backward) arena.take<GradientSums>(shape.n * shape.c);

@@ -5,6 +5,7 @@
 #include "../common/group_norm.h"
 
 #include "norm.h"
+#include "parallel.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
@@ -34,27 +35,35 @@ Acc* read_rstd(const GroupNormBackward& p, Arena& arena) {
   return rstd;
 }
 
-// Weight and bias in the type of the arithmetic, each value `inner` times: [c * inner + kPad].
+// to[c * inner + i] = values[c] for the channels [first, last), or `otherwise`, in the type of the arithmetic.
+template <class Acc>
+void fill_channels(const void* values, DType dtype, int64_t first, int64_t last, int64_t inner,
+                   Acc otherwise, Acc* to) {
+  for (int64_t c = first; c < last; ++c) {
+    const Acc value =
+        values == nullptr ? otherwise : static_cast<Acc>(read_scalar(values, dtype, c));
+    if (inner == 1) {
+      to[c] = value;
+      continue;
+    }
+    // Not beyond the channel: the next one may be another thread's.
+    for_vectors<Acc, 1>(inner,
+                        [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
+                          lanes.write(to + c * inner + i, broadcast(value));
+                        });
+  }
+}
+
+// Weight and bias of the channels, [c + kPad] each.
 template <class Acc>
 struct Affine {
   Acc *weight, *bias;
-  Affine(const GroupNormShape& shape, int64_t inner, Arena& arena)
-      : weight(arena.take<Acc>(shape.c * inner + kPad)),
-        bias(arena.take<Acc>(shape.c * inner + kPad)) {}
+  Affine(const GroupNormShape& shape, Arena& arena)
+      : weight(arena.take<Acc>(shape.c + kPad)), bias(arena.take<Acc>(shape.c + kPad)) {}
   template <class Params>
-  Affine(const Params& p, int64_t inner, Arena& arena) : Affine(p.shape, inner, arena) {
-    fill(p.weight, p.shape, inner, Acc(1), weight);
-    fill(p.bias, p.shape, inner, Acc(0), bias);
-  }
-
- private:
-  static void fill(const void* from, const GroupNormShape& shape, int64_t inner, Acc otherwise,
-                   Acc* to) {
-    for (int64_t c = 0; c < shape.c; ++c) {
-      const Acc value =
-          from == nullptr ? otherwise : static_cast<Acc>(read_scalar(from, shape.weight_dtype, c));
-      for (int64_t i = 0; i < inner; ++i) *to++ = value;
-    }
+  Affine(const Params& p, Arena& arena) : Affine(p.shape, arena) {
+    fill_channels(p.weight, p.shape.weight_dtype, 0, p.shape.c, 1, Acc(1), weight);
+    fill_channels(p.bias, p.shape.weight_dtype, 0, p.shape.c, 1, Acc(0), bias);
   }
 };
 
@@ -73,21 +82,39 @@ struct SetSums {
   }
 };
 
+// The sum of values[0 .. n).
+inline double sum_of_run(const double* values, int64_t n) {
+  if (n == 1) return values[0];
+  DoubleVec sum[4] = {};
+  for_vectors<double, 4>(
+      n, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
+        sum[index.value] += lanes.counted(lanes.read(values + i));
+      });
+  return lane_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
 // Adds up [parts, channels * inner] column sums into dbias and dweight [channels].
 template <class Acc>
 void sum_parts(const GroupNormBackward& p, const double* dbias, const double* dweight,
                int64_t parts, int64_t inner) {
-  for (int64_t c = 0; c < p.shape.c; ++c) {
-    double bias = 0, weight = 0;
-    for (int64_t part = 0; part < parts; ++part) {
-      for (int64_t i = 0; i < inner; ++i) {
-        bias += dbias[(part * p.shape.c + c) * inner + i];
-        weight += dweight[(part * p.shape.c + c) * inner + i];
+  const int64_t c = p.shape.c;
+  cpu::parallel_ranges(c, 2 * parts * inner, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kMergedChannels) {
+      const int64_t channels = min_of(kMergedChannels, end - first);
+      double bias[kMergedChannels] = {}, weight[kMergedChannels] = {};
+      for (int64_t part = 0; part < parts; ++part) {
+        for (int64_t i = 0; i < channels; ++i) {
+          const int64_t at = (part * c + first + i) * inner;
+          bias[i] += sum_of_run(dbias + at, inner);
+          weight[i] += sum_of_run(dweight + at, inner);
+        }
+      }
+      for (int64_t i = 0; i < channels; ++i) {
+        static_cast<Acc*>(p.dbias)[first + i] = static_cast<Acc>(bias[i]);
+        static_cast<Acc*>(p.dweight)[first + i] = static_cast<Acc>(weight[i]);
       }
     }
-    static_cast<Acc*>(p.dbias)[c] = static_cast<Acc>(bias);
-    static_cast<Acc*>(p.dweight)[c] = static_cast<Acc>(weight);
-  }
+  });
 }
 
 // Whether there is nothing to do but to zero the gradients of weight and bias.

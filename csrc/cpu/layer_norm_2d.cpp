@@ -2,7 +2,7 @@
 // ../common/group_norm.h.
 //
 // channels_last: a position is a contiguous run (contiguous_sets.cpp). channels_first: tiles of neighbouring positions, C rows
-// of up to kMaxColumns elements that lie S apart; the moments and the gradient sums of the positions are those of the tile's
+// of up to kMaxTileWidth elements that lie S apart; the moments and the gradient sums of the positions are those of the tile's
 // columns, the gradients of weight and bias sums along its rows. A tile is small enough to be found in L2 by its second pass.
 #include "../common/group_norm.h"
 
@@ -17,14 +17,14 @@ namespace {
 using cpu::parallel_ranges;
 
 constexpr int64_t kTileBytes = 128 << 10;  // of x; the gradients read two or three tensors
-constexpr int64_t kMinTileWidth = 64;
+constexpr int64_t kMinTileWidth = 64, kMaxTileWidth = 512;
 
 // How the positions of the samples are cut into tiles, and these into chunks that sum dweight and dbias; by the shape alone.
 struct Tiles {
   int64_t c, s, width, per_sample, count, chunks;
   explicit Tiles(const GroupNormShape& shape, int64_t element_bytes) : c(shape.c), s(shape.s) {
     const int64_t wanted = kTileBytes / max_of(1, c * element_bytes) / 64 * 64;
-    width = min_of(clamp(wanted, kMinTileWidth, kMaxColumns), s);
+    width = min_of(clamp(wanted, kMinTileWidth, kMaxTileWidth), s);
     per_sample = ceil_div(s, width);
     count = shape.n * per_sample;
     chunks = min_of(count, kMaxChunks);
@@ -41,7 +41,7 @@ struct Tiles {
 // Statistics of the positions of one tile, for each column.
 template <class Acc>
 struct TileStatistics {
-  alignas(64) Acc mean[kMaxColumns + kPad], rstd[kMaxColumns + kPad];
+  alignas(64) Acc mean[kMaxTileWidth + kPad], rstd[kMaxTileWidth + kPad];
   template <class Params>
   void read(const Params& p, int64_t position, int64_t width) {
     for (int64_t i = 0; i < width; ++i) {
@@ -55,14 +55,14 @@ template <class T, ForwardAct kAct, bool kResidual>
 void forward_channels_first(const GroupNormForward& p, Arena arena) {
   using Acc = acc_t<T>;
   const Tiles cut(p.shape, sizeof(T));
-  const Affine<Acc> affine(p, 1, arena);
+  const Affine<Acc> affine(p, arena);
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
   const bool stream_out = streams<T>(p.shape.n * cut.c * cut.s, kStreamBytes);
   parallel_ranges(cut.count, cut.width * cut.c, [&](int64_t begin, int64_t end) {
     TileStatistics<Acc> statistics;
-    double mean[kMaxColumns], m2[kMaxColumns];
+    double mean[kMaxTileWidth], m2[kMaxTileWidth];
     for (int64_t tile = begin; tile < end; ++tile) {
       cut.with_tile(tile, [&](int64_t offset, int64_t position, int64_t width) {
         column_moments(x + offset, cut.s, cut.c, width, mean, m2);
@@ -88,7 +88,7 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   const Tiles cut(p.shape, sizeof(T));
-  const Affine<Acc> affine(p, 1, arena);
+  const Affine<Acc> affine(p, arena);
   double* dbias = arena.take<double>(cut.chunks * cut.c);
   double* dweight = arena.take<double>(cut.chunks * cut.c);
   const T* dout = static_cast<const T*>(p.dout);
@@ -103,9 +103,9 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
 
   const auto do_tile = [&](int64_t offset, int64_t position, int64_t width, int64_t chunk) {
     TileStatistics<Acc> statistics;
-    alignas(64) Acc slope[kMaxColumns + kPad], offsets[kMaxColumns + kPad];
-    alignas(64) Acc sum[kMaxColumns + kPad] = {}, centred_sum[kMaxColumns + kPad] = {};
-    SetSums total[kMaxColumns];
+    alignas(64) Acc slope[kMaxTileWidth + kPad], offsets[kMaxTileWidth + kPad];
+    alignas(64) Acc sum[kMaxTileWidth + kPad] = {}, centred_sum[kMaxTileWidth + kPad] = {};
+    SetSums total[kMaxTileWidth];
     statistics.read(p, position, width);
     const auto constants = [&](int64_t c) {
       return Constants<Acc>{statistics.mean, affine.weight + c, affine.bias + c,
@@ -206,7 +206,7 @@ size_t workspace_bytes(const GroupNormShape& shape, bool backward) {
     return arena.used;
   }
   // The widest type: what is counted too much is little.
-  Affine<double>(shape, 1, arena);
+  Affine<double>(shape, arena);
   if (backward) arena.take<double>(2 * kMaxChunks * (shape.c + 8));
   return arena.used;
 }

@@ -17,11 +17,18 @@ constexpr int64_t kMaxChunks = 64;  // partial sums per channel
 // Neighbouring channels of so many bytes in x take turns, block by block: their runs lie side by side, and a channel's own
 // lie far apart, each on pages that the TLB does not hold.
 constexpr int64_t kGroupBytes = 1 << 20;
-constexpr int64_t kMaxColumns = 512;  // columns that the channels_last sums hold on the stack
+// Columns that the channels_last sums hold on the stack. Whole rows up to there: parts of rows side by side lose the
+// prefetchers.
+constexpr int64_t kMaxColumns = 2048;
+// Narrower rows are read side by side as one of up to so many columns. Not more: sums of 256 columns made the same reads from
+// memory three times as slow (docs/performance.md).
+constexpr int64_t kFoldedColumns = 64;
 // Channels whose partial sums are merged together, chunk after chunk: one channel's lie a row of channels apart.
 constexpr int64_t kMergedChannels = 64;
 constexpr int64_t kMaxRows = 64;  // rows that a column adds up in its own precision, before double
-constexpr int64_t kPad = 64;      // elements readable past the end of per-channel arrays
+constexpr int64_t kStripRows =
+    16;                       // of these, those that it adds up one after another for its moments
+constexpr int64_t kPad = 64;  // elements readable past the end of per-channel arrays
 // Outputs of so many bytes and more are written past the caches: docs/performance.md. Less where the next read is far.
 constexpr int64_t kStreamBytes = 24 << 20, kStreamStoredBytes = 8 << 20;
 
@@ -37,6 +44,10 @@ struct Moments {
   double count = 0, mean = 0, m2 = 0;
   void merge(double other_count, double other_mean, double other_m2) {
     if (other_count == 0) return;
+    if (count == 0) {  // most sets have one block, and divisions are what a short one costs
+      *this = {other_count, other_mean, other_m2};
+      return;
+    }
     const double total = count + other_count, delta = other_mean - mean;
     mean += delta * (other_count / total);
     m2 += other_m2 + delta * delta * (count * other_count / total);
@@ -137,7 +148,7 @@ struct Normalizer {
 
 // Those with loops of their own; silu's arithmetic then overlaps with the accesses to memory. The others are applied to blocks
 // that lie in L1, by one loop for each activation in place of one for each norm and activation.
-enum class ForwardAct { identity, relu, silu, other };
+enum class ForwardAct { identity, relu, leaky_relu, silu, other };
 
 // out = act((x - mean) * scale + shift + residual) on a run.
 template <class T, ForwardAct kAct, class V, bool kResidual>
@@ -146,6 +157,7 @@ void apply_run(const T* x, const T* residual, T* out, int64_t n, const Constants
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   const Normalizer<Acc, V> norm(k, c);
+  const Vec act_param = broadcast(param);
   streams = streams && is_aligned(out);
   const auto pre_activation = [&](int64_t i, const auto& lanes) __attribute__((always_inline)) {
     Vec z = norm.z(lanes.read(x + i) - norm.mean.at(i), i);
@@ -156,6 +168,8 @@ void apply_run(const T* x, const T* residual, T* out, int64_t n, const Constants
     for_vectors<Acc, 1>(n, [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
       Vec z = pre_activation(i, lanes);
       if constexpr (kAct == ForwardAct::relu) z = activate(Activation::relu, z, Vec{});
+      if constexpr (kAct == ForwardAct::leaky_relu)
+        z = activate(Activation::leaky_relu, z, act_param);
       if constexpr (kAct == ForwardAct::silu) z = activate(Activation::silu, z, Vec{});
       lanes.write_out(out + i, z, streams);
     });
@@ -184,7 +198,7 @@ void apply_run(const T* x, const T* residual, T* out, int64_t n, const Constants
 }
 
 // kept: `dout` is dz, where dx will be written.
-enum class BackwardAct { identity, relu_of_z, relu_of_output, silu, other, kept };
+enum class BackwardAct { identity, relu_of_z, relu_of_output, leaky_relu, silu, other, kept };
 
 constexpr bool is_transcendental(BackwardAct act) {
   return act == BackwardAct::silu || act == BackwardAct::other;
@@ -198,17 +212,21 @@ ADVDL_INLINE void for_gradients(const T* dout, const T* x, const T* saved, int64
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   const Normalizer<Acc, V> norm(k, c);
+  const Vec act_param = broadcast(param);
   if constexpr (kAct != BackwardAct::other) {
     for_vectors<Acc, kChains, kAct != BackwardAct::kept>(
         n, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
           const Vec centred = lanes.read(x + i) - norm.mean.at(i);
           Vec dz = lanes.read(dout + i);
           // As torch: where z is NaN the gradient passes.
-          if constexpr (kAct == BackwardAct::relu_of_z || kAct == BackwardAct::silu) {
+          if constexpr (kAct == BackwardAct::relu_of_z || kAct == BackwardAct::leaky_relu ||
+                        kAct == BackwardAct::silu) {
             Vec z = norm.z(centred, i);
             if (saved != nullptr) z = z + lanes.read(saved + i);
             if constexpr (kAct == BackwardAct::silu) {
               dz = dz * activate_grad(Activation::silu, z, Vec{});
+            } else if constexpr (kAct == BackwardAct::leaky_relu) {
+              dz = dz * activate_grad(Activation::leaky_relu, z, act_param);
             } else {
               dz = math::select(z <= Vec{}, Vec{}, dz);
             }
@@ -347,7 +365,8 @@ void add_block(const T* x, int64_t length, int64_t runs, int64_t stride, Moments
   }
   const double shift = lane_sum((first[0] + first[1]) + (first[2] + first[3]));
   const double squares = lane_sum((second[0] + second[1]) + (second[2] + second[3]));
-  moments->merge(count, guess + shift / count, squares - shift * shift / count);
+  const double correction = shift / count;
+  moments->merge(count, guess + correction, squares - shift * correction);
 }
 
 struct GradientSums {
@@ -360,10 +379,10 @@ struct GradientSums {
 struct RowChunks {
   int64_t channels, inner, fold = 1, width, rows, chunks;
   RowChunks(int64_t positions, int64_t channels, int64_t inner) : channels(channels), inner(inner) {
-    while (fold * 2 * channels * inner <= 256 && positions % (fold * 2) == 0) fold *= 2;
+    while (fold * 2 * channels * inner <= kFoldedColumns && positions % (fold * 2) == 0) fold *= 2;
     width = fold * channels * inner;
     rows = positions / fold;
-    chunks = clamp(rows * width / (8 * kBlock), 1, min_of(kMaxChunks, max_of(1, rows / 32)));
+    chunks = clamp(rows * width / (4 * kBlock), 1, min_of(kMaxChunks, max_of(1, rows / 32)));
   }
   int64_t first_row(int64_t chunk) const { return chunk * rows / chunks; }
   int64_t columns_per_channel() const { return fold * inner; }
@@ -407,27 +426,22 @@ void repeat(const RowChunks& cut, Acc* values) {
   }
 }
 
-// Per column of rows [row, row + count) x [column, column + width): mean and squared deviations.
+// Per column of x [rows, width], rows `stride` apart: mean and squared deviations.
 template <class T>
 void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, double* mean,
                     double* m2) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   alignas(64) Acc centre[kMaxColumns + kPad], first[kMaxColumns + kPad], second[kMaxColumns + kPad];
-  const int64_t rows_per_block = clamp(2 * kBlock / width, 1, kMaxRows);
+  alignas(64) Acc strip_first[kMaxColumns + kPad], strip_second[kMaxColumns + kPad];
+  const size_t bytes = width * sizeof(Acc);
   double done = 0;
-  for (int64_t begin = 0; begin < rows; begin += rows_per_block) {
-    const int64_t count = min_of(rows_per_block, rows - begin);
+  for (int64_t begin = 0; begin < rows; begin += kMaxRows) {
+    const int64_t count = min_of(kMaxRows, rows - begin);
     const T* block = x + begin * stride;
-    std::memset(centre, 0, width * sizeof(Acc));
-    std::memset(first, 0, width * sizeof(Acc));
-    std::memset(second, 0, width * sizeof(Acc));
-    // Four rows at a time, so that the sums are loaded and stored once for four additions.
-    const auto row_groups = [&](const auto& add) __attribute__((always_inline)) {
-      int64_t r = 0;
-      for (; r + 4 <= count; r += 4) add(block + r * stride, Index<4>{});
-      for (; r < count; ++r) add(block + r * stride, Index<1>{});
-    };
+    std::memset(centre, 0, bytes);
+    std::memset(first, 0, bytes);
+    std::memset(second, 0, bytes);
     const int64_t sampled = min_of(count, max_of(kMinSampledRows, ceil_div(count, kSampled)));
     for (int64_t r = 0; r < sampled; ++r) {
       for_vectors<Acc, 1>(width,
@@ -437,20 +451,39 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, dou
                           });
     }
     for (int64_t i = 0; i < width; ++i) centre[i] /= static_cast<Acc>(sampled);
-    row_groups([&](const T* row, auto group) __attribute__((always_inline)) {
+    // Adds `group` rows from r on to a pair of sums.
+    const auto add_rows = [&](int64_t r, auto group, Acc* sum_to,
+                              Acc* squares_to) __attribute__((always_inline)) {
       for_vectors<Acc, 1>(width,
                           [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
                             const Vec middle = load(centre + i);
                             Vec sum{}, squares{};
                             for (int g = 0; g < group.value; ++g) {
-                              const Vec d = lanes.read(row + g * stride + i) - middle;
+                              const Vec d = lanes.read(block + (r + g) * stride + i) - middle;
                               sum += d;
                               squares += d * d;
                             }
-                            store(first + i, load(first + i) + lanes.counted(sum));
-                            store(second + i, load(second + i) + lanes.counted(squares));
+                            store(sum_to + i, load(sum_to + i) + lanes.counted(sum));
+                            store(squares_to + i, load(squares_to + i) + lanes.counted(squares));
                           });
-    });
+    };
+    int64_t r = 0;
+    if (stride > width) {
+      // Rows that lie apart are streams of their own anyway: of four at a time the sums are loaded and stored once.
+      for (; r + 4 <= count; r += 4) add_rows(r, Index<4>{}, first, second);
+      for (; r < count; ++r) add_rows(r, Index<1>{}, first, second);
+    }
+    // Neighbours are read in the order of memory, one by one; in strips, as 64 equal terms one after another would drift.
+    while (r < count) {
+      std::memset(strip_first, 0, bytes);
+      std::memset(strip_second, 0, bytes);
+      const int64_t end = min_of(r + kStripRows, count);
+      for (; r < end; ++r) add_rows(r, Index<1>{}, strip_first, strip_second);
+      for (int64_t i = 0; i < width; ++i) {
+        first[i] += strip_first[i];
+        second[i] += strip_second[i];
+      }
+    }
     const double block_count = static_cast<double>(count), total = done + block_count;
     const double share = block_count / total, weight = done * block_count / total;
     for (int64_t i = 0; i < width; ++i) {
@@ -532,12 +565,11 @@ void collect_gradients(const Params& p, const RowChunks& cut, int64_t chunk, con
     double* dz_centred_total = partial_dz_centred + chunk * cut.width + c;
     std::memset(dz_total, 0, width * sizeof(double));
     std::memset(dz_centred_total, 0, width * sizeof(double));
-    const int64_t rows_per_block = clamp(2 * kBlock / width, 1, kMaxRows);
     const int64_t last = cut.first_row(chunk + 1);
-    for (int64_t first = cut.first_row(chunk); first < last; first += rows_per_block) {
+    for (int64_t first = cut.first_row(chunk); first < last; first += kMaxRows) {
       std::memset(sum, 0, width * sizeof(Acc));
       std::memset(centred_sum, 0, width * sizeof(Acc));
-      for (int64_t row = first; row < min_of(last, first + rows_per_block); ++row) {
+      for (int64_t row = first; row < min_of(last, first + kMaxRows); ++row) {
         const int64_t offset = row * cut.width + c;
         const bool streams_row = streams_dz && is_aligned(stores_dz + offset);
         for_gradients<T, kAct, PerElement, 1>(
@@ -609,11 +641,12 @@ void with_type(DType dtype, F f) {
 }
 
 // Activations with loops of their own, for an element type. fp64 serves tests and the baseline of x86 old CPUs: there one
-// loop for every activation keeps the build short. So it does for silu in half precision, where the conversions cost as much.
+// loop for every activation keeps the build short. So it does for silu and leaky relu in half precision, where the conversions
+// cost as much.
 template <class T>
 constexpr bool kSpecialized = sizeof(T) < 8 && ADVDL_VECTOR_BYTES > 16;
 template <class T>
-constexpr bool kSpecializedSilu = kSpecialized<T> && sizeof(T) == 4;
+constexpr bool kSpecializedForFloat = kSpecialized<T> && sizeof(T) == 4;
 
 // f<T, kAct, kResidual>() for a forward call.
 template <class Params, class F>
@@ -628,7 +661,9 @@ void dispatch_forward(const Params& p, F f) {
         return with_residual.template operator()<ForwardAct::identity>();
       if (p.act == Activation::relu) return with_residual.template operator()<ForwardAct::relu>();
     }
-    if constexpr (kSpecializedSilu<T>) {
+    if constexpr (kSpecializedForFloat<T>) {
+      if (p.act == Activation::leaky_relu)
+        return with_residual.template operator()<ForwardAct::leaky_relu>();
       if (p.act == Activation::silu) return with_residual.template operator()<ForwardAct::silu>();
     }
     with_residual.template operator()<ForwardAct::other>();
@@ -645,7 +680,9 @@ void dispatch_backward(const Params& p, F f) {
       if (p.act == Activation::identity) return f.template operator()<T, BackwardAct::identity>();
       if (p.act == Activation::relu) return f.template operator()<T, BackwardAct::relu_of_z>();
     }
-    if constexpr (kSpecializedSilu<T>) {
+    if constexpr (kSpecializedForFloat<T>) {
+      if (p.act == Activation::leaky_relu)
+        return f.template operator()<T, BackwardAct::leaky_relu>();
       if (p.act == Activation::silu) return f.template operator()<T, BackwardAct::silu>();
     }
     f.template operator()<T, BackwardAct::other>();
