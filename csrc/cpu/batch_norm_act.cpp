@@ -184,11 +184,11 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   const T* saved = static_cast<const T*>(p.saved);
   T* dresidual = static_cast<T*>(p.dresidual);
   T* dx = static_cast<T*>(p.dx);
-  const bool stream_out = streams<T>(p.shape.n * p.shape.c * p.shape.s, kStreamBytes);
   const bool stream_residual =
       !is_transcendental(kAct) && streams<T>(p.shape.n * p.shape.c * p.shape.s, kStreamStoredBytes);
   T* kept = kept_dz<T, kAct>(p);
   T* stores_dz = kept != nullptr ? kept : dresidual;
+  const bool stream_out = streams_dx<T>(p.shape.n * p.shape.c * p.shape.s, kept, dx);
   // What was streamed is far: dz is then computed again from dout, which is near.
   if (stream_residual) kept = nullptr;
   const Acc param = static_cast<Acc>(p.act_param);

@@ -151,7 +151,7 @@ void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena
   T* dx = static_cast<T*>(p.dx);
   T* kept = kept_dz<T, kAct>(p);
   T* stores_dz = kept != nullptr ? kept : dresidual;
-  const bool stream_out = streams<T>(cut.rows * cut.width(), kStreamBytes);
+  const bool stream_out = streams_dx<T>(cut.rows * cut.width(), kept, dx);
   const Acc param = static_cast<Acc>(p.act_param);
 
   const auto do_set = [&](int64_t set, Acc* weights, Acc* biases, Acc* dz_sum, Acc* dz_xhat_sum) {

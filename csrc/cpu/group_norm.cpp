@@ -165,11 +165,11 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
   T* dresidual = static_cast<T*>(p.dresidual);
   T* dx = static_cast<T*>(p.dx);
   const int64_t elements = cut.rows * cut.s;
-  const bool stream_out = streams<T>(elements, kStreamBytes);
   const bool stream_residual =
       !is_transcendental(kAct) && dresidual != nullptr && streams<T>(elements, kStreamStoredBytes);
   T* kept = kept_dz<T, kAct>(p);
   T* stores_dz = kept != nullptr ? kept : dresidual;
+  const bool stream_out = streams_dx<T>(elements, kept, dx);
   // What was streamed is far: dz is then computed again from dout, which is near.
   if (stream_residual) kept = nullptr;
   const Acc param = static_cast<Acc>(p.act_param);
@@ -389,7 +389,7 @@ void backward_channels_last(const GroupNormBackward& p, Arena arena) {
   T* dx = static_cast<T*>(p.dx);
   T* kept = kept_dz<T, kAct>(p);
   T* stores_dz = kept != nullptr ? kept : dresidual;
-  const bool stream_out = streams<T>(shape.n * sample, kStreamBytes);
+  const bool stream_out = streams_dx<T>(shape.n * sample, kept, dx);
 
   parallel_ranges(shape.n, 8 * shape.c, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)

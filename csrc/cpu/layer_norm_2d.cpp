@@ -16,8 +16,8 @@ namespace {
 
 using cpu::parallel_ranges;
 
-constexpr int64_t kTileBytes = 128 << 10;  // of x; the gradients read two or three tensors
-constexpr int64_t kMinTileWidth = 64, kMaxTileWidth = 512;
+constexpr int64_t kTileBytes = 256 << 10;  // of x; the gradients read two or three tensors
+constexpr int64_t kMinTileWidth = 128, kMaxTileWidth = 512;
 
 // How the positions of the samples are cut into tiles, and these into chunks that sum dweight and dbias; by the shape alone.
 struct Tiles {
@@ -98,7 +98,7 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
   T* dx = static_cast<T*>(p.dx);
   T* kept = kept_dz<T, kAct>(p);
   T* stores_dz = kept != nullptr ? kept : dresidual;
-  const bool stream_out = streams<T>(p.shape.n * cut.c * cut.s, kStreamBytes);
+  const bool stream_out = streams_dx<T>(p.shape.n * cut.c * cut.s, kept, dx);
   const Acc param = static_cast<Acc>(p.act_param);
 
   const auto do_tile = [&](int64_t offset, int64_t position, int64_t width, int64_t chunk) {

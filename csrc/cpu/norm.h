@@ -276,6 +276,12 @@ T* kept_dz(const Params& p) {
   return is_transcendental(kAct) ? static_cast<T*>(p.dx) : nullptr;
 }
 
+// Whether dx streams. Not where dz of a few sets waits in its place: those lines are in the caches already.
+template <class T>
+bool streams_dx(int64_t elements, const T* kept, const T* dx) {
+  return streams<T>(elements, kStreamBytes) && kept != dx;
+}
+
 // dx on a run. kTraining is no run-time choice: the compiler must contract the same products in every instantiation.
 template <class T, BackwardAct kAct, class V, bool kTraining>
 void gradient_run_as(const T* dout, const T* x, const T* saved, T* dx, int64_t n,
