@@ -17,6 +17,9 @@ RESULTS = PACKAGE / "results" if IN_CHECKOUT else Path("advdl_ops_results")
 
 
 def cpu_name() -> str:
+    """Model, cores and vector units: of a virtual machine the model's name alone may tell no generation."""
+    import torch
+
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -27,7 +30,7 @@ def cpu_name() -> str:
     except OSError:
         name = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def device_name(device: str) -> str:
