@@ -75,6 +75,10 @@ ALL = {
         "bias",
         RuntimeError,
     ),
+    "x no tensor": ({"x": [[1.0]]}, "x", TypeError),
+    "weight no tensor": ({"weight": [1.0] * 6}, "weight", TypeError),
+    "bias no tensor": ({"bias": 0.0}, "bias", TypeError),
+    "residual no tensor": ({"residual": 1.0}, "residual", TypeError),
     "negative eps": ({"eps": -1e-5}, "eps", ValueError),
     "unknown act": ({"act": "rellu"}, "act", ValueError),
     "act of another module": ({"act": torch.nn.Softmax()}, "act", TypeError),
@@ -108,6 +112,7 @@ INSTANCE = {
     "one position": ({"x": torch.randn(4, 6, 1, 1)}, "x", BY_TORCH),
     "rank 2": ({"x": torch.randn(4, 6)}, "x", BY_TORCH),
     "no position": ({"x": torch.randn(4, 6, 0, 5)}, "x", ValueError),
+    "running_mean no tensor": ({"running_mean": [0.0] * 6}, "running_mean", TypeError),
     "running_mean alone": ({"running_var": None}, "running_var", ValueError),
     "running_var alone": ({"running_mean": None}, "running_mean", ValueError),
     "channels of running_mean": ({"running_mean": torch.zeros(5)}, "running_mean", BY_TORCH),
@@ -174,7 +179,7 @@ def assert_refused(function, given, expected, argument):
 def test_refused_as_torch_does_and_nothing_written(backend, case, grad):
     changed, argument, _ = CASES[case]
     given = arguments(case[0], **changed)
-    if grad and given["bias"] is not None and given["bias"].is_floating_point():
+    if grad and isinstance(given["bias"], torch.Tensor) and given["bias"].is_floating_point():
         given["bias"] = given["bias"].clone().requires_grad_()
     kept = copied(given)
     assert_refused(case[0], given, expected_type(case), argument)

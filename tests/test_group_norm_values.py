@@ -41,7 +41,7 @@ SHAPES = [
     (2, 4, 131),
     (1, 2, 3, 4, 5),
     (2, 9, 1, 3, 2),
-    (2, 520, 3),
+    (2, 2060, 3),
 ]
 # Sets and rows beyond a block (4096 elements), several blocks to a chunk, several chunks; folded columns; ragged tiles.
 LONG_SHAPES = [
@@ -55,6 +55,7 @@ LONG_SHAPES = [
     (1, 300, 150),
     (70, 3, 19),
     (2, 3, 600),
+    (1, 68, 147),
 ]
 CASES = [
     ("relu", True),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..activation import Activation
+from ..activation import IDENTITY, Activation
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
@@ -40,9 +41,51 @@ def saved_for(act: Activation, residual: Tensor | None, out: Tensor) -> tuple[Te
     return residual, Z_RESIDUAL
 
 
-def gradient_like(grad: Tensor, parameter: Tensor) -> Tensor:
+def gradient_like(grad: Tensor | None, parameter: Tensor) -> Tensor:
     """Kernels sum in at least fp32; a gradient is of its parameter's dtype."""
+    assert grad is not None
     return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
+
+
+def differentiable_gradients(
+    forward: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Activation], Tensor],
+    dout: Tensor,
+    x: Tensor,
+    saved: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act: Activation,
+    z_source: int,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``forward(x, residual, weight, bias, act)``, which is made of differentiable torch operators.
+
+    What ``backward`` returns under ``create_graph=True``: for ``x``, ``residual``, ``weight`` and ``bias``.
+    """
+    residual = saved if z_source == Z_RESIDUAL else None
+    if z_source == Z_OUTPUT:
+        # relu's derivative is piecewise constant: what is left is the norm under a masked cotangent.
+        assert saved is not None
+        dout, act = torch.where(saved <= 0, 0, dout), IDENTITY
+    # Fresh aliases, so that the first-order gradients stop here while their own graph reaches x, weight and bias.
+    with torch.enable_grad():
+        inputs = [
+            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in (x, residual, weight, bias)
+        ]
+        x_, residual_, weight_, bias_ = inputs
+        assert x_ is not None
+        out = forward(x_, residual_, weight_, bias_, act)
+        given = [t for t in inputs if t is not None]
+        found = iter(torch.autograd.grad(out, given, dout, create_graph=True))
+        dx, dresidual, dweight, dbias = (None if t is None else next(found) for t in inputs)
+    # Of a residual that was not saved: what is left of the activation passes it on.
+    return dx, dout if residual is None else dresidual, dweight, dbias
+
+
+def check_tensors(function: str, **tensors: Any) -> None:
+    for name, t in tensors.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{function}: {name} ({type(t).__name__}) must be a Tensor")
 
 
 def check_floating(function: str, name: str, t: Tensor) -> None:

@@ -9,16 +9,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import reference
-from ..activation import IDENTITY, Activation, resolve_activation
+from ..activation import Activation, resolve_activation
 from ..backend import serves_native
 from ..reference.batch_norm_act import batch_stats, normalize_act
 from ._norm import (
-    Z_OUTPUT,
-    Z_RESIDUAL,
     check_floating,
     check_per_channel,
     check_residual,
     check_same_dtype,
+    differentiable_gradients,
     gradient_like,
     needs_grad,
     saved_for,
@@ -247,8 +246,16 @@ class BatchNormActFunction(torch.autograd.Function):
         training, _momentum, eps, act = ctx.options
         need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            dx, dresidual, dweight, dbias = _differentiable_backward(
-                dout, x, saved, weight, bias, stats, training, eps, act, ctx.z_source
+
+            def forward(x, residual, weight, bias, act):
+                mean, rstd = stats.unbind()
+                if training:
+                    mean, var = batch_stats(x)
+                    rstd = (var + eps).rsqrt()
+                return normalize_act(x, mean, rstd, weight, bias, residual, act)
+
+            dx, dresidual, dweight, dbias = differentiable_gradients(
+                forward, dout, x, saved, weight, bias, act, ctx.z_source
             )
         else:
             # Without an activation the residual's gradient is dout itself: no kernel need write it.
@@ -282,48 +289,6 @@ class BatchNormActFunction(torch.autograd.Function):
 
 # Function.apply without torch's wrapper of it, which looks for functorch transforms: serves_native has.
 _apply_eagerly = super(torch.autograd.Function, BatchNormActFunction).apply
-
-
-def _differentiable_backward(
-    dout: Tensor,
-    x: Tensor,
-    saved: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    training: bool,
-    eps: float,
-    act: Activation,
-    z_source: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same gradients through differentiable torch operators, for ``create_graph=True``."""
-    mean, rstd = stats.unbind()
-    residual = None
-    if z_source == Z_OUTPUT:
-        # relu's derivative is piecewise constant: what is left is the norm under a masked cotangent.
-        assert saved is not None
-        dout, act = torch.where(saved <= 0, 0, dout), IDENTITY
-    elif z_source == Z_RESIDUAL:
-        residual = saved
-
-    # Fresh aliases, so that the first-order gradients stop here while their own graph reaches x, weight and bias.
-    with torch.enable_grad():
-        x_ = x.view_as(x)
-        acc = mean.dtype
-        weight_ = torch.ones_like(mean) if weight is None else weight.to(acc, copy=True)
-        bias_ = torch.zeros_like(mean) if bias is None else bias.to(acc, copy=True)
-        residual_ = torch.zeros_like(x) if residual is None else residual.view_as(residual)
-        inputs = [
-            t if t.requires_grad else t.detach().requires_grad_()
-            for t in (x_, residual_, weight_, bias_)
-        ]
-        x_, residual_, weight_, bias_ = inputs
-        if training:
-            mean, var = batch_stats(x_)
-            rstd = (var + eps).rsqrt()
-        out = normalize_act(x_, mean, rstd, weight_, bias_, residual_, act)
-        dx, dresidual, dweight, dbias = torch.autograd.grad(out, inputs, dout, create_graph=True)
-    return dx, dresidual, dweight, dbias
 
 
 def _check(

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..activation import IDENTITY, Activation, resolve_activation
+from ..activation import Activation, resolve_activation
 from ..backend import serves_native
 from ._norm import (
-    Z_OUTPUT,
-    Z_RESIDUAL,
     check_floating,
     check_per_channel,
     check_residual,
     check_same_dtype,
+    check_tensors,
+    differentiable_gradients,
     gradient_like,
     needs_grad,
     saved_for,
@@ -68,7 +68,7 @@ def group_norm(
             subclass ``NotImplementedError``.
         ValueError: no position (an empty spatial size), one value per group in the whole of ``x``, a negative
             ``eps``, an unknown ``act``, ``residual`` of another shape.
-        TypeError: ``num_groups`` is no integer.
+        TypeError: ``num_groups`` is no integer, or a tensor is none.
     """
     if num_groups < 1:
         raise RuntimeError(f"group_norm: num_groups ({num_groups}) must be at least 1")
@@ -124,6 +124,7 @@ def instance_norm(
     """
     function = "instance_norm"
     activation = _resolve(function, act)
+    check_tensors(function, x=x, running_mean=running_mean, running_var=running_var)
     if not use_input_stats:
         if running_mean is None or running_var is None:
             raise RuntimeError(
@@ -198,24 +199,24 @@ def _normalize(
     # The operator checks all of its input before it computes. What to call the error is Python's matter, and only then:
     # to check on every call what the operator checks too would cost as much as a small kernel. The fake function,
     # which serves meta tensors and many a subclass, checks little.
-    if (
-        type(x) is Tensor
-        and not x.is_meta
-        and not _changes_dtype(x, residual)
-        and serves_native(function, x)
-        and not torch.compiler.is_compiling()
-        and x.numel() > options[0]  # so few values the operator would take: Python refuses them
-    ):
-        try:
+    try:
+        if (
+            type(x) is Tensor
+            and not x.is_meta
+            and not _changes_dtype(x, residual)
+            and serves_native(function, x)
+            and not torch.compiler.is_compiling()
+            and x.numel() > options[0]  # so few values the operator would take: Python refuses them
+        ):
             if needs_grad(*tensors):
                 return _apply_eagerly(*tensors, options, False)
             return _forward(*tensors, options)[0]
-        except RuntimeError:
-            try:
-                _check(function, *tensors, options)
-            except (RuntimeError, ValueError, TypeError) as named:
-                raise named from None
-            raise
+    except (RuntimeError, AttributeError):  # the latter of what is no tensor
+        try:
+            _check(function, *tensors, options)
+        except (RuntimeError, ValueError, TypeError) as named:
+            raise named from None
+        raise
     return _normalize_with_stats(function, *tensors, options)[0]
 
 
@@ -296,8 +297,12 @@ class GroupNormFunction(torch.autograd.Function):
         groups, eps, act = ctx.options
         need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            dx, dresidual, dweight, dbias = _differentiable_backward(
-                dout, x, saved, weight, bias, ctx.options, ctx.z_source
+
+            def forward(x, residual, weight, bias, act):
+                return reference.group_norm(x, groups, weight, bias, eps, residual, act)[0]
+
+            dx, dresidual, dweight, dbias = differentiable_gradients(
+                forward, dout, x, saved, weight, bias, act, ctx.z_source
             )
         else:
             # Without an activation the residual's gradient is dout itself: no kernel need write it.
@@ -333,37 +338,6 @@ class GroupNormFunction(torch.autograd.Function):
 _apply_eagerly = super(torch.autograd.Function, GroupNormFunction).apply
 
 
-def _differentiable_backward(
-    dout: Tensor,
-    x: Tensor,
-    saved: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    options: _Options,
-    z_source: int,
-) -> tuple[Tensor, ...]:
-    """The same gradients through differentiable torch operators, for ``create_graph=True``."""
-    groups, eps, act = options
-    residual = saved if z_source == Z_RESIDUAL else None
-    if z_source == Z_OUTPUT:
-        # relu's derivative is piecewise constant: what is left is the norm under a masked cotangent.
-        assert saved is not None
-        dout, act = torch.where(saved <= 0, 0, dout), IDENTITY
-    # Fresh aliases, so that the first-order gradients stop here while their own graph reaches x, weight and bias.
-    with torch.enable_grad():
-        residual = torch.zeros_like(x) if residual is None else residual
-        inputs = [
-            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in (x, residual, weight, bias)
-        ]
-        x_, residual_, weight_, bias_ = inputs
-        assert x_ is not None
-        out, _, _ = reference.group_norm(x_, groups, weight_, bias_, eps, residual_, act)
-        given = [t for t in inputs if t is not None]
-        found = iter(torch.autograd.grad(out, given, dout, create_graph=True))
-        return tuple(x if t is None else next(found) for t in inputs)  # x: not looked at
-
-
 def _check(
     function: str,
     x: Tensor,
@@ -373,6 +347,7 @@ def _check(
     options: _Options,
 ) -> None:
     groups, eps, _ = options
+    check_tensors(function, x=x, weight=weight, bias=bias, residual=residual)
     shape = x.shape
     if isinstance(groups, float):
         raise TypeError(f"{function}: num_groups ({groups}) must be an integer")

@@ -25,9 +25,9 @@ constexpr int64_t kMaxColumns = 2048;
 constexpr int64_t kFoldedColumns = 64;
 // Channels whose partial sums are merged together, chunk after chunk: one channel's lie a row of channels apart.
 constexpr int64_t kMergedChannels = 64;
-constexpr int64_t kMaxRows = 64;  // rows that a column adds up in its own precision, before double
-constexpr int64_t kStripRows =
-    16;                       // of these, those that it adds up one after another for its moments
+// Rows that a column adds up in its own precision, before double; of these, those that it adds up one after another for its
+// moments.
+constexpr int64_t kMaxRows = 64, kStripRows = 16;
 constexpr int64_t kPad = 64;  // elements readable past the end of per-channel arrays
 // Outputs of so many bytes and more are written past the caches: docs/performance.md. Less where the next read is far.
 constexpr int64_t kStreamBytes = 24 << 20, kStreamStoredBytes = 8 << 20;
