@@ -44,18 +44,18 @@ def draw(folder: Path, suite: str) -> Path:
             figsize=(12, 4 + height),
             height_ratios=[4, height],
             width_ratios=[3, 1, 1],
+            layout="constrained",
         )
         _training(axes, training, json.loads(curves.read_text(encoding="utf-8")))
         bars = axes["ops"]
     else:
-        figure, bars = pyplot.subplots(figsize=(12, height + 0.6))
+        figure, bars = pyplot.subplots(figsize=(12, height + 0.6), layout="constrained")
     _speedups(bars, speedups, labels)
     first = records[0]
     figure.suptitle(
         f"{suite}: {first.device}, torch {first.torch}, {first.time[:10]}, {first.commit}",
         fontsize=10,
     )
-    figure.tight_layout()
     path = folder / f"{suite}.png"
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
@@ -84,12 +84,15 @@ def _speedups(axis: Any, speedups: list[record.Record], labels: list[tuple[str, 
     axis.axvline(1.0, color="black", linewidth=0.8)
     if any(item.p50 > 0 for item in speedups):
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
     axis.set_yticks(range(len(labels)), [f"{case} {mode}" for case, mode in labels], fontsize=7)
-    axis.invert_yaxis()
+    axis.set_ylim(len(labels) - 0.5, -0.5)  # the first on top
     axis.set_xlabel("time over that of advdl_ops (right of 1: advdl_ops is faster)")
     axis.grid(axis="x", which="both", alpha=0.3)
     if providers:
-        axis.legend(fontsize=7, ncols=min(4, len(providers)))
+        axis.legend(
+            fontsize=7, ncols=min(4, len(providers)), loc="lower left", bbox_to_anchor=(0, 1)
+        )
 
 
 def _training(axes: dict[str, Any], training: list[record.Record], curves: dict[str, Any]) -> None:
