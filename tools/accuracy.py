@@ -1,0 +1,129 @@
+"""Writes docs/accuracy.md: the error of every norm against fp64, beside stock PyTorch's in the same dtype.
+
+    python tools/accuracy.py
+
+An error is the largest difference over the largest exact value, of the output and of each gradient. A family adds
+its rows to `CASES`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["ADVDL_OPS_REQUIRE_NATIVE"] = "1"
+
+from advdl_ops import functional  # noqa: E402
+
+SHAPE = (8, 64, 28, 28)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# Mean and deviation of the input.
+INPUTS = ((0.5, 2.0), (1e4, 1.0))
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def stock_layer_norm_2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x.movedim(1, -1), x.shape[1:2], weight, bias).movedim(-1, 1)
+
+
+# name: (ours, stock)
+CASES: dict[str, tuple[Function, Function]] = {
+    "batch norm + ReLU": (
+        lambda x, w, b: functional.batch_norm_act(x, None, None, w, b, training=True, act="relu"),
+        lambda x, w, b: F.relu(F.batch_norm(x, None, None, w, b, training=True)),
+    ),
+    "group norm (32) + SiLU": (
+        lambda x, w, b: functional.group_norm(x, 32, w, b, act="silu"),
+        lambda x, w, b: F.silu(F.group_norm(x, 32, w, b)),
+    ),
+    "instance norm + leaky ReLU": (
+        lambda x, w, b: functional.instance_norm(x, weight=w, bias=b, act="leaky_relu"),
+        lambda x, w, b: F.leaky_relu(F.instance_norm(x, weight=w, bias=b)),
+    ),
+    "layer norm 2d": (functional.layer_norm_2d, stock_layer_norm_2d),
+}
+
+
+def results(function: Function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def rows() -> Iterator[str]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    for name, (ours, stock) in CASES.items():
+        for dtype in DTYPES:
+            for mean, deviation in INPUTS:
+                if (
+                    dtype != torch.float32 and mean > 1
+                ):  # such an input has no digit of its deviation
+                    continue
+                for layout, memory_format in LAYOUTS.items():
+                    values = [
+                        (normal(*SHAPE) * deviation + mean).to(memory_format=memory_format),
+                        1 + 0.2 * normal(SHAPE[1]),
+                        0.2 * normal(SHAPE[1]),
+                    ]
+                    inputs = [t.to(dtype) for t in values]
+                    grad = normal(*SHAPE).to(memory_format=memory_format, dtype=dtype)
+                    # Where rounding decides on which side of a kink a value lies both may be off by all of it.
+                    exact_inputs, exact_grad = [t.double() for t in inputs], grad.double()
+                    before = results(stock, exact_inputs, exact_grad)[0]
+                    near = before.abs() < (2e-2 if dtype != torch.float32 else 2e-3)
+                    grad, exact_grad = (g.masked_fill(near, 0) for g in (grad, exact_grad))
+                    exact = results(stock, exact_inputs, exact_grad)
+                    cells = []
+                    for own, plain, truth in zip(
+                        results(ours, inputs, grad),
+                        results(stock, inputs, grad),
+                        exact,
+                        strict=True,
+                    ):
+                        errors = [
+                            ((t.double() - truth).abs().max() / truth.abs().max()).item()
+                            for t in (own, plain)
+                        ]
+                        cells.append("{:.1e}, {:.1e}".format(*errors))
+                    kind = f"{mean:g}, {deviation:g}"
+                    yield " | ".join(
+                        ["", name, str(dtype).removeprefix("torch."), layout, kind, *cells, ""]
+                    ).strip()
+
+
+def main() -> None:
+    shape, capability = "x".join(map(str, SHAPE)), torch.backends.cpu.get_cpu_capability()
+    lines = [
+        "# Accuracy",
+        "",
+        "Written by `python tools/accuracy.py`; do not edit. Ours, then stock PyTorch's in the same dtype: the largest",
+        f"difference from fp64 over the largest value, of one random input of shape {shape} on the CPU (torch",
+        f"{torch.__version__}, {capability}). The tests hold every op, dtype, layout and backend to stock's error and a few",
+        "units in the last place (`tests/helpers.py`).",
+        "",
+        "| op | dtype | layout | mean, deviation of x | output | gradient of x | of weight | of bias |",
+        "|---|---|---|---|---|---|---|---|",
+        *rows(),
+    ]
+    path = ROOT / "docs" / "accuracy.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
