@@ -84,7 +84,10 @@ def _speedups(axis: Any, speedups: list[record.Record], labels: list[tuple[str, 
     axis.axvline(1.0, color="black", linewidth=0.8)
     if any(item.p50 > 0 for item in speedups):
         axis.set_xscale("log")
+        ticker = require("matplotlib.ticker")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.set_yticks(range(len(labels)), [f"{case} {mode}" for case, mode in labels], fontsize=7)
     axis.set_ylim(len(labels) - 0.5, -0.5)  # the first on top
     axis.set_xlabel("time over that of advdl_ops (right of 1: advdl_ops is faster)")
