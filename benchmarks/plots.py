@@ -63,7 +63,7 @@ def draw(folder: Path, suite: str) -> Path:
 
 
 def _speedups(axis: Any, speedups: list[record.Record], labels: list[tuple[str, str]]) -> None:
-    """One row per case and mode; a mark per provider with its p20-p80, on a logarithmic axis."""
+    """One row per case and mode; a mark per provider with its p20-p80."""
     providers = list(dict.fromkeys(item.provider for item in speedups))
     colors = _colors(providers)
     for provider in providers:
@@ -82,7 +82,8 @@ def _speedups(axis: Any, speedups: list[record.Record], labels: list[tuple[str, 
             alpha=0.8,
         )
     axis.axvline(1.0, color="black", linewidth=0.8)
-    if any(item.p50 > 0 for item in speedups):
+    shown = [value for item in speedups for value in (item.p20, item.p80) if value > 0]
+    if shown and max(shown) > 3 * min(shown):  # a smaller range has few round ratios to label
         axis.set_xscale("log")
         ticker = require("matplotlib.ticker")
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
