@@ -42,37 +42,45 @@ void for_spans(const ContiguousSets& cut, int64_t chunks, const F& f) {
 }
 
 // Weights and biases of every element of a row. Where a channel's are repeated each chunk has its own, filled by the thread
-// that reads them: as one array that one thread fills, it would travel from core to core at every call.
+// that reads them: as one array that one thread fills, it would travel from core to core at every call. Behind each set lies
+// padding then, as a vector in part is read whole and its neighbour's may be another thread's.
 template <class Acc>
 struct ElementAffine {
-  int64_t inner, length, stride, chunk_stride;
-  Acc *weights, *biases;  // [chunks or 1, width + kPad]
+  int64_t inner, sets, length, set_stride, chunk_stride;
+  Acc *weights, *biases;  // [chunks or 1, sets, set_stride]
   ElementAffine(const ContiguousSets& cut, int64_t chunks, Arena& arena)
       : inner(cut.inner),
+        sets(cut.sets),
         length(cut.length),
-        stride(cut.width() + kPad),
-        chunk_stride(inner == 1 ? 0 : stride),
-        weights(arena.take<Acc>((inner == 1 ? 1 : chunks) * stride)),
-        biases(arena.take<Acc>((inner == 1 ? 1 : chunks) * stride)) {}
+        set_stride(inner == 1 ? length : length + kPad),
+        chunk_stride(inner == 1 ? 0 : sets * set_stride) {
+    const int64_t count = inner == 1 ? sets * length + kPad : chunks * chunk_stride;
+    weights = arena.take<Acc>(count);
+    biases = arena.take<Acc>(count);
+  }
   template <class Params>
   ElementAffine(const Params& p, const ContiguousSets& cut, int64_t chunks, Arena& arena)
       : ElementAffine(cut, chunks, arena) {
-    if (inner == 1) fill(p, 0, 0, p.shape.c);
+    if (inner == 1) fill(p, 0, 0, sets);
   }
+  // Where those of a set begin.
+  int64_t at(int64_t chunk, int64_t set) const { return chunk * chunk_stride + set * set_stride; }
   // What the span reads is there after this.
   template <class Params>
   void prepare(const Params& p, const Span& span) const {
-    if (inner > 1)
-      fill(p, span.chunk * chunk_stride, span.first_set * length / inner,
-           span.last_set * length / inner);
+    if (inner > 1) fill(p, span.chunk, span.first_set, span.last_set);
   }
 
  private:
   template <class Params>
-  void fill(const Params& p, int64_t at, int64_t first, int64_t last) const {
+  void fill(const Params& p, int64_t chunk, int64_t first_set, int64_t last_set) const {
     const DType dtype = p.shape.weight_dtype;
-    fill_channels(p.weight, dtype, first, last, inner, Acc(1), weights + at);
-    fill_channels(p.bias, dtype, first, last, inner, Acc(0), biases + at);
+    const int64_t channels = length / inner;
+    for (int64_t set = first_set; set < last_set; ++set) {
+      const int64_t to = at(chunk, set), c = set * channels;
+      fill_channels(p.weight, dtype, c, channels, inner, Acc(1), weights + to);
+      fill_channels(p.bias, dtype, c, channels, inner, Acc(0), biases + to);
+    }
   }
 };
 
@@ -100,7 +108,7 @@ void forward(const GroupNormForward& p, const ContiguousSets& cut, Arena arena) 
     affine.prepare(p, span);
     for (int64_t row = span.first_row; row < span.last_row; ++row) {
       for (int64_t set = span.first_set; set < span.last_set; ++set) {
-        const int64_t at = span.chunk * affine.chunk_stride + set * cut.length;
+        const int64_t at = affine.at(span.chunk, set);
         do_set(row * cut.sets + set, affine.weights + at, affine.biases + at);
       }
     }
@@ -184,7 +192,7 @@ void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena
                 // Not beyond the set: its neighbour's sums may be another thread's.
                 lanes.write(down, lanes.read(down) + counted);
                 lanes.write(down_xhat, lanes.read(down_xhat) + product * rstd_vec);
-                // Past the set lie its neighbour's weights, whatever they are, or nothing.
+                // Past the set lie its neighbour's weights or padding, whatever that holds.
                 const Vec weights = lanes.counted(weight.at(begin + i));
                 sum[index.value] += counted * weights;
                 centred_sum[index.value] += product * weights;
@@ -211,7 +219,7 @@ void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena
     columns.clear(span.chunk, column, width);
     for (int64_t row = span.first_row; row < span.last_row; ++row) {
       for (int64_t set = span.first_set; set < span.last_set; ++set) {
-        const int64_t at = span.chunk * affine.chunk_stride + set * cut.length;
+        const int64_t at = affine.at(span.chunk, set);
         const int64_t sums_at = span.chunk * columns.stride + set * cut.length;
         do_set(row * cut.sets + set, affine.weights + at, affine.biases + at, columns.dz + sums_at,
                columns.dz_xhat + sums_at);

@@ -35,18 +35,17 @@ Acc* read_rstd(const GroupNormBackward& p, Arena& arena) {
   return rstd;
 }
 
-// to[c * inner + i] = values[c] for the channels [first, last), or `otherwise`, in the type of the arithmetic.
+// to[c * inner + i] = values[first + c], or `otherwise`, in the type of the arithmetic, for c in [0, channels).
 template <class Acc>
-void fill_channels(const void* values, DType dtype, int64_t first, int64_t last, int64_t inner,
+void fill_channels(const void* values, DType dtype, int64_t first, int64_t channels, int64_t inner,
                    Acc otherwise, Acc* to) {
-  for (int64_t c = first; c < last; ++c) {
+  for (int64_t c = 0; c < channels; ++c) {
     const Acc value =
-        values == nullptr ? otherwise : static_cast<Acc>(read_scalar(values, dtype, c));
+        values == nullptr ? otherwise : static_cast<Acc>(read_scalar(values, dtype, first + c));
     if (inner == 1) {
       to[c] = value;
       continue;
     }
-    // Not beyond the channel: the next one may be another thread's.
     for_vectors<Acc, 1>(inner,
                         [&](int64_t i, const auto& lanes, auto) __attribute__((always_inline)) {
                           lanes.write(to + c * inner + i, broadcast(value));
