@@ -42,6 +42,37 @@ _library.define(
     "int groups, float eps, int act, float act_param, int z_source, bool need_dx, bool need_dresidual) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
+# One step of torch's LSTM cell; the gates [N, 4H] are for backward, empty unless `save`.
+_library.define(
+    "lstm_cell(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
+    "-> (Tensor h_out, Tensor c_out, Tensor gates)"
+)
+# Gradients of the weights are in fp32 at least. What is not needed is empty.
+_library.define(
+    "lstm_cell_backward(Tensor? dh, Tensor? dc, Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, "
+    "Tensor gates, bool need_dx, bool need_dw_ih, bool need_dw_hh, bool need_dbias) "
+    "-> (Tensor dx, Tensor dh_in, Tensor dc_in, Tensor dw_ih, Tensor dw_hh, Tensor dbias)"
+)
+# One layer and direction over whole sequences. x is [T, B, I] or [B, T, I], or [rows, I] with batch_sizes as of a
+# PackedSequence; lengths [B] are of a padded x. The arguments from recurrent_mask on: csrc/common/lstm.h.
+# gates, cells and products (of layer norm alone) are for backward, with rows as x, empty unless `save`.
+_LSTM_INPUT = (
+    "Tensor x, Tensor? h0, Tensor? c0, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
+    "Tensor? lengths, Tensor? batch_sizes, Tensor? recurrent_mask, Tensor? zoneout_c_mask, Tensor? zoneout_h_mask, "
+    "float zoneout_c, float zoneout_h, Tensor? ln_hh_weight, Tensor? ln_hh_bias, Tensor? ln_c_weight, "
+    "Tensor? ln_c_bias, float eps, bool batch_first, bool reverse"
+)
+_library.define(
+    f"lstm({_LSTM_INPUT}, bool save) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor products)"
+)
+# dbias is that of b_ih, of b_hh and of ln_hh_bias.
+_library.define(
+    f"lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LSTM_INPUT}, Tensor y, Tensor gates, Tensor cells, "
+    "Tensor products, bool need_dx, bool need_dw_ih, bool need_dw_hh, bool need_dbias, bool need_dw_hr) "
+    "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor dbias, Tensor dw_hr, "
+    "Tensor dln_hh_weight, Tensor dln_c_weight, Tensor dln_c_bias)"
+)
 
 
 @torch.library.register_fake("advdl_ops::batch_norm_act", lib=_library)
@@ -92,6 +123,77 @@ def _(
         stats.new_empty(channels),
         stats.new_empty(channels),
     )
+
+
+@torch.library.register_fake("advdl_ops::lstm_cell", lib=_library)
+def _(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
+    _check_devices("lstm_cell", x, h, c, w_ih, w_hh, b_ih, b_hh)
+    batch, hidden = x.shape[0], w_hh.shape[1]
+    gates = x.new_empty((batch, 4 * hidden)) if save else x.new_empty(0)
+    return x.new_empty((batch, hidden)), x.new_empty((batch, hidden)), gates
+
+
+@torch.library.register_fake("advdl_ops::lstm_cell_backward", lib=_library)
+def _(dh, dc, x, h, c, w_ih, w_hh, gates, need_dx, need_dw_ih, need_dw_hh, need_dbias):
+    batch, hidden = x.shape[0], w_hh.shape[1]
+    return (
+        x.new_empty(x.shape if need_dx else 0),
+        x.new_empty((batch, hidden)),
+        x.new_empty((batch, hidden)),
+        x.new_empty(w_ih.shape if need_dw_ih else 0, dtype=_acc(x)),
+        x.new_empty(w_hh.shape if need_dw_hh else 0, dtype=_acc(x)),
+        x.new_empty(4 * hidden if need_dbias else 0, dtype=_acc(x)),
+    )
+
+
+@torch.library.register_fake("advdl_ops::lstm", lib=_library)
+def _(
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, batch_sizes, recurrent_mask, zoneout_c_mask, zoneout_h_mask,
+    zoneout_c, zoneout_h, ln_hh_weight, ln_hh_bias, ln_c_weight, ln_c_bias, eps, batch_first, reverse, save,
+):  # fmt: skip
+    _check_devices("lstm", x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    hidden, size = w_hh.shape[0] // 4, w_hh.shape[1]
+    batch = _lstm_batch(x, h0, batch_sizes, batch_first)
+    return (
+        x.new_empty((*x.shape[:-1], size)),
+        x.new_empty((batch, size)),
+        x.new_empty((batch, hidden)),
+        x.new_empty((*x.shape[:-1], 4 * hidden) if save else 0),
+        x.new_empty((*x.shape[:-1], hidden) if save else 0),
+        x.new_empty((*x.shape[:-1], 4 * hidden) if save and ln_hh_weight is not None else 0),
+    )
+
+
+@torch.library.register_fake("advdl_ops::lstm_backward", lib=_library)
+def _(
+    dy, dh_n, dc_n,
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, batch_sizes, recurrent_mask, zoneout_c_mask, zoneout_h_mask,
+    zoneout_c, zoneout_h, ln_hh_weight, ln_hh_bias, ln_c_weight, ln_c_bias, eps, batch_first, reverse,
+    y, gates, cells, products, need_dx, need_dw_ih, need_dw_hh, need_dbias, need_dw_hr,
+):  # fmt: skip
+    hidden, size, acc = w_hh.shape[0] // 4, w_hh.shape[1], _acc(x)
+    batch = _lstm_batch(x, h0, batch_sizes, batch_first)
+    norm = ln_hh_weight is not None
+    return (
+        x.new_empty(x.shape if need_dx else 0),
+        x.new_empty((batch, size)),
+        x.new_empty((batch, hidden)),
+        x.new_empty(w_ih.shape if need_dw_ih else 0, dtype=acc),
+        x.new_empty(w_hh.shape if need_dw_hh else 0, dtype=acc),
+        x.new_empty(4 * hidden if need_dbias else 0, dtype=acc),
+        x.new_empty(w_hr.shape if need_dw_hr else 0, dtype=acc),
+        x.new_empty(4 * hidden if norm else 0, dtype=acc),
+        x.new_empty(hidden if norm else 0, dtype=acc),
+        x.new_empty(hidden if norm else 0, dtype=acc),
+    )
+
+
+def _lstm_batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None, batch_first: bool) -> int:
+    if batch_sizes is None:
+        return x.shape[0 if batch_first else 1]
+    # How many sequences a packed x has, batch_sizes alone would say, whose values no fake function may ask for.
+    assert h0 is not None, "lstm: h0 must be given beside batch_sizes"
+    return h0.shape[0]
 
 
 def _check_devices(function: str, x: Tensor, *others: Tensor | None) -> None:

@@ -14,12 +14,16 @@ namespace advdl_ops {
   void add_batch_norm_act(cpu::KernelTable& table);   \
   void add_group_norm(cpu::KernelTable& table);       \
   void add_layer_norm_2d(cpu::KernelTable& table);    \
+  void add_lstm(cpu::KernelTable& table);             \
+  void add_lstm_backward(cpu::KernelTable& table);    \
   static cpu::KernelTable kernels(const char* name) { \
     cpu::KernelTable table{};                         \
     table.name = name;                                \
     add_batch_norm_act(table);                        \
     add_group_norm(table);                            \
     add_layer_norm_2d(table);                         \
+    add_lstm(table);                                  \
+    add_lstm_backward(table);                         \
     return table;                                     \
   }                                                   \
   }
@@ -111,7 +115,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFunction funct
 }
 int thread_count() { return pool_threads(); }
 
-#define ADVDL_DEFINE_NORM(family, Params)                              \
+#define ADVDL_DEFINE_FAMILY(family, Params)                            \
   size_t family##_forward_workspace(const Params##Forward& p) {        \
     return table().family##_forward_workspace(p);                      \
   }                                                                    \
@@ -124,10 +128,11 @@ int thread_count() { return pool_threads(); }
   void family##_backward(const Params##Backward& p, void* workspace) { \
     table().family##_backward(p, workspace);                           \
   }
-ADVDL_DEFINE_NORM(batch_norm_act, BatchNormAct)
-ADVDL_DEFINE_NORM(group_norm, GroupNorm)
-ADVDL_DEFINE_NORM(layer_norm_2d, GroupNorm)
-#undef ADVDL_DEFINE_NORM
+ADVDL_DEFINE_FAMILY(batch_norm_act, BatchNormAct)
+ADVDL_DEFINE_FAMILY(group_norm, GroupNorm)
+ADVDL_DEFINE_FAMILY(layer_norm_2d, GroupNorm)
+ADVDL_DEFINE_FAMILY(lstm, Lstm)
+#undef ADVDL_DEFINE_FAMILY
 
 }  // namespace cpu
 }  // namespace advdl_ops

@@ -3,6 +3,7 @@
 
 #include "../common/batch_norm_act.h"
 #include "../common/group_norm.h"
+#include "../common/lstm.h"
 
 namespace advdl_ops::cpu {
 
@@ -22,6 +23,11 @@ struct KernelTable {
   size_t (*layer_norm_2d_backward_workspace)(const GroupNormBackward&);
   void (*layer_norm_2d_forward)(const GroupNormForward&, void*);
   void (*layer_norm_2d_backward)(const GroupNormBackward&, void*);
+
+  size_t (*lstm_forward_workspace)(const LstmForward&);
+  size_t (*lstm_backward_workspace)(const LstmBackward&);
+  void (*lstm_forward)(const LstmForward&, void*);
+  void (*lstm_backward)(const LstmBackward&, void*);
 };
 
 // The capability in use: "default", "avx2" or "avx512".

@@ -631,21 +631,6 @@ inline void merge_gradients(const RowChunks& cut, const double* partial_dz,
 
 // --- choice of the instantiation -----------------------------------------------------------------
 
-// f<T>() for the element type.
-template <class F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::f32:
-      return f.template operator()<float>();
-    case DType::f64:
-      return f.template operator()<double>();
-    case DType::f16:
-      return f.template operator()<Float16>();
-    case DType::bf16:
-      return f.template operator()<BFloat16>();
-  }
-}
-
 // Activations with loops of their own, for an element type. fp64 serves tests and the baseline of x86 old CPUs: there one
 // loop for every activation keeps the build short. So it does for silu and leaky relu in half precision, where the conversions
 // cost as much.

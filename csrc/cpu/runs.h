@@ -13,6 +13,7 @@ struct Index {
 
 // How a vector at the current position is read, written and counted.
 struct FullLanes {
+  ADVDL_INLINE int64_t count(int64_t lanes) const { return lanes; }
   template <class T>
   ADVDL_INLINE auto read(const T* p) const {
     return load(p);
@@ -47,22 +48,23 @@ struct OverlapLanes : FullLanes {
 };
 // A run shorter than a vector.
 struct PartialLanes {
-  int32_t count;
+  int32_t first;
+  ADVDL_INLINE int64_t count(int64_t) const { return first; }
   template <class T>
   ADVDL_INLINE auto read(const T* p) const {
-    return load_partial(p, count);
+    return load_partial(p, first);
   }
   template <class T, class Vec>
   ADVDL_INLINE void write(T* p, Vec v) const {
-    store_partial(p, v, count);
+    store_partial(p, v, first);
   }
   template <class T, class Vec>
   ADVDL_INLINE void write_out(T* p, Vec v, bool) const {
-    store_partial(p, v, count);
+    store_partial(p, v, first);
   }
   template <class Vec>
   ADVDL_INLINE Vec counted(Vec v) const {
-    return math::select(lane_index<decltype(v < v)>() < count, v, Vec{});
+    return math::select(lane_index<decltype(v < v)>() < first, v, Vec{});
   }
 };
 
@@ -129,6 +131,21 @@ void activate_block(Activation act, Acc param, Acc* values, int64_t n) {
     ADVDL_CASE(tanh)
     ADVDL_CASE(hardswish)
 #undef ADVDL_CASE
+  }
+}
+
+// f<T>() for the element type.
+template <class F>
+void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32:
+      return f.template operator()<float>();
+    case DType::f64:
+      return f.template operator()<double>();
+    case DType::f16:
+      return f.template operator()<Float16>();
+    case DType::bf16:
+      return f.template operator()<BFloat16>();
   }
 }
 

@@ -209,7 +209,7 @@ ADVDL_INLINE FloatVec normal_cdf(FloatVec z) {
 // fp64 serves gradient checks and references: the C library, lane by lane.
 #define ADVDL_LANEWISE(name)                                           \
   ADVDL_INLINE DoubleVec name(DoubleVec x) {                           \
-    DoubleVec y;                                                       \
+    DoubleVec y = x;                                                   \
     for (int i = 0; i < Simd<double>::lanes; ++i) y[i] = ::name(x[i]); \
     return y;                                                          \
   }

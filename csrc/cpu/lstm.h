@@ -1,0 +1,151 @@
+// What the forward and the backward pass of the LSTM share: sizes, where rows lie, scratch memory, and products of few rows.
+#pragma once
+
+#include "../common/lstm.h"
+
+#include "dispatch.h"
+#include "matmul.h"
+#include "parallel.h"
+
+// After the vectors' overloads: its formulas look the functions up where they stand.
+#include "../common/lstm_gates.h"
+
+namespace advdl_ops {
+namespace ADVDL_CAPABILITY_NAMESPACE {
+
+// Packing a matrix costs as much as its product with some rows: with fewer in all of the call its rows are read as they are.
+inline constexpr int64_t kFewRows = 8;
+
+// Times in the order of the forward pass, or from the last to the first.
+struct Times {
+  const LstmSequences& s;
+
+  int64_t at(int64_t step) const { return s.reverse ? s.steps - 1 - step : step; }
+  // Sequences that have the time of a step; none before the first step and after the last.
+  int64_t active(int64_t step) const {
+    if (step < 0 || step >= s.steps) return 0;
+    return s.batch_sizes == nullptr ? s.batch : s.batch_sizes[at(step)];
+  }
+  // The caller's number of the k-th longest sequence.
+  int64_t number(int64_t k) const { return s.order == nullptr ? k : s.order[k]; }
+  int64_t rows() const {
+    if (s.batch_sizes == nullptr) return s.steps * s.batch;
+    int64_t sum = 0;
+    for (int64_t t = 0; t < s.steps; ++t) sum += s.batch_sizes[t];
+    return sum;
+  }
+  // The row of the k-th longest sequence at the time of a step, of elements T (as const as the tensor's pointer).
+  template <class T, class Rows>
+  T* row(const Rows& tensor, int64_t step, int64_t k) const {
+    const int64_t t = at(step);
+    const int64_t offset = s.starts != nullptr ? (s.starts[t] + k) * tensor.time
+                                               : t * tensor.time + number(k) * tensor.batch;
+    return static_cast<T*>(tensor.data) + offset;
+  }
+  // The row of `state` [B, size], T* or null.
+  template <class T>
+  const T* state(const void* data, int64_t size, int64_t k) const {
+    return data == nullptr ? nullptr : static_cast<const T*>(data) + number(k) * size;
+  }
+};
+
+// Sizes in elements. Rows of states are whole vectors, so that kernels need no masks for them.
+template <class A>
+struct LstmSizes {
+  int64_t input, hidden, recurrent, gates;  // I, H, R, 4H
+  int64_t units;                            // of H: panels of one vector of each gate
+  int64_t hidden_row, recurrent_row;        // H and R in whole vectors
+
+  explicit LstmSizes(const LstmShape& shape)
+      : input(shape.input),
+        hidden(shape.hidden),
+        recurrent(shape.recurrent()),
+        gates(kLstmGates * shape.hidden),
+        units(divide_up(hidden, Simd<A>::lanes)),
+        hidden_row(units * Simd<A>::lanes),
+        recurrent_row(round_up(recurrent, Simd<A>::lanes)) {}
+};
+
+// Cuts the workspace into arrays; without one it counts the bytes.
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const size_t at = bytes_;
+    bytes_ += (count * sizeof(T) + 63) / 64 * 64;
+    return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + at);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  size_t bytes_ = 0;
+};
+
+// How many tiles cover these rows.
+inline int64_t tiles_of(int64_t rows) { return divide_up(rows, kTileRows); }
+
+// f(panel, first row, rows) for all tiles of all panels, the tiles of a panel one after another on one thread.
+template <class A, class F>
+void for_tiles(int64_t panels, int64_t rows, int64_t depth, F&& f) {
+  const int64_t tiles = tiles_of(rows);
+  cpu::parallel_ranges(panels * tiles, depth * kTileRows * kPanelVectors,
+                       [&](int64_t begin, int64_t end) {
+                         for (int64_t i = begin; i < end; ++i) {
+                           const int64_t first = i % tiles * kTileRows;
+                           f(i / tiles, first, smaller(kTileRows, rows - first));
+                         }
+                       });
+}
+
+// Element j .. of a row that may be null (zeros), and of one in another type.
+template <class A, class T, class Lanes>
+ADVDL_INLINE typename Simd<A>::Vec read_or_zero(const T* row, int64_t j, Lanes part) {
+  return row == nullptr ? typename Simd<A>::Vec{} : part.read(row + j);
+}
+
+// The factors of a zoneout for the units from j on.
+template <class A>
+ADVDL_INLINE typename Simd<A>::Vec zoneout_keep(const LstmZoneout& zoneout, const uint8_t* row,
+                                                int64_t j, int64_t size) {
+  typename Simd<A>::Vec keep = broadcast(static_cast<A>(zoneout.rate));
+  if (row == nullptr) return keep;
+  for (int64_t i = 0; i < Simd<A>::lanes; ++i) keep[i] = j + i < size ? row[j + i] : 0;
+  return keep;
+}
+
+// Mean and 1 / std of a row of `parts` runs of `size` values, each run in whole vectors; in two passes.
+template <class A>
+struct RowStatistics {
+  A mean, rstd;
+
+  RowStatistics(const A* row, int64_t parts, int64_t size, int64_t stride, double eps) {
+    const double count = static_cast<double>(parts * size);
+    mean = static_cast<A>(sum_of(row, parts, size, stride, [](auto v) { return v; }) / count);
+    const auto centre = broadcast(mean);
+    const double var =
+        sum_of(row, parts, size, stride, [&](auto v) { return (v - centre) * (v - centre); }) /
+        count;
+    rstd = static_cast<A>(1 / __builtin_sqrt(var + eps));
+  }
+  template <class Vec>
+  ADVDL_INLINE Vec normalized(Vec v) const {
+    return (v - mean) * rstd;
+  }
+
+ private:
+  template <class F>
+  static double sum_of(const A* row, int64_t parts, int64_t size, int64_t stride, F&& f) {
+    typename Simd<A>::Vec sum{};
+    for (int64_t part = 0; part < parts; ++part) {
+      for_vectors<A, 1, false>(size, [&](int64_t i, auto lanes, auto) {
+        sum += lanes.counted(f(load(row + part * stride + i)));
+      });
+    }
+    return lane_sum(sum);
+  }
+};
+
+}  // namespace ADVDL_CAPABILITY_NAMESPACE
+}  // namespace advdl_ops

@@ -1,0 +1,185 @@
+// Matrix products for kernels that multiply on their way: a panel of packed columns times a tile of rows, in registers.
+//
+// A panel is kPanelVectors vectors of columns wide; packed, its rows (the depth) follow each other. A tile of kTileRows rows
+// by one panel is summed over the whole depth, in order, so that no result depends on how tiles are spread over threads.
+#pragma once
+
+#include "runs.h"
+
+namespace advdl_ops {
+namespace ADVDL_CAPABILITY_NAMESPACE {
+
+inline constexpr int kPanelVectors = 4;
+template <class A>
+inline constexpr int64_t kPanel = kPanelVectors * Simd<A>::lanes;  // columns
+// As many as leave registers for one row of the panel and a factor.
+inline constexpr int kTileRows = ADVDL_VECTOR_BYTES == 64 ? 6 : 3;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// tile[kRows][panel] += a[kRows][depth] * b[depth][panel]; the elements of a row of `a` lie kStep apart.
+template <int kRows, int kStep, class A>
+__attribute__((noinline)) void multiply_rows(const A* const* a, const A* b, int64_t depth,
+                                             A* tile) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  using Vec = typename Simd<A>::Vec;
+  Vec sum[kRows][kPanelVectors];
+  const A* row[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    row[i] = a[i];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = load(tile + i * kPanel<A> + j * lanes);
+  }
+  for (int64_t k = 0; k < depth; ++k, b += kPanel<A>) {
+    Vec columns[kPanelVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanelVectors; ++j) columns[j] = load(b + j * lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vec factor = broadcast(row[i][k * kStep]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kPanelVectors; ++j) sum[i][j] += factor * columns[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kPanelVectors; ++j) store(tile + i * kPanel<A> + j * lanes, sum[i][j]);
+  }
+}
+
+// The same for a number of rows known at run time.
+template <int kStep, class A>
+void multiply_tile(int64_t rows, const A* const* a, const A* b, int64_t depth, A* tile) {
+  switch (rows) {
+    case 1:
+      return multiply_rows<1, kStep>(a, b, depth, tile);
+    case 2:
+      return multiply_rows<2, kStep>(a, b, depth, tile);
+    case 3:
+      return multiply_rows<3, kStep>(a, b, depth, tile);
+#if ADVDL_VECTOR_BYTES == 64
+    case 4:
+      return multiply_rows<4, kStep>(a, b, depth, tile);
+    case 5:
+      return multiply_rows<5, kStep>(a, b, depth, tile);
+    case 6:
+      return multiply_rows<6, kStep>(a, b, depth, tile);
+#endif
+    default:
+      return;
+  }
+}
+
+// f(lanes) with all lanes, or with the `count` that are left before an end.
+template <class A, class F>
+ADVDL_INLINE void with_lanes(int64_t count, F&& f) {
+  if (count >= Simd<A>::lanes) {
+    f(FullLanes{});
+  } else if (count > 0) {
+    f(PartialLanes{static_cast<int32_t>(count)});
+  }
+}
+
+// Rows of a matrix [rows][depth] whose products become the columns of a panel: one run of rows for each vector of it.
+struct RowRuns {
+  int64_t first;      // row of the first run
+  int64_t stride;     // from a run to the next
+  int64_t available;  // rows of the first run that exist
+  int64_t taken;      // how many fewer the next one has
+  int64_t count(int64_t run, int64_t lanes) const {
+    return larger(0, smaller(lanes, available - run * taken));
+  }
+};
+
+// Such rows as a panel [depth][panel], filled up with zeros.
+template <class A, class T>
+void pack_rows(const T* matrix, const RowRuns& runs, int64_t depth, A* panel) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  for (int64_t run = 0; run < kPanelVectors; ++run) {
+    const int64_t count = runs.count(run, lanes);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      A* column = panel + run * lanes + lane;
+      if (lane >= count) {
+        for (int64_t k = 0; k < depth; ++k) column[k * kPanel<A>] = 0;
+        continue;
+      }
+      const T* row = matrix + (runs.first + run * runs.stride + lane) * depth;
+      for_vectors<A, 1, false>(depth, [&](int64_t k, auto part, auto) {
+        const auto values = part.read(row + k);
+        for (int64_t i = 0; i < part.count(lanes); ++i) column[(k + i) * kPanel<A>] = values[i];
+      });
+    }
+  }
+}
+
+// tile[rows][panel] += a[rows][depth] times such rows, as they are.
+template <class A, class T>
+void multiply_runs(int64_t rows, const A* const* a, const T* matrix, const RowRuns& runs,
+                   int64_t depth, A* tile) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  for (int64_t lane = 0; lane < runs.count(0, lanes); ++lane) {
+    const T* row[kPanelVectors];
+    int64_t present = 0;
+    for (; present < kPanelVectors && lane < runs.count(present, lanes); ++present)
+      row[present] = matrix + (runs.first + present * runs.stride + lane) * depth;
+    for (int64_t run = present; run < kPanelVectors; ++run) row[run] = row[0];
+    for (int64_t i = 0; i < rows; ++i) {
+      typename Simd<A>::Vec products[kPanelVectors] = {};
+      for_vectors<A, 1, false>(depth, [&](int64_t k, auto part, auto) {
+        const auto factor = part.read(a[i] + k);
+#pragma GCC unroll 4
+        for (int64_t run = 0; run < kPanelVectors; ++run)
+          products[run] += factor * part.read(row[run] + k);
+      });
+      for (int64_t run = 0; run < present; ++run)
+        tile[i * kPanel<A> + run * lanes + lane] += static_cast<A>(lane_sum(products[run]));
+    }
+  }
+}
+
+// tile[rows][panel] += a[rows][depth] times the first columns, as they are, of a matrix [depth] of rows `stride` apart.
+template <class A, class T>
+void multiply_columns(int64_t rows, const A* const* a, const T* matrix, int64_t stride,
+                      int64_t columns, int64_t depth, A* tile) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  const auto add = [&](const A* factors, A* sums, int64_t vectors, auto part) {
+    typename Simd<A>::Vec sum[kPanelVectors];
+    for (int64_t v = 0; v < vectors; ++v) sum[v] = load(sums + v * lanes);
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int64_t v = 0; v < vectors; ++v)
+        sum[v] +=
+            factors[k] * part.read(matrix + k * stride + (sums - tile) % kPanel<A> + v * lanes);
+    }
+    for (int64_t v = 0; v < vectors; ++v) store(sums + v * lanes, sum[v]);
+  };
+  for (int64_t i = 0; i < rows; ++i) {
+    if (columns >= kPanel<A>) {
+      add(a[i], tile + i * kPanel<A>, kPanelVectors, FullLanes{});
+      continue;
+    }
+    for (int64_t j = 0; j < columns; j += lanes)
+      with_lanes<A>(columns - j, [&](auto part) { add(a[i], tile + i * kPanel<A> + j, 1, part); });
+  }
+}
+
+// The columns of rows that lie anywhere, `columns` of them, as a panel [depth][panel], filled up with zeros.
+template <class A, class Row>
+ADVDL_INLINE void pack_columns(int64_t columns, int64_t depth, A* panel, Row&& row) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  for (int64_t k = 0; k < depth; ++k, panel += kPanel<A>) {
+    const auto* values = row(k);
+    for (int64_t v = 0; v < kPanelVectors; ++v) {
+      store(panel + v * lanes, typename Simd<A>::Vec{});
+      with_lanes<A>(columns - v * lanes,
+                    [&](auto part) { store(panel + v * lanes, part.read(values + v * lanes)); });
+    }
+  }
+}
+
+}  // namespace ADVDL_CAPABILITY_NAMESPACE
+}  // namespace advdl_ops
