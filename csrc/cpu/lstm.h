@@ -20,14 +20,14 @@ inline constexpr int64_t kFewRows = 8;
 struct Times {
   const LstmSequences& s;
 
-  int64_t at(int64_t step) const { return s.reverse ? s.steps - 1 - step : step; }
+  ADVDL_INLINE int64_t at(int64_t step) const { return s.reverse ? s.steps - 1 - step : step; }
   // Sequences that have the time of a step; none before the first step and after the last.
-  int64_t active(int64_t step) const {
+  ADVDL_INLINE int64_t active(int64_t step) const {
     if (step < 0 || step >= s.steps) return 0;
     return s.batch_sizes == nullptr ? s.batch : s.batch_sizes[at(step)];
   }
   // The caller's number of the k-th longest sequence.
-  int64_t number(int64_t k) const { return s.order == nullptr ? k : s.order[k]; }
+  ADVDL_INLINE int64_t number(int64_t k) const { return s.order == nullptr ? k : s.order[k]; }
   int64_t rows() const {
     if (s.batch_sizes == nullptr) return s.steps * s.batch;
     int64_t sum = 0;
@@ -36,7 +36,7 @@ struct Times {
   }
   // The row of the k-th longest sequence at the time of a step, of elements T (as const as the tensor's pointer).
   template <class T, class Rows>
-  T* row(const Rows& tensor, int64_t step, int64_t k) const {
+  ADVDL_INLINE T* row(const Rows& tensor, int64_t step, int64_t k) const {
     const int64_t t = at(step);
     const int64_t offset = s.starts != nullptr ? (s.starts[t] + k) * tensor.time
                                                : t * tensor.time + number(k) * tensor.batch;
@@ -44,7 +44,7 @@ struct Times {
   }
   // The row of `state` [B, size], T* or null.
   template <class T>
-  const T* state(const void* data, int64_t size, int64_t k) const {
+  ADVDL_INLINE const T* state(const void* data, int64_t size, int64_t k) const {
     return data == nullptr ? nullptr : static_cast<const T*>(data) + number(k) * size;
   }
 };
@@ -55,6 +55,7 @@ struct LstmSizes {
   int64_t input, hidden, recurrent, gates;  // I, H, R, 4H
   int64_t units;                            // of H: panels of one vector of each gate
   int64_t hidden_row, recurrent_row;        // H and R in whole vectors
+  int64_t gates_row;  // 4H, and a line, so that rows of 4 KB do not share their places in the cache
 
   explicit LstmSizes(const LstmShape& shape)
       : input(shape.input),
@@ -63,7 +64,8 @@ struct LstmSizes {
         gates(kLstmGates * shape.hidden),
         units(divide_up(hidden, Simd<A>::lanes)),
         hidden_row(units * Simd<A>::lanes),
-        recurrent_row(round_up(recurrent, Simd<A>::lanes)) {}
+        recurrent_row(round_up(recurrent, Simd<A>::lanes)),
+        gates_row(round_up(gates, Simd<A>::lanes) + Simd<A>::lanes) {}
 };
 
 // Cuts the workspace into arrays; without one it counts the bytes.

@@ -41,8 +41,8 @@ class Backward {
     dh_ = scratch_.take<A>(batch * size_.recurrent_row);
     dc_ = scratch_.take<A>(batch * size_.hidden_row);
     for (Chunk& chunk : chunks_) {
-      chunk.gates = scratch_.take<A>(rows * size_.gates);
-      chunk.products = w_.norm.on() ? scratch_.take<A>(rows * size_.gates) : chunk.gates;
+      chunk.gates = scratch_.take<A>(rows * size_.gates_row);
+      chunk.products = w_.norm.on() ? scratch_.take<A>(rows * size_.gates_row) : chunk.gates;
       if (w_.w_hr != nullptr) chunk.projected = scratch_.take<A>(rows * size_.recurrent);
     }
     places_ = scratch_.take<Place>(rows);
@@ -51,7 +51,7 @@ class Backward {
       hidden_ = scratch_.take<A>(rows * size_.hidden_row);
     }
     if (w_.norm.on()) {
-      dhh_weight_ = scratch_.take<A>(rows * size_.gates);
+      dhh_weight_ = scratch_.take<A>(rows * size_.gates_row);
       dc_weight_ = scratch_.take<A>(rows * size_.hidden);
       dc_bias_ = scratch_.take<A>(rows * size_.hidden);
       normal_ = scratch_.take<A>(batch * 4 * size_.hidden_row);
@@ -226,8 +226,12 @@ class Backward {
           alignas(64) A tile[kTileRows * kPanel<A>] = {};
           const A* a[kTileRows] = {};
           const int64_t with = larger(0, smaller(count, fed - first));
+          if (w_.w_hr == nullptr) {
+            for (int64_t i = first; i < smaller(active, first + count); ++i)
+              prefetch(step, i, panel * kPanel<A>);
+          }
           for (int64_t i = 0; i < with; ++i)
-            a[i] = later_->products + (later_->last + first + i) * size_.gates;
+            a[i] = later_->products + (later_->last + first + i) * size_.gates_row;
           if (with > 0)
             multiply(with, a, w_.w_hh, size_.recurrent, packed_hh_, panel, size_.gates, tile);
           for_vectors_of(tile, count, panel, size_.recurrent,
@@ -235,6 +239,18 @@ class Backward {
                            output_gradient(step, first + i, j, dfed, first + i < active, part);
                          });
         });
+  }
+
+  // What a tile's rows will need from memory: it comes while the tile is being multiplied.
+  void prefetch(int64_t step, int64_t k, int64_t j) const {
+    const auto lines = [&](const T* row) {
+      for (int64_t i = 0; i < kPanel<A>; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+    };
+    const T* gates = times_.template row<const T>(p_.gates, step, k) + j;
+    for (int64_t gate = 0; gate < kLstmGates; ++gate) lines(gates + gate * size_.hidden);
+    if (continues(step, k) && p_.cells.data != nullptr)
+      lines(times_.template row<const T>(p_.cells, step - 1, k) + j);
+    if (p_.dy.data != nullptr) lines(times_.template row<const T>(p_.dy, step, k) + j);
   }
 
   template <class Lanes>
@@ -305,7 +321,7 @@ class Backward {
     const LstmGates<Vec> d = lstm_gates_backward(gates, before, t, dhidden, dcell);
     store(state, kept + dcell);
     const Chunk& chunk = chunks_[turn_];
-    A* row = chunk.gates + (chunk.rows + k) * size_.gates + j;
+    A* row = chunk.gates + (chunk.rows + k) * size_.gates_row + j;
     part.write(row, d.i);
     part.write(row + size_.hidden, d.f);
     part.write(row + 2 * size_.hidden, d.g);
@@ -397,17 +413,17 @@ class Backward {
       store(wide + padded, part.read(product + i));
     });
     const RowStatistics<A> statistics(wide, kLstmGates, size_.hidden, size_.hidden_row, norm.eps);
-    const A* d = chunk.gates + at * size_.gates;
+    const A* d = chunk.gates + at * size_.gates_row;
     Means means;
     for_gates([&](int64_t i, int64_t padded, auto part) {
       const Vec xhat = statistics.normalized(load(wide + padded)), dgate = part.read(d + i);
-      part.write(dhh_weight_ + at * size_.gates + i, dgate * xhat);
+      part.write(dhh_weight_ + at * size_.gates_row + i, dgate * xhat);
       means.add(dgate * part.read(typed(norm.hh_weight) + i), xhat, part);
     });
     means.finish(size_.gates);
     for_gates([&](int64_t i, int64_t padded, auto part) {
       const Vec xhat = statistics.normalized(load(wide + padded));
-      part.write(chunk.products + at * size_.gates + i,
+      part.write(chunk.products + at * size_.gates_row + i,
                  means.gradient(part.read(d + i) * part.read(typed(norm.hh_weight) + i), xhat,
                                 statistics.rstd));
     });
@@ -431,26 +447,26 @@ class Backward {
     };
     const bool same = chunk.products == chunk.gates;
     if (p_.dw_ih != nullptr || (same && p_.dw_hh != nullptr))
-      transpose(chunk.gates, size_.gates, chunk.rows);
+      transpose(chunk.gates, size_.gates_row, size_.gates, chunk.rows);
     if (p_.dw_ih != nullptr)
       add_products(size_.gates, chunk.rows, size_.input, x_row, static_cast<A*>(p_.dw_ih));
     if (p_.dw_hh != nullptr) {
-      if (!same) transpose(chunk.products, size_.gates, chunk.rows);
+      if (!same) transpose(chunk.products, size_.gates_row, size_.gates, chunk.rows);
       add_products(size_.gates, chunk.rows, size_.recurrent, h_row, static_cast<A*>(p_.dw_hh));
     }
     if (p_.dw_hr != nullptr) {
-      transpose(chunk.projected, size_.recurrent, chunk.rows);
+      transpose(chunk.projected, size_.recurrent, size_.recurrent, chunk.rows);
       const auto hidden_row = [&](int64_t row, int64_t column, auto&& f) {
         f(hidden_ + row * size_.hidden_row + column, static_cast<const A*>(nullptr));
       };
       add_products(size_.recurrent, chunk.rows, size_.hidden, hidden_row,
                    static_cast<A*>(p_.dw_hr));
     }
-    add_rows(chunk.gates, chunk.rows, size_.gates, p_.dbias);
+    add_rows(chunk.gates, size_.gates_row, size_.gates, chunk.rows, p_.dbias);
     if (w_.norm.on()) {
-      add_rows(dhh_weight_, chunk.rows, size_.gates, p_.dhh_weight);
-      add_rows(dc_weight_, chunk.rows, size_.hidden, p_.dc_weight);
-      add_rows(dc_bias_, chunk.rows, size_.hidden, p_.dc_bias);
+      add_rows(dhh_weight_, size_.gates_row, size_.gates, chunk.rows, p_.dhh_weight);
+      add_rows(dc_weight_, size_.hidden, size_.hidden, chunk.rows, p_.dc_weight);
+      add_rows(dc_bias_, size_.hidden, size_.hidden, chunk.rows, p_.dc_bias);
     }
     first_chunk_ = false;
     turn_ = 1 - turn_;
@@ -460,7 +476,7 @@ class Backward {
   void gradient_of_x(const Chunk& chunk) {
     if (w_.w_ih == nullptr) {
       for (int64_t row = 0; row < chunk.rows; ++row)
-        copy_out(chunk.gates + row * size_.gates, size_.gates, dx_row(row));
+        copy_out(chunk.gates + row * size_.gates_row, size_.gates, dx_row(row));
       return;
     }
     for_tiles<A>(panels(size_.input), chunk.rows, size_.gates,
@@ -468,7 +484,7 @@ class Backward {
                    alignas(64) A tile[kTileRows * kPanel<A>] = {};
                    const A* a[kTileRows] = {};
                    for (int64_t i = 0; i < count; ++i)
-                     a[i] = chunk.gates + (first + i) * size_.gates;
+                     a[i] = chunk.gates + (first + i) * size_.gates_row;
                    multiply(count, a, w_.w_ih, size_.input, packed_ih_, panel, size_.gates, tile);
                    for_vectors_of(tile, count, panel, size_.input,
                                   [&](int64_t i, int64_t j, Vec dx, auto part) {
@@ -481,17 +497,29 @@ class Backward {
   }
 
   // transposed_ = the rows, kTileRows columns of them at a time; past the last one zeros.
-  void transpose(const A* rows, int64_t width, int64_t count) {
-    cpu::parallel_ranges(tiles_of(width), count * kTileRows, [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t first = tile * kTileRows, present = smaller(kTileRows, width - first);
-        A* to = transposed_ + first * count;
-        for (int64_t row = 0; row < count; ++row, to += kTileRows) {
-          const A* from = rows + row * width + first;
-          for (int64_t i = 0; i < kTileRows; ++i) to[i] = i < present ? from[i] : 0;
-        }
-      }
-    });
+  void transpose(const A* rows, int64_t stride, int64_t width, int64_t count) {
+    constexpr int64_t kBlock =
+        8;  // tiles that a row is read for at once: it lies in another page than the next one
+    const int64_t tiles = tiles_of(width);
+    cpu::parallel_ranges(divide_up(tiles, kBlock), kBlock * count * kTileRows,
+                         [&](int64_t begin, int64_t end) {
+                           for (int64_t block = begin; block < end; ++block) {
+                             const int64_t last = smaller(tiles, (block + 1) * kBlock);
+                             for (int64_t row = 0; row < count; ++row) {
+                               for (int64_t tile = block * kBlock; tile < last; ++tile) {
+                                 const int64_t first = tile * kTileRows;
+                                 const A* from = rows + row * stride + first;
+                                 A* to = transposed_ + first * count + row * kTileRows;
+                                 if (first + kTileRows <= width) {
+                                   std::memcpy(to, from, kTileRows * sizeof(A));
+                                 } else {
+                                   for (int64_t i = 0; i < kTileRows; ++i)
+                                     to[i] = first + i < width ? from[i] : 0;
+                                 }
+                               }
+                             }
+                           }
+                         });
   }
 
   // sums [height][width] += transposed_^T times rows of `width`; source(row, column, f) calls f(values, factors), either
@@ -539,18 +567,34 @@ class Backward {
   }
 
   // sums[width] += the sum of the rows.
-  void add_rows(const A* rows, int64_t count, int64_t width, void* sums) {
+  void add_rows(const A* rows, int64_t stride, int64_t width, int64_t count, void* sums) {
     if (sums == nullptr) return;
-    cpu::parallel_ranges(divide_up(width, kLanes), count * kLanes, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin * kLanes; j < end * kLanes; j += kLanes) {
-        with_lanes<A>(width - j, [&](auto part) {
-          A* to = static_cast<A*>(sums) + j;
-          Vec sum{};
-          for (int64_t row = 0; row < count; ++row) sum += part.read(rows + row * width + j);
-          part.write(to, first_chunk_ ? sum : sum + part.read(to));
-        });
+    cpu::parallel_ranges(panels(width), count * kPanel<A>, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t column = panel * kPanel<A>;
+        if (column + kPanel<A> <= width) {
+          add_vectors<kPanelVectors>(rows + column, stride, count, sums, column, FullLanes{});
+          continue;
+        }
+        for (int64_t j = column; j < width; j += kLanes) {
+          with_lanes<A>(width - j,
+                        [&](auto part) { add_vectors<1>(rows + j, stride, count, sums, j, part); });
+        }
       }
     });
+  }
+
+  template <int kVectors, class Lanes>
+  void add_vectors(const A* rows, int64_t stride, int64_t count, void* sums, int64_t at,
+                   Lanes part) {
+    Vec sum[kVectors] = {};
+    for (int64_t row = 0; row < count; ++row) {
+      for (int v = 0; v < kVectors; ++v) sum[v] += part.read(rows + row * stride + v * kLanes);
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      A* to = static_cast<A*>(sums) + at + v * kLanes;
+      part.write(to, first_chunk_ ? sum[v] : sum[v] + part.read(to));
+    }
   }
 };
 

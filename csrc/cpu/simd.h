@@ -176,13 +176,13 @@ ADVDL_INLINE FloatVec expm1(FloatVec x) {
   return (p * scale) * rest + (scale * rest - 1.f);
 }
 
-// tanh |x| = e / (e + 2) with e = expm1(2 |x|).
+// tanh x = e / (e + 2) with e = expm1(2 x), odd but for rounding. Within the bound 2^n is no extreme: one product will do.
 ADVDL_INLINE FloatVec tanh(FloatVec x) {
-  const IntVec sign = (IntVec)x & (int32_t)0x80000000;
-  FloatVec magnitude = (FloatVec)((IntVec)x & 0x7fffffff);
-  magnitude = select(magnitude > 10.f, broadcast(10.f), magnitude);
-  const FloatVec e = expm1(magnitude * 2.f);
-  return (FloatVec)((IntVec)(e / (e + 2.f)) | sign);
+  IntVec n;
+  const FloatVec p = expm1_reduced(clamp(x, -10.f, 10.f) * 2.f, n);
+  const FloatVec power = power_of_two(n);
+  const FloatVec e = p * power + (power - 1.f);
+  return e / (e + 2.f);
 }
 
 // The normal distribution up to z. Below zero it is half of erfc(|z| / sqrt 2) = p(|z|)^-4, with p by minimax on [0, 6] (the
