@@ -151,7 +151,10 @@ def _(
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, batch_sizes, recurrent_mask, zoneout_c_mask, zoneout_h_mask,
     zoneout_c, zoneout_h, ln_hh_weight, ln_hh_bias, ln_c_weight, ln_c_bias, eps, batch_first, reverse, save,
 ):  # fmt: skip
-    _check_devices("lstm", x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    _check_devices(
+        "lstm", x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, recurrent_mask, zoneout_c_mask, zoneout_h_mask,
+        ln_hh_weight, ln_hh_bias, ln_c_weight, ln_c_bias,
+    )  # fmt: skip
     hidden, size = w_hh.shape[0] // 4, w_hh.shape[1]
     batch = _lstm_batch(x, h0, batch_sizes, batch_first)
     return (

@@ -9,6 +9,7 @@ from .group_norm import (
     InstanceNorm3d,
     LayerNorm2d,
 )
+from .lstm import LSTM, LSTMCell
 
 __all__ = [
     "BatchNormAct2d",
@@ -18,6 +19,8 @@ __all__ = [
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "LSTM",
+    "LSTMCell",
     "LayerNorm2d",
     "conv_bn_act",
 ]

@@ -3,5 +3,6 @@
 from .batch_norm_act import batch_norm_act
 from .conv_bn_act import conv_bn_act
 from .group_norm import group_norm
+from .lstm import lstm, lstm_cell
 
-__all__ = ["batch_norm_act", "conv_bn_act", "group_norm"]
+__all__ = ["batch_norm_act", "conv_bn_act", "group_norm", "lstm", "lstm_cell"]

@@ -40,6 +40,17 @@ struct Arguments {
   static constexpr int64_t kGates = 4;
 };
 
+struct ForwardOutputs {
+  Tensor y, h_n, c_n, gates, cells, products;
+};
+struct BackwardInputs {
+  OptionalTensor dy, dh_n, dc_n;
+  Tensor y, gates, cells, products;
+};
+struct BackwardOutputs {
+  Tensor dx, dh0, dc0, dw_ih, dw_hh, dbias, dw_hr, dln_hh_weight, dln_c_weight, dln_c_bias;
+};
+
 bool has_sizes(const OptionalTensor& t, std::initializer_list<int64_t> sizes) {
   if (!t.has_value()) return true;
   const auto found = t->sizes();
@@ -269,9 +280,6 @@ Params params_of(const Arguments& a, const LstmSequences& sequences) {
   return p;
 }
 
-struct ForwardOutputs {
-  Tensor y, h_n, c_n, gates, cells, products;
-};
 void run_forward(const Arguments& a, const ForwardOutputs& o) {
   const Sequences sequences(a);
   auto p = params_of<LstmForward>(a, sequences);
@@ -285,13 +293,6 @@ void run_forward(const Arguments& a, const ForwardOutputs& o) {
   Launch(a.x, [&] { return cpu::lstm_forward_workspace(p); }).run(cpu::lstm_forward, p);
 }
 
-struct BackwardInputs {
-  OptionalTensor dy, dh_n, dc_n;
-  Tensor y, gates, cells, products;
-};
-struct BackwardOutputs {
-  Tensor dx, dh0, dc0, dw_ih, dw_hh, dbias, dw_hr, dln_hh_weight, dln_c_weight, dln_c_bias;
-};
 void run_backward(const Arguments& a, const BackwardInputs& in, const BackwardOutputs& o) {
   const Sequences sequences(a);
   auto p = params_of<LstmBackward>(a, sequences);

@@ -128,6 +128,9 @@ struct LstmStepRows {
   int64_t stride = 0;
 };
 
+// Packs of 16 bytes are worth their longer threads from this many in a step: a block on each of 132 multiprocessors.
+inline constexpr int64_t kLstmPacks = 132 * 128;
+
 // One time of the first `rows` sequences. States are [rows, ...], contiguous. Launches are asynchronous.
 struct LstmStep {
   int64_t rows = 0, hidden = 0, projection = 0;
@@ -137,26 +140,26 @@ struct LstmStep {
   int64_t time = 0;
   LstmStepRows<const uint8_t*> zoneout_c_mask, zoneout_h_mask;  // rows of H and of R, or null
   double zoneout_c = 0, zoneout_h = 0;                          // the rates, where there is no mask
-  int64_t recurrent() const { return projection > 0 ? projection : hidden; }
+  int64_t packs_from = kLstmPacks;                              // tests set it
 };
 
 struct LstmStepForward {
   LstmStep step;
   LstmLayerNorm norm;
   LstmStepRows<const void*> projected;  // rows of 4H: w_ih x
-  const void* product = nullptr;        // [rows, 4H]: w_hh h
+  const void* product = nullptr;        // [rows, 4H]: w_hh h, or null (0)
   const void* b_ih = nullptr;           // [4H] or null
   const void* b_hh = nullptr;           // [4H] or null
   void* c = nullptr;                    // [rows, H] acc, read and written
   LstmStepRows<void*> gates;            // rows of 4H, or null; may be `projected`
   LstmStepRows<void*> cells;            // rows of H, or null
-  LstmStepRows<void*> products;         // rows of 4H, or null: a copy of `product`
+  LstmStepRows<void*> products;         // with layer norm: rows of 4H, or null: a copy of `product`
   // Without a projection: what lstm_step_output does. With one: o tanh(c) for its matrix product, zero where ended.
   void* hidden_out = nullptr;            // [rows, H], with a projection only
   const void* recurrent_mask = nullptr;  // [rows, R] or null
   void* h = nullptr;                     // [rows, R], read and written
   void* fed = nullptr;                   // [rows, R]: h * recurrent_mask, where that is given
-  LstmStepRows<void*> y;                 // rows of R: h, or zero where ended
+  LstmStepRows<void*> y;                 // rows of R, or null: h, or zero where ended
 };
 
 struct LstmStepBackward {
@@ -166,33 +169,49 @@ struct LstmStepBackward {
   LstmStepRows<const void*> cells_before;  // rows of H: c before this time
   LstmStepRows<const void*> products;      // rows of 4H, with layer norm
   LstmStepRows<const void*> h_before;      // rows of R: h before this time
-  LstmStepRows<const void*> dy;            // rows of R, or null (0)
-  const void* recurrent_mask = nullptr;    // [rows, R] or null
+  // Not all sequences have a time before this one. Those from row `begun` on begin here, and, in reverse with lengths, those
+  // with lengths[k] = time + 1: what they had before stands here.
+  int64_t begun = INT64_MAX;
+  bool begin_at_lengths = false;
+  const void* c_begin = nullptr;         // [rows, H] or null (0)
+  const void* h_begin = nullptr;         // [rows, R] or null (0)
+  LstmStepRows<const void*> dy;          // rows of R, or null (0)
+  const void* recurrent_mask = nullptr;  // [rows, R] or null
   // Of what the recurrent matrix product fed back from the later step: [rows, R], or null at the last step.
   const void* dfed = nullptr;
-  void* dh =
-      nullptr;  // [rows, R] acc: the gradient of h beside dfed; becomes that of h_before beside this step's product
+  // acc: the gradient of h beside dfed; becomes that of h_before beside this step's product. Ended: dfed is added.
+  void* dh = nullptr;  // [rows, R]
   void* dc = nullptr;  // [rows, H] acc: the gradient of c; becomes that of c_before
-  // With a projection in two parts: lstm_step_backward_output makes dprojected [rows, P] of dy, dfed and dh; after its matrix
-  // product lstm_step_backward goes on with dhidden [rows, H]. Without one: both null, and lstm_step_backward does all.
-  void* dprojected = nullptr;
-  const void* dhidden = nullptr;
+  // With a projection in two parts: lstm_step_backward_output makes dprojected, dh and `fed`; after its matrix product
+  // lstm_step_backward goes on with dhidden. Without one: both null, and lstm_step_backward does all.
+  void* dprojected = nullptr;     // [rows, P]: of the projection; zero where ended
+  const void* dhidden = nullptr;  // [rows, H]
   LstmStepRows<void*> dgates;     // rows of 4H: of the pre-activations; zero where ended
   LstmStepRows<void*> dproducts;  // rows of 4H: of w_hh h, with layer norm (otherwise it is dgates)
-  LstmStepRows<void*>
-      fed;  // rows of R: h_before * recurrent_mask, for the gradient of w_hh; zero where ended
-  LstmStepRows<void*>
-      hidden_out;  // rows of H: o tanh(c), for the gradient of w_hr, or null; zero where ended
-  // For the gradients of the layer norms, rows of 4H and of H whose sums they are; zero where ended.
+  // For the gradients of w_hh and of w_hr, or null: not wanted. Zero where ended.
+  LstmStepRows<void*> fed;         // rows of R: h_before * recurrent_mask
+  LstmStepRows<void*> hidden_out;  // rows of H: o tanh(c)
+  // For the gradients of the layer norms, rows of 4H and of H whose sums they are, or null; zero where ended.
   LstmStepRows<void*> dhh_weight, dc_weight, dc_bias;
+};
+
+// A copy of padded rows that is zero where a sequence has ended: a NaN there would reach the gradient of w_ih, as 0 * NaN.
+struct LstmPadding {
+  int64_t steps = 0, batch = 0, width = 0;
+  DType dtype = DType::f32;
+  const int64_t* lengths = nullptr;  // [batch], on the device
+  LstmInput x;
+  LstmOutput out;
 };
 
 namespace cuda {
 void lstm_step_forward(const LstmStepForward& p, void* stream);
-// With a projection, after its product [rows, P]: zoneout, h, fed, y.
+// With a projection, after its product [rows, P]: zoneout, h, fed, y. Of h0, without zoneout and y, it makes h and fed.
 void lstm_step_output(const LstmStepForward& p, const void* projected_h, void* stream);
+// dprojected, dh, fed. After the last step, without zoneout and dy, dprojected is the gradient of h0.
 void lstm_step_backward_output(const LstmStepBackward& p, void* stream);
 void lstm_step_backward(const LstmStepBackward& p, void* stream);
+void lstm_without_padding(const LstmPadding& p, void* stream);
 }  // namespace cuda
 
 }  // namespace advdl_ops

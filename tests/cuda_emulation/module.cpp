@@ -5,6 +5,7 @@
 #include "../../csrc/common/batch_norm_act.h"
 #include "arena.h"
 #include "group_norm.h"
+#include "lstm.h"
 #include "selftest.h"
 
 namespace {
@@ -112,5 +113,6 @@ PYBIND11_MODULE(cuda_emulated, m) {
   m.def("backward", &backward);
   m.def("group_norm_forward", &cuda_emulation::group_norm_forward);
   m.def("group_norm_backward", &cuda_emulation::group_norm_backward);
+  m.def("lstm_step", &cuda_emulation::lstm_step);
   m.def("selftest", &selftest);
 }

@@ -1,0 +1,178 @@
+"""The LSTM in plain PyTorch: one step, and one layer and direction over whole sequences.
+
+Hochreiter & Schmidhuber 1997 with a forget gate (Gers et al. 2000), and the variants that csrc/common/lstm.h describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batch_norm_act import acc_dtype
+
+
+def lstm_cell(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`advdl_ops.functional.lstm_cell`; ``h``, ``c`` ``None`` are zeros."""
+    wide = _widened(x)
+    with _without_autocast(x):
+        zeros = wide(x.new_zeros(x.shape[0], w_hh.shape[1]))
+        # The product with zeros too: the gradient of w_hh is zero then, not missing.
+        product = F.linear(zeros if h is None else wide(h), wide(w_hh))
+        z = _projected(wide, x, w_ih, b_ih, b_hh) + product
+        hidden, cell = _step(z, zeros if c is None else wide(c), lambda state: state)
+    return hidden.to(x.dtype), cell.to(x.dtype)
+
+
+def lstm(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor | None,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    recurrent_mask: Tensor | None,
+    zoneout_c_mask: Tensor | None,
+    zoneout_h_mask: Tensor | None,
+    zoneout_c: float,
+    zoneout_h: float,
+    ln_hh_weight: Tensor | None,
+    ln_hh_bias: Tensor | None,
+    ln_c_weight: Tensor | None,
+    ln_c_bias: Tensor | None,
+    eps: float,
+    batch_first: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer and direction: arguments of the operator ``lstm`` in ``_schemas.py``, but for ``save``.
+
+    The loop over the steps is unrolled where it is traced, and ``batch_sizes`` are read: both are static there.
+
+    Returns:
+        ``y`` with rows as ``x``, ``h_n`` ``[B, R]`` and ``c_n`` ``[B, H]``.
+    """
+    wide = _widened(x)
+    hidden_size, size = w_hh.shape[0] // 4, w_hh.shape[1]
+    dim = 0 if batch_sizes is not None or not batch_first else 1  # of time, where there is one
+    batch = _batch(x, batch_sizes, batch_first)
+
+    def steps(rows: Tensor | None) -> tuple[Any, ...]:
+        """A tensor of rows as one tensor for each step."""
+        if rows is None:
+            return (None,) * count
+        return rows.unbind(dim) if batch_sizes is None else rows.split(batch_sizes.tolist())
+
+    count = x.shape[dim] if batch_sizes is None else batch_sizes.shape[0]
+    with _without_autocast(x):
+        weight, weight_hr = wide(w_hh), None if w_hr is None else wide(w_hr)
+        in_product = _normalization(ln_hh_weight, ln_hh_bias, eps, wide)
+        in_cell = _normalization(ln_c_weight, ln_c_bias, eps, wide)
+        mask = None if recurrent_mask is None else wide(recurrent_mask)
+        known = x if lengths is None else _without_padding(x, lengths, dim)
+        projected = steps(_projected(wide, known, w_ih, b_ih, b_hh))
+        keeps_c, keeps_h = steps(zoneout_c_mask), steps(zoneout_h_mask)
+        h = weight.new_zeros(batch, size) if h0 is None else wide(h0)
+        c = weight.new_zeros(batch, hidden_size) if c0 is None else wide(c0)
+        outputs: list[Any] = [None] * count
+        for t in reversed(range(count)) if reverse else range(count):
+            rows = projected[t].shape[
+                0
+            ]  # a packed step has those sequences alone that have this time
+            last_h, last_c = (h, c) if batch_sizes is None else (h[:rows], c[:rows])
+            fed = last_h if mask is None else last_h * mask[:rows]
+            z = projected[t] + in_product(F.linear(fed, weight))
+            now_h, now_c = _step(z, last_c, in_cell)
+            if weight_hr is not None:
+                now_h = F.linear(now_h, weight_hr)
+            now_c = _zoneout(keeps_c[t], zoneout_c, last_c, now_c)
+            now_h = _zoneout(keeps_h[t], zoneout_h, last_h, now_h)
+            outputs[t] = now_h
+            if lengths is not None:
+                runs = (t < lengths).unsqueeze(1)
+                outputs[t] = torch.where(runs, now_h, 0)
+                now_h, now_c = torch.where(runs, now_h, last_h), torch.where(runs, now_c, last_c)
+            h = now_h if batch_sizes is None else torch.cat([now_h, h[rows:]])
+            c = now_c if batch_sizes is None else torch.cat([now_c, c[rows:]])
+        y = torch.stack(outputs, dim) if batch_sizes is None else torch.cat(outputs)
+    return y.to(x.dtype), h.to(x.dtype), c.to(x.dtype)
+
+
+def _batch(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> int:
+    if batch_sizes is not None:
+        return int(batch_sizes[0])
+    return x.shape[0 if batch_first else 1]
+
+
+def _without_padding(x: Tensor, lengths: Tensor, dim: int) -> Tensor:
+    """Zero past the end of each sequence: a NaN there would reach the gradients of the weights, as 0 * NaN."""
+    times = torch.arange(x.shape[dim], device=x.device)
+    runs = times[:, None] < lengths if dim == 0 else times < lengths[:, None]
+    return torch.where(runs.unsqueeze(2), x, 0)
+
+
+def _projected(
+    wide: Callable[[Tensor], Tensor],
+    x: Tensor,
+    w_ih: Tensor | None,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> Tensor:
+    """What of the pre-activations does not depend on ``h``; without ``w_ih`` ``x`` is multiplied already."""
+    z = wide(x) if w_ih is None else F.linear(wide(x), wide(w_ih))
+    for bias in (b_ih, b_hh):
+        if bias is not None:
+            z = z + wide(bias)
+    return z
+
+
+def _step(z: Tensor, c: Tensor, in_cell: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Pre-activations ``[N, 4H]`` and ``c`` ``[N, H]`` -> hidden state, before a projection, and cell."""
+    i, f, g, o = z.chunk(4, 1)
+    cell = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * in_cell(cell).tanh(), cell
+
+
+def _zoneout(keep: Tensor | None, rate: float, before: Tensor, now: Tensor) -> Tensor:
+    """Krueger et al. 2017: by the mask of this step, or without one by its expectation."""
+    if keep is not None:
+        return torch.where(keep != 0, before, now)
+    return now if rate == 0 else rate * before + (1 - rate) * now
+
+
+def _normalization(
+    weight: Tensor | None, bias: Tensor | None, eps: float, wide: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """Layer norm over the last dimension, or what does nothing."""
+    if weight is None or bias is None:
+        return lambda t: t
+    wide_weight, wide_bias = wide(weight), wide(bias)
+    return lambda t: F.layer_norm(t, t.shape[1:], wide_weight, wide_bias, eps)
+
+
+def _widened(x: Tensor) -> Callable[[Tensor], Tensor]:
+    acc = acc_dtype(x.dtype)
+    return lambda t: t.to(acc)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast would multiply in half precision; where it is off, a traced graph shall not hold the switch."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
