@@ -39,6 +39,8 @@ class Problem:
     functions: dict[str, Function]
     grad: torch.Tensor | None = None
     compiled: tuple[str, ...] = (STOCK, OURS)  # those that also run under torch.compile
+    # Where the output is anything, a mask that broadcasts to it: providers are not compared there.
+    ignored: torch.Tensor | None = None
 
 
 class Provider:
@@ -57,6 +59,7 @@ class Provider:
         self.state = {name: own(tensor).clone() for name, tensor in problem.state.items()}
         self.leaves = {name: tensor for name, tensor in self.inputs.items() if tensor.requires_grad}
         self.grad = None if problem.grad is None else own(problem.grad)
+        self.ignored = problem.ignored
 
     def forward(self) -> torch.Tensor:
         if self.grad is None:
@@ -70,7 +73,10 @@ class Provider:
     def values(self) -> dict[str, torch.Tensor]:
         """Output, gradients and updated state of one call."""
         output = self.forward()
-        found = {"output": output.detach()}
+        compared = output.detach()
+        if self.ignored is not None:
+            compared = compared.masked_fill(self.ignored, 0)
+        found = {"output": compared}
         if self.grad is not None:
             gradients = self.backward(output)
             found.update(

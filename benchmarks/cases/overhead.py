@@ -1,6 +1,7 @@
-"""What one call costs beyond its kernel: batch norm + ReLU, and group norm + SiLU, on a tiny tensor.
+"""What one call costs beyond its kernel: batch norm + ReLU, group norm + SiLU and an LSTM cell, on a tiny tensor.
 
-The stock layers are nn.BatchNorm2d and nn.ReLU(inplace=True), nn.GroupNorm and nn.SiLU, and their functional forms.
+The stock layers are nn.BatchNorm2d and nn.ReLU(inplace=True), nn.GroupNorm and nn.SiLU, nn.LSTMCell, and their
+functional forms.
 ``raw operator`` is torch.ops.advdl_ops alone. targets.md: raw <= 10 us, without gradients <= 15 us, with gradients
 below the stock layers.
 """
@@ -94,17 +95,62 @@ def group_norm_calls(device: str) -> Calls:
     return {"eval fwd": _without_gradients(forward), **_under_gradients(stock, ours, x)}
 
 
-def _under_gradients(stock: nn.Module, ours: nn.Module, x: torch.Tensor) -> Calls:
+CELL = (1, 32, 32)  # batch, input and hidden size
+
+
+def lstm_cell_calls(device: str) -> Calls:
+    """As :func:`batch_norm_calls`; the modules get zeros for their states, as in a loop's first step."""
+    import torch
+    from torch import nn
+
+    from advdl_ops import functional
+    from advdl_ops.nn import LSTMCell
+
+    torch.manual_seed(0)
+    batch, features, hidden = CELL
+    x = torch.randn(batch, features, device=device)
+    stock = nn.LSTMCell(features, hidden).to(device)
+    ours = LSTMCell(features, hidden).to(device)
+    ours.load_state_dict(stock.state_dict())
+    weights = [p.detach() for p in stock.parameters()]
+    states = torch.randn(batch, hidden, device=device), torch.randn(batch, hidden, device=device)
+    operator = torch.ops.advdl_ops.lstm_cell.default
+    forward = {
+        "eager": lambda: stock(x, states),
+        "eager functional": lambda: torch.lstm_cell(x, states, *weights),
+        "raw operator": lambda: operator(x, *states, *weights, False),
+        "functional": lambda: functional.lstm_cell(x, states, *weights),
+        "advdl_ops": lambda: ours(x, states),
+    }
+
+    def hidden_of(module: nn.Module) -> Callable[[Any], Any]:
+        return lambda x: module(x, states)[0]
+
+    return {
+        "eval fwd": _without_gradients(forward),
+        **_under_gradients(stock, ours, x, hidden_of, states[0]),
+    }
+
+
+def _under_gradients(
+    stock: nn.Module,
+    ours: nn.Module,
+    x: torch.Tensor,
+    output: Callable[[nn.Module], Callable[[Any], Any]] = lambda module: module,
+    gradient: torch.Tensor | None = None,
+) -> Calls:
     import torch
 
-    leaf, gradient = x.clone().requires_grad_(), torch.randn_like(x)
+    leaf = x.clone().requires_grad_()
+    given = torch.randn_like(x) if gradient is None else gradient
 
     def full(module: nn.Module) -> Callable[[], Any]:
-        leaves = [leaf, *module.parameters()]
-        return lambda: torch.autograd.grad(module(leaf), leaves, gradient)
+        leaves, call = [leaf, *module.parameters()], output(module)
+        return lambda: torch.autograd.grad(call(leaf), leaves, given)
 
     def recorded(module: nn.Module) -> Callable[[], Any]:
-        return lambda: module(leaf)
+        call = output(module)
+        return lambda: call(leaf)
 
     return {
         "fwd": {"eager": recorded(stock), "advdl_ops": recorded(ours)},
@@ -130,8 +176,13 @@ def run(case: Case, session: Session) -> None:
     from .. import timing
     from ..op_flow import report_times
 
-    calls = group_norm_calls if "group_norm" in case.op else batch_norm_calls
-    for mode, competing in calls(case.device).items():
+    calls = {
+        "batch_norm": batch_norm_calls,
+        "group_norm": group_norm_calls,
+        "lstm": lstm_cell_calls,
+    }
+    family = next(name for name in calls if name in case.op)
+    for mode, competing in calls[family](case.device).items():
         if mode.endswith("fwd"):
             _agree(session, competing)
         # The host's clock on CUDA too: what a call costs, not what its kernel takes.
@@ -151,11 +202,13 @@ def _agree(session: Session, competing: dict[str, Callable[[], Any]]) -> None:
 
     from ..session import in_one_line
 
-    expected = competing["eager"]()
+    def first(result: Any) -> Any:
+        return result[0] if isinstance(result, tuple) else result
+
+    expected = first(competing["eager"]())
     for name in list(competing):
         try:
-            value = competing[name]()
-            value = value[0] if isinstance(value, tuple) else value
+            value = first(competing[name]())
             right = torch.allclose(value, expected, rtol=1e-5, atol=1e-5)
             why = "" if right else f"off by {float((value - expected).abs().max()):.2e}"
         except RuntimeError as error:
@@ -165,9 +218,10 @@ def _agree(session: Session, competing: dict[str, Callable[[], Any]]) -> None:
             del competing[name]
 
 
-for _op, _modes in (
-    ("batch_norm_relu", ("eval fwd", "train fwd", "fwd", "full")),
-    ("group_norm_silu", ("eval fwd", "fwd", "full")),
+for _op, _modes, _shape in (
+    ("batch_norm_relu", ("eval fwd", "train fwd", "fwd", "full"), SHAPE),
+    ("group_norm_silu", ("eval fwd", "fwd", "full"), SHAPE),
+    ("lstm_cell", ("eval fwd", "fwd", "full"), CELL),
 ):
     for _device in ("cpu", "cuda"):
         register(
@@ -178,7 +232,7 @@ for _op, _modes in (
                 modes=_modes,
                 dtype="float32",
                 layout="contiguous",
-                shape=SHAPE,
+                shape=_shape,
                 device=_device,
                 run=run,
                 target="raw <= 10 us, no gradients <= 15 us, gradients below stock",

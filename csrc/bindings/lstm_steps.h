@@ -1,7 +1,8 @@
 // The LSTM on CUDA, step by step: torch multiplies, csrc/cuda/lstm.cu does the rest. docs/kernels.md: launches.
 //
-// Included by lstm.cpp, behind its Arguments. Everything runs on the current stream, nothing waits for it, and of the
-// tensors' values only batch_sizes are looked at, which lie in the host's memory: CUDA graphs can capture a call.
+// Included by lstm.cpp, behind its Arguments and its structs of tensors. Everything runs on the current stream, nothing
+// waits for it, and of the tensors' values only batch_sizes are looked at, which lie in the host's memory: CUDA graphs can
+// capture a call.
 #pragma once
 
 #include <array>
