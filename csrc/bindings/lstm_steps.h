@@ -22,7 +22,7 @@ namespace {
 Tensor matrix_of(const Tensor& t, int64_t at, std::array<int64_t, 2> sizes,
                  std::array<int64_t, 2> strides) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(t.get(), 2, sizes.data(), strides.data(), at, &handle));
   return Tensor(handle);
 }
@@ -51,12 +51,12 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   if (out.scalar_type() == a.scalar_type()) {
     std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
   } else {
     std::array<StableIValue, 4> stack{from(a), from(b), from(out.scalar_type()), from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
   }

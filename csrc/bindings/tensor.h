@@ -61,9 +61,9 @@ inline void* data_or_null(const Tensor& t, bool wanted) { return wanted ? t.data
 inline Tensor allocate(const Tensor& like, const int64_t* sizes, const int64_t* strides,
                        int64_t rank, ScalarType dtype) {
   int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       rank, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       device_type, like.get_device_index(), &handle));
   return Tensor(handle);
@@ -145,7 +145,7 @@ class Launch {
   Launch(const Tensor& like, Workspace workspace)
       : guard_(like.get_device_index()),
         workspace_(allocate_vector(like, static_cast<int64_t>(workspace()), ScalarType::Byte)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
   }
   template <class Kernel, class Params>

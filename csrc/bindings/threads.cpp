@@ -9,12 +9,12 @@ namespace advdl_ops::cpu {
 namespace {
 
 void torch_pool(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, function, context));
 }
 
 int torch_threads() {
   uint32_t count = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
   return static_cast<int>(count);
 }
 

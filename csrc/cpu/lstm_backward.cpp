@@ -526,6 +526,7 @@ class Backward {
   // null for zeros and ones.
   template <class Source>
   void add_products(int64_t height, int64_t depth, int64_t width, Source&& source, A* sums) {
+    if (few_) return add_few_products(height, depth, width, source, sums);
     cpu::parallel_ranges(panels(width), depth * kPanel<A>, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t column = panel * kPanel<A>;
@@ -563,6 +564,34 @@ class Backward {
       for (int64_t i = 0; i < kTileRows; ++i) a[i] = transposed_ + first * depth + i;
       multiply_tile<kTileRows>(count, a, columns_ + panel * depth * kPanel<A>, depth, tile);
       for_parts([](const A* own, A* sum, auto part) { part.write(sum, load(own)); });
+    });
+  }
+
+  // The same where the sums are longer than what they are made of, and the only chunk's.
+  template <class Source>
+  void add_few_products(int64_t height, int64_t depth, int64_t width, Source&& source, A* sums) {
+    A* rows = columns_;  // [depth][width]
+    for (int64_t row = 0; row < depth; ++row) {
+      source(row, 0, [&](const auto* values, const auto* factors) {
+        for (int64_t j = 0; j < width; j += kLanes) {
+          with_lanes<A>(width - j, [&](auto part) {
+            Vec value = read_or_zero<A>(values, j, part);
+            if (factors != nullptr) value *= part.read(factors + j);
+            part.write(rows + row * width + j, value);
+          });
+        }
+      });
+    }
+    cpu::parallel_ranges(height, depth * width, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const A* factors = transposed_ + i / kTileRows * kTileRows * depth + i % kTileRows;
+        for_vectors<A, 1>(width, [&](int64_t j, auto part, auto) {
+          Vec sum{};
+          for (int64_t row = 0; row < depth; ++row)
+            sum += factors[row * kTileRows] * part.read(rows + row * width + j);
+          part.write(sums + i * width + j, sum);
+        });
+      }
     });
   }
 

@@ -100,20 +100,21 @@ struct RowRuns {
 template <class A, class T>
 void pack_rows(const T* matrix, const RowRuns& runs, int64_t depth, A* panel) {
   constexpr int64_t lanes = Simd<A>::lanes;
+  using Vec = typename Simd<A>::Vec;
   for (int64_t run = 0; run < kPanelVectors; ++run) {
     const int64_t count = runs.count(run, lanes);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      A* column = panel + run * lanes + lane;
-      if (lane >= count) {
-        for (int64_t k = 0; k < depth; ++k) column[k * kPanel<A>] = 0;
-        continue;
+    const T* first = matrix + (runs.first + run * runs.stride) * depth;
+    A* column = panel + run * lanes;
+    for_vectors<A, 1, false>(depth, [&](int64_t k, auto part, auto) {
+      Vec block[lanes] = {};
+      if (count == lanes) {
+        for (int64_t i = 0; i < lanes; ++i) block[i] = part.read(first + i * depth + k);
+      } else {
+        for (int64_t i = 0; i < count; ++i) block[i] = part.read(first + i * depth + k);
       }
-      const T* row = matrix + (runs.first + run * runs.stride + lane) * depth;
-      for_vectors<A, 1, false>(depth, [&](int64_t k, auto part, auto) {
-        const auto values = part.read(row + k);
-        for (int64_t i = 0; i < part.count(lanes); ++i) column[(k + i) * kPanel<A>] = values[i];
-      });
-    }
+      transpose<decltype(block[0] < block[0])>(block);
+      for (int64_t i = 0; i < part.count(lanes); ++i) store(column + (k + i) * kPanel<A>, block[i]);
+    });
   }
 }
 

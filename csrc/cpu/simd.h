@@ -77,6 +77,36 @@ ADVDL_INLINE Half half_of(const Vec& v) {
   return half;
 }
 
+// rows[i][j] = rows[j][i], of as many vectors as they have lanes: in each stage blocks of 1, 2, 4 ... lanes of two vectors
+// change places.
+template <class Mask, class Vec>
+ADVDL_INLINE void transpose(Vec (&rows)[sizeof(Vec) / sizeof(Vec{}[0])]) {
+  constexpr int lanes = sizeof(Vec) / sizeof(Vec{}[0]);
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 8
+  for (int block = 1; block < lanes; block *= 2) {
+    const Mask lane = lane_index<Mask>();
+    const Mask low = (lane & block) ? lane + lanes - block : lane;
+    const Mask high = (lane & block) ? lane + lanes : lane + block;
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      if (i & block) continue;
+      const Vec a = rows[i], b = rows[i + block];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + block] = __builtin_shuffle(a, b, high);
+    }
+  }
+#else
+  for (int i = 0; i < lanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const auto kept = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = kept;
+    }
+  }
+#endif
+}
+
 // The sum of the lanes, in double and in a fixed order: halves are added until one lane is left.
 template <class Vec>
 ADVDL_INLINE double halves_sum(const Vec& v) {
