@@ -314,3 +314,27 @@ def test_cell_steps_equal_the_sequence():
     limit = ULPS * torch.finfo(f32).eps * (largest(y) + sizes["y"])
     assert error(torch.stack(steps).detach(), exact["y"]) <= limit
     assert error(y.detach(), exact["y"]) <= limit
+
+
+def test_error_of_the_activations():
+    """docs/kernels.md states these bounds; the gates that backward keeps are sigmoid and tanh of the bias alone."""
+    hidden = 4096
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat(
+        [torch.randn(hidden // 2, generator=generator) * scale for scale in (1e-3, 1, 3, 10)]
+        + [torch.linspace(-87, 87, 2 * hidden)]
+    ).repeat(4)
+    values = values[torch.randperm(len(values), generator=generator)][: 4 * hidden]
+    zero = torch.zeros(4 * hidden, 1)
+    x = torch.zeros(1, 1)
+    _, _, gates = torch.ops.advdl_ops.lstm_cell(
+        x, None, None, zero, torch.zeros(4 * hidden, hidden), values, None, True
+    )
+    i, f, g, o = gates[0].chunk(4)
+    for found, given, exact, bound in (
+        (torch.cat([i, f, o]), values.view(4, -1)[[0, 1, 3]].flatten(), torch.sigmoid, 5.4),
+        (g, values.view(4, -1)[2], torch.tanh, 2.6),
+    ):
+        truth = exact(given.double())
+        unit = torch.finfo(f32).eps * 2.0 ** truth.abs().log2().floor()
+        assert ((found.double() - truth).abs() / unit).max() <= bound
