@@ -7,7 +7,7 @@ namespace ADVDL_CAPABILITY_NAMESPACE {
 namespace {
 
 // The depth of the products that make the gradients of the weights: each of them is read and written once for so many rows.
-constexpr int64_t kChunkRows = 384;
+constexpr int64_t kChunkRows = 512;
 
 template <class T>
 class Backward {
@@ -128,13 +128,14 @@ class Backward {
   }
 
   // tile += a [rows][depth] times the columns of `matrix` [depth][columns] from those of the panel on.
+  template <class Before>
   void multiply(int64_t rows, const A* const* a, const void* matrix, int64_t columns,
-                const A* packed, int64_t panel, int64_t depth, A* tile) {
+                const A* packed, int64_t panel, int64_t depth, A* tile, Before&& before) {
     if (few_) {
       const int64_t column = panel * kPanel<A>;
       multiply_columns(rows, a, typed(matrix) + column, columns, columns - column, depth, tile);
     } else {
-      multiply_tile<1>(rows, a, packed + panel * depth * kPanel<A>, depth, tile);
+      multiply_tile<1>(rows, a, packed + panel * depth * kPanel<A>, depth, tile, kPanel<A>, before);
     }
   }
 
@@ -185,7 +186,7 @@ class Backward {
                      for (int64_t i = 0; i < count; ++i)
                        a[i] = chunk.projected + (chunk.rows + first + i) * size_.recurrent;
                      multiply(count, a, w_.w_hr, size_.hidden, packed_hr_, panel, size_.recurrent,
-                              tile);
+                              tile, kNothingBefore);
                      for_vectors_of(tile, count, panel, size_.hidden,
                                     [&](int64_t i, int64_t j, Vec dhidden, auto part) {
                                       hidden_gradient(step, first + i, j, dhidden, part);
@@ -226,14 +227,16 @@ class Backward {
           alignas(64) A tile[kTileRows * kPanel<A>] = {};
           const A* a[kTileRows] = {};
           const int64_t with = larger(0, smaller(count, fed - first));
-          if (w_.w_hr == nullptr) {
-            for (int64_t i = first; i < smaller(active, first + count); ++i)
-              prefetch(step, i, panel * kPanel<A>);
-          }
           for (int64_t i = 0; i < with; ++i)
             a[i] = later_->products + (later_->last + first + i) * size_.gates_row;
-          if (with > 0)
-            multiply(with, a, w_.w_hh, size_.recurrent, packed_hh_, panel, size_.gates, tile);
+          const int64_t own = w_.w_hr == nullptr ? smaller(active, first + count) - first : 0;
+          if (with > 0) {
+            multiply(with, a, w_.w_hh, size_.recurrent, packed_hh_, panel, size_.gates, tile,
+                     [&](int64_t part, int64_t parts) {
+                       for (int64_t i = own * part / parts; i < own * (part + 1) / parts; ++i)
+                         prefetch(step, first + i, panel * kPanel<A>);
+                     });
+          }
           for_vectors_of(tile, count, panel, size_.recurrent,
                          [&](int64_t i, int64_t j, Vec dfed, auto part) {
                            output_gradient(step, first + i, j, dfed, first + i < active, part);
@@ -485,7 +488,8 @@ class Backward {
                    const A* a[kTileRows] = {};
                    for (int64_t i = 0; i < count; ++i)
                      a[i] = chunk.gates + (first + i) * size_.gates_row;
-                   multiply(count, a, w_.w_ih, size_.input, packed_ih_, panel, size_.gates, tile);
+                   multiply(count, a, w_.w_ih, size_.input, packed_ih_, panel, size_.gates, tile,
+                            kNothingBefore);
                    for_vectors_of(tile, count, panel, size_.input,
                                   [&](int64_t i, int64_t j, Vec dx, auto part) {
                                     part.write(dx_row(first + i) + j, dx);
@@ -546,24 +550,26 @@ class Backward {
       }
     });
     for_tiles<A>(panels(width), height, depth, [&](int64_t panel, int64_t first, int64_t count) {
-      alignas(64) A tile[kTileRows * kPanel<A>] = {};
-      const int64_t column = panel * kPanel<A>;
-      const auto for_parts = [&](auto f) {
-        for (int64_t i = 0; i < count; ++i) {
-          for (int64_t v = 0; v < kPanelVectors; ++v) {
-            const int64_t j = column + v * kLanes;
-            with_lanes<A>(width - j, [&](auto part) {
-              f(tile + i * kPanel<A> + v * kLanes, sums + (first + i) * width + j, part);
-            });
-          }
-        }
-      };
-      if (!first_chunk_)
-        for_parts([](A* own, const A* sum, auto part) { store(own, part.read(sum)); });
+      const int64_t column = panel * kPanel<A>, columns = smaller(kPanel<A>, width - column);
       const A* a[kTileRows];
       for (int64_t i = 0; i < kTileRows; ++i) a[i] = transposed_ + first * depth + i;
-      multiply_tile<kTileRows>(count, a, columns_ + panel * depth * kPanel<A>, depth, tile);
-      for_parts([](const A* own, A* sum, auto part) { part.write(sum, load(own)); });
+      const A* b = columns_ + panel * depth * kPanel<A>;
+      A* to = sums + first * width + column;
+      if (first_chunk_) {
+        for (int64_t i = 0; i < count; ++i) std::memset(to + i * width, 0, columns * sizeof(A));
+      }
+      if (columns == kPanel<A>)
+        return multiply_tile<kTileRows>(count, a, b, depth, to, width, kNothingBefore);
+      alignas(64) A tile[kTileRows * kPanel<A>] = {};
+      multiply_tile<kTileRows>(count, a, b, depth, tile, kPanel<A>, kNothingBefore);
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t j = 0; j < columns; j += kLanes) {
+          with_lanes<A>(columns - j, [&](auto part) {
+            A* sum = to + i * width + j;
+            part.write(sum, part.read(sum) + load(tile + i * kPanel<A> + j));
+          });
+        }
+      }
     });
   }
 

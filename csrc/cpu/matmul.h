@@ -20,19 +20,23 @@ inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// tile[kRows][panel] += a[kRows][depth] * b[depth][panel]; the elements of a row of `a` lie kStep apart.
+// Sums longer than this are made of parts: their rounding errors would grow with the square root of the length.
+inline constexpr int64_t kDepth = 256;
+
+// tile[kRows][panel] += a[kRows][depth] * b[depth][panel]. The elements of a row of `a` lie kStep apart, rows of the tile
+// `stride`.
 template <int kRows, int kStep, class A>
-__attribute__((noinline)) void multiply_rows(const A* const* a, const A* b, int64_t depth,
-                                             A* tile) {
+__attribute__((noinline)) void multiply_rows(const A* const* a, int64_t first, const A* b,
+                                             int64_t depth, A* tile, int64_t stride) {
   constexpr int64_t lanes = Simd<A>::lanes;
   using Vec = typename Simd<A>::Vec;
   Vec sum[kRows][kPanelVectors];
   const A* row[kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
-    row[i] = a[i];
+    row[i] = a[i] + first * kStep;
 #pragma GCC unroll 4
-    for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = load(tile + i * kPanel<A> + j * lanes);
+    for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = Vec{};
   }
   for (int64_t k = 0; k < depth; ++k, b += kPanel<A>) {
     Vec columns[kPanelVectors];
@@ -48,32 +52,47 @@ __attribute__((noinline)) void multiply_rows(const A* const* a, const A* b, int6
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kPanelVectors; ++j) store(tile + i * kPanel<A> + j * lanes, sum[i][j]);
+    for (int j = 0; j < kPanelVectors; ++j) {
+      A* to = tile + i * stride + j * lanes;
+      store(to, load(to) + sum[i][j]);
+    }
   }
 }
 
-// The same for a number of rows known at run time.
-template <int kStep, class A>
-void multiply_tile(int64_t rows, const A* const* a, const A* b, int64_t depth, A* tile) {
-  switch (rows) {
-    case 1:
-      return multiply_rows<1, kStep>(a, b, depth, tile);
-    case 2:
-      return multiply_rows<2, kStep>(a, b, depth, tile);
-    case 3:
-      return multiply_rows<3, kStep>(a, b, depth, tile);
+// The same for a number of rows known at run time; before(i, n) is called before the i-th of n parts of the sums.
+template <int kStep, class A, class Before>
+void multiply_tile(int64_t rows, const A* const* a, const A* b, int64_t depth, A* tile,
+                   int64_t stride, Before&& before) {
+  const int64_t parts = divide_up(depth, kDepth);
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = part * kDepth, length = smaller(kDepth, depth - first);
+    const A* columns = b + first * kPanel<A>;
+    before(part, parts);
+    switch (rows) {
+      case 1:
+        multiply_rows<1, kStep>(a, first, columns, length, tile, stride);
+        break;
+      case 2:
+        multiply_rows<2, kStep>(a, first, columns, length, tile, stride);
+        break;
+      case 3:
+        multiply_rows<3, kStep>(a, first, columns, length, tile, stride);
+        break;
 #if ADVDL_VECTOR_BYTES == 64
-    case 4:
-      return multiply_rows<4, kStep>(a, b, depth, tile);
-    case 5:
-      return multiply_rows<5, kStep>(a, b, depth, tile);
-    case 6:
-      return multiply_rows<6, kStep>(a, b, depth, tile);
+      case 4:
+        multiply_rows<4, kStep>(a, first, columns, length, tile, stride);
+        break;
+      case 5:
+        multiply_rows<5, kStep>(a, first, columns, length, tile, stride);
+        break;
+      case 6:
+        multiply_rows<6, kStep>(a, first, columns, length, tile, stride);
+        break;
 #endif
-    default:
-      return;
+    }
   }
 }
+inline constexpr auto kNothingBefore = [](int64_t, int64_t) {};
 
 // f(lanes) with all lanes, or with the `count` that are left before an end.
 template <class A, class F>
