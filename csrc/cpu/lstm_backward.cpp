@@ -128,14 +128,13 @@ class Backward {
   }
 
   // tile += a [rows][depth] times the columns of `matrix` [depth][columns] from those of the panel on.
-  template <class Before>
   void multiply(int64_t rows, const A* const* a, const void* matrix, int64_t columns,
-                const A* packed, int64_t panel, int64_t depth, A* tile, Before&& before) {
+                const A* packed, int64_t panel, int64_t depth, A* tile) {
     if (few_) {
       const int64_t column = panel * kPanel<A>;
       multiply_columns(rows, a, typed(matrix) + column, columns, columns - column, depth, tile);
     } else {
-      multiply_tile<1>(rows, a, packed + panel * depth * kPanel<A>, depth, tile, kPanel<A>, before);
+      multiply_tile<1>(rows, a, packed + panel * depth * kPanel<A>, depth, tile, kPanel<A>);
     }
   }
 
@@ -186,7 +185,7 @@ class Backward {
                      for (int64_t i = 0; i < count; ++i)
                        a[i] = chunk.projected + (chunk.rows + first + i) * size_.recurrent;
                      multiply(count, a, w_.w_hr, size_.hidden, packed_hr_, panel, size_.recurrent,
-                              tile, kNothingBefore);
+                              tile);
                      for_vectors_of(tile, count, panel, size_.hidden,
                                     [&](int64_t i, int64_t j, Vec dhidden, auto part) {
                                       hidden_gradient(step, first + i, j, dhidden, part);
@@ -229,31 +228,13 @@ class Backward {
           const int64_t with = larger(0, smaller(count, fed - first));
           for (int64_t i = 0; i < with; ++i)
             a[i] = later_->products + (later_->last + first + i) * size_.gates_row;
-          const int64_t own = w_.w_hr == nullptr ? smaller(active, first + count) - first : 0;
-          if (with > 0) {
-            multiply(with, a, w_.w_hh, size_.recurrent, packed_hh_, panel, size_.gates, tile,
-                     [&](int64_t part, int64_t parts) {
-                       for (int64_t i = own * part / parts; i < own * (part + 1) / parts; ++i)
-                         prefetch(step, first + i, panel * kPanel<A>);
-                     });
-          }
+          if (with > 0)
+            multiply(with, a, w_.w_hh, size_.recurrent, packed_hh_, panel, size_.gates, tile);
           for_vectors_of(tile, count, panel, size_.recurrent,
                          [&](int64_t i, int64_t j, Vec dfed, auto part) {
                            output_gradient(step, first + i, j, dfed, first + i < active, part);
                          });
         });
-  }
-
-  // What a tile's rows will need from memory: it comes while the tile is being multiplied.
-  void prefetch(int64_t step, int64_t k, int64_t j) const {
-    const auto lines = [&](const T* row) {
-      for (int64_t i = 0; i < kPanel<A>; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
-    };
-    const T* gates = times_.template row<const T>(p_.gates, step, k) + j;
-    for (int64_t gate = 0; gate < kLstmGates; ++gate) lines(gates + gate * size_.hidden);
-    if (continues(step, k) && p_.cells.data != nullptr)
-      lines(times_.template row<const T>(p_.cells, step - 1, k) + j);
-    if (p_.dy.data != nullptr) lines(times_.template row<const T>(p_.dy, step, k) + j);
   }
 
   template <class Lanes>
@@ -488,8 +469,7 @@ class Backward {
                    const A* a[kTileRows] = {};
                    for (int64_t i = 0; i < count; ++i)
                      a[i] = chunk.gates + (first + i) * size_.gates_row;
-                   multiply(count, a, w_.w_ih, size_.input, packed_ih_, panel, size_.gates, tile,
-                            kNothingBefore);
+                   multiply(count, a, w_.w_ih, size_.input, packed_ih_, panel, size_.gates, tile);
                    for_vectors_of(tile, count, panel, size_.input,
                                   [&](int64_t i, int64_t j, Vec dx, auto part) {
                                     part.write(dx_row(first + i) + j, dx);
@@ -558,10 +538,9 @@ class Backward {
       if (first_chunk_) {
         for (int64_t i = 0; i < count; ++i) std::memset(to + i * width, 0, columns * sizeof(A));
       }
-      if (columns == kPanel<A>)
-        return multiply_tile<kTileRows>(count, a, b, depth, to, width, kNothingBefore);
+      if (columns == kPanel<A>) return multiply_tile<kTileRows>(count, a, b, depth, to, width);
       alignas(64) A tile[kTileRows * kPanel<A>] = {};
-      multiply_tile<kTileRows>(count, a, b, depth, tile, kPanel<A>, kNothingBefore);
+      multiply_tile<kTileRows>(count, a, b, depth, tile, kPanel<A>);
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t j = 0; j < columns; j += kLanes) {
           with_lanes<A>(columns - j, [&](auto part) {

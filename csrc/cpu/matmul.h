@@ -59,15 +59,13 @@ __attribute__((noinline)) void multiply_rows(const A* const* a, int64_t first, c
   }
 }
 
-// The same for a number of rows known at run time; before(i, n) is called before the i-th of n parts of the sums.
-template <int kStep, class A, class Before>
+// The same for a number of rows known at run time, and any depth.
+template <int kStep, class A>
 void multiply_tile(int64_t rows, const A* const* a, const A* b, int64_t depth, A* tile,
-                   int64_t stride, Before&& before) {
-  const int64_t parts = divide_up(depth, kDepth);
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t first = part * kDepth, length = smaller(kDepth, depth - first);
+                   int64_t stride) {
+  for (int64_t first = 0; first < depth; first += kDepth) {
+    const int64_t length = smaller(kDepth, depth - first);
     const A* columns = b + first * kPanel<A>;
-    before(part, parts);
     switch (rows) {
       case 1:
         multiply_rows<1, kStep>(a, first, columns, length, tile, stride);
@@ -92,8 +90,6 @@ void multiply_tile(int64_t rows, const A* const* a, const A* b, int64_t depth, A
     }
   }
 }
-inline constexpr auto kNothingBefore = [](int64_t, int64_t) {};
-
 // f(lanes) with all lanes, or with the `count` that are left before an end.
 template <class A, class F>
 ADVDL_INLINE void with_lanes(int64_t count, F&& f) {
