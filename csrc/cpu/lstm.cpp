@@ -201,7 +201,8 @@ class Forward {
     if (few_) {
       multiply_runs(rows, a, typed(matrix), runs, depth, tile);
     } else {
-      multiply_tile<1>(rows, a, packed + panel * depth * kPanel<A>, depth, tile, kPanel<A>);
+      multiply_tile<1>(rows, a, packed + panel * depth * kPanel<A>, kPanel<A>, depth, tile,
+                       kPanel<A>);
     }
   }
 

@@ -8,6 +8,8 @@ namespace {
 
 // The depth of the products that make the gradients of the weights: each of them is read and written once for so many rows.
 constexpr int64_t kChunkRows = 512;
+// With fewer rows a matrix [4H, columns] is read where it lies: its rows are already those of panels.
+constexpr int64_t kPackedRows = 256;
 
 template <class T>
 class Backward {
@@ -35,6 +37,7 @@ class Backward {
         times_{params.shape.sequences},
         size_(params.shape),
         few_(times_.rows() < kFewRows),
+        packs_(times_.rows() >= kPackedRows || (!few_ && sizeof(T) != sizeof(A))),
         scratch_(workspace) {
     const int64_t batch = p_.shape.sequences.batch;
     const int64_t rows = smaller(kChunkRows - 1, times_.rows()) + batch;
@@ -60,10 +63,10 @@ class Backward {
         scratch_.take<A>(round_up(larger(size_.gates, size_.recurrent), kTileRows) * rows);
     const int64_t widest = panels(size_.input) + panels(size_.recurrent);
     columns_ = scratch_.take<A>(larger(widest, panels(size_.hidden)) * rows * kPanel<A>);
-    packed_hh_ = scratch_.take<A>(few_ ? 0 : panels(size_.recurrent) * size_.gates * kPanel<A>);
+    packed_hh_ = scratch_.take<A>(!packs_ ? 0 : panels(size_.recurrent) * size_.gates * kPanel<A>);
     packed_ih_ = scratch_.take<A>(
-        few_ || !multiplies_for_x() ? 0 : panels(size_.input) * size_.gates * kPanel<A>);
-    if (w_.w_hr != nullptr && !few_)
+        !packs_ || !multiplies_for_x() ? 0 : panels(size_.input) * size_.gates * kPanel<A>);
+    if (w_.w_hr != nullptr && packs_)
       packed_hr_ = scratch_.take<A>(panels(size_.hidden) * size_.recurrent * kPanel<A>);
   }
 
@@ -88,7 +91,7 @@ class Backward {
   const LstmWeights& w_;
   const Times times_;
   const LstmSizes<A> size_;
-  const bool few_;
+  const bool few_, packs_;
   Scratch scratch_;
   A* dh_;  // [B][R]: of h, beside what w_hh feeds back
   A* dc_;  // [B][H]: of c
@@ -111,7 +114,7 @@ class Backward {
   bool multiplies_for_x() const { return p_.dx.data != nullptr && w_.w_ih != nullptr; }
 
   void pack() {
-    if (few_) return;
+    if (!packs_) return;
     pack_matrix(w_.w_hh, size_.gates, size_.recurrent, packed_hh_);
     if (multiplies_for_x()) pack_matrix(w_.w_ih, size_.gates, size_.input, packed_ih_);
     if (w_.w_hr != nullptr) pack_matrix(w_.w_hr, size_.recurrent, size_.hidden, packed_hr_);
@@ -130,12 +133,15 @@ class Backward {
   // tile += a [rows][depth] times the columns of `matrix` [depth][columns] from those of the panel on.
   void multiply(int64_t rows, const A* const* a, const void* matrix, int64_t columns,
                 const A* packed, int64_t panel, int64_t depth, A* tile) {
-    if (few_) {
-      const int64_t column = panel * kPanel<A>;
-      multiply_columns(rows, a, typed(matrix) + column, columns, columns - column, depth, tile);
-    } else {
-      multiply_tile<1>(rows, a, packed + panel * depth * kPanel<A>, depth, tile, kPanel<A>);
+    if (packs_)
+      return multiply_tile<1>(rows, a, packed + panel * depth * kPanel<A>, kPanel<A>, depth, tile,
+                              kPanel<A>);
+    const int64_t column = panel * kPanel<A>, left = columns - column;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (!few_ && left >= kPanel<A>)
+        return multiply_tile<1>(rows, a, typed(matrix) + column, columns, depth, tile, kPanel<A>);
     }
+    multiply_columns(rows, a, typed(matrix) + column, columns, left, depth, tile);
   }
 
   void begin() {
@@ -535,17 +541,16 @@ class Backward {
       for (int64_t i = 0; i < kTileRows; ++i) a[i] = transposed_ + first * depth + i;
       const A* b = columns_ + panel * depth * kPanel<A>;
       A* to = sums + first * width + column;
-      if (first_chunk_) {
-        for (int64_t i = 0; i < count; ++i) std::memset(to + i * width, 0, columns * sizeof(A));
-      }
-      if (columns == kPanel<A>) return multiply_tile<kTileRows>(count, a, b, depth, to, width);
+      if (columns == kPanel<A> && depth > 0)
+        return multiply_tile<kTileRows>(count, a, b, kPanel<A>, depth, to, width, !first_chunk_);
       alignas(64) A tile[kTileRows * kPanel<A>] = {};
-      multiply_tile<kTileRows>(count, a, b, depth, tile, kPanel<A>);
+      multiply_tile<kTileRows>(count, a, b, kPanel<A>, depth, tile, kPanel<A>);
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t j = 0; j < columns; j += kLanes) {
           with_lanes<A>(columns - j, [&](auto part) {
             A* sum = to + i * width + j;
-            part.write(sum, part.read(sum) + load(tile + i * kPanel<A> + j));
+            const Vec own = load(tile + i * kPanel<A> + j);
+            part.write(sum, first_chunk_ ? own : part.read(sum) + own);
           });
         }
       }

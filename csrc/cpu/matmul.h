@@ -23,11 +23,12 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // Sums longer than this are made of parts: their rounding errors would grow with the square root of the length.
 inline constexpr int64_t kDepth = 256;
 
-// tile[kRows][panel] += a[kRows][depth] * b[depth][panel]. The elements of a row of `a` lie kStep apart, rows of the tile
-// `stride`.
+// tile[kRows][panel] = or, where it `adds`, += a[kRows][depth] * b[depth][panel]. The elements of a row of `a` lie kStep apart,
+// rows of b and of the tile as said.
 template <int kRows, int kStep, class A>
 __attribute__((noinline)) void multiply_rows(const A* const* a, int64_t first, const A* b,
-                                             int64_t depth, A* tile, int64_t stride) {
+                                             int64_t b_stride, int64_t depth, A* tile,
+                                             int64_t tile_stride, bool adds) {
   constexpr int64_t lanes = Simd<A>::lanes;
   using Vec = typename Simd<A>::Vec;
   Vec sum[kRows][kPanelVectors];
@@ -38,7 +39,7 @@ __attribute__((noinline)) void multiply_rows(const A* const* a, int64_t first, c
 #pragma GCC unroll 4
     for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = Vec{};
   }
-  for (int64_t k = 0; k < depth; ++k, b += kPanel<A>) {
+  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     Vec columns[kPanelVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kPanelVectors; ++j) columns[j] = load(b + j * lanes);
@@ -53,38 +54,38 @@ __attribute__((noinline)) void multiply_rows(const A* const* a, int64_t first, c
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kPanelVectors; ++j) {
-      A* to = tile + i * stride + j * lanes;
-      store(to, load(to) + sum[i][j]);
+      A* to = tile + i * tile_stride + j * lanes;
+      store(to, adds ? load(to) + sum[i][j] : sum[i][j]);
     }
   }
 }
 
 // The same for a number of rows known at run time, and any depth.
 template <int kStep, class A>
-void multiply_tile(int64_t rows, const A* const* a, const A* b, int64_t depth, A* tile,
-                   int64_t stride) {
-  for (int64_t first = 0; first < depth; first += kDepth) {
+void multiply_tile(int64_t rows, const A* const* a, const A* b, int64_t b_stride, int64_t depth,
+                   A* tile, int64_t tile_stride, bool adds = true) {
+  for (int64_t first = 0; first < depth; first += kDepth, adds = true) {
     const int64_t length = smaller(kDepth, depth - first);
-    const A* columns = b + first * kPanel<A>;
+    const A* columns = b + first * b_stride;
     switch (rows) {
       case 1:
-        multiply_rows<1, kStep>(a, first, columns, length, tile, stride);
+        multiply_rows<1, kStep>(a, first, columns, b_stride, length, tile, tile_stride, adds);
         break;
       case 2:
-        multiply_rows<2, kStep>(a, first, columns, length, tile, stride);
+        multiply_rows<2, kStep>(a, first, columns, b_stride, length, tile, tile_stride, adds);
         break;
       case 3:
-        multiply_rows<3, kStep>(a, first, columns, length, tile, stride);
+        multiply_rows<3, kStep>(a, first, columns, b_stride, length, tile, tile_stride, adds);
         break;
 #if ADVDL_VECTOR_BYTES == 64
       case 4:
-        multiply_rows<4, kStep>(a, first, columns, length, tile, stride);
+        multiply_rows<4, kStep>(a, first, columns, b_stride, length, tile, tile_stride, adds);
         break;
       case 5:
-        multiply_rows<5, kStep>(a, first, columns, length, tile, stride);
+        multiply_rows<5, kStep>(a, first, columns, b_stride, length, tile, tile_stride, adds);
         break;
       case 6:
-        multiply_rows<6, kStep>(a, first, columns, length, tile, stride);
+        multiply_rows<6, kStep>(a, first, columns, b_stride, length, tile, tile_stride, adds);
         break;
 #endif
     }
