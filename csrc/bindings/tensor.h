@@ -145,8 +145,7 @@ class Launch {
   Launch(const Tensor& like, Workspace workspace)
       : guard_(like.get_device_index()),
         workspace_(allocate_vector(like, static_cast<int64_t>(workspace()), ScalarType::Byte)) {
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
   }
   template <class Kernel, class Params>
   void run(Kernel kernel, const Params& params) {
