@@ -24,7 +24,7 @@ from benchmarks import (
     runner,
     timing,
 )
-from benchmarks.cases import batch_norm_act, digits, group_norm
+from benchmarks.cases import batch_norm_act, digits, group_norm, lstm
 from benchmarks.check import wrong_values
 from benchmarks.memory import held_and_peak
 from benchmarks.session import Session, Settings, run_cases
@@ -377,3 +377,20 @@ def test_every_case_says_what_it_moves() -> None:
     assert batch_norm_act.passes(True, False, cached=True)["full"] == 5
     assert batch_norm_act.passes(True, False, cached=False)["full"] == 8
     assert batch_norm_act.passes(True, True, cached=True)["full"] == 8
+
+
+@pytest.mark.parametrize("name", ["lstm_cell/train/2x3x4", "lstm_lengths/train/3x2x4x5"])
+def test_the_lstm_competes_with_right_stock_forms(name: str) -> None:
+    """Packed, padded and ours agree where they are compared; a padded output past the end is not."""
+    case = registry.all_cases()[f"{name}/float32/cpu"]
+    problem = lstm.problem(case)
+    exact = op_flow.Provider(problem.functions["eager"], problem, torch.float64).values()
+    plain = op_flow.Provider(problem.functions["eager"], problem).values()
+    for function in problem.functions.values():
+        assert wrong_values(op_flow.Provider(function, problem).values(), plain, exact) is None
+    if "lengths" in name:
+        assert len(problem.functions) == 3
+        assert problem.ignored is not None and problem.ignored.any()
+        problem.ignored = None
+        padded = op_flow.Provider(problem.functions["eager padded"], problem).values()
+        assert wrong_values(padded, plain, exact) is not None

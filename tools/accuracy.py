@@ -1,4 +1,4 @@
-"""Writes docs/accuracy.md: the error of every norm against fp64, beside stock PyTorch's in the same dtype.
+"""Writes docs/accuracy.md: the error of every norm and the LSTM against fp64, beside stock PyTorch's in the same dtype.
 
     python tools/accuracy.py
 
@@ -106,6 +106,51 @@ def rows() -> Iterator[str]:
                     ).strip()
 
 
+# T, B, I, H
+LSTM_SHAPES = ((100, 64, 256, 256), (1000, 4, 32, 64))
+
+
+def lstm_rows() -> Iterator[str]:
+    for shape in LSTM_SHAPES:
+        steps, batch, features, hidden = shape
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int, generator: torch.Generator = generator) -> Tensor:
+            return torch.randn(*size, generator=generator)
+
+        sizes = ((4 * hidden, features), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
+        values = [
+            normal(steps, batch, features),
+            *(normal(*size) * hidden**-0.5 for size in sizes),
+        ]
+        grad = normal(steps, batch, hidden)
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = [t.to(dtype) for t in values]
+            errors = []
+            exact = results(stock_lstm, [t.double() for t in inputs], grad.to(dtype).double())
+            for function in (fused_lstm, stock_lstm):
+                found = results(function, inputs, grad.to(dtype))
+                errors.append(
+                    [
+                        ((t.double() - truth).abs().max() / truth.abs().max()).item()
+                        for t, truth in zip(found, exact, strict=True)
+                    ]
+                )
+            cells = ["{:.1e}, {:.1e}".format(*pair) for pair in zip(*errors, strict=True)][:5]
+            yield " | ".join(
+                ["", "x".join(map(str, shape)), str(dtype).removeprefix("torch."), *cells, ""]
+            ).strip()
+
+
+def stock_lstm(x: Tensor, *weights: Tensor) -> Tensor:
+    zeros = x.new_zeros(1, x.shape[1], weights[1].shape[1])
+    return torch.lstm(x, (zeros, zeros), weights, True, 1, 0.0, True, False, False)[0]
+
+
+def fused_lstm(x: Tensor, *weights: Tensor) -> Tensor:
+    return functional.lstm(x, None, weights, True, 1, 0.0, True, False)[0]
+
+
 def main() -> None:
     shape, capability = "x".join(map(str, SHAPE)), torch.backends.cpu.get_cpu_capability()
     lines = [
@@ -119,6 +164,12 @@ def main() -> None:
         "| op | dtype | layout | mean, deviation of x | output | gradient of x | of weight | of bias |",
         "|---|---|---|---|---|---|---|---|",
         *rows(),
+        "",
+        "LSTM, one layer; steps, sequences, features and units:",
+        "",
+        "| shape | dtype | output | gradient of x | of w_ih | of w_hh | of the biases |",
+        "|---|---|---|---|---|---|---|",
+        *lstm_rows(),
     ]
     path = ROOT / "docs" / "accuracy.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
