@@ -449,3 +449,18 @@ def test_meta_tensors(options):
         assert x.grad.shape == x.shape
         for t in module.parameters():
             assert t.grad.shape == t.shape and t.grad.dtype == dtype
+
+
+def test_operator_names_its_own_errors():
+    """What Python refuses before it calls, for those who call the operator itself."""
+    arguments = [torch.zeros(2, 3, 4), None, None, torch.zeros(20, 4), torch.zeros(20, 5)]
+    arguments += [None] * 8 + [0.0, 0.0] + [None] * 4
+    call = torch.ops.advdl_ops.lstm
+    with pytest.raises(RuntimeError, match="lstm: eps must not be negative"):
+        call(*arguments, -1.0, False, False, False)
+    arguments[4] = torch.zeros(20)
+    with pytest.raises(RuntimeError, match="lstm: w_hh must be"):
+        call(*arguments, 1e-5, False, False, False)
+    arguments[0] = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="lstm: x must have 2 or 3 dimensions"):
+        call(*arguments, 1e-5, False, False, False)

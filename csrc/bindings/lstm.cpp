@@ -66,6 +66,8 @@ void check_like(const char* function, const OptionalTensor& t, const Tensor& x,
 
 void check_weights(const char* function, const Arguments& a) {
   dtype_of(a.x, function);
+  check(a.x.dim() >= 2, function, "x must have 2 or 3 dimensions");
+  check(a.eps >= 0, function, "eps must not be negative");
   check(a.w_hh.dim() == 2 && a.gates() % Arguments::kGates == 0 && a.gates() > 0, function,
         "w_hh must be [4 * hidden_size, hidden_size], or [4 * hidden_size, proj_size]");
   const int64_t gates = a.gates(), hidden = a.hidden(), size = a.recurrent();
@@ -412,8 +414,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
               eps,
               batch_first,
               reverse};
-  check_sequences(a);
   check_weights(kName, a);
+  check_sequences(a);
   check_states(kName, a);
   ForwardOutputs o = allocate_and_run(a, save);
   return {o.y, o.h_n, o.c_n, o.gates, o.cells, o.products};
@@ -450,8 +452,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
               eps,
               batch_first,
               reverse};
-  check_sequences(a);
   check_weights(kName, a);
+  check_sequences(a);
   check_states(kName, a);
   BackwardInputs in{dy, dh_n, dc_n, y, gates, cells, products};
   check_saved(kName, a, in);
