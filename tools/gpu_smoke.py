@@ -14,6 +14,7 @@ os.environ["ADVDL_OPS_REQUIRE_NATIVE"] = "1"
 import torch
 
 from advdl_ops import functional as F
+from advdl_ops import nn
 
 
 def batch_norm_act() -> None:
@@ -44,7 +45,26 @@ def batch_norm_act() -> None:
                         out.float().sum().backward()
 
 
+def lstm() -> None:
+    """Units and rows, odd and aligned, one length and many."""
+    for hidden in (7, 64):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            for options in ({}, {"layer_norm": True, "zoneout": 0.2}, {"recurrent_dropout": 0.2}):
+                for lengths in (None, [4, 1, 3]):
+                    module = nn.LSTM(
+                        5, hidden, bidirectional=True, device="cuda", dtype=dtype, **options
+                    )
+                    x = torch.randn(4, 3, 5, device="cuda", dtype=dtype, requires_grad=True)
+                    module(x, lengths=lengths)[0].float().sum().backward()
+            cell = nn.LSTMCell(5, hidden, device="cuda", dtype=dtype)
+            h, c = cell(torch.randn(3, 5, device="cuda", dtype=dtype))
+            (h.float().sum() + c.float().sum()).backward()
+            projected = nn.LSTM(5, hidden, proj_size=3, device="cuda", dtype=dtype)
+            projected(torch.randn(4, 3, 5, device="cuda", dtype=dtype))[0].float().sum().backward()
+
+
 if __name__ == "__main__":
     batch_norm_act()
+    lstm()
     torch.cuda.synchronize()
     print("gpu_smoke: done")
