@@ -1,4 +1,4 @@
-"""The LSTM on a real GPU beyond its values (test_lstm_values.py): graph capture, a second stream, determinism, sizes."""
+"""The LSTM on a real GPU beyond its values (test_lstm_values.py): graph capture, streams, determinism, sizes."""
 
 from __future__ import annotations
 
