@@ -114,7 +114,7 @@ bool is_mask(const OptionalTensor& mask, const Tensor& x, int64_t size) {
 
 const int64_t* integers(const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); }
 
-// A CPU vector of int64.
+// A vector of int64, on any device.
 bool is_index(const Tensor& t) { return t.dim() == 1 && t.scalar_type() == ScalarType::Long; }
 
 void check_sequences(const Arguments& a) {
@@ -172,16 +172,16 @@ Tensor allocate_rows(const Tensor& x, int64_t size, bool wanted = true) {
   return allocate(x, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()),
                   x.scalar_type());
 }
-Tensor allocate_matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {std::max<int64_t>(columns, 1), 1};
-  return allocate(like, sizes, strides, 2, dtype);
-}
 // A gradient of a weight, empty where it is not wanted.
 Tensor allocate_gradient(const Tensor& x, const OptionalTensor& weight, bool wanted) {
   const ScalarType acc = acc_type(x.scalar_type());
   if (!wanted || !weight.has_value()) return allocate_vector(x, 0, acc);
   return weight->dim() == 1 ? allocate_vector(x, weight->size(0), acc)
                             : allocate_matrix(x, weight->size(0), weight->size(1), acc);
+}
+
+LstmLayerNorm norm_of(const Arguments& a) {
+  return {a.eps, data(a.ln_hh_weight), data(a.ln_hh_bias), data(a.ln_c_weight), data(a.ln_c_bias)};
 }
 
 void make_contiguous(Arguments& a) {
@@ -271,8 +271,7 @@ Params params_of(const Arguments& a, const LstmSequences& sequences) {
   p.weights.b_hh = data(a.b_hh);
   p.weights.w_hr = data(a.w_hr);
   p.weights.recurrent_mask = data(a.recurrent_mask);
-  p.weights.norm = {a.eps, data(a.ln_hh_weight), data(a.ln_hh_bias), data(a.ln_c_weight),
-                    data(a.ln_c_bias)};
+  p.weights.norm = norm_of(a);
   using Mask = LstmRows<const uint8_t*>;
   p.zoneout_c = {rows_of<Mask>(a, a.zoneout_c_mask), a.zoneout_c};
   p.zoneout_h = {rows_of<Mask>(a, a.zoneout_h_mask), a.zoneout_h};
@@ -385,6 +384,16 @@ void check_saved(const char* function, const Arguments& a, const BackwardInputs&
   check_like(function, in.dc_n, a.x, {a.batch(), a.hidden()}, "dc_n must be as c_n");
 }
 
+// Of what the schemas of both operators have in common, in their order.
+template <class... Given>
+Arguments checked(const Given&... given) {
+  Arguments a{given...};
+  check_weights(kName, a);
+  check_sequences(a);
+  check_states(kName, a);
+  return a;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor x, OptionalTensor h0, OptionalTensor c0, OptionalTensor w_ih, Tensor w_hh,
     OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor lengths,
@@ -392,31 +401,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     OptionalTensor zoneout_h_mask, double zoneout_c, double zoneout_h, OptionalTensor ln_hh_weight,
     OptionalTensor ln_hh_bias, OptionalTensor ln_c_weight, OptionalTensor ln_c_bias, double eps,
     bool batch_first, bool reverse, bool save) {
-  Arguments a{x,
-              h0,
-              c0,
-              w_ih,
-              w_hh,
-              b_ih,
-              b_hh,
-              w_hr,
-              lengths,
-              batch_sizes,
-              recurrent_mask,
-              zoneout_c_mask,
-              zoneout_h_mask,
-              zoneout_c,
-              zoneout_h,
-              ln_hh_weight,
-              ln_hh_bias,
-              ln_c_weight,
-              ln_c_bias,
-              eps,
-              batch_first,
-              reverse};
-  check_weights(kName, a);
-  check_sequences(a);
-  check_states(kName, a);
+  Arguments a =
+      checked(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, batch_sizes, recurrent_mask,
+              zoneout_c_mask, zoneout_h_mask, zoneout_c, zoneout_h, ln_hh_weight, ln_hh_bias,
+              ln_c_weight, ln_c_bias, eps, batch_first, reverse);
   ForwardOutputs o = allocate_and_run(a, save);
   return {o.y, o.h_n, o.c_n, o.gates, o.cells, o.products};
 }
@@ -430,31 +418,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     OptionalTensor ln_c_weight, OptionalTensor ln_c_bias, double eps, bool batch_first,
     bool reverse, Tensor y, Tensor gates, Tensor cells, Tensor products, bool need_dx,
     bool need_dw_ih, bool need_dw_hh, bool need_dbias, bool need_dw_hr) {
-  Arguments a{x,
-              h0,
-              c0,
-              w_ih,
-              w_hh,
-              b_ih,
-              b_hh,
-              w_hr,
-              lengths,
-              batch_sizes,
-              recurrent_mask,
-              zoneout_c_mask,
-              zoneout_h_mask,
-              zoneout_c,
-              zoneout_h,
-              ln_hh_weight,
-              ln_hh_bias,
-              ln_c_weight,
-              ln_c_bias,
-              eps,
-              batch_first,
-              reverse};
-  check_weights(kName, a);
-  check_sequences(a);
-  check_states(kName, a);
+  Arguments a =
+      checked(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, batch_sizes, recurrent_mask,
+              zoneout_c_mask, zoneout_h_mask, zoneout_c, zoneout_h, ln_hh_weight, ln_hh_bias,
+              ln_c_weight, ln_c_bias, eps, batch_first, reverse);
   BackwardInputs in{dy, dh_n, dc_n, y, gates, cells, products};
   check_saved(kName, a, in);
   BackwardOutputs o =

@@ -127,10 +127,6 @@ class Times {
   std::vector<int64_t> sizes_, starts_;  // packed only
 };
 
-LstmLayerNorm norm_of(const Arguments& a) {
-  return {a.eps, data(a.ln_hh_weight), data(a.ln_hh_bias), data(a.ln_c_weight), data(a.ln_c_bias)};
-}
-
 LstmStep step_of(const Arguments& a, const Times& times, int64_t time) {
   LstmStep step;
   step.rows = times.rows(time);

@@ -76,10 +76,14 @@ inline Tensor allocate_vector(const Tensor& like, int64_t size, ScalarType dtype
   return allocate(like, &size, &stride, 1, dtype);
 }
 
+inline Tensor allocate_matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns > 0 ? columns : 1, 1};
+  return allocate(like, sizes, strides, 2, dtype);
+}
+
 // [2, size], contiguous: two vectors in one tensor, as each tensor that an operator returns costs as much as a small kernel.
 inline Tensor allocate_pair(const Tensor& like, int64_t size, ScalarType dtype) {
-  const int64_t sizes[] = {2, size}, strides[] = {size > 0 ? size : 1, 1};
-  return allocate(like, sizes, strides, 2, dtype);
+  return allocate_matrix(like, 2, size, dtype);
 }
 inline void* second_of_pair(const Tensor& pair) {
   return static_cast<char*>(pair.data_ptr()) + pair.size(1) * pair.element_size();

@@ -263,7 +263,8 @@ class Forward {
     const Vec before = load(state), cell = lstm_cell_state(gates, before);
     Vec after = cell;
     if (p_.zoneout_c.on()) {
-      after = lstm_zoneout(zoneout_of(p_.zoneout_c, step, k, j, size_.hidden), before, cell);
+      after = lstm_zoneout(zoneout_keep<A>(times_, p_.zoneout_c, step, k, j, size_.hidden), before,
+                           cell);
     }
     store(state, after);
     if (p_.gates.data != nullptr) {
@@ -278,14 +279,6 @@ class Forward {
     if (last(step, k))
       part.write(static_cast<T*>(p_.c_n) + times_.number(k) * size_.hidden + j, after);
     return cell;
-  }
-
-  ADVDL_INLINE Vec zoneout_of(const LstmZoneout& zoneout, int64_t step, int64_t k, int64_t j,
-                              int64_t size) const {
-    const uint8_t* row = zoneout.mask.data == nullptr
-                             ? nullptr
-                             : times_.template row<const uint8_t>(zoneout.mask, step, k);
-    return zoneout_keep<A>(zoneout, row, j, size);
   }
 
   template <class Lanes>
@@ -303,7 +296,8 @@ class Forward {
     const int turn = step % 2;
     if (p_.zoneout_h.on()) {
       const Vec before = load(state_[turn] + k * size_.recurrent_row + j);
-      h = lstm_zoneout(zoneout_of(p_.zoneout_h, step, k, j, size_.recurrent), before, h);
+      h = lstm_zoneout(zoneout_keep<A>(times_, p_.zoneout_h, step, k, j, size_.recurrent), before,
+                       h);
     }
     write_state(1 - turn, k, j, h, part);
     if (p_.y.data != nullptr) part.write(times_.template row<T>(p_.y, step, k) + j, h);
@@ -388,21 +382,11 @@ class Forward {
   }
 };
 
-size_t forward_workspace(const LstmForward& p) {
-  size_t bytes = 0;
-  with_type(p.shape.dtype, [&]<class T>() { bytes = Forward<T>(p, nullptr).workspace(); });
-  return bytes;
-}
-
-void forward(const LstmForward& p, void* workspace) {
-  with_type(p.shape.dtype, [&]<class T>() { Forward<T>(p, workspace).run(); });
-}
-
 }  // namespace
 
 void add_lstm(cpu::KernelTable& table) {
-  table.lstm_forward_workspace = forward_workspace;
-  table.lstm_forward = forward;
+  table.lstm_forward_workspace = lstm_workspace<Forward, LstmForward>;
+  table.lstm_forward = lstm_run<Forward, LstmForward>;
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE

@@ -107,14 +107,27 @@ ADVDL_INLINE typename Simd<A>::Vec read_or_zero(const T* row, int64_t j, Lanes p
   return row == nullptr ? typename Simd<A>::Vec{} : part.read(row + j);
 }
 
-// The factors of a zoneout for the units from j on.
+// The factors of a zoneout for the units from j on of a row.
 template <class A>
-ADVDL_INLINE typename Simd<A>::Vec zoneout_keep(const LstmZoneout& zoneout, const uint8_t* row,
-                                                int64_t j, int64_t size) {
+ADVDL_INLINE typename Simd<A>::Vec zoneout_keep(const Times& times, const LstmZoneout& zoneout,
+                                                int64_t step, int64_t k, int64_t j, int64_t size) {
   typename Simd<A>::Vec keep = broadcast(static_cast<A>(zoneout.rate));
-  if (row == nullptr) return keep;
+  if (zoneout.mask.data == nullptr) return keep;
+  const uint8_t* row = times.template row<const uint8_t>(zoneout.mask, step, k);
   for (int64_t i = 0; i < Simd<A>::lanes; ++i) keep[i] = j + i < size ? row[j + i] : 0;
   return keep;
+}
+
+// The entries of the kernel table: a pass is a class of the element type.
+template <template <class> class Pass, class Params>
+size_t lstm_workspace(const Params& p) {
+  size_t bytes = 0;
+  with_type(p.shape.dtype, [&]<class T>() { bytes = Pass<T>(p, nullptr).workspace(); });
+  return bytes;
+}
+template <template <class> class Pass, class Params>
+void lstm_run(const Params& p, void* workspace) {
+  with_type(p.shape.dtype, [&]<class T>() { Pass<T>(p, workspace).run(); });
 }
 
 // Mean and 1 / std of a row of `parts` runs of `size` values, each run in whole vectors; in two passes.

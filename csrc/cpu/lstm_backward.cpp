@@ -254,21 +254,13 @@ class Backward {
     if (p_.dy.data != nullptr) dh += part.read(times_.template row<const T>(p_.dy, step, k) + j);
     Vec kept{};
     if (p_.zoneout_h.on()) {
-      kept = zoneout_of(p_.zoneout_h, step, k, j, size_.recurrent) * dh;
+      kept = zoneout_keep<A>(times_, p_.zoneout_h, step, k, j, size_.recurrent) * dh;
       dh -= kept;
     }
     store(state, kept);
     if (w_.w_hr == nullptr) return hidden_gradient(step, k, j, dh, part);
     const Chunk& chunk = chunks_[turn_];
     part.write(chunk.projected + (chunk.rows + k) * size_.recurrent + j, dh);
-  }
-
-  ADVDL_INLINE Vec zoneout_of(const LstmZoneout& zoneout, int64_t step, int64_t k, int64_t j,
-                              int64_t size) const {
-    const uint8_t* row = zoneout.mask.data == nullptr
-                             ? nullptr
-                             : times_.template row<const uint8_t>(zoneout.mask, step, k);
-    return zoneout_keep<A>(zoneout, row, j, size);
   }
 
   // The gradient of o tanh(c): on to the gates, or kept until the row is complete, for layer norm.
@@ -304,7 +296,7 @@ class Backward {
     A* state = dc_ + k * size_.hidden_row + j;
     Vec dc = load(state), kept{};
     if (p_.zoneout_c.on()) {
-      kept = zoneout_of(p_.zoneout_c, step, k, j, size_.hidden) * dc;
+      kept = zoneout_keep<A>(times_, p_.zoneout_c, step, k, j, size_.hidden) * dc;
       dc -= kept;
     }
     dcell += dc;
@@ -617,21 +609,11 @@ class Backward {
   }
 };
 
-size_t backward_workspace(const LstmBackward& p) {
-  size_t bytes = 0;
-  with_type(p.shape.dtype, [&]<class T>() { bytes = Backward<T>(p, nullptr).workspace(); });
-  return bytes;
-}
-
-void backward(const LstmBackward& p, void* workspace) {
-  with_type(p.shape.dtype, [&]<class T>() { Backward<T>(p, workspace).run(); });
-}
-
 }  // namespace
 
 void add_lstm_backward(cpu::KernelTable& table) {
-  table.lstm_backward_workspace = backward_workspace;
-  table.lstm_backward = backward;
+  table.lstm_backward_workspace = lstm_workspace<Backward, LstmBackward>;
+  table.lstm_backward = lstm_run<Backward, LstmBackward>;
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE
