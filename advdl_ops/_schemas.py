@@ -42,6 +42,28 @@ _library.define(
     "int groups, float eps, int act, float act_param, int z_source, bool need_dx, bool need_dresidual) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
+# out = act(conv2d(x, weight) * scale + shift + residual), scale and shift [C_out], in the memory format of x.
+_CONV2D_OPTIONS = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+_library.define(
+    "conv2d(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, "
+    f"{_CONV2D_OPTIONS}, int act, float act_param) -> Tensor"
+)
+# dz is the gradient of conv2d(x, weight). dweight and dbias (sum of dz) are in fp32 at least; what is not needed is empty.
+_library.define(
+    f"conv2d_backward(Tensor dz, Tensor x, Tensor weight, {_CONV2D_OPTIONS}, "
+    "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+# The same for weight [C, 1, kH, kW] over x [N, C, H, W], groups = C.
+_library.define(
+    "depthwise_conv2d(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, "
+    "int[2] stride, int[2] padding, int[2] dilation, int act, float act_param) -> Tensor"
+)
+_library.define(
+    "depthwise_conv2d_backward(Tensor dz, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
+    "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+# A copy of x [N, C, H, W] in the other memory format.
+_library.define("convert_layout(Tensor x, bool channels_last) -> Tensor")
 # One step of torch's LSTM cell; the gates [N, 4H] are for backward, empty unless `save`.
 _library.define(
     "lstm_cell(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
@@ -123,6 +145,64 @@ def _(
         stats.new_empty(channels),
         stats.new_empty(channels),
     )
+
+
+@torch.library.register_fake("advdl_ops::conv2d", lib=_library)
+def _(x, weight, scale, shift, residual, stride, padding, dilation, groups, act, act_param):
+    _check_devices("conv2d", x, weight, scale, shift, residual)
+    return _fake_conv2d(x, weight, stride, padding, dilation)
+
+
+@torch.library.register_fake("advdl_ops::conv2d_backward", lib=_library)
+def _(dz, x, weight, stride, padding, dilation, groups, need_dx, need_dweight, need_dbias):
+    return _fake_conv2d_backward(x, weight, need_dx, need_dweight, need_dbias)
+
+
+@torch.library.register_fake("advdl_ops::depthwise_conv2d", lib=_library)
+def _(x, weight, scale, shift, residual, stride, padding, dilation, act, act_param):
+    _check_devices("depthwise_conv2d", x, weight, scale, shift, residual)
+    return _fake_conv2d(x, weight, stride, padding, dilation)
+
+
+@torch.library.register_fake("advdl_ops::depthwise_conv2d_backward", lib=_library)
+def _(dz, x, weight, stride, padding, dilation, need_dx, need_dweight, need_dbias):
+    return _fake_conv2d_backward(x, weight, need_dx, need_dweight, need_dbias)
+
+
+@torch.library.register_fake("advdl_ops::convert_layout", lib=_library)
+def _(x, channels_last):
+    return torch.empty_like(
+        x, memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+
+
+def _fake_conv2d(x, weight, stride, padding, dilation):
+    sizes = (
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    )
+    return torch.empty(
+        (x.shape[0], weight.shape[0], *sizes),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=conv2d_format(x),
+    )
+
+
+def _fake_conv2d_backward(x, weight, need_dx, need_dweight, need_dbias):
+    return (
+        torch.empty_like(x, memory_format=conv2d_format(x)) if need_dx else x.new_empty(0),
+        x.new_empty(weight.shape if need_dweight else 0, dtype=_acc(x)),
+        x.new_empty(weight.shape[0] if need_dbias else 0, dtype=_acc(x)),
+    )
+
+
+def conv2d_format(x: Tensor) -> torch.memory_format:
+    """The memory format of what a convolution of ``x`` [N, C, H, W] returns: channels_last for channels_last alone."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 @torch.library.register_fake("advdl_ops::lstm_cell", lib=_library)

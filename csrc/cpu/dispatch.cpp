@@ -9,23 +9,29 @@
 namespace advdl_ops {
 
 // Each family adds its kernels to the table of each capability; a new one adds its line here.
-#define ADVDL_DECLARE_KERNELS(capability)             \
-  namespace capability {                              \
-  void add_batch_norm_act(cpu::KernelTable& table);   \
-  void add_group_norm(cpu::KernelTable& table);       \
-  void add_layer_norm_2d(cpu::KernelTable& table);    \
-  void add_lstm(cpu::KernelTable& table);             \
-  void add_lstm_backward(cpu::KernelTable& table);    \
-  static cpu::KernelTable kernels(const char* name) { \
-    cpu::KernelTable table{};                         \
-    table.name = name;                                \
-    add_batch_norm_act(table);                        \
-    add_group_norm(table);                            \
-    add_layer_norm_2d(table);                         \
-    add_lstm(table);                                  \
-    add_lstm_backward(table);                         \
-    return table;                                     \
-  }                                                   \
+#define ADVDL_DECLARE_KERNELS(capability)                  \
+  namespace capability {                                   \
+  void add_batch_norm_act(cpu::KernelTable& table);        \
+  void add_convert_layout(cpu::KernelTable& table);        \
+  void add_depthwise_conv2d(cpu::KernelTable& table);      \
+  void add_depthwise_conv2d_last(cpu::KernelTable& table); \
+  void add_group_norm(cpu::KernelTable& table);            \
+  void add_layer_norm_2d(cpu::KernelTable& table);         \
+  void add_lstm(cpu::KernelTable& table);                  \
+  void add_lstm_backward(cpu::KernelTable& table);         \
+  static cpu::KernelTable kernels(const char* name) {      \
+    cpu::KernelTable table{};                              \
+    table.name = name;                                     \
+    add_batch_norm_act(table);                             \
+    add_convert_layout(table);                             \
+    add_depthwise_conv2d(table);                           \
+    add_depthwise_conv2d_last(table);                      \
+    add_group_norm(table);                                 \
+    add_layer_norm_2d(table);                              \
+    add_lstm(table);                                       \
+    add_lstm_backward(table);                              \
+    return table;                                          \
+  }                                                        \
   }
 ADVDL_DECLARE_KERNELS(capability_default)
 #if defined(__x86_64__)
@@ -129,10 +135,14 @@ int thread_count() { return pool_threads(); }
     table().family##_backward(p, workspace);                           \
   }
 ADVDL_DEFINE_FAMILY(batch_norm_act, BatchNormAct)
+ADVDL_DEFINE_FAMILY(depthwise_conv2d, DepthwiseConv2d)
+ADVDL_DEFINE_FAMILY(depthwise_conv2d_last, DepthwiseConv2d)
 ADVDL_DEFINE_FAMILY(group_norm, GroupNorm)
 ADVDL_DEFINE_FAMILY(layer_norm_2d, GroupNorm)
 ADVDL_DEFINE_FAMILY(lstm, Lstm)
 #undef ADVDL_DEFINE_FAMILY
+
+void convert_layout(const ConvertLayout& p) { table().convert_layout(p); }
 
 }  // namespace cpu
 }  // namespace advdl_ops

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "../common/batch_norm_act.h"
+#include "../common/convert_layout.h"
+#include "../common/depthwise_conv2d.h"
 #include "../common/group_norm.h"
 #include "../common/lstm.h"
 
@@ -13,6 +15,18 @@ struct KernelTable {
   size_t (*batch_norm_act_backward_workspace)(const BatchNormActBackward&);
   void (*batch_norm_act_forward)(const BatchNormActForward&, void*);
   void (*batch_norm_act_backward)(const BatchNormActBackward&, void*);
+
+  void (*convert_layout)(const ConvertLayout&);
+
+  size_t (*depthwise_conv2d_forward_workspace)(const DepthwiseConv2dForward&);
+  size_t (*depthwise_conv2d_backward_workspace)(const DepthwiseConv2dBackward&);
+  void (*depthwise_conv2d_forward)(const DepthwiseConv2dForward&, void*);
+  void (*depthwise_conv2d_backward)(const DepthwiseConv2dBackward&, void*);
+
+  size_t (*depthwise_conv2d_last_forward_workspace)(const DepthwiseConv2dForward&);
+  size_t (*depthwise_conv2d_last_backward_workspace)(const DepthwiseConv2dBackward&);
+  void (*depthwise_conv2d_last_forward)(const DepthwiseConv2dForward&, void*);
+  void (*depthwise_conv2d_last_backward)(const DepthwiseConv2dBackward&, void*);
 
   size_t (*group_norm_forward_workspace)(const GroupNormForward&);
   size_t (*group_norm_backward_workspace)(const GroupNormBackward&);

@@ -1,0 +1,190 @@
+// torch.ops.advdl_ops.depthwise_conv2d, its backward and convert_layout on CPU: argument checks, allocation, registration.
+// On CUDA, and for dense convolutions, these operators are registered from Python (advdl_ops/functional/_conv2d_*.py).
+#if !defined(USE_CUDA)
+
+#include <tuple>
+#include <vector>
+
+#include "../common/convert_layout.h"
+#include "../common/depthwise_conv2d.h"
+#include "norm.h"
+
+namespace advdl_ops {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+constexpr const char *kName = "depthwise_conv2d", *kBackwardName = "depthwise_conv2d_backward",
+                     *kConvertName = "convert_layout";
+
+// channels_last for what is that alone (advdl_ops/_schemas.py, conv2d_format).
+Layout format_of(const Tensor& x) {
+  return is_channels_last(x) && !x.is_contiguous() ? Layout::channels_last : Layout::channels_first;
+}
+
+// `t` [N, C, H, W] in this format: itself or a copy.
+Tensor in_format(const Tensor& t, Layout layout) {
+  if (layout == Layout::channels_first) {
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  }
+  return is_channels_last(t) ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+}
+
+Tensor allocate_image(const Tensor& like, Layout layout, int64_t n, int64_t c, int64_t h,
+                      int64_t w) {
+  const int64_t sizes[] = {n, c, h, w};
+  const auto at_least_one = [](int64_t size) { return size > 0 ? size : 1; };
+  c = at_least_one(c), h = at_least_one(h), w = at_least_one(w);
+  const int64_t first[] = {c * h * w, h * w, w, 1}, last[] = {h * w * c, 1, w * c, c};
+  return allocate(like, sizes, layout == Layout::channels_last ? last : first, 4,
+                  like.scalar_type());
+}
+
+Conv2dAxis axis(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
+                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int i,
+                const char* function) {
+  Conv2dAxis a;
+  a.in = x.size(2 + i);
+  a.kernel = weight.size(2 + i);
+  a.stride = stride[i];
+  a.padding = padding[i];
+  a.dilation = dilation[i];
+  check(a.stride > 0 && a.dilation > 0 && a.padding >= 0 && a.kernel > 0, function,
+        "stride, dilation and the kernel must be positive, padding not negative");
+  const int64_t room = a.in + 2 * a.padding - a.reach() - 1;
+  check(room >= 0, function, "the kernel must not be larger than the padded input");
+  a.out = room / a.stride + 1;
+  return a;
+}
+
+DepthwiseConv2dShape shape_of(const Tensor& x, const Tensor& weight,
+                              const std::vector<int64_t>& stride,
+                              const std::vector<int64_t>& padding,
+                              const std::vector<int64_t>& dilation, const char* function) {
+  check(x.dim() == 4 && weight.dim() == 4, function, "x and weight must have 4 dimensions");
+  check(weight.size(0) == x.size(1) && weight.size(1) == 1, function,
+        "weight must be [C, 1, kH, kW] with the channels of x");
+  check(weight.scalar_type() == x.scalar_type() && weight.device() == x.device(), function,
+        "weight must have the dtype and device of x");
+  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, function,
+        "stride, padding and dilation must be of two numbers each");
+  DepthwiseConv2dShape s;
+  s.n = x.size(0);
+  s.c = x.size(1);
+  s.h = axis(x, weight, stride, padding, dilation, 0, function);
+  s.w = axis(x, weight, stride, padding, dilation, 1, function);
+  s.layout = format_of(x);
+  s.dtype = dtype_of(x, function);
+  return s;
+}
+
+bool is_image(const Tensor& t, const DepthwiseConv2dShape& s) {
+  return t.dim() == 4 && t.size(0) == s.n && t.size(1) == s.c && t.size(2) == s.h.out &&
+         t.size(3) == s.w.out;
+}
+
+Tensor forward(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shift,
+               OptionalTensor residual, std::vector<int64_t> stride, std::vector<int64_t> padding,
+               std::vector<int64_t> dilation, int64_t act, double act_param) {
+  DepthwiseConv2dForward p;
+  p.shape = shape_of(x, weight, stride, padding, dilation, kName);
+  const DepthwiseConv2dShape& s = p.shape;
+  check(goes_with(scale, x.scalar_type()) && goes_with(shift, x.scalar_type()), kName,
+        "scale and shift must be of x's dtype, or float32 beside a half x");
+  check(is_per_channel(scale, x) && is_per_channel(shift, x), kName,
+        "scale and shift must have one value per channel, on x's device");
+  check(!residual.has_value() ||
+            (is_image(*residual, s) && residual->scalar_type() == x.scalar_type() &&
+             residual->device() == x.device()),
+        kName, "residual must have the shape of the output and x's dtype and device");
+  check(act >= 0 && act < kActivationCount, kName, "unknown activation code");
+  x = in_format(x, s.layout);
+  weight = *contiguous(OptionalTensor(weight));
+  scale = contiguous(scale);
+  shift = contiguous(shift);
+  if (residual.has_value()) residual = in_format(*residual, s.layout);
+  if (scale.has_value()) p.shape.scale_dtype = dtype_of(*scale, kName);
+  if (shift.has_value()) p.shape.shift_dtype = dtype_of(*shift, kName);
+  Tensor out = allocate_image(x, s.layout, s.n, s.c, s.h.out, s.w.out);
+  p.act = static_cast<Activation>(act);
+  p.act_param = act_param;
+  p.x = data(x);
+  p.weight = data(weight);
+  p.scale = data(scale);
+  p.shift = data(shift);
+  p.residual = data(residual);
+  p.out = data(out);
+  const bool is_last = s.layout == Layout::channels_last;
+  Launch(x, [&] {
+    return is_last ? cpu::depthwise_conv2d_last_forward_workspace(p)
+                   : cpu::depthwise_conv2d_forward_workspace(p);
+  }).run(is_last ? cpu::depthwise_conv2d_last_forward : cpu::depthwise_conv2d_forward, p);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
+                                            std::vector<int64_t> stride,
+                                            std::vector<int64_t> padding,
+                                            std::vector<int64_t> dilation, bool need_dx,
+                                            bool need_dweight, bool need_dbias) {
+  DepthwiseConv2dBackward p;
+  p.shape = shape_of(x, weight, stride, padding, dilation, kBackwardName);
+  const DepthwiseConv2dShape& s = p.shape;
+  check(is_image(dz, s) && dz.scalar_type() == x.scalar_type() && dz.device() == x.device(),
+        kBackwardName, "dz must have the shape of the output and x's dtype and device");
+  // Of x only the sizes and the format count where the weight needs no gradient.
+  if (need_dweight) x = in_format(x, s.layout);
+  dz = in_format(dz, s.layout);
+  weight = *contiguous(OptionalTensor(weight));
+  const ScalarType acc = acc_type(x.scalar_type());
+  Tensor dx = need_dx ? allocate_image(x, s.layout, s.n, s.c, s.h.in, s.w.in)
+                      : allocate_vector(x, 0, x.scalar_type());
+  const int64_t sizes[] = {s.c, 1, s.h.kernel, s.w.kernel};
+  const int64_t strides[] = {s.taps(), s.taps(), s.w.kernel, 1};
+  Tensor dweight = need_dweight ? allocate(x, sizes, strides, 4, acc) : allocate_vector(x, 0, acc);
+  Tensor dbias = allocate_vector(x, need_dbias ? s.c : 0, acc);
+  p.dz = data(dz);
+  p.x = data(x);
+  p.weight = data(weight);
+  p.dx = data_or_null(dx, need_dx);
+  p.dweight = data_or_null(dweight, need_dweight);
+  p.dbias = data_or_null(dbias, need_dbias);
+  const bool is_last = s.layout == Layout::channels_last;
+  Launch(x, [&] {
+    return is_last ? cpu::depthwise_conv2d_last_backward_workspace(p)
+                   : cpu::depthwise_conv2d_backward_workspace(p);
+  }).run(is_last ? cpu::depthwise_conv2d_last_backward : cpu::depthwise_conv2d_backward, p);
+  return {dx, dweight, dbias};
+}
+
+Tensor convert(Tensor x, bool channels_last) {
+  check(x.dim() == 4, kConvertName, "x must have 4 dimensions");
+  const Layout layout = channels_last ? Layout::channels_last : Layout::channels_first;
+  ConvertLayout p;
+  p.element_bytes = x.element_size();
+  const bool is_other = channels_last ? x.is_contiguous() : is_channels_last(x);
+  const int64_t n = x.size(0), c = x.size(1), s = x.size(2) * x.size(3);
+  Tensor out = allocate_image(x, layout, n, c, x.size(2), x.size(3));
+  if (!is_other || (p.element_bytes != 2 && p.element_bytes != 4 && p.element_bytes != 8)) {
+    torch::stable::copy_(out, x);
+    return out;
+  }
+  p.n = n;
+  p.rows = channels_last ? c : s;
+  p.columns = channels_last ? s : c;
+  p.from = data(x);
+  p.to = data(out);
+  cpu::convert_layout(p);
+  return out;
+}
+
+}  // namespace
+}  // namespace advdl_ops
+
+STABLE_TORCH_LIBRARY_IMPL(advdl_ops, CPU, m) {
+  m.impl("depthwise_conv2d", TORCH_BOX(&advdl_ops::forward));
+  m.impl("depthwise_conv2d_backward", TORCH_BOX(&advdl_ops::backward));
+  m.impl("convert_layout", TORCH_BOX(&advdl_ops::convert));
+}
+
+#endif  // !USE_CUDA

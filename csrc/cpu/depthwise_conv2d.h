@@ -1,0 +1,73 @@
+// What both layouts of the depthwise convolution share: parameters in the type of the arithmetic, and the epilogue.
+#pragma once
+
+#include "../common/depthwise_conv2d.h"
+#include "parallel.h"
+#include "runs.h"
+
+namespace advdl_ops {
+namespace ADVDL_CAPABILITY_NAMESPACE {
+
+ADVDL_INLINE int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+// Towards minus infinity; b > 0.
+ADVDL_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+ADVDL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
+ADVDL_INLINE float widened(float v) { return v; }
+ADVDL_INLINE double widened(double v) { return v; }
+ADVDL_INLINE float widened(BFloat16 v) { return to_float(v); }
+ADVDL_INLINE float widened(Float16 v) { return to_float(v); }
+
+// to[i * step] = from[i], or `absent` where there is no array.
+template <class Acc>
+void widen(DType dtype, const void* from, Acc absent, Acc* to, int64_t count, int64_t step = 1) {
+  if (from == nullptr) {
+    for (int64_t i = 0; i < count; ++i) to[i * step] = absent;
+    return;
+  }
+  with_type(dtype, [&]<class T>() {
+    const T* source = static_cast<const T*>(from);
+    for (int64_t i = 0; i < count; ++i) to[i * step] = static_cast<Acc>(widened(source[i]));
+  });
+}
+
+// What follows the sum: act(sum * scale + shift + residual), stored as T.
+template <class T>
+struct Epilogue {
+  using Acc = acc_t<T>;
+  using Vec = typename Simd<Acc>::Vec;
+  const Acc* scale;   // [C]
+  const Acc* shift;   // [C]
+  const T* residual;  // as out, or null
+  T* out;
+  Activation act;
+  Acc act_param;
+  bool is_affine;
+
+  // kColumns vectors of one run, `step` elements apart, from out[at] on; scale and shift are theirs.
+  template <int kColumns, class Lanes>
+  ADVDL_INLINE void finish(Vec (&sums)[kColumns], Vec scale_, Vec shift_, int64_t at, int64_t step,
+                           const Lanes& lanes) const {
+    if (is_affine) {
+      for (int k = 0; k < kColumns; ++k) sums[k] = sums[k] * scale_ + shift_;
+    }
+    if (residual != nullptr) {
+      for (int k = 0; k < kColumns; ++k) sums[k] += lanes.read(residual + at + k * step);
+    }
+    if (act == Activation::relu) {
+      const Vec zero{};
+      for (int k = 0; k < kColumns; ++k) sums[k] = math::select(sums[k] < zero, zero, sums[k]);
+    } else if (act != Activation::identity) {
+      alignas(64) Acc values[kColumns * Simd<Acc>::lanes];
+      for (int k = 0; k < kColumns; ++k) store(values + k * Simd<Acc>::lanes, sums[k]);
+      activate_block<false>(act, act_param, values, kColumns * Simd<Acc>::lanes);
+      for (int k = 0; k < kColumns; ++k) sums[k] = load(values + k * Simd<Acc>::lanes);
+    }
+    for (int k = 0; k < kColumns; ++k) lanes.write(out + at + k * step, sums[k]);
+  }
+};
+
+}  // namespace ADVDL_CAPABILITY_NAMESPACE
+}  // namespace advdl_ops
