@@ -10,13 +10,16 @@ _library.load()
 
 from . import functional, nn  # noqa: E402
 from .backend import get_backend, use_backend  # noqa: E402
+from .functional import _conv2d_cuda as _conv2d_cuda  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["functional", "get_backend", "models", "nn", "use_backend"]
+__all__ = ["explain", "functional", "get_backend", "models", "nn", "use_backend"]
 
 
 def __getattr__(name: str) -> Any:
-    # The zoo is imported when it is first asked for: `import advdl_ops` stays quick.
+    # Imported when first asked for: `import advdl_ops` stays quick.
     if name == "models":
         return importlib.import_module(".models", __name__)
+    if name == "explain":
+        return importlib.import_module("._explain", __name__).explain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

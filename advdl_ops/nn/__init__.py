@@ -1,7 +1,9 @@
 """Drop-in layers: ``torch.nn`` names, constructors and ``state_dict`` keys, with fused kernels behind them."""
 
 from .batch_norm_act import BatchNormAct2d
+from .conv2d import Conv2d, DepthwiseConv2d, DilatedConv2d, HybridDilatedConv
 from .conv_bn_act import ConvBNAct, ConvBNReLU, conv_bn_act
+from .conv_transpose2d import ConvTranspose2d
 from .group_norm import (
     GroupNorm,
     InstanceNorm1d,
@@ -15,7 +17,12 @@ __all__ = [
     "BatchNormAct2d",
     "ConvBNAct",
     "ConvBNReLU",
+    "ConvTranspose2d",
+    "Conv2d",
+    "DepthwiseConv2d",
+    "DilatedConv2d",
     "GroupNorm",
+    "HybridDilatedConv",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",

@@ -129,6 +129,7 @@ ADVDL_INLINE void correlate(const acc_t<T>* in, const acc_t<T>* weight, const in
   for (int64_t t = 0; t < taps; ++t) {
     const Vec w = broadcast(weight[t]);
     const Acc* from = in + offsets[t];
+#pragma GCC unroll 8
     for (int k = 0; k < kVectors; ++k) sums[k] += load(from + k * lanes) * w;
   }
   if (count == kVectors * lanes) {
@@ -137,6 +138,7 @@ ADVDL_INLINE void correlate(const acc_t<T>* in, const acc_t<T>* weight, const in
     return;
   }
   // The last vector of a row is cut.
+#pragma GCC unroll 8
   for (int k = 0; k < kVectors; ++k) {
     Vec one[1] = {sums[k]};
     const int64_t left = count - k * lanes;
@@ -278,16 +280,19 @@ ADVDL_INLINE void add_products(const acc_t<T>* strip, int64_t strip_step, const 
   constexpr int64_t lanes = Simd<Acc>::lanes;
   Vec acc[kTaps] = {};
   const Acc* from[kTaps];
+#pragma GCC unroll 16
   for (int k = 0; k < kTaps; ++k) from[k] = strip + offsets[k];
   for (int64_t i = 0; i < rows; ++i, dz += columns) {
     const int64_t row = i * strip_step;
     int64_t j = 0;
     for (; j + lanes <= columns; j += lanes) {
       const Vec gradient = load(dz + j);
+#pragma GCC unroll 16
       for (int k = 0; k < kTaps; ++k) acc[k] += gradient * load(from[k] + row + j);
     }
     if (j < columns) {
       const Vec gradient = load_partial(dz + j, columns - j);
+#pragma GCC unroll 16
       for (int k = 0; k < kTaps; ++k) {
         // Lanes past the row are zero on the left; what they meet must be finite, which x need not be.
         const Vec x =
@@ -296,6 +301,7 @@ ADVDL_INLINE void add_products(const acc_t<T>* strip, int64_t strip_step, const 
       }
     }
   }
+#pragma GCC unroll 16
   for (int k = 0; k < kTaps; ++k) sums[k] += lane_sum(acc[k]);
 }
 

@@ -46,25 +46,33 @@ struct Epilogue {
   Acc act_param;
   bool is_affine;
 
-  // kColumns vectors of one run, `step` elements apart, from out[at] on; scale and shift are theirs.
+  // kColumns vectors of one run, `step` elements apart, from out[at] on; scale and shift are theirs. Loops are unrolled by
+  // name, else gcc keeps the sums in memory.
   template <int kColumns, class Lanes>
   ADVDL_INLINE void finish(Vec (&sums)[kColumns], Vec scale_, Vec shift_, int64_t at, int64_t step,
                            const Lanes& lanes) const {
     if (is_affine) {
+#pragma GCC unroll 8
       for (int k = 0; k < kColumns; ++k) sums[k] = sums[k] * scale_ + shift_;
     }
     if (residual != nullptr) {
+#pragma GCC unroll 8
       for (int k = 0; k < kColumns; ++k) sums[k] += lanes.read(residual + at + k * step);
     }
     if (act == Activation::relu) {
       const Vec zero{};
+#pragma GCC unroll 8
       for (int k = 0; k < kColumns; ++k) sums[k] = math::select(sums[k] < zero, zero, sums[k]);
     } else if (act != Activation::identity) {
-      alignas(64) Acc values[kColumns * Simd<Acc>::lanes];
-      for (int k = 0; k < kColumns; ++k) store(values + k * Simd<Acc>::lanes, sums[k]);
-      activate_block<false>(act, act_param, values, kColumns * Simd<Acc>::lanes);
-      for (int k = 0; k < kColumns; ++k) sums[k] = load(values + k * Simd<Acc>::lanes);
+      constexpr int64_t width = Simd<Acc>::lanes;
+      alignas(64) Acc values[kColumns * width];
+#pragma GCC unroll 8
+      for (int k = 0; k < kColumns; ++k) store(values + k * width, sums[k]);
+      activate_block<false>(act, act_param, values, kColumns * width);
+#pragma GCC unroll 8
+      for (int k = 0; k < kColumns; ++k) sums[k] = load(values + k * width);
     }
+#pragma GCC unroll 8
     for (int k = 0; k < kColumns; ++k) lanes.write(out + at + k * step, sums[k]);
   }
 };

@@ -52,21 +52,55 @@ struct Row {
   int64_t out;  // element of the output at column 0
 };
 
-// Outputs j .. j + kCount of one vector of channels, all of which every tap reaches.
-template <int kCount, class T, class Lanes>
-ADVDL_INLINE void correlate_inside(const Row<T>& row, const Epilogue<T>& epilogue, int64_t j,
-                                   int64_t c, const Lanes& lanes) {
+// kCount outputs from column j on, of one vector of channels, all of which every tap reaches. kTaps weights are given in
+// registers, or, with kTaps = 0, all are read here.
+template <int kCount, int kTaps, class T, class Lanes>
+ADVDL_INLINE void correlate_columns(const Row<T>& row, const Epilogue<T>& epilogue,
+                                    const typename Epilogue<T>::Vec* weights, int64_t j, int64_t c,
+                                    const Lanes& lanes) {
   using Vec = typename Epilogue<T>::Vec;
   Vec sums[kCount] = {};
   const int64_t step = row.in_step * row.c;
-  for (int64_t t = 0; t < row.tap_count; ++t) {
-    const Vec weight = lanes.read(row.weight + row.taps[t].weight * row.c + c);
-    const T* in = row.in + row.taps[t].from + j * step + c;
-    for (int k = 0; k < kCount; ++k) sums[k] += lanes.read(in + k * step) * weight;
+  const T* start = row.in + j * step + c;
+  if constexpr (kTaps > 0) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) {
+      const T* in = start + row.taps[t].from;
+#pragma GCC unroll 8
+      for (int k = 0; k < kCount; ++k) sums[k] += lanes.read(in + k * step) * weights[t];
+    }
+  } else {
+    for (int64_t t = 0; t < row.tap_count; ++t) {
+      const Vec weight = lanes.read(row.weight + row.taps[t].weight * row.c + c);
+      const T* in = start + row.taps[t].from;
+#pragma GCC unroll 8
+      for (int k = 0; k < kCount; ++k) sums[k] += lanes.read(in + k * step) * weight;
+    }
   }
   epilogue.template finish<kCount>(
       sums, lanes.read(epilogue.scale + c), lanes.read(epilogue.shift + c),
       row.out + j * row.out_step * row.c + c, row.out_step * row.c, lanes);
+}
+
+// All columns of `inside` but for a last odd one, of one vector of channels. The nine weights of a 3x3 stay in registers.
+template <int kTaps, class T, class Lanes>
+ADVDL_INLINE void correlate_inside(const Row<T>& row, const Epilogue<T>& epilogue,
+                                   const Columns& inside, int64_t c, const Lanes& lanes) {
+  using Vec = typename Epilogue<T>::Vec;
+  Vec weights[kTaps > 0 ? kTaps : 1];
+  if constexpr (kTaps > 0) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) {
+      weights[t] = lanes.read(row.weight + row.taps[t].weight * row.c + c);
+    }
+  }
+  int64_t j = inside.begin;
+  for (; j + kColumns <= inside.end; j += kColumns) {
+    correlate_columns<kColumns, kTaps>(row, epilogue, weights, j, c, lanes);
+  }
+  for (; j + 2 <= inside.end; j += 2) {
+    correlate_columns<2, kTaps>(row, epilogue, weights, j, c, lanes);
+  }
 }
 
 // Output j near a border: only the taps that reach it. kCount vectors of channels, to keep as many sums in flight.
@@ -81,10 +115,12 @@ ADVDL_INLINE void correlate_border(const Row<T>& row, const Epilogue<T>& epilogu
     if (column < 0 || column >= row.in_columns) continue;
     const acc_t<T>* weight = row.weight + row.taps[t].weight * row.c + c;
     const T* in = row.in + row.taps[t].from + j * row.in_step * row.c + c;
+#pragma GCC unroll 8
     for (int k = 0; k < kCount; ++k) {
       sums[k] += lanes.read(in + k * width) * lanes.read(weight + k * width);
     }
   }
+#pragma GCC unroll 8
   for (int k = 0; k < kCount; ++k) {
     Vec one[1] = {sums[k]};
     const int64_t at = c + k * width;
@@ -112,18 +148,15 @@ void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
     }
   };
   border(0, inside.begin);
-  int64_t j = inside.begin;
-  for (; j + kColumns <= inside.end; j += kColumns) {
-    for_vectors<Acc, 1>(row.c, [&](int64_t c, const auto& policy, auto) {
-      correlate_inside<kColumns>(row, epilogue, j, c, policy);
-    });
-  }
-  for (; j + 2 <= inside.end; j += 2) {
-    for_vectors<Acc, 1>(row.c, [&](int64_t c, const auto& policy, auto) {
-      correlate_inside<2>(row, epilogue, j, c, policy);
-    });
-  }
-  border(j, row.out_columns);
+  for_vectors<Acc, 1>(row.c, [&](int64_t c, const auto& policy, auto) {
+    // With the 16 registers of AVX2 nine weights and eight sums are too many.
+    if (ADVDL_VECTOR_BYTES == 64 && row.tap_count == 9) {
+      correlate_inside<9>(row, epilogue, inside, c, policy);
+    } else {
+      correlate_inside<0>(row, epilogue, inside, c, policy);
+    }
+  });
+  border(inside.begin + (inside.end - inside.begin) / 2 * 2, row.out_columns);
 }
 
 // [taps, C] and behind it scale [C], shift [C].
@@ -288,6 +321,7 @@ ADVDL_INLINE void add_products(const T* dz, const T* x, const Tap* taps, const C
   Vec acc[kTaps];
   const T* from[kTaps];
   const int64_t step = s.w.stride * s.c;
+#pragma GCC unroll 16
   for (int k = 0; k < kTaps; ++k) {
     acc[k] = lanes.read(sums + taps[k].weight * s.c + c);
     from[k] = x + taps[k].from + c;
@@ -295,8 +329,10 @@ ADVDL_INLINE void add_products(const T* dz, const T* x, const Tap* taps, const C
   for (int64_t j = inside.begin; j < inside.end; ++j) {
     const Vec gradient = lanes.read(dz + j * s.c + c);
     const int64_t at = j * step;
+#pragma GCC unroll 16
     for (int k = 0; k < kTaps; ++k) acc[k] += gradient * lanes.read(from[k] + at);
   }
+#pragma GCC unroll 16
   for (int k = 0; k < kTaps; ++k) {
     const Columns own = reached(taps[k].column, s.w.stride, s.w.in, s.w.out);
     const auto add = [&](int64_t begin, int64_t end) {
@@ -307,6 +343,7 @@ ADVDL_INLINE void add_products(const T* dz, const T* x, const Tap* taps, const C
     add(own.begin, own.end < inside.begin ? own.end : inside.begin);
     add(own.begin > inside.end ? own.begin : inside.end, own.end);
   }
+#pragma GCC unroll 16
   for (int k = 0; k < kTaps; ++k) lanes.write(sums + taps[k].weight * s.c + c, acc[k]);
 }
 
