@@ -16,6 +16,10 @@ namespace {
 // What a strip may take: half of the second-level cache of today's CPUs and less.
 constexpr int64_t kStripBytes = 192 * 1024;
 
+// Outputs of one channel in registers at once: rows that share rows of input, by vectors of columns.
+constexpr int kRows = ADVDL_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int kVectors = 4;
+
 // A strip of a padded image: rows of `phases` runs, each `pitch` long and zero beyond its columns.
 template <class Acc>
 struct Strip {
@@ -37,6 +41,10 @@ struct Strip {
   }
   int64_t rows(int64_t out_count, int64_t row_stride) const {
     return (out_count - 1) * row_stride + halo;
+  }
+  // Elements of the buffer: blocks of columns may read past the last row, for outputs that are not stored.
+  int64_t size(int64_t row_stride) const {
+    return rows(out_rows, row_stride) * row + kVectors * lanes;
   }
 };
 
@@ -62,18 +70,24 @@ template <class T>
 void fill(const Strip<acc_t<T>>& strip, acc_t<T>* to, const T* image, int64_t rows, int64_t columns,
           int64_t first, int64_t count, int64_t left) {
   using Acc = acc_t<T>;
+  constexpr int64_t lanes = Simd<Acc>::lanes;
+  const int64_t width = strip.pitch * strip.phases;
+  const int64_t begin = left > 0 ? left : 0;
+  const int64_t end = left + width < columns ? left + width : columns;
   for (int64_t i = 0; i < count; ++i, to += strip.row) {
-    std::memset(to, 0, strip.row * sizeof(Acc));
-    if (first + i < 0 || first + i >= rows) continue;
+    const bool is_outside = first + i < 0 || first + i >= rows || end <= begin;
+    if (is_outside || strip.phases > 1) std::memset(to, 0, strip.row * sizeof(Acc));
+    if (is_outside) continue;
     const T* from = image + (first + i) * columns;
-    const int64_t width = strip.pitch * strip.phases;
-    const int64_t begin = left > 0 ? left : 0;
-    const int64_t end = left + width < columns ? left + width : columns;
-    if (end <= begin) continue;
     if (strip.phases == 1) {
+      // Zeros at both ends, in whole vectors; the image's own columns come over them.
+      const typename Simd<Acc>::Vec zero{};
+      for (int64_t j = 0; j < begin - left; j += lanes) store(to + j, zero);
+      for (int64_t j = (end - left) / lanes * lanes; j < strip.pitch; j += lanes)
+        store(to + j, zero);
       Acc* start = to + (begin - left);
-      for_vectors<Acc, 1>(end - begin, [&](int64_t j, const auto& lanes, auto) {
-        lanes.write(start + j, lanes.read(from + begin + j));
+      for_vectors<Acc, 1>(end - begin, [&](int64_t j, const auto& policy, auto) {
+        policy.write(start + j, policy.read(from + begin + j));
       });
       continue;
     }
@@ -110,66 +124,122 @@ void fill_spread(const Strip<acc_t<T>>& strip, acc_t<T>* to, const T* image, con
   }
 }
 
-// Where the taps read in a strip, from the first row of an output row on.
-ADVDL_INLINE int64_t tap_offset(int64_t a, int64_t b, const Conv2dAxis& h, const Conv2dAxis& w,
-                                int64_t phases, int64_t pitch) {
+// The filter of one channel over a strip: sum over a, b of in[a * row_step + columns[b]] * weights[a, b].
+template <class Acc>
+struct Filter {
+  int64_t height, width;  // of the kernel
+  int64_t row_step;       // between the rows that a filter reads
+  int64_t out_row_step;   // between the first rows of neighbouring rows of output
+  int64_t dilation;       // rows of output this far apart share rows of input, where `shares`
+  bool shares;
+  int64_t* columns;  // [width]
+  Acc* weights;      // [height, width]
+  Acc scale, shift;
+};
+
+// Where tap column b reads in a row of a strip.
+ADVDL_INLINE int64_t column_offset(int64_t b, const Conv2dAxis& w, int64_t phases, int64_t pitch) {
   const int64_t column = b * w.dilation;
-  return a * h.dilation * phases * pitch + column % phases * pitch + column / phases;
+  return column % phases * pitch + column / phases;
 }
 
-// kVectors vectors of one row of outputs: sums[k] = sum over taps of in[offset + k * lanes] * weight.
-template <int kVectors, class T>
-ADVDL_INLINE void correlate(const acc_t<T>* in, const acc_t<T>* weight, const int64_t* offsets,
-                            int64_t taps, const Epilogue<T>& epilogue, acc_t<T> scale,
-                            acc_t<T> shift, int64_t at, int64_t count) {
+// A block of height x width_ vectors of outputs: rows filter.dilation apart. A vector of input is read once for all the rows
+// that it is part of; `count` columns are stored. kTall: the height of the filter, or 0 for any.
+template <int kHeight, int kWidth, int kTall, class T>
+ADVDL_INLINE void correlate_block(const acc_t<T>* in, const Filter<acc_t<T>>& filter,
+                                  const Epilogue<T>& epilogue, int64_t at, int64_t row_at,
+                                  int64_t count) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   constexpr int64_t lanes = Simd<Acc>::lanes;
-  Vec sums[kVectors] = {};
-  for (int64_t t = 0; t < taps; ++t) {
-    const Vec w = broadcast(weight[t]);
-    const Acc* from = in + offsets[t];
+  Vec sums[kHeight][kWidth] = {};
+  const int64_t tall = kTall > 0 ? kTall : filter.height;
+  const auto add_row = [&](int64_t i) {
+    const Acc* row = in + i * filter.row_step;
+    const Acc* weights = filter.weights + i * filter.width;
+    for (int64_t b = 0; b < filter.width; ++b) {
+      Vec x[kWidth];
 #pragma GCC unroll 8
-    for (int k = 0; k < kVectors; ++k) sums[k] += load(from + k * lanes) * w;
-  }
-  if (count == kVectors * lanes) {
-    epilogue.template finish<kVectors>(sums, broadcast(scale), broadcast(shift), at, lanes,
-                                       FullLanes{});
-    return;
-  }
-  // The last vector of a row is cut.
+      for (int k = 0; k < kWidth; ++k) x[k] = load(row + filter.columns[b] + k * lanes);
 #pragma GCC unroll 8
-  for (int k = 0; k < kVectors; ++k) {
-    Vec one[1] = {sums[k]};
-    const int64_t left = count - k * lanes;
-    if (left >= lanes) {
-      epilogue.template finish<1>(one, broadcast(scale), broadcast(shift), at + k * lanes, 0,
-                                  FullLanes{});
-    } else {
-      epilogue.template finish<1>(one, broadcast(scale), broadcast(shift), at + k * lanes, 0,
-                                  PartialLanes{static_cast<int32_t>(left)});
+      for (int r = 0; r < kHeight; ++r) {
+        if (kHeight > 1 && (i < r || i - r >= tall)) continue;
+        const Vec weight = broadcast(weights[b - r * filter.width]);
+#pragma GCC unroll 8
+        for (int k = 0; k < kWidth; ++k) sums[r][k] += x[k] * weight;
+      }
+    }
+  };
+  if constexpr (kTall > 0) {
+    // Which rows of output meet a row of input is then known here: no branch is left in between.
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kTall + kHeight - 1; ++i) add_row(i);
+  } else {
+    for (int64_t i = 0; i < tall + kHeight - 1; ++i) add_row(i);
+  }
+  const Vec scale = broadcast(filter.scale), shift = broadcast(filter.shift);
+#pragma GCC unroll 8
+  for (int r = 0; r < kHeight; ++r) {
+    if (count == kWidth * lanes) {
+      epilogue.template finish<kWidth>(sums[r], scale, shift, at + r * row_at, lanes, FullLanes{});
+      continue;
+    }
+    // The last vectors of a row are cut.
+#pragma GCC unroll 8
+    for (int k = 0; k < kWidth; ++k) {
+      Vec one[1] = {sums[r][k]};
+      const int64_t left = count - k * lanes, to = at + r * row_at + k * lanes;
+      if (left >= lanes) {
+        epilogue.template finish<1>(one, scale, shift, to, 0, FullLanes{});
+      } else if (left > 0) {
+        epilogue.template finish<1>(one, scale, shift, to, 0,
+                                    PartialLanes{static_cast<int32_t>(left)});
+      }
     }
   }
 }
 
-template <class T>
-void correlate_row(const acc_t<T>* in, const acc_t<T>* weight, const int64_t* offsets, int64_t taps,
-                   const Epilogue<T>& epilogue, acc_t<T> scale, acc_t<T> shift, int64_t at,
-                   int64_t columns) {
-  constexpr int64_t lanes = Simd<acc_t<T>>::lanes;
+template <int kHeight, int kTall, class T>
+void correlate_rows(const acc_t<T>* in, const Filter<acc_t<T>>& filter, const Epilogue<T>& epilogue,
+                    int64_t at, int64_t columns) {
+  constexpr int64_t lanes = Simd<acc_t<T>>::lanes, width = kVectors * lanes;
+  const int64_t row_at = filter.dilation * columns;
   int64_t j = 0;
-  for (; j + 4 * lanes <= columns; j += 4 * lanes) {
-    correlate<4, T>(in + j, weight, offsets, taps, epilogue, scale, shift, at + j, 4 * lanes);
+  for (; j + width <= columns; j += width) {
+    correlate_block<kHeight, kVectors, kTall, T>(in + j, filter, epilogue, at + j, row_at, width);
   }
   const int64_t rest = columns - j;
-  if (rest > 3 * lanes) {
-    correlate<4, T>(in + j, weight, offsets, taps, epilogue, scale, shift, at + j, rest);
-  } else if (rest > 2 * lanes) {
-    correlate<3, T>(in + j, weight, offsets, taps, epilogue, scale, shift, at + j, rest);
+  if (rest > 2 * lanes) {
+    correlate_block<kHeight, kVectors, kTall, T>(in + j, filter, epilogue, at + j, row_at, rest);
   } else if (rest > lanes) {
-    correlate<2, T>(in + j, weight, offsets, taps, epilogue, scale, shift, at + j, rest);
+    correlate_block<kHeight, 2, kTall, T>(in + j, filter, epilogue, at + j, row_at, rest);
   } else if (rest > 0) {
-    correlate<1, T>(in + j, weight, offsets, taps, epilogue, scale, shift, at + j, rest);
+    correlate_block<kHeight, 1, kTall, T>(in + j, filter, epilogue, at + j, row_at, rest);
+  }
+}
+
+// `rows` rows of outputs from a strip; the first of them stands at out[at].
+template <class T>
+void correlate_strip(const acc_t<T>* in, const Filter<acc_t<T>>& filter,
+                     const Epilogue<T>& epilogue, int64_t at, int64_t rows, int64_t columns) {
+  const int64_t apart = filter.shares ? filter.dilation : rows;
+  for (int64_t first = 0; first < rows; first += filter.shares ? kRows * apart : 1) {
+    for (int64_t q = 0; q < (filter.shares ? apart : 1) && first + q < rows; ++q) {
+      int64_t i = first + q;
+      const int64_t last = first + kRows * apart;
+      const auto run = [&]<int kHeight>(Index<kHeight>) {
+        const auto rows_from =
+            filter.height == 3 ? correlate_rows<kHeight, 3, T> : correlate_rows<kHeight, 0, T>;
+        rows_from(in + i * filter.out_row_step, filter, epilogue, at + i * columns, columns);
+        i += kHeight * apart;
+      };
+      if (i + (kRows - 1) * apart < rows) {
+        run(Index<kRows>{});
+        continue;
+      }
+      if (kRows > 2 && i + apart < rows) run(Index<2>{});
+      while (i < rows && i < last) run(Index<1>{});
+    }
   }
 }
 
@@ -216,12 +286,21 @@ void forward(const DepthwiseConv2dForward& p, void* workspace) {
   // Images alone may be too few to share out.
   const int64_t strips = ceil_div(s.h.out, strip.out_rows);
   cpu::parallel_ranges(s.n * s.c * strips, outputs / strips, [&](int64_t begin, int64_t end) {
-    Buffer<Acc> buffer(strip.rows(strip.out_rows, s.h.stride) * strip.row);
+    Buffer<Acc> buffer(strip.size(s.h.stride));
     Taps<Acc> taps(s.taps());
-    for (int64_t t = 0; t < taps.count; ++t) {
-      taps.offsets[t] =
-          tap_offset(t / s.w.kernel, t % s.w.kernel, s.h, s.w, strip.phases, strip.pitch);
+    for (int64_t b = 0; b < s.w.kernel; ++b) {
+      taps.offsets[b] = column_offset(b, s.w, strip.phases, strip.pitch);
     }
+    Filter<Acc> filter{s.h.kernel,
+                       s.w.kernel,
+                       s.h.dilation * strip.row,
+                       s.h.stride * strip.row,
+                       s.h.dilation,
+                       s.h.stride == 1,
+                       taps.offsets,
+                       taps.weights,
+                       1,
+                       0};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / strips, o = task % strips * strip.out_rows, c = image % s.c;
       const int64_t rows = s.h.out - o < strip.out_rows ? s.h.out - o : strip.out_rows;
@@ -229,11 +308,10 @@ void forward(const DepthwiseConv2dForward& p, void* workspace) {
             taps.count);
       fill(strip, buffer.data(), static_cast<const T*>(p.x) + image * s.h.in * s.w.in, s.h.in,
            s.w.in, o * s.h.stride - s.h.padding, strip.rows(rows, s.h.stride), -s.w.padding);
-      for (int64_t i = 0; i < rows; ++i) {
-        correlate_row<T>(buffer.data() + i * s.h.stride * strip.row, taps.weights, taps.offsets,
-                         taps.count, epilogue, scale[c], shift[c],
-                         image * outputs + (o + i) * s.w.out, s.w.out);
-      }
+      filter.scale = scale[c];
+      filter.shift = shift[c];
+      correlate_strip<T>(buffer.data(), filter, epilogue, image * outputs + o * s.w.out, rows,
+                         s.w.out);
     }
   });
 }
@@ -248,27 +326,38 @@ void input_gradient(const DepthwiseConv2dBackward& p) {
   const Strip<Acc> strip(s.w.in, s.w.reach(), 1, s.h.reach(), 1, s.h.in);
   const int64_t strips = ceil_div(s.h.in, strip.out_rows);
   cpu::parallel_ranges(s.n * s.c * strips, inputs / strips, [&](int64_t begin, int64_t end) {
-    Buffer<Acc> buffer(strip.rows(strip.out_rows, 1) * strip.row);
+    Buffer<Acc> buffer(strip.size(1));
     Taps<Acc> taps(s.taps());
-    for (int64_t t = 0; t < taps.count; ++t) {
-      // Reversed: tap a of the filter stands at kernel - 1 - a.
-      const int64_t a = s.h.kernel - 1 - t / s.w.kernel, b = s.w.kernel - 1 - t % s.w.kernel;
-      taps.offsets[t] = tap_offset(a, b, s.h, s.w, 1, strip.pitch);
-    }
+    for (int64_t b = 0; b < s.w.kernel; ++b) taps.offsets[b] = b * s.w.dilation;
+    const Filter<Acc> filter{s.h.kernel,
+                             s.w.kernel,
+                             s.h.dilation * strip.row,
+                             strip.row,
+                             s.h.dilation,
+                             true,
+                             taps.offsets,
+                             taps.weights,
+                             1,
+                             0};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / strips, o = task % strips * strip.out_rows, c = image % s.c;
       const int64_t rows = s.h.in - o < strip.out_rows ? s.h.in - o : strip.out_rows;
-      widen(s.dtype, static_cast<const T*>(p.weight) + c * taps.count, Acc(0), taps.weights,
-            taps.count);
+      // Backwards.
+      widen(s.dtype, static_cast<const T*>(p.weight) + c * taps.count, Acc(0),
+            taps.weights + taps.count - 1, taps.count, -1);
       fill_spread(strip, buffer.data(), static_cast<const T*>(p.dz) + image * s.h.out * s.w.out,
                   s.h, s.w, o + s.h.padding - s.h.reach(), strip.rows(rows, 1),
                   s.w.padding - s.w.reach());
-      for (int64_t i = 0; i < rows; ++i) {
-        correlate_row<T>(buffer.data() + i * strip.row, taps.weights, taps.offsets, taps.count,
-                         epilogue, Acc(1), Acc(0), image * inputs + (o + i) * s.w.in, s.w.in);
-      }
+      correlate_strip<T>(buffer.data(), filter, epilogue, image * inputs + o * s.w.in, rows,
+                         s.w.in);
     }
   });
+}
+
+// Where tap (a, b) reads in a strip, from the first row of an output row on.
+ADVDL_INLINE int64_t tap_offset(int64_t t, const DepthwiseConv2dShape& s, int64_t row,
+                                int64_t phases, int64_t pitch) {
+  return t / s.w.kernel * s.h.dilation * row + column_offset(t % s.w.kernel, s.w, phases, pitch);
 }
 
 // sums[k] += sum over the rows of a strip of dz * x, for kTaps taps.
@@ -331,11 +420,10 @@ void weight_gradient(const DepthwiseConv2dBackward& p, double* partial) {
   const bool wants_weight = p.dweight != nullptr;
   cpu::parallel_ranges(
       s.c * parts, s.n / (parts > 0 ? parts : 1) * outputs, [&](int64_t begin, int64_t end) {
-        Buffer<Acc> buffer(strip.rows(strip.out_rows, s.h.stride) * strip.row);
+        Buffer<Acc> buffer(strip.size(s.h.stride));
         Taps<Acc> taps(s.taps());
         for (int64_t t = 0; t < taps.count; ++t) {
-          taps.offsets[t] =
-              tap_offset(t / s.w.kernel, t % s.w.kernel, s.h, s.w, strip.phases, strip.pitch);
+          taps.offsets[t] = tap_offset(t, s, strip.row, strip.phases, strip.pitch);
         }
         for (int64_t task = begin; task < end; ++task) {
           const int64_t c = task / parts, part = task % parts;
