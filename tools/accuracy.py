@@ -1,4 +1,4 @@
-"""Writes docs/accuracy.md: the error of every norm and the LSTM against fp64, beside stock PyTorch's in the same dtype.
+"""Writes docs/accuracy.md: the error of norms, convolution and LSTM against fp64, beside stock PyTorch's in that dtype.
 
     python tools/accuracy.py
 
@@ -8,6 +8,7 @@ its rows to `CASES`.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -106,6 +107,56 @@ def rows() -> Iterator[str]:
                     ).strip()
 
 
+# x, weight, dilation, groups
+CONVOLUTIONS = (
+    ((8, 64, 28, 28), (64, 64, 3, 3), 2, 1),
+    ((8, 512, 14, 14), (128, 512, 1, 1), 1, 1),
+    ((8, 64, 28, 28), (64, 1, 3, 3), 4, 64),
+)
+
+
+def conv_rows() -> Iterator[str]:
+    for shape, weight_shape, dilation, groups in CONVOLUTIONS:
+        generator = torch.Generator().manual_seed(0)
+        padding = dilation * (weight_shape[-1] - 1) // 2
+        options = 1, padding, dilation, groups
+
+        def ours(x: Tensor, w: Tensor, b: Tensor, options: tuple[int, ...] = options) -> Tensor:
+            return functional.conv2d(x, w, b, *options, act="silu")
+
+        def stock(x: Tensor, w: Tensor, b: Tensor, options: tuple[int, ...] = options) -> Tensor:
+            return F.silu(F.conv2d(x, w, b, *options))
+
+        sizes = shape, weight_shape, weight_shape[:1], (shape[0], weight_shape[0], *shape[2:])
+        values = [torch.randn(*size, generator=generator) for size in sizes]
+        values[1] = values[1] * math.prod(weight_shape[1:]) ** -0.5
+        for dtype in DTYPES:
+            for layout, memory_format in LAYOUTS.items():
+                *inputs, grad = (
+                    v.to(dtype).contiguous(memory_format=memory_format)
+                    if v.dim() == 4
+                    else v.to(dtype)
+                    for v in values
+                )
+                exact = results(stock, [t.double() for t in inputs], grad.double())
+                found = results(ours, inputs, grad), results(stock, inputs, grad)
+                cells = []
+                for own, plain, truth in zip(*found, exact, strict=True):
+                    errors = [
+                        ((t.double() - truth).abs().max() / truth.abs().max()).item()
+                        for t in (own, plain)
+                    ]
+                    cells.append("{:.1e}, {:.1e}".format(*errors))
+                kind = f"{'depthwise ' if groups > 1 else ''}{weight_shape[-1]}x{weight_shape[-1]}"
+                kind += f", dilation {dilation}" if dilation > 1 else ""
+                yield " | ".join(
+                    [
+                        "", kind, "x".join(map(str, shape)), str(dtype).removeprefix("torch."), layout,
+                        *cells, "",
+                    ]
+                ).strip()  # fmt: skip
+
+
 # T, B, I, H
 LSTM_SHAPES = ((100, 64, 256, 256), (1000, 4, 32, 64))
 
@@ -164,6 +215,12 @@ def main() -> None:
         "| op | dtype | layout | mean, deviation of x | output | gradient of x | of weight | of bias |",
         "|---|---|---|---|---|---|---|---|",
         *rows(),
+        "",
+        "Convolution with bias and SiLU:",
+        "",
+        "| kernel | shape of x | dtype | layout | output | gradient of x | of weight | of bias |",
+        "|---|---|---|---|---|---|---|---|",
+        *conv_rows(),
         "",
         "LSTM, one layer; steps, sequences, features and units:",
         "",

@@ -6,6 +6,7 @@ Values are the tests' matter; this only makes each kernel run in each layout and
 from __future__ import annotations
 
 import os
+import tempfile
 
 # With torch's caching allocator a read past the end of a tensor would still hit memory of the process.
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -63,8 +64,30 @@ def lstm() -> None:
             projected(torch.randn(4, 3, 5, device="cuda", dtype=dtype))[0].float().sum().backward()
 
 
+def conv2d() -> None:
+    """Every implementation of each direction: to measure a choice runs all of them."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["ADVDL_OPS_CACHE"] = cache
+        for shape, outputs, groups in (
+            ((2, 7, 9, 8), 5, 1),
+            ((2, 6, 9, 8), 4, 2),
+            ((2, 5, 9, 8), 5, 5),
+        ):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    for stride, dilation in ((1, 2), (2, 1)):
+                        x = torch.randn(shape, device="cuda", dtype=dtype).to(memory_format=layout)
+                        layer = nn.Conv2d(
+                            shape[1], outputs, 3, stride, dilation, dilation, groups, act="silu",
+                            device="cuda", dtype=dtype,
+                        )  # fmt: skip
+                        residual = torch.randn_like(layer(x))
+                        layer(x.requires_grad_(), residual).float().sum().backward()
+
+
 if __name__ == "__main__":
     batch_norm_act()
     lstm()
+    conv2d()
     torch.cuda.synchronize()
     print("gpu_smoke: done")

@@ -7,16 +7,26 @@ section 3.2), and on CPU oneDNN adds bias, residual and activation while the out
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._schemas import conv2d_format
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..backend import get_backend, transformed
 from ..reference.activation import activate
 from ..reference.batch_norm_act import acc_dtype
+from ._conv2d_cpu import (
+    Conv,
+    convert,
+    is_traced,
+    onednn_conv_act,
+    output_shape,
+    pair,
+    uses_onednn,
+)
 from ._norm import check_residual
 from .batch_norm_act import batch_norm_act, check_norm
 
@@ -118,15 +128,6 @@ def check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
 
 
-class Conv(NamedTuple):
-    """The options of a 2-D convolution, as :func:`torch.nn.functional.conv2d` takes them."""
-
-    stride: Any
-    padding: Any
-    dilation: Any
-    groups: int
-
-
 def folds(x: Tensor, *others: Tensor | None) -> bool:
     """Whether evaluation folds the norm into the convolution.
 
@@ -176,7 +177,10 @@ def conv_act(
     As in what Inductor makes of a frozen network, oneDNN's relu gives 0 for NaN.
     """
     if uses_onednn(x, weight, conv) and (residual is None or residual.dtype == x.dtype):
-        return _onednn_conv_act(x, weight, bias, conv, residual, act)
+        if residual is not None:
+            pairs = pair(conv.stride), pair(conv.padding), pair(conv.dilation)
+            check_residual(_NAME, residual, output_shape(x, weight, *pairs), x.device)
+        return convert(onednn_conv_act(x, weight, bias, conv, residual, act), conv2d_format(x))
     z = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     if residual is not None:
         check_residual(_NAME, residual, z.shape, z.device)
@@ -184,104 +188,6 @@ def conv_act(
     return activate(z, act)
 
 
-# What oneDNN calls the activations that it appends to a convolution; elu is not offered.
-_ONEDNN_NAMES = {
-    "identity": "none",
-    "silu": "swish",
-    "gelu_tanh": "gelu",
-    **{name: name for name in ("relu", "leaky_relu", "gelu", "sigmoid", "tanh", "hardswish")},
-}
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_convolution_pointwise"
-)
-
-
-def uses_onednn(x: Tensor, weight: Tensor, conv: Conv) -> bool:
-    """Whether :func:`conv_act` may hand this input to oneDNN's fused convolution."""
-    return bool(
-        _HAS_ONEDNN
-        and type(x)
-        in (Tensor, torch.nn.Parameter)  # no subclass: fake tensors have no such operator
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32 == weight.dtype
-        and x.dim() == 4
-        and x.numel() > 0
-        and not isinstance(conv.padding, str)
-        and torch.backends.mkldnn.enabled
-        and not torch.is_autocast_enabled("cpu")
-        and not is_traced()
-    )
-
-
-def is_traced() -> bool:
-    """Whether a compiler or the tracer records this call: nothing may be cached, and the steps stay aten operators."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
 def prefers_channels_last(x: Tensor, *parameters: Tensor) -> bool:
     """Whether a network that ends in no image should run this input in channels_last: folded convolutions on CPU do."""
     return folds(x, *parameters) and not is_traced()
-
-
-def prepack(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-    """``weight`` in the blocked layout that oneDNN likes best for inputs of ``x``'s shape."""
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        weight,
-        _pair(conv.padding),
-        _pair(conv.stride),
-        _pair(conv.dilation),
-        conv.groups,
-        list(x.shape),
-    )
-
-
-def _onednn_conv_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv: Conv,
-    residual: Tensor | None,
-    act: Activation,
-) -> Tensor:
-    options = _pair(conv.padding), _pair(conv.stride), _pair(conv.dilation), conv.groups
-    ops = torch.ops.mkldnn
-    if residual is not None:
-        check_residual(_NAME, residual, _output_shape(x, weight, conv), x.device)
-        unary = "relu" if act.name == "relu" else None
-        out = ops._convolution_pointwise.binary(
-            x, residual, weight, bias, *options, "add", 1.0, unary, [], ""
-        )
-        if unary is None:
-            out = activate(out, act)
-    elif act.name in _ONEDNN_NAMES:
-        scalars = [act.param] if act.name == "leaky_relu" else []
-        algorithm = {"gelu": "none", "gelu_tanh": "tanh"}.get(act.name, "")
-        out = ops._convolution_pointwise(
-            x, weight, bias, *options, _ONEDNN_NAMES[act.name], scalars, algorithm
-        )
-    else:
-        out = activate(ops._convolution_pointwise(x, weight, bias, *options, "none", [], ""), act)
-    # oneDNN answers in channels_last whatever it was given.
-    keeps = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return out if keeps else out.contiguous()
-
-
-def _output_shape(x: Tensor, weight: Tensor, conv: Conv) -> tuple[int, ...]:
-    spatial = (
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, padding, dilation in zip(
-            x.shape[2:],
-            weight.shape[2:],
-            _pair(conv.stride),
-            _pair(conv.padding),
-            _pair(conv.dilation),
-            strict=True,
-        )
-    )
-    return (x.shape[0], weight.shape[0], *spatial)
-
-
-def _pair(value: Any) -> list[int]:
-    """Height and width of an option that is one number for both, or two, or a sequence of one."""
-    values = [value] if isinstance(value, int) else list(value)
-    return values * 2 if len(values) == 1 else values

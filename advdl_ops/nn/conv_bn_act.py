@@ -10,20 +10,12 @@ from torch import Tensor
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..activation import IDENTITY, Activation, resolve_activation
+from ..functional._conv2d_cpu import Conv, is_traced, prepack, uses_onednn
 from ..functional.batch_norm_act import check_norm
-from ..functional.conv_bn_act import (
-    ORDERS,
-    Conv,
-    check_conv,
-    conv_act,
-    fold,
-    folds,
-    is_traced,
-    prepack,
-    uses_onednn,
-)
+from ..functional.conv_bn_act import ORDERS, check_conv, conv_act, fold, folds
 from ..reference.activation import activate
 from .batch_norm_act import BatchNormAct2d
+from .conv2d import same_padding
 
 
 class ConvBNAct(torch.nn.Module):
@@ -71,7 +63,7 @@ class ConvBNAct(torch.nn.Module):
             out_channels,
             kernel_size,
             stride,
-            _same_padding(kernel_size, dilation) if padding is None else padding,
+            same_padding(kernel_size, dilation) if padding is None else padding,
             dilation,
             groups,
             bias,
@@ -113,14 +105,6 @@ class ConvBNReLU(ConvBNAct):
         if "act" in kwargs:
             raise TypeError("ConvBNReLU: act is fixed to 'relu'; use ConvBNAct for another one")
         super().__init__(*args, act="relu", **kwargs)
-
-
-def _same_padding(
-    kernel_size: int | tuple[int, int], dilation: int | tuple[int, int]
-) -> tuple[int, int]:
-    kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-    rate = (dilation, dilation) if isinstance(dilation, int) else dilation
-    return rate[0] * (kernel[0] - 1) // 2, rate[1] * (kernel[1] - 1) // 2
 
 
 def conv_bn_act(

@@ -7,4 +7,12 @@ from .conv_transpose2d import conv_transpose2d
 from .group_norm import group_norm
 from .lstm import lstm, lstm_cell
 
-__all__ = ["batch_norm_act", "conv2d", "conv_bn_act", "conv_transpose2d", "group_norm", "lstm", "lstm_cell"]
+__all__ = [
+    "batch_norm_act",
+    "conv2d",
+    "conv_bn_act",
+    "conv_transpose2d",
+    "group_norm",
+    "lstm",
+    "lstm_cell",
+]

@@ -1,7 +1,7 @@
-"""What one call costs beyond its kernel: batch norm + ReLU, group norm + SiLU and an LSTM cell, on a tiny tensor.
+"""What one call costs beyond its kernel: batch norm + ReLU, group norm + SiLU, an LSTM cell, convolution + ReLU.
 
-The stock layers are nn.BatchNorm2d and nn.ReLU(inplace=True), nn.GroupNorm and nn.SiLU, nn.LSTMCell, and their
-functional forms.
+On a tiny tensor. The stock layers are nn.BatchNorm2d and nn.ReLU(inplace=True), nn.GroupNorm and nn.SiLU, nn.LSTMCell,
+nn.Conv2d and nn.ReLU(inplace=True), and their functional forms.
 ``raw operator`` is torch.ops.advdl_ops alone. targets.md: raw <= 10 us, without gradients <= 15 us, with gradients
 below the stock layers.
 """
@@ -95,6 +95,40 @@ def group_norm_calls(device: str) -> Calls:
     return {"eval fwd": _without_gradients(forward), **_under_gradients(stock, ours, x)}
 
 
+def conv2d_calls(device: str) -> Calls:
+    """As :func:`batch_norm_calls`, of a dilated 3x3 convolution."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as stock_functional
+
+    from advdl_ops import functional
+    from advdl_ops.nn import DilatedConv2d
+
+    torch.manual_seed(0)
+    x, channels = torch.randn(SHAPE, device=device), SHAPE[1]
+    conv = nn.Conv2d(channels, channels, 3, padding=2, dilation=2).to(device)
+    stock = nn.Sequential(conv, nn.ReLU(inplace=True))
+    ours = DilatedConv2d(channels, channels, 3, 2, act="relu").to(device)
+    ours.load_state_dict(conv.state_dict())
+    weight, bias = (p.detach() for p in conv.parameters())
+    operator, relu = torch.ops.advdl_ops.conv2d.default, ours.act
+    pairs = [1, 1], [2, 2], [2, 2]
+
+    def stock_relu() -> torch.Tensor:
+        return stock_functional.relu_(stock_functional.conv2d(x, weight, bias, 1, 2, 2))
+
+    forward = {
+        "eager": lambda: stock(x),
+        "eager functional": stock_relu,
+        "raw operator": lambda: operator(
+            x, weight, None, bias, None, *pairs, 1, relu.code, relu.param
+        ),
+        "functional": lambda: functional.conv2d(x, weight, bias, 1, 2, 2, act="relu"),
+        "advdl_ops": lambda: ours(x),
+    }
+    return {"eval fwd": _without_gradients(forward), **_under_gradients(stock, ours, x)}
+
+
 CELL = (1, 32, 32)  # batch, input and hidden size
 
 
@@ -180,6 +214,7 @@ def run(case: Case, session: Session) -> None:
         "batch_norm": batch_norm_calls,
         "group_norm": group_norm_calls,
         "lstm": lstm_cell_calls,
+        "conv2d": conv2d_calls,
     }
     family = next(name for name in calls if name in case.op)
     for mode, competing in calls[family](case.device).items():
@@ -222,6 +257,7 @@ for _op, _modes, _shape in (
     ("batch_norm_relu", ("eval fwd", "train fwd", "fwd", "full"), SHAPE),
     ("group_norm_silu", ("eval fwd", "fwd", "full"), SHAPE),
     ("lstm_cell", ("eval fwd", "fwd", "full"), CELL),
+    ("conv2d_relu", ("eval fwd", "fwd", "full"), SHAPE),
 ):
     for _device in ("cpu", "cuda"):
         register(

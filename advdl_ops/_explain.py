@@ -1,0 +1,194 @@
+"""Which implementation serves each layer of a model, and why."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library, nn, tuning
+from .backend import get_backend
+from .nn.group_norm import _InstanceNorm
+
+__all__ = ["Explanation", "Layer", "explain"]
+
+_NORMS = (nn.BatchNormAct2d, nn.GroupNorm, nn.LayerNorm2d, _InstanceNorm)
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+_RECURRENT = (nn.LSTM, nn.LSTMCell)
+_NOT_MEASURED = "not measured yet: run a forward"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A choice by measurement.
+
+    Attributes:
+        key: operator, direction, shapes and options, as of ``functional/_conv2d_cuda.py``.
+        chosen: the name of the fastest candidate.
+        seconds: median time of each candidate.
+        failed: of those that did not run, the error.
+    """
+
+    key: Any
+    chosen: str
+    seconds: dict[str, float]
+    failed: dict[str, str]
+
+    def __str__(self) -> str:
+        times = [
+            f"{name} {seconds * 1e6:.1f} us"
+            for name, seconds in sorted(self.seconds.items(), key=lambda item: item[1])
+        ]
+        times += [f"{name} failed ({why})" for name, why in self.failed.items()]
+        of = f"{self.key.direction} of {'x'.join(map(str, self.key.x))} {self.key.dtype} {self.key.layout}"
+        return (
+            f"{of}, epilogue {self.key.epilogue}: {self.chosen} ({', '.join(times) or 'not timed'})"
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer.
+
+    Attributes:
+        name: in the model, as of ``named_modules``.
+        kind: its class.
+        served_by: the implementation; of the reference with the reason.
+        choices: what was measured for it in this process, or read from an earlier one's file.
+    """
+
+    name: str
+    kind: str
+    served_by: str
+    choices: tuple[Measured, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.name or '(the module itself)'}  {self.kind}: {self.served_by}"]
+        return "\n".join([*lines, *(f"    {choice}" for choice in self.choices)])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A row for each layer of advdl_ops in a model; its text has a line for each."""
+
+    layers: tuple[Layer, ...]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.layers)) or "no layer of advdl_ops"
+
+
+def explain(module: torch.nn.Module, *inputs: Any) -> Explanation:
+    """What serves each layer of advdl_ops in ``module``: a kernel, torch's own, or the reference and why.
+
+    Args:
+        module: any module; layers that are not of ``advdl_ops.nn`` are left out.
+        inputs: if given, a copy of ``module`` is run on them first, without gradients, so that what is chosen by
+            measurement for their shapes is known. ``module`` and the random numbers stay as they are.
+
+    Returns:
+        Rows, printable. Choices are those of this process for a layer's weight and options, whatever module asked.
+
+    Raises:
+        TypeError: ``module`` is no module.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"explain: module ({type(module).__name__}) must be a torch.nn.Module")
+    if inputs:
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+        with torch.random.fork_rng(devices), torch.no_grad():
+            copy.deepcopy(module)(*inputs)
+    default = _device(module) or next(
+        (t.device for t in inputs if isinstance(t, Tensor)), torch.device("cpu")
+    )
+    layers = (
+        _layer(name, layer, _device(layer) or default) for name, layer in module.named_modules()
+    )
+    return Explanation(tuple(layer for layer in layers if layer is not None))
+
+
+def _device(module: torch.nn.Module) -> torch.device | None:
+    for tensors in (module.parameters(), module.buffers()):
+        for t in tensors:
+            return t.device
+    return None
+
+
+def _layer(name: str, layer: torch.nn.Module, device: torch.device) -> Layer | None:
+    kind = type(layer).__name__
+    if not isinstance(layer, (*_NORMS, *_CONVOLUTIONS, *_RECURRENT, nn.ConvBNAct)):
+        return None
+    reference = _why_reference(device)
+    if reference is not None:
+        return Layer(name, kind, f"the reference, in plain PyTorch: {reference}")
+    if device.type == "meta":
+        return Layer(name, kind, "nothing: it has no data")
+    own = f"CPU C++ kernel{_capability()}" if device.type == "cpu" else "CUDA C++ kernel"
+    torchs = "oneDNN or torch's own" if device.type == "cpu" else "cuDNN"
+    if isinstance(layer, nn.ConvBNAct):
+        return Layer(
+            name, kind,
+            f"in training {torchs}, then {own}; in evaluation one convolution, the norm folded into it: {torchs}",
+        )  # fmt: skip
+    if not isinstance(layer, _CONVOLUTIONS):
+        return Layer(name, kind, own)
+    depthwise = layer.groups == layer.in_channels == layer.out_channels
+    if device.type == "cpu":
+        return Layer(name, kind, own if depthwise else torchs)
+    if isinstance(layer, nn.ConvTranspose2d) and not depthwise:
+        return Layer(name, kind, torchs)
+    return _measured_layer(name, layer, device)
+
+
+def _measured_layer(name: str, layer: Any, device: torch.device) -> Layer:
+    kind = type(layer).__name__
+    if layer.weight.dtype == torch.float64:
+        return Layer(name, kind, "cuDNN or torch's own (fp64)")
+    choices = tuple(
+        Measured(key, *choice)
+        for on, key, choice in tuning.known()
+        if on == device and _is_of(key, layer)
+    )
+    if not choices:
+        return Layer(name, kind, _NOT_MEASURED)
+    served = sorted({choice.chosen for choice in choices})
+    return Layer(name, kind, ", ".join(served) + ", by measurement", choices)
+
+
+def _is_of(key: Any, layer: Any) -> bool:
+    """Whether a layer of this weight and these options asks for it; the padding may be given by name, so it is free."""
+    return (
+        getattr(key, "weight", None) == tuple(layer.weight.shape)
+        and key.dtype == str(layer.weight.dtype).removeprefix("torch.")
+        and (key.stride, key.dilation) == (layer.stride, layer.dilation)
+        and key.groups == layer.groups
+    )
+
+
+def _why_reference(device: torch.device) -> str | None:
+    if get_backend() == "reference":
+        return "it was asked for, by use_backend or ADVDL_OPS_BACKEND"
+    if device.type == "meta":
+        return None
+    if not _library.native(device.type):
+        unknown = f"no kernels exist for device type {device.type!r}"
+        return _library.status().get(device.type, unknown)
+    return _library.unsupported_gpu(device.index or 0) if device.type == "cuda" else None
+
+
+def _capability() -> str:
+    """Of the CPU kernels, where ``_C``, which knows, is of this Python."""
+    try:
+        return f", {importlib.import_module('advdl_ops._C').cpu.capability()}"
+    except ImportError:
+        return ""

@@ -1,0 +1,275 @@
+"""The raw operators ``conv2d`` and ``conv2d_backward`` on CPU: oneDNN, in the memory format in which it is fast.
+
+What oneDNN appends to its convolution (bias, residual, activation) it does while the output is still in cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._library import native
+from .._schemas import _library, conv2d_format
+from ..activation import ACTIVATIONS, IDENTITY, Activation
+from ..reference.activation import activate
+from ..reference.batch_norm_act import acc_dtype
+
+
+class Conv(NamedTuple):
+    """The options of a 2-D convolution, as :func:`torch.nn.functional.conv2d` takes them."""
+
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+
+
+_BY_CODE = {a.code: a for a in (IDENTITY, *ACTIVATIONS.values())}
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    act: int,
+    act_param: float,
+) -> Tensor:
+    """``act(conv2d(x, weight) * scale + shift + residual)`` in ``x``'s memory format, see ``_schemas.py``."""
+    activation = _BY_CODE[act]._replace(param=act_param)
+    conv = Conv(stride, padding, dilation, groups)
+    given_format = conv2d_format(x)
+    if uses_onednn(x, weight, conv):
+        if scale is not None:
+            weight = weight * scale.view(-1, 1, 1, 1)
+        x = convert(x, compute_format(x, conv))
+        # oneDNN's relu would hide a NaN from whoever trains; a pass in place costs 0.3 % of a 3x3 convolution of 64
+        # channels, 4 % of a 1x1.
+        relu = activation.name == "relu"
+        out = onednn_conv_act(x, weight, shift, conv, residual, IDENTITY if relu else activation)
+        return convert(out.relu_() if relu else out, given_format)
+    x = convert(x, compute_format(x, conv))
+    # In half precision a folded scale would round the weights once more, and a wider shift would be rounded.
+    in_conv = x.dtype == torch.float64 or (
+        scale is None and shift is not None and shift.dtype == x.dtype
+    )
+    if in_conv and scale is not None:
+        weight = weight * scale.view(-1, 1, 1, 1)
+    bias = shift if in_conv else None
+    out = torch.ops.aten.convolution(
+        x, weight, bias, stride, padding, dilation, False, [0, 0], groups
+    )
+    if in_conv:
+        scale = shift = None
+    return convert(epilogue(out, scale, shift, residual, activation), given_format)
+
+
+def conv2d_backward(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, of the weight and of a bias ``[C_out]``, see ``_schemas.py``."""
+    acc = acc_dtype(x.dtype)
+    dbias = dz.sum((0, 2, 3), dtype=acc) if need_dbias else x.new_empty(0, dtype=acc)
+    dx, dweight = x.new_empty(0), x.new_empty(0, dtype=acc)
+    if not (need_dx or need_dweight):
+        return dx, dweight, dbias
+    given_format = conv2d_format(x)
+    fast = compute_format(x, Conv(stride, padding, dilation, groups))
+    found = torch.ops.aten.convolution_backward(
+        convert(dz, fast),
+        convert(x, fast),
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [need_dx, need_dweight, False],
+    )
+    if need_dx:
+        dx = convert(found[0], given_format)
+    if need_dweight:
+        dweight = convert(found[1], torch.contiguous_format).to(acc)
+    return dx, dweight, dbias
+
+
+_library.impl("conv2d", conv2d, "CPU")
+_library.impl("conv2d_backward", conv2d_backward, "CPU")
+
+
+# From this dilation on oneDNN's convolution is faster in channels_last, by more than the two conversions take; below,
+# and without dilation, it is as fast in either format. Forward, contiguous -> by way of channels_last, in ms on one
+# core with AVX-512, 3x3: 2x64x56x56 dilated by 2: 8.8 -> 13, by 6: 13 -> 18, by 8: 24 -> 17, by 12: 19 -> 3.9, by 16:
+# 19 -> 6.1; 1x128x33x33 by 6: 2.5 -> 3.0, by 12: 5.6 -> 2.4, by 18: 3.7 -> 1.6. Backward of the first by 8: 49 -> 34,
+# by 12: 44 -> 30. 1x1, strides, groups and bf16: nothing gained.
+_LARGE_DILATION = 8
+
+
+def compute_format(x: Tensor, conv: Conv) -> torch.memory_format:
+    """The memory format in which a convolution of ``x`` is computed."""
+    if x.dtype == torch.float32 and max(conv.dilation) >= _LARGE_DILATION:
+        return torch.channels_last
+    return conv2d_format(x)
+
+
+def convert(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """``t`` ``[N, C, H, W]`` with the strides of ``memory_format``, those of sizes of 1 and 0 included."""
+    strides = _strides(t.shape, memory_format)
+    if t.stride() == strides:
+        return t
+    if t.is_contiguous(memory_format=memory_format):  # but for what a size of 1 leaves open
+        return t.as_strided(t.shape, strides)
+    if t.is_cpu and native("cpu"):
+        return torch.ops.advdl_ops.convert_layout(t, memory_format == torch.channels_last)
+    return t.contiguous(memory_format=memory_format)
+
+
+_convert = convert
+
+
+def _strides(shape: Any, memory_format: torch.memory_format) -> tuple[int, ...]:
+    _, c, h, w = shape
+    if memory_format == torch.channels_last:
+        return h * w * c, 1, w * c, c
+    c, h, w = max(c, 1), max(h, 1), max(w, 1)
+    return c * h * w, h * w, w, 1
+
+
+def unit_statistics(channels: int, like: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 ``[2, C]``: with them the norm's kernels are the epilogue of a convolution."""
+    acc = acc_dtype(like.dtype)
+    size = (1, channels)
+    return torch.cat([like.new_zeros(size, dtype=acc), like.new_ones(size, dtype=acc)])
+
+
+def epilogue(
+    z: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    """``act(z * scale + shift + residual)`` in one pass: the kernel of ``batch_norm_act`` in evaluation."""
+    if scale is None and shift is None and residual is None:
+        return activate(z, act)
+    mean, var = unit_statistics(z.shape[1], z).unbind()
+    return torch.ops.advdl_ops.batch_norm_act(
+        z, residual, scale, shift, mean, var, False, 0.0, 0.0, act.code, act.param
+    )[0]
+
+
+# ---- oneDNN's fused convolution ----
+
+# What oneDNN calls the activations that it appends to a convolution; elu is not offered.
+_ONEDNN_NAMES = {
+    "identity": "none",
+    "silu": "swish",
+    "gelu_tanh": "gelu",
+    **{name: name for name in ("relu", "leaky_relu", "gelu", "sigmoid", "tanh", "hardswish")},
+}
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_convolution_pointwise"
+)
+
+
+def uses_onednn(x: Tensor, weight: Tensor, conv: Conv) -> bool:
+    """Whether this input may be handed to oneDNN's fused convolution."""
+    return bool(
+        _HAS_ONEDNN
+        and type(x)
+        in (Tensor, torch.nn.Parameter)  # no subclass: fake tensors have no such operator
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32 == weight.dtype
+        and x.dim() == 4
+        and x.numel() > 0
+        and not isinstance(conv.padding, str)
+        and torch.backends.mkldnn.enabled
+        and not torch.is_autocast_enabled("cpu")
+        and not is_traced()
+    )
+
+
+def is_traced() -> bool:
+    """Whether a compiler or the tracer records this call: nothing may be cached, and the steps stay aten operators."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def prepack(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+    """``weight`` in the blocked layout that oneDNN likes best for inputs of ``x``'s shape."""
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight,
+        pair(conv.padding),
+        pair(conv.stride),
+        pair(conv.dilation),
+        conv.groups,
+        list(x.shape),
+    )
+
+
+def onednn_conv_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Conv,
+    residual: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    """``act(conv2d(x, weight, bias) + residual)``, in channels_last mostly whatever ``x`` is.
+
+    oneDNN's relu gives 0 for NaN.
+    """
+    options = pair(conv.padding), pair(conv.stride), pair(conv.dilation), conv.groups
+    ops = torch.ops.mkldnn
+    if residual is not None:
+        unary = "relu" if act.name == "relu" else None
+        out = ops._convolution_pointwise.binary(
+            x, residual, weight, bias, *options, "add", 1.0, unary, [], ""
+        )
+        return activate(out, act) if unary is None else out
+    if act.name in _ONEDNN_NAMES:
+        scalars = [act.param] if act.name == "leaky_relu" else []
+        algorithm = {"gelu": "none", "gelu_tanh": "tanh"}.get(act.name, "")
+        return ops._convolution_pointwise(
+            x, weight, bias, *options, _ONEDNN_NAMES[act.name], scalars, algorithm
+        )
+    return activate(ops._convolution_pointwise(x, weight, bias, *options, "none", [], ""), act)
+
+
+# ---- options ----
+
+
+def output_shape(
+    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
+) -> tuple[int, ...]:
+    """The shape ``[N, C_out, H_out, W_out]`` of a convolution of ``x`` ``[N, C_in, H, W]``; options are pairs."""
+    spatial = (
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    )
+    return (x.shape[0], weight.shape[0], *spatial)
+
+
+def pair(value: Any) -> list[int]:
+    """Height and width of an option that is one number for both, or two, or a sequence of one."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * 2 if len(values) == 1 else values

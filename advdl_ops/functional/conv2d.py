@@ -1,0 +1,414 @@
+"""2-D convolution, dilated and depthwise too, with scale, shift, residual addition and activation as one op.
+
+Dilated: Yu & Koltun 2016 (arXiv:1511.07122). Depthwise: Howard et al. 2017 (arXiv:1704.04861).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..activation import IDENTITY, Activation, resolve_activation
+from ..backend import serves_native
+from ..reference.batch_norm_act import acc_dtype
+from ._conv2d_cpu import output_shape, unit_statistics
+from ._norm import (
+    Z_INPUT,
+    Z_OUTPUT,
+    Z_RESIDUAL,
+    check_floating,
+    check_per_channel,
+    check_residual,
+    check_tensors,
+    gradient_like,
+)
+
+_NAME = "conv2d"
+_PADDINGS = ("same", "valid")
+# What autocast casts; numbers of fp64 it leaves.
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    act: str | Activation | torch.nn.Module | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    r"""``act((conv2d(x) + bias) * scale + shift + residual)``; arguments as of :func:`torch.nn.functional.conv2d`.
+
+    .. math:: y_{n,o,p} = \mathrm{act}\Big(\Big(\sum_{c,k} w_{o,c,k}\, x_{n,c,sp + dk - q} + b_o\Big) \gamma_o + \beta_o
+        + r_{n,o,p}\Big)
+
+    with stride s, dilation d and padding q by zeros; c runs over the channels of the group of o.
+
+    Args:
+        x: ``[N, C_in, H, W]`` or ``[C_in, H, W]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept; other
+            strides give a contiguous result).
+        weight: ``[C_out, C_in / groups, kH, kW]`` in ``x``'s dtype.
+        bias: ``[C_out]`` or ``None``; in ``x``'s dtype, or fp32 beside a half-precision ``x``, as scale and shift.
+        stride, dilation: >= 1, one number or (height, width).
+        padding: >= 0, as those, or ``"valid"`` (none), or ``"same"`` (stride 1: the output has ``x``'s size).
+        groups: divides ``C_in`` and ``C_out``; where it equals both, depthwise kernels serve.
+        act: ``None``, a name or a ``torch.nn`` module, see :func:`.resolve_activation`.
+        residual: of the output's shape and dtype, added before the activation.
+        scale, shift: ``[C_out]`` or ``None``: a norm of fixed statistics, for example.
+
+    Returns:
+        ``[N, C_out, H_out, W_out]`` (or without N, as ``x``) in ``x``'s memory format and dtype;
+        ``H_out = (H + 2 padding - dilation (kH - 1) - 1) // stride + 1``. Under autocast in the autocast dtype.
+
+    Raises:
+        RuntimeError: shapes that do not fit together, ``groups`` that do not divide the channels, a kernel larger than
+            the padded ``x``, a stride, padding or dilation out of range, an unknown padding, ``"same"`` with a stride,
+            mixed dtypes or devices; of a non-floating ``x`` its subclass ``NotImplementedError``.
+        ValueError: an unknown ``act``, ``residual`` of another shape.
+        TypeError: an option that is no integer, or a tensor that is none.
+
+    Saved for backward are ``x`` and the weight; for relu the output; for the other activations, and where ``scale``
+    needs a gradient, what the convolution alone gives, and the residual.
+    """
+    activation = act if type(act) is Activation else resolve_activation(_NAME, act)
+    check_tensors(_NAME, x=x, weight=weight, bias=bias, scale=scale, shift=shift, residual=residual)
+    if weight is None or x is None:
+        raise TypeError(f"{_NAME}: {'x' if x is None else 'weight'} (None) must be a Tensor")
+    x, weight, bias, scale, shift, residual = _autocast(x, weight, bias, scale, shift, residual)
+    if x.dim() == 3:
+        added = None if residual is None else residual.unsqueeze(0)
+        out = _conv2d(
+            x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, activation,
+            added, scale, shift,
+        )  # fmt: skip
+        return out.squeeze(0)
+    return _conv2d(
+        x, weight, bias, stride, padding, dilation, groups, activation, residual, scale, shift
+    )
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    act: Activation,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    if x.dim() != 4 or weight.dim() != 4:
+        name, t, what = (
+            ("weight", weight, "[C_out, C_in / groups, kH, kW]")
+            if weight.dim() != 4
+            else ("x", x, "[N, C_in, H, W] or [C_in, H, W]")
+        )
+        raise RuntimeError(f"{_NAME}: {name} (shape {tuple(t.shape)}) must be {what}")
+    steps, rates = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    padded, border = _padding(x, weight, padding, steps, rates)
+    _check(padded, weight, bias, steps, border, rates, groups, residual, scale, shift)
+    if not serves_native(_NAME, x):
+        return reference.conv2d(
+            padded, weight, bias, steps, border, rates, groups, scale, shift, residual, act
+        )
+    scale, shift = _folded(x, bias, scale, shift)
+    tensors = padded, weight, scale, shift, residual
+    options = steps, border, rates, groups, act
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return _forward(*tensors, options)
+    if torch.compiler.is_compiling():
+        return Conv2dFunction.apply(*tensors, options)
+    return _apply_eagerly(*tensors, options)
+
+
+# stride, padding, dilation, groups, activation
+_Options = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int, Activation]
+
+_dense_op = torch.ops.advdl_ops.conv2d.default
+_dense_backward_op = torch.ops.advdl_ops.conv2d_backward.default
+_depthwise_op = torch.ops.advdl_ops.depthwise_conv2d.default
+_depthwise_backward_op = torch.ops.advdl_ops.depthwise_conv2d_backward.default
+_epilogue_op = torch.ops.advdl_ops.batch_norm_act.default
+_epilogue_backward_op = torch.ops.advdl_ops.batch_norm_act_backward.default
+
+
+def _is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Every channel by itself; with more outputs than inputs the other operator serves."""
+    return groups == x.shape[1] and groups == weight.shape[0]
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    options: _Options,
+) -> Tensor:
+    stride, padding, dilation, groups, (_, code, param) = options
+    tensors = x, weight, scale, shift, residual
+    if _is_depthwise(x, weight, groups):
+        return _depthwise_op(*tensors, stride, padding, dilation, code, param)
+    return _dense_op(*tensors, stride, padding, dilation, groups, code, param)
+
+
+class Conv2dFunction(torch.autograd.Function):
+    """Gradients of ``conv2d``.
+
+    ``saved`` is by what backward knows of the pre-activation: nothing without an activation, relu's output, or ``z``,
+    the result of the convolution alone, with the residual. ``z`` is saved too where the scale needs a gradient.
+    The epilogue is the norm's kernel in evaluation, of mean 0 and deviation 1.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        options: _Options,
+    ) -> Tensor:
+        act = options[4]
+        by_output = act.name == "relu"
+        z = saved = None
+        ctx.z_source = Z_INPUT
+        if ctx.needs_input_grad[2] or not (act.code == 0 or by_output):
+            z = _forward(x, weight, None, None, None, (*options[:4], IDENTITY))
+            mean, var = unit_statistics(z.shape[1], z).unbind()
+            out = _epilogue_op(
+                z, residual, scale, shift, mean, var, False, 0.0, 0.0, act.code, act.param
+            )[0]
+            if residual is not None and act.code != 0 and not by_output:
+                saved, ctx.z_source = residual, Z_RESIDUAL
+        else:
+            out = _forward(x, weight, scale, shift, residual, options)
+        if by_output and (z is None or residual is not None):
+            saved, ctx.z_source = out, Z_OUTPUT
+        # The shift is known where the pre-activation is computed anew from z.
+        kept = None if z is None else shift
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        ctx.save_for_backward(x, weight, scale, kept, z, saved)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        x, weight, scale, shift, z, saved = ctx.saved_tensors
+        stride, padding, dilation, groups, act = ctx.options
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return (*_differentiable_gradients(ctx, dout), None)
+        dscale = dshift = None
+        dz = dresidual = dout
+        if act.code != 0 or scale is not None:
+            stats = unit_statistics(weight.shape[0], dout)
+            # With relu's output at hand z matters for the gradient of the scale alone, and without an activation too.
+            of_z = z if z is not None else saved if saved is not None else dout
+            # Without a scale or an activation the two gradients are one tensor.
+            writes_both = needs[4] and scale is not None and act.code != 0
+            dz, dresidual, dscale, dshift = _epilogue_backward_op(
+                dout, of_z, saved, scale, shift, stats, False, act.code, act.param, ctx.z_source,
+                True, writes_both,
+            )  # fmt: skip
+            if not writes_both:
+                dresidual = dz if scale is None else dout
+        tensors = dz, x, weight
+        # Of no scale the sum of dz is the gradient of the shift.
+        wanted = needs[0], needs[1], needs[3] and dshift is None
+        dx = dweight = dbias = None
+        if any(wanted):
+            dx, dweight, dbias = (
+                _depthwise_backward_op(*tensors, stride, padding, dilation, *wanted)
+                if _is_depthwise(x, weight, groups)
+                else _dense_backward_op(*tensors, stride, padding, dilation, groups, *wanted)
+            )
+        return (
+            dx if needs[0] else None,
+            gradient_like(dweight, weight) if needs[1] else None,
+            gradient_like(dscale, scale) if needs[2] else None,
+            _of_shift(ctx, dbias if dshift is None else dshift) if needs[3] else None,
+            dresidual if needs[4] else None,
+            None,
+        )
+
+
+def _of_shift(ctx: Any, grad: Tensor | None) -> Tensor:
+    """The shift is not always saved: of it the dtype is."""
+    assert grad is not None
+    return grad if grad.dtype == ctx.shift_dtype else grad.to(ctx.shift_dtype)
+
+
+# Function.apply without torch's wrapper of it, which looks for functorch transforms: serves_native has.
+_apply_eagerly = super(torch.autograd.Function, Conv2dFunction).apply
+
+
+def _differentiable_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    """What backward returns under ``create_graph=True``, made of differentiable torch operators."""
+    x, weight, scale, shift, _, saved = ctx.saved_tensors
+    stride, padding, dilation, groups, act = ctx.options
+    if ctx.z_source == Z_OUTPUT:
+        # relu's derivative is piecewise constant: what is left is the convolution under a masked cotangent.
+        dout, act = torch.where(saved <= 0, 0, dout), IDENTITY
+    residual = saved if ctx.z_source == Z_RESIDUAL else None
+    # Fresh aliases, so that the first-order gradients stop here while their own graph reaches the inputs.
+    with torch.enable_grad():
+        inputs = [
+            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in (x, weight, scale, shift, residual)
+        ]
+        of_x, of_weight, of_scale, of_shift, of_residual = inputs
+        assert of_x is not None and of_weight is not None
+        out = reference.conv2d(
+            of_x, of_weight, None, stride, padding, dilation, groups, of_scale, of_shift,
+            of_residual, act,
+        )  # fmt: skip
+        given = [t for t in inputs if t is not None]
+        found = iter(torch.autograd.grad(out, given, dout, create_graph=True))
+        gradients = [None if t is None else next(found) for t in inputs]
+        # What was not saved is added behind the activation that is left.
+        if shift is None and ctx.shift_dtype is not None:
+            gradients[3] = _of_shift(ctx, dout.sum((0, 2, 3), dtype=acc_dtype(dout.dtype)))
+        if residual is None:
+            gradients[4] = dout
+    needs = ctx.needs_input_grad[:5]
+    return tuple(g if n else None for g, n in zip(gradients, needs, strict=True))
+
+
+def _folded(
+    x: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """One scale and one shift for all three, of one dtype."""
+    acc = acc_dtype(x.dtype)
+    if bias is not None:
+        if scale is None and shift is None:
+            return None, bias
+        bias = bias.to(acc) if scale is None else bias.to(acc) * scale.to(acc)
+        shift = bias if shift is None else shift.to(acc) + bias
+    if scale is not None and shift is not None and scale.dtype != shift.dtype:
+        scale, shift = scale.to(acc), shift.to(acc)
+    return scale, shift
+
+
+def _autocast(x: Tensor, weight: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The inputs in autocast's dtype, where it is on; what is ``[C_out]`` may stay in fp32."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x, weight, *others
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return t.to(dtype) if t is not None and t.dtype in _CAST else t
+
+    *channels, residual = others
+    return (
+        cast(x),
+        cast(weight),
+        *(t if t is None or t.dtype == torch.float32 else cast(t) for t in channels),
+        cast(residual),
+    )
+
+
+# ---- options ----
+
+
+def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
+    if isinstance(value, (int, torch.SymInt)):
+        found: Any = (value, value)
+    else:
+        if not isinstance(value, (tuple, list)) or not all(
+            isinstance(v, (int, torch.SymInt)) for v in value
+        ):
+            raise TypeError(f"{_NAME}: {name} ({value!r}) must be an integer or a pair of them")
+        if len(value) not in (1, 2):
+            raise RuntimeError(f"{_NAME}: {name} ({value!r}) must be one number or two")
+        found = (value[0], value[-1])
+    if found[0] < least or found[1] < least:
+        raise RuntimeError(f"{_NAME}: {name} ({value!r}) must be at least {least}")
+    return found
+
+
+def _padding(
+    x: Tensor, weight: Tensor, padding: Any, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """``x``, padded here where its two sides differ, and the padding of both sides."""
+    if not isinstance(padding, str):
+        return x, _pair("padding", padding, 0)
+    if padding not in _PADDINGS:
+        raise RuntimeError(
+            f"{_NAME}: padding ({padding!r}) must be numbers or one of {', '.join(_PADDINGS)}"
+        )
+    if padding == "valid":
+        return x, (0, 0)
+    if stride != (1, 1):
+        raise RuntimeError(f"{_NAME}: stride ({stride}) must be 1 with padding 'same'")
+    height, width = (
+        rate * (kernel - 1) for rate, kernel in zip(dilation, weight.shape[2:], strict=True)
+    )
+    if height % 2 or width % 2:  # of an even kernel, as torch: one more behind
+        x = F.pad(x, (0, width % 2, 0, height % 2))
+    return x, (height // 2, width // 2)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    if not isinstance(groups, int):
+        raise TypeError(f"{_NAME}: groups ({groups!r}) must be an integer")
+    if groups < 1:
+        raise RuntimeError(f"{_NAME}: groups ({groups}) must be at least 1")
+    channels, outputs = x.shape[1], weight.shape[0]
+    for of, count in (("channels", channels), ("channels of the output", outputs)):
+        if count % groups != 0:
+            raise RuntimeError(f"{_NAME}: groups ({groups}) must divide the {of} ({count})")
+    if weight.shape[1] * groups != channels:
+        raise RuntimeError(
+            f"{_NAME}: x (shape {tuple(x.shape)}) must have {weight.shape[1] * groups} channels for "
+            f"weight (shape {tuple(weight.shape)}) and groups ({groups})"
+        )
+    if outputs == 0 or 0 in weight.shape[2:]:
+        raise RuntimeError(
+            f"{_NAME}: weight (shape {tuple(weight.shape)}) must have an output channel and a kernel of size 1 at least"
+        )
+    check_floating(_NAME, "x", x)
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise RuntimeError(
+            f"{_NAME}: weight ({weight.dtype} on {weight.device}) must be of x's dtype and on its device "
+            f"({x.dtype} on {x.device})"
+        )
+    shape = output_shape(x, weight, stride, padding, dilation)
+    if shape[2] < 1 or shape[3] < 1:
+        raise RuntimeError(
+            f"{_NAME}: weight (shape {tuple(weight.shape)}, dilation {dilation}) must not be larger than the padded x "
+            f"(shape {tuple(x.shape)}, padding {padding})"
+        )
+    check_per_channel(_NAME, x, outputs, bias=bias, scale=scale, shift=shift)
+    if residual is not None:
+        check_residual(_NAME, residual, shape, x.device)
+        if residual.dtype != x.dtype:
+            raise RuntimeError(
+                f"{_NAME}: residual (dtype {residual.dtype}) must be of x's dtype ({x.dtype})"
+            )

@@ -1,0 +1,374 @@
+"""Transposed convolution and activation (Zeiler et al. 2010; the arithmetic: Dumoulin & Visin 2016, arXiv:1603.07285).
+
+On CPU the forward of dense layers is oneDNN's, through torch: measured in fp32 with 2 threads, nothing of our own beats
+it. For kernel 2, stride 2, where outputs do not overlap, a matrix product and a pixel shuffle took (channels_last, ms,
+against oneDNN): 2.8 / 2.2 for x [8, 128, 28, 28] to 64 channels, 11.7 / 9.1 at 56 x 56, 6.4 / 6.0 for
+[4, 512, 16, 16] to 256, 4.1 / 3.1 for [2, 64, 128, 128] to 32.
+
+Ours are the activation, written over the convolution's output where its derivative follows from that output or nobody
+asks for it (at 56 x 56 above: 15 ms, against 23 ms with a tensor of its own), the gradient of a bias in channels_last
+(:func:`_sums_bias`), and depthwise layers, which are the gradients of this package's depthwise convolution.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from .._schemas import conv2d_format
+from ..activation import Activation, resolve_activation
+from ..backend import get_backend, serves_native, transformed
+from ._activation import DERIVATIVES, activated, derivative_from_output
+from ._norm import (
+    Z_INPUT,
+    check_floating,
+    check_tensors,
+    differentiable_gradients,
+    gradient_like,
+    needs_grad,
+)
+
+_NAME = "conv_transpose2d"
+_convolution_backward_op = torch.ops.aten.convolution_backward.default
+_depthwise_op = torch.ops.advdl_ops.depthwise_conv2d.default
+_depthwise_backward_op = torch.ops.advdl_ops.depthwise_conv2d_backward.default
+
+
+class Options(NamedTuple):
+    """What a transposed convolution is given beside its tensors, in torch's order."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    output_padding: tuple[int, int]
+    groups: int
+    dilation: tuple[int, int]
+
+
+def conv_transpose2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+    *,
+    act: str | Activation | torch.nn.Module | None = None,
+) -> Tensor:
+    r"""``act(conv_transpose2d(x))``; arguments in the order of :func:`torch.nn.functional.conv_transpose2d`.
+
+    The gradient of ``conv2d`` with respect to its input, taken at ``x``. On each axis the output has
+
+    .. math:: (\mathrm{size} - 1) \cdot \mathrm{stride} - 2 \cdot \mathrm{padding}
+              + \mathrm{dilation} \cdot (\mathrm{kernel} - 1) + \mathrm{output\_padding} + 1
+
+    Args:
+        x: ``[N, C_in, H, W]`` or ``[C_in, H, W]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept; other
+            strides give a contiguous result).
+        weight: ``[C_in, C_out / groups, kH, kW]``, in ``x``'s dtype.
+        bias: ``[C_out]`` or ``None``, in ``x``'s dtype.
+        stride, padding, output_padding, dilation: one integer, or one for each of height and width;
+            ``output_padding`` is less than the larger of stride and dilation on its axis.
+        groups: divides ``C_in``.
+        act: ``None``, a name or a ``torch.nn`` module, see :func:`.resolve_activation`.
+
+    Returns:
+        ``[N, C_out, H_out, W_out]`` or ``[C_out, H_out, W_out]`` in ``x``'s memory format and dtype (autocast's under
+        autocast). Beside ``x`` and ``weight`` the backward pass holds nothing without an activation, the output alone
+        for relu, leaky_relu, sigmoid and tanh, which must then not be written over, else the pre-activation.
+
+    Raises:
+        RuntimeError: a tensor of another rank, channels that do not fit ``weight``, ``groups`` or ``bias``, an option
+            out of range or not of one or two values, an empty kernel or image, mixed dtypes or devices; for a
+            non-floating ``x`` its subclass ``NotImplementedError``.
+        TypeError: an option that is no integer, a tensor that is none, an ``act`` of another class.
+        ValueError: an unknown ``act``.
+    """
+    activation = act if type(act) is Activation else resolve_activation(_NAME, act)
+    options = Options(
+        _pair("stride", stride),
+        _pair("padding", padding),
+        _pair("output_padding", output_padding),
+        groups,
+        _pair("dilation", dilation),
+    )
+    check_tensors(_NAME, x=x, weight=weight, bias=bias)
+    if x is None or weight is None:
+        raise TypeError(f"{_NAME}: {'weight' if weight is None else 'x'} (None) must be a Tensor")
+    x, weight, bias = _as_autocast(x, weight, bias)
+    _check(x, weight, bias, options)
+    if x.dim() == 3:
+        return _batched(x.unsqueeze(0), weight, bias, options, activation).squeeze(0)
+    return _batched(x, weight, bias, options, activation)
+
+
+def _batched(
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, act: Activation
+) -> Tensor:
+    depthwise = _is_depthwise(x, weight, options) and serves_native(_NAME, x)
+    # Of the other layers, compilers and exporters see aten operators, whose activation they fuse themselves.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if get_backend() == "reference" or transformed() or (traced and not depthwise):
+        return reference.conv_transpose2d(x, weight, bias, options, act)
+    if not needs_grad(x, None, weight, bias):
+        z = _convolve_transposed(x, weight, bias, options, depthwise)
+        return activated(z, act, in_place=True)
+    if (
+        act.code == 0
+        and not depthwise
+        and not (bias is not None and _sums_bias(x))
+        # Such a weight would decide the format of x's gradient.
+        and not weight.is_contiguous(memory_format=torch.channels_last)
+    ):
+        # As good as torch's own gradients.
+        return _convolve_transposed(x, weight, bias, options, False)
+    return ConvTranspose2dFunction.apply(x, weight, bias, options, act, depthwise)
+
+
+def _is_depthwise(x: Tensor, weight: Tensor, options: Options) -> bool:
+    """Whether ``depthwise_conv2d`` of the output has ``x``'s shape, so that its gradient is the layer.
+
+    An output padding of the stride or more, which torch allows below the dilation, would give a larger one.
+    """
+    return (
+        x.is_cpu
+        and options.groups == weight.shape[0]
+        and weight.shape[1] == 1
+        and all(more < s for more, s in zip(options.output_padding, options.stride, strict=True))
+        and min(_output_size(x, weight, options)) > 0
+    )
+
+
+class ConvTranspose2dFunction(torch.autograd.Function):
+    """Gradients of ``conv_transpose2d``. Saved: ``x``, ``weight``, ``bias``, and the output or the pre-activation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: Options,
+        act: Activation,
+        depthwise: bool,
+    ) -> Tensor:
+        from_output = derivative_from_output(act)
+        z = _convolve_transposed(x, weight, bias, options, depthwise)
+        out = activated(z, act, in_place=from_output)
+        saved = None if act.code == 0 else out if from_output else z
+        ctx.save_for_backward(x, weight, bias, saved)
+        ctx.options, ctx.act, ctx.depthwise = options, act, depthwise
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (dout,) = grads
+        x, weight, bias, saved = ctx.saved_tensors
+        options, act = ctx.options, ctx.act
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+
+            def forward(x, _residual, weight, bias, act):
+                return reference.conv_transpose2d(x, weight, bias, options, act)
+
+            dx, _, dweight, dbias = differentiable_gradients(
+                forward, dout, x, None, weight, bias, act, Z_INPUT
+            )
+        else:
+            dz = dout if saved is None else DERIVATIVES[act.name](dout, saved, act.param)
+            needs = need_x, need_weight, need_bias
+            gradients = _depthwise_gradients if ctx.depthwise else _dense_gradients
+            dx, dweight, dbias = gradients(dz, x, weight, options, needs)
+        return (
+            dx if need_x else None,
+            gradient_like(dweight, weight) if need_weight else None,
+            gradient_like(dbias, bias) if need_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _convolve_transposed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, depthwise: bool
+) -> Tensor:
+    """``[N, C_out, H_out, W_out]`` in the memory format of ``x``; a tensor that nobody else holds."""
+    layout = conv2d_format(x)
+    if depthwise:
+        shape = (*x.shape[:2], *_output_size(x, weight, options))
+        # Never written or read: of the convolution's input its gradient needs the sizes and the format.
+        like = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        out = _depthwise_backward_op(
+            x, like, weight, *_convolution_options(options), True, False, False
+        )[0]
+        return out if bias is None else out.add_(bias[:, None, None])
+    if layout == torch.contiguous_format:
+        weight = weight.contiguous()  # or torch would answer in the weight's format
+    out = F.conv_transpose2d(x, weight, bias, *options)
+    return out.contiguous(memory_format=layout)
+
+
+def _depthwise_gradients(
+    dz: Tensor, x: Tensor, weight: Tensor, options: Options, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As :func:`_dense_gradients`: a convolution of ``dz``, and that convolution's gradient for its weight."""
+    need_x, need_weight, need_bias = needs
+    dz = dz.contiguous(memory_format=conv2d_format(x))
+    conv = _convolution_options(options)
+    dx = _depthwise_op(dz, weight, None, None, None, *conv, 0, 0.0) if need_x else None
+    dweight = None
+    if need_weight:
+        dweight = _depthwise_backward_op(x, dz, weight, *conv, False, True, False)[1]
+    return dx, dweight, dz.sum((0, 2, 3)) if need_bias else None
+
+
+def _dense_gradients(
+    dz: Tensor, x: Tensor, weight: Tensor, options: Options, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for x, weight and bias, where ``needs`` says so; dx in x's format."""
+    layout = conv2d_format(x)
+    need_x, need_weight, need_bias = needs
+    sums_bias = need_bias and _sums_bias(x)
+    dz = dz.contiguous(memory_format=layout)
+    dx = dweight = dbias = None
+    if sums_bias:
+        dbias = dz.sum((0, 2, 3))
+    if need_x or need_weight or not sums_bias:
+        dx, dweight, sum_of_dz = _convolution_backward_op(
+            dz,
+            x,
+            weight,
+            [dz.shape[1]],
+            options.stride,
+            options.padding,
+            options.dilation,
+            True,
+            options.output_padding,
+            options.groups,
+            [need_x, need_weight, need_bias and not sums_bias],
+        )
+        dbias = dbias if sums_bias else sum_of_dz
+    return None if dx is None else dx.contiguous(memory_format=layout), dweight, dbias
+
+
+def _sums_bias(x: Tensor) -> bool:
+    """Whether a bias's gradient is a sum of its own: oneDNN takes long for it in channels_last.
+
+    Backward of the layers at the head of this file, in ms, without and with: 6.2 / 4.6, 33.9 / 25.1, 14.3 / 13.8,
+    12.8 / 7.4. In contiguous memory there is no such difference.
+    """
+    return x.is_cpu and conv2d_format(x) == torch.channels_last
+
+
+def _as_autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Under autocast its dtype, as torch's own operator is given; here, so that backward holds no fp32 ``x``."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    """Height and width of an option that is one number for both, or a sequence of one or two."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value  # as modules hold it
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    for v in values:
+        if isinstance(v, bool) or not isinstance(v, (int, torch.SymInt, numbers.Integral)):
+            raise TypeError(f"{_NAME}: {name} ({value!r}) must be an integer, or two")
+    if len(values) not in (1, 2):
+        raise RuntimeError(f"{_NAME}: {name} ({value!r}) must be one integer, or two")
+    return values[0], values[-1]
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> None:
+    if x.dim() not in (3, 4):
+        raise RuntimeError(
+            f"{_NAME}: x (shape {tuple(x.shape)}) must be [N, C_in, H, W] or [C_in, H, W]"
+        )
+    check_floating(_NAME, "x", x)
+    shape, groups = weight.shape, options.groups
+    if len(shape) != 4 or 0 in (shape[0], shape[1], shape[2], shape[3]):
+        raise RuntimeError(
+            f"{_NAME}: weight (shape {tuple(shape)}) must be [C_in, C_out / groups, kH, kW], none of them 0"
+        )
+    if isinstance(groups, bool) or not isinstance(groups, (int, numbers.Integral)):
+        raise TypeError(f"{_NAME}: groups ({groups!r}) must be an integer")
+    if groups < 1:
+        raise RuntimeError(f"{_NAME}: groups ({groups}) must be at least 1")
+    if shape[0] % groups:
+        raise RuntimeError(f"{_NAME}: groups ({groups}) must divide the channels ({shape[0]})")
+    if x.shape[-3] != shape[0]:
+        raise RuntimeError(
+            f"{_NAME}: x (shape {tuple(x.shape)}) must have the {shape[0]} channels of weight "
+            f"(shape {tuple(shape)})"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != shape[1] * groups):
+        raise RuntimeError(
+            f"{_NAME}: bias (shape {tuple(bias.shape)}) must have one value for each of the "
+            f"{shape[1] * groups} channels"
+        )
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise RuntimeError(
+                f"{_NAME}: {name} (dtype {t.dtype}) must be of x's dtype ({x.dtype})"
+            )
+        if t is not None and t.device != x.device:
+            raise RuntimeError(
+                f"{_NAME}: {name} (device {t.device}) must be on x's device ({x.device})"
+            )
+    _check_options(options)
+    sizes = _output_size(x, weight, options)
+    if x.shape[-2] == 0 or x.shape[-1] == 0 or min(sizes) < 0:
+        raise RuntimeError(
+            f"{_NAME}: x (shape {tuple(x.shape)}) must not be empty and must leave an output, "
+            f"of height and width {sizes}"
+        )
+
+
+def _check_options(options: Options) -> None:
+    for name, least in (("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1)):
+        values = getattr(options, name)
+        if values[0] < least or values[1] < least:
+            raise RuntimeError(f"{_NAME}: {name} ({values}) must be at least {least}")
+    more, stride, dilation = options.output_padding, options.stride, options.dilation
+    if more[0] >= max(stride[0], dilation[0]) or more[1] >= max(stride[1], dilation[1]):
+        raise RuntimeError(
+            f"{_NAME}: output_padding ({more}) must be less than the larger of stride ({stride}) "
+            f"and dilation ({dilation}) on each axis"
+        )
+
+
+def _convolution_options(
+    options: Options,
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    return options.stride, options.padding, options.dilation
+
+
+def _output_size(x: Tensor, weight: Tensor, options: Options) -> tuple[int, int]:
+    (height, width), (kernel_h, kernel_w) = x.shape[-2:], weight.shape[2:]
+    (stride_h, stride_w), (padding_h, padding_w), (more_h, more_w), _, (dilation_h, dilation_w) = (
+        options
+    )
+    return (
+        unpadded_size(height, kernel_h, stride_h, padding_h, dilation_h) + more_h,
+        unpadded_size(width, kernel_w, stride_w, padding_w, dilation_w) + more_w,
+    )
+
+
+def unpadded_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Of the output on one axis, without output padding."""
+    return (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1

@@ -1,0 +1,276 @@
+"""``torch.nn.Conv2d`` with residual addition and activation in the same op; dilated and depthwise by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._schemas import conv2d_format
+from ..activation import Activation, act_repr, resolve_activation
+from ..functional._conv2d_cpu import pair
+from ..functional.conv2d import conv2d
+
+_Act = str | Activation | torch.nn.Module | None
+_Size = int | tuple[int, int]
+_PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class Conv2d(torch.nn.Conv2d):
+    """``act(conv2d(x) + residual)`` over ``[N, C_in, H, W]`` or ``[C_in, H, W]``.
+
+    Arguments, defaults and ``state_dict`` keys of :class:`torch.nn.Conv2d`, and:
+
+    Args:
+        act: ``None``, a name (``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"sigmoid"``,
+            ``"tanh"``, ``"hardswish"``) or the matching ``torch.nn`` module, whose parameters are taken over.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Size,
+        stride: _Size = 1,
+        padding: str | _Size = 0,
+        dilation: _Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: _PaddingMode = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        act: _Act = None,
+    ) -> None:
+        self.act = resolve_activation(type(self).__name__, act)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x`` and ``residual`` (of the output's shape) -> ``[N, C_out, H_out, W_out]``; errors as :func:`.conv2d`."""
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            padded = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            # Circular padding answers in contiguous memory whatever it was given.
+            x = padded if x.dim() != 4 else padded.contiguous(memory_format=conv2d_format(x))
+            padding = 0
+        return conv2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            act=self.act,
+            residual=residual,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + act_repr(self.act)
+
+
+class DilatedConv2d(Conv2d):
+    """:class:`Conv2d` whose kernel has ``dilation - 1`` holes between its taps (Yu & Koltun 2016, arXiv:1511.07122).
+
+    The rate stands right behind the kernel's size. The kernel covers ``dilation * (kernel_size - 1) + 1`` positions
+    with the weights of ``kernel_size``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, groups, bias, padding_mode, device, dtype, act: as
+            :class:`Conv2d`.
+        dilation: one number or (height, width).
+        padding: as :class:`Conv2d`; ``None`` keeps height and width at stride 1: ``dilation * (kernel_size - 1) / 2``.
+
+    Raises:
+        ValueError: ``padding=None`` where ``dilation * (kernel_size - 1)`` is odd; else as :class:`torch.nn.Conv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: _Size,
+        dilation: _Size = 2,
+        stride: _Size = 1,
+        padding: str | _Size | None = None,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: _PaddingMode = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        act: _Act = None,
+    ) -> None:
+        if padding is None:
+            padding = _keeping(type(self).__name__, kernel_size, dilation)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            act=act,
+        )
+
+
+class DepthwiseConv2d(Conv2d):
+    """:class:`Conv2d` that filters every channel by itself (Howard et al. 2017, arXiv:1704.04861).
+
+    Args:
+        channels: of the input; the output has ``channels * multiplier``, those of one input channel side by side.
+        kernel_size, stride, dilation, bias, padding_mode, device, dtype, act: as :class:`Conv2d`.
+        padding: as :class:`Conv2d`; ``None`` keeps height and width at stride 1: ``dilation * (kernel_size - 1) / 2``.
+        multiplier: filters for each channel.
+
+    Raises:
+        ValueError: ``multiplier`` below 1, ``padding=None`` where ``dilation * (kernel_size - 1)`` is odd; else as
+            :class:`torch.nn.Conv2d`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: _Size,
+        stride: _Size = 1,
+        padding: str | _Size | None = None,
+        dilation: _Size = 1,
+        bias: bool = True,
+        padding_mode: _PaddingMode = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        multiplier: int = 1,
+        act: _Act = None,
+    ) -> None:
+        name = type(self).__name__
+        if multiplier < 1:
+            raise ValueError(f"{name}: multiplier ({multiplier}) must be at least 1")
+        if padding is None:
+            padding = _keeping(name, kernel_size, dilation)
+        super().__init__(
+            channels,
+            channels * multiplier,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            channels,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+            act=act,
+        )
+
+
+class HybridDilatedConv(torch.nn.Sequential):
+    """A stack of :class:`DilatedConv2d` whose rates leave no hole in what the last one sees.
+
+    Wang et al. 2018 (arXiv:1702.08502, section 3.2). Of equal rates r every output sees a grid alone, each r-th
+    position ("gridding"). With :math:`M_n = r_n` and
+
+    .. math:: M_i = \\max[M_{i+1} - 2 r_i,\\; 2 r_i - M_{i+1},\\; r_i]
+
+    for the largest distance between two taps that are not zero, the condition is :math:`M_2 \\le K`. Beside it what the
+    whole stack sees is counted: it must be every position of its field, so rates have no common divisor.
+
+    Args:
+        channels: of the input, of the output and between.
+        rates: dilation of each layer, first to last.
+        kernel_size: K, odd, of all layers.
+        act: behind every layer, as :class:`Conv2d`.
+        bias: of every layer.
+
+    Height and width stay.
+
+    Raises:
+        ValueError: rates that leave holes, no rate, a rate below 1, an even ``kernel_size``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        rates: Sequence[int] = (1, 2, 4),
+        kernel_size: int = 3,
+        *,
+        act: _Act = "relu",
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        name = type(self).__name__
+        if kernel_size % 2 == 0:
+            raise ValueError(f"{name}: kernel_size ({kernel_size}) must be odd")
+        _check_rates(name, tuple(rates), kernel_size)
+        super().__init__(
+            *(
+                DilatedConv2d(
+                    channels, channels, kernel_size, rate, bias=bias, device=device, dtype=dtype,
+                    act=act,
+                )
+                for rate in rates
+            )
+        )  # fmt: skip
+
+
+def _check_rates(name: str, rates: tuple[int, ...], kernel_size: int) -> None:
+    if not rates or min(rates) < 1:
+        raise ValueError(f"{name}: rates ({rates}) must be numbers from 1 on, at least one")
+    distance = rates[-1]
+    for rate in reversed(rates[1:-1]):
+        distance = max(distance - 2 * rate, 2 * rate - distance, rate)
+    if len(rates) > 1 and distance > kernel_size:
+        raise ValueError(
+            f"{name}: rates ({rates}) must leave no holes (gridding): the largest distance between taps, "
+            f"M_2 ({distance}), must not exceed kernel_size ({kernel_size})"
+        )
+    # That the first rate fills what the others leave, M_2 does not say.
+    half = kernel_size // 2
+    seen = {0}
+    for rate in rates:
+        seen = {at + rate * tap for at in seen for tap in range(-half, half + 1)}
+    holes = [at for at in range(max(seen)) if at not in seen]
+    if holes:
+        raise ValueError(
+            f"{name}: rates ({rates}) must leave no holes (gridding): an output would not see position {holes[0]} "
+            "beside its own"
+        )
+
+
+def same_padding(kernel_size: _Size, dilation: _Size) -> tuple[int, int]:
+    """What keeps height and width at stride 1, for odd kernels."""
+    height, width = (
+        rate * (kernel - 1) // 2
+        for kernel, rate in zip(pair(kernel_size), pair(dilation), strict=True)
+    )
+    return height, width
+
+
+def _keeping(name: str, kernel_size: _Size, dilation: _Size) -> tuple[int, int]:
+    if any(r * (k - 1) % 2 for k, r in zip(pair(kernel_size), pair(dilation), strict=True)):
+        raise ValueError(
+            f"{name}: kernel_size ({kernel_size}) must be odd or dilation ({dilation}) even where padding is None, "
+            "or padding be given"
+        )
+    return same_padding(kernel_size, dilation)

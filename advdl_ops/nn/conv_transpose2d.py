@@ -1,0 +1,173 @@
+"""``torch.nn.ConvTranspose2d`` with the activation behind it, and an output that fits what it is joined with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activation import Activation, act_repr, resolve_activation
+from ..functional.conv_transpose2d import conv_transpose2d, unpadded_size
+
+_NAME = "ConvTranspose2d"
+
+
+class ConvTranspose2d(torch.nn.ConvTranspose2d):
+    """``act(conv_transpose2d(x))`` over ``[N, C_in, H, W]`` or ``[C_in, H, W]``.
+
+    Arguments, defaults, parameters and ``state_dict`` keys of :class:`torch.nn.ConvTranspose2d`, and:
+
+    Args:
+        act: ``None``, a name (``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"sigmoid"``,
+            ``"tanh"``, ``"hardswish"``) or the matching ``torch.nn`` module, whose parameters are taken over.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        output_padding: int | tuple[int, int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | tuple[int, int] = 1,
+        padding_mode: Any = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        act: str | Activation | torch.nn.Module | None = None,
+    ) -> None:
+        self.act = resolve_activation(type(self).__name__, act)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device,
+            dtype,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        output_size: Sequence[int] | None = None,
+        *,
+        match: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """``x`` ``[N, C_in, H, W]`` or ``[C_in, H, W]`` -> the same with ``C_out`` channels and ``H_out``, ``W_out``.
+
+        Args:
+            output_size: height and width of the output, or its whole shape, as :class:`torch.nn.ConvTranspose2d`: of
+                the sizes that the layer can give by some output padding less than the stride.
+            match: a tensor of ``x``'s rank whose height and width the output is to have, such as the feature of an
+                encoder that the output is joined with, or that height and width. Any size is reached: by output
+                padding where that can; beyond its range the output is cut, or zeros are added to it (after the
+                activation), at the bottom and on the right. There, because position 0 of a convolution's output and
+                of its transposed one belong together: what an encoder that rounds down leaves out lies at the end.
+
+        ``output_size`` and ``match`` stand in place of the layer's ``output_padding``; one of them may be given.
+
+        Raises:
+            ValueError: both are given, ``output_size`` cannot be reached or has another length, ``match`` of another
+                rank or length, or a size below 1.
+            TypeError: ``match`` or ``output_size`` is neither of what it may be.
+
+        And as :func:`.conv_transpose2d`.
+        """
+        output_padding, more = self.output_padding, (0, 0)
+        if match is not None:
+            if output_size is not None:
+                raise ValueError(
+                    f"{_NAME}: output_size ({tuple(output_size)}) must be None where match is given"
+                )
+            output_padding, more = self._padding_to_match(x, match)
+        elif output_size is not None:
+            output_padding = self._padding_to_reach(x, output_size)
+        out = conv_transpose2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+            act=self.act,
+        )
+        # A negative number of zeros cuts. Both keep the memory format.
+        return out if more == (0, 0) else F.pad(out, (0, more[1], 0, more[0]))
+
+    def _unpadded_sizes(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of the output without output padding."""
+        if x.dim() not in (3, 4):
+            raise RuntimeError(
+                f"{_NAME}: x (shape {tuple(x.shape)}) must be [N, C_in, H, W] or [C_in, H, W]"
+            )
+        options: Any = self.kernel_size, self.stride, self.padding, self.dilation
+        height, width = (unpadded_size(*axis) for axis in zip(x.shape[-2:], *options, strict=True))
+        return height, width
+
+    def _padding_to_match(
+        self, x: Tensor, match: Tensor | Sequence[int]
+    ) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """The output padding, and how many rows and columns are to be added after it (or taken off)."""
+        sizes = _matched_sizes(x, match)
+        missing = [size - least for size, least in zip(sizes, self._unpadded_sizes(x), strict=True)]
+        padding = [
+            min(max(m, 0), max(stride, dilation) - 1)
+            for m, stride, dilation in zip(missing, self.stride, self.dilation, strict=True)
+        ]
+        return (padding[0], padding[1]), (missing[0] - padding[0], missing[1] - padding[1])
+
+    def _padding_to_reach(self, x: Tensor, output_size: Sequence[int]) -> tuple[int, ...]:
+        sizes, least = tuple(output_size), self._unpadded_sizes(x)
+        if len(sizes) == x.dim():
+            sizes = sizes[-2:]
+        if len(sizes) != 2:
+            raise ValueError(
+                f"{_NAME}: output_size ({tuple(output_size)}) must have 2 or {x.dim()} elements for a {x.dim()}-D x"
+            )
+        for size, low, stride in zip(sizes, least, self.stride, strict=True):
+            if size < low or size >= low + stride:
+                most = tuple(low + s - 1 for low, s in zip(least, self.stride, strict=True))
+                raise ValueError(
+                    f"{_NAME}: output_size ({tuple(output_size)}) must be from {least} to {most} for an x of "
+                    f"height and width {tuple(x.shape[-2:])}"
+                )
+        return tuple(size - low for size, low in zip(sizes, least, strict=True))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + act_repr(self.act)
+
+
+def _matched_sizes(x: Tensor, match: Tensor | Sequence[int]) -> tuple[int, int]:
+    if isinstance(match, Tensor):
+        if match.dim() != x.dim():
+            raise ValueError(
+                f"{_NAME}: match (shape {tuple(match.shape)}) must have the rank of x (shape {tuple(x.shape)})"
+            )
+        height, width = match.shape[-2:]
+    elif isinstance(match, (tuple, list)):
+        if len(match) != 2:
+            raise ValueError(f"{_NAME}: match ({tuple(match)}) must be a height and a width")
+        height, width = match
+        if not all(isinstance(size, (int, torch.SymInt)) for size in match):
+            raise TypeError(f"{_NAME}: match ({tuple(match)}) must be two integers")
+    else:
+        raise TypeError(
+            f"{_NAME}: match ({type(match).__name__}) must be a Tensor, or a height and a width"
+        )
+    if height < 1 or width < 1:
+        raise ValueError(f"{_NAME}: match ({height}, {width}) must have sizes of at least 1")
+    return height, width

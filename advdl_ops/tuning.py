@@ -1,0 +1,311 @@
+"""Which of several implementations serves one call: measured once, stored on disk, the same in every later run.
+
+A choice is asked for, in this order, in this process, in the file of this GPU and of these versions of torch, Triton,
+cuDNN and advdl_ops, and only then by measuring every candidate. The file is JSON in the directory ``ADVDL_OPS_CACHE``,
+else ``$XDG_CACHE_HOME/advdl_ops``, else ``~/.cache/advdl_ops``. Deleting it has everything measured anew, and results
+may then differ in their last digits from those before. ``ADVDL_OPS_TUNE=0`` measures nothing: what is not stored yet is
+served by the first candidate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import re
+import statistics
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: the last of two writers at one time wins
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Choice", "choose", "known", "recall"]
+
+Call = Callable[[], Any]
+_FORMAT = 1
+
+
+class Choice(NamedTuple):
+    """What was chosen, and why.
+
+    Attributes:
+        name: of the candidate.
+        seconds: median time of every candidate that ran.
+        failed: of those that did not, the error.
+    """
+
+    name: str
+    seconds: dict[str, float]
+    failed: dict[str, str]
+
+
+# What this process has chosen or read. Never forgotten: a process never changes its mind.
+_choices: dict[tuple[torch.device, Hashable], Choice] = {}
+# One at a time: two measurements at once, as of a backward thread's, would time each other.
+_lock = threading.RLock()
+
+
+def recall(key: Hashable, device: torch.device) -> str | None:
+    """The candidate that this process chose for ``key`` on ``device``; quick enough to ask on every call."""
+    found = _choices.get((device, key))
+    return None if found is None else found.name
+
+
+def known() -> list[tuple[torch.device, Any, Choice]]:
+    """Every choice of this process: device, key, choice."""
+    return [(device, key, choice) for (device, key), choice in list(_choices.items())]
+
+
+def choose(
+    key: Any,
+    candidates: Mapping[str, Call],
+    device: torch.device,
+    *,
+    measure: Callable[[Call], float] | None = None,
+    store: Store | None = None,
+) -> str:
+    """The fastest of ``candidates``.
+
+    Args:
+        key: all that the times depend on: a NamedTuple of hashable values.
+        candidates: name -> call without arguments. The first serves where nothing may be measured: under graph capture
+            and with ``ADVDL_OPS_TUNE=0``.
+        device: where the candidates run.
+        measure: seconds of one call; by default :func:`cuda_seconds`.
+        store: by default the file for ``device``.
+
+    Returns:
+        A name of ``candidates``.
+
+    Raises:
+        ValueError: no candidate.
+        Exception: where every candidate raises, what the first did. One that raises beside others is left out.
+    """
+    if not candidates:
+        raise ValueError(f"choose: candidates (none) must be given for {key}")
+    found = _choices.get((device, key))
+    if found is not None and found.name in candidates:
+        return found.name
+    with _lock:
+        return _choose(key, candidates, device, measure, store or _store_of(device))
+
+
+def _choose(
+    key: Any,
+    candidates: Mapping[str, Call],
+    device: torch.device,
+    measure: Callable[[Call], float] | None,
+    store: Store,
+) -> str:
+    at, text = (device, key), _text(key)
+    found = _choices.get(at) or store.read().get(text)
+    # A stored name that is offered no more is of another state of the code, or of another input: measure again.
+    if found is None or found.name not in candidates:
+        if len(candidates) > 1 and not _may_measure(device):
+            return next(iter(candidates))
+        found, lasting = _measured(candidates, device, measure or cuda_seconds)
+        if lasting and len(candidates) > 1:
+            found = store.add(text, found, candidates)
+    _choices[at] = found
+    return found.name
+
+
+def _measured(
+    candidates: Mapping[str, Call], device: torch.device, measure: Callable[[Call], float]
+) -> tuple[Choice, bool]:
+    """The choice, and whether it may outlast this process: not if memory happened to be short."""
+    if len(candidates) == 1:
+        return Choice(next(iter(candidates)), {}, {}), False
+    seconds: dict[str, float] = {}
+    errors: dict[str, Exception] = {}
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        for name, call in candidates.items():
+            try:
+                seconds[name] = measure(call)
+            except Exception as error:
+                errors[name] = error
+    if not seconds:
+        raise next(iter(errors.values()))
+    failed = {name: _in_one_line(error) for name, error in errors.items()}
+    lasting = not any(isinstance(error, torch.OutOfMemoryError) for error in errors.values())
+    return Choice(min(seconds, key=seconds.__getitem__), seconds, failed), lasting
+
+
+def _may_measure(device: torch.device) -> bool:
+    if os.environ.get("ADVDL_OPS_TUNE", "1") == "0":
+        return False
+    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def cuda_seconds(call: Call) -> float:
+    """Median time of ``call`` on the current stream of the current GPU, each time with nothing of its data in L2."""
+    call()  # compiles
+    l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    flush = torch.empty(2 * (l2 or 2**26), dtype=torch.int8, device="cuda")
+    times: list[float] = []
+    # About 20 ms each, warmed up by the first tenth.
+    for _ in range(55):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+        if len(times) >= 8 and sum(times) > 20e-3:
+            break
+    return statistics.median(times[max(len(times) // 10, 2) :])
+
+
+class Store:
+    """Choices in one file, which any number of processes may read and add to at once.
+
+    Args:
+        path: of the file. What cannot be read or written is said once, and the process goes on without it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: tuple[int, int] | None = None
+        self._read: dict[str, Choice] = {}
+
+    def read(self) -> dict[str, Choice]:
+        """By the text of the key; read anew where the file has changed."""
+        try:
+            stat = self.path.stat()
+            seen = stat.st_mtime_ns, stat.st_size
+            if seen != self._seen:
+                self._read, self._seen = _parsed(self.path.read_text(encoding="utf-8")), seen
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError) as error:
+            _warn_once(f"{self.path} cannot be read ({_in_one_line(error)}): delete it")
+            return {}
+        return self._read
+
+    def add(self, text: str, choice: Choice, candidates: Mapping[str, Any]) -> Choice:
+        """Store ``choice``, and return what is stored: another process's, where that was the first."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path.with_name(self.path.name + ".lock")):
+                try:
+                    choices = _parsed(self.path.read_text(encoding="utf-8"))
+                except FileNotFoundError:
+                    choices = {}
+                earlier = choices.get(text)
+                if earlier is not None and earlier.name in candidates:
+                    return earlier
+                choices[text] = choice
+                self._write(choices)
+        except (OSError, ValueError) as error:
+            _warn_once(
+                f"{self.path} cannot be written ({_in_one_line(error)}): choices are measured again in every process"
+            )
+        return choice
+
+    def _write(self, choices: Mapping[str, Choice]) -> None:
+        content = {
+            "format": _FORMAT,
+            "choices": {text: choice._asdict() for text, choice in sorted(choices.items())},
+        }
+        # Whoever reads meanwhile sees the old file or the new one, never a part.
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+            os.replace(name, self.path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+
+def _parsed(content: str) -> dict[str, Choice]:
+    try:
+        loaded = json.loads(content)
+        if loaded["format"] != _FORMAT:
+            raise ValueError(f"format {loaded['format']}, must be {_FORMAT}")
+        return {
+            text: Choice(
+                str(entry["name"]),
+                {str(n): float(s) for n, s in entry["seconds"].items()},
+                {str(n): str(e) for n, e in entry["failed"].items()},
+            )
+            for text, entry in loaded["choices"].items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"not a file of choices: {error!r}") from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "a", encoding="utf-8") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file gives the lock back
+
+
+@functools.cache
+def _store_of(device: torch.device) -> Store:
+    return Store(_directory() / _file_name(device))
+
+
+def _directory() -> Path:
+    given = os.environ.get("ADVDL_OPS_CACHE")
+    if given:
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "advdl_ops"
+
+
+def _file_name(device: torch.device) -> str:
+    """Of the GPU's name and of every version on which times depend."""
+    from . import __version__
+
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    versions = {
+        "torch": torch.__version__,
+        "triton": _version("triton") or _version("pytorch-triton"),
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "advdl_ops": __version__,
+    }
+    parts = [gpu, *(f"{name}-{version or 'none'}" for name, version in versions.items())]
+    return "_".join(re.sub(r"[^A-Za-z0-9_.+-]+", "-", part) for part in parts) + ".json"
+
+
+def _version(package: str) -> str | None:
+    # Not by importing it: that would take longer than all else here.
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _text(key: Any) -> str:
+    """One line that names every field."""
+    fields = key._asdict() if hasattr(key, "_asdict") else {"key": key}
+    return " ".join(f"{name}={_value(value)}" for name, value in fields.items())
+
+
+def _value(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _in_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+@functools.cache
+def _warn_once(what: str) -> None:
+    warnings.warn(f"advdl_ops: {what}", RuntimeWarning, stacklevel=4)

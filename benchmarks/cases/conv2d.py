@@ -1,0 +1,204 @@
+"""Convolutions with bias and ReLU, dilated and depthwise, on CPU and CUDA, in both layouts.
+
+Bytes: forward reads x and the weight and writes y. Backward reads dy and y (of which ReLU's mask is), x and the weight,
+and writes dx and dweight. Flops: forward 2 per product, backward twice that; bias and ReLU are left out.
+``eager channels_last`` is torch's own with the conversion of a contiguous x there and back.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..norms import LAYOUTS, MARGIN, SIZE, Random, run
+from ..registry import Case, register
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..op_flow import Function, Problem, Tensors
+
+CHANNELS_LAST = "eager channels_last"
+
+
+class Conv(NamedTuple):
+    """[N, C, H, W] by a square kernel, padded so that stride 1 keeps height and width."""
+
+    shape: tuple[int, int, int, int]
+    outputs: int
+    kernel: int = 3
+    dilation: int = 1
+    stride: int = 1
+    groups: int = 1
+
+    @property
+    def padding(self) -> int:
+        return self.dilation * (self.kernel - 1) // 2
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        sizes = ((size - 1) // self.stride + 1 for size in self.shape[2:])  # odd kernels
+        return (self.shape[0], self.outputs, *sizes)
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        return (self.outputs, self.shape[1] // self.groups, self.kernel, self.kernel)
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups == self.outputs == self.shape[1]
+
+    @property
+    def name(self) -> str:
+        kind = "conv2d_depthwise" if self.depthwise else "conv2d"
+        parts = [kind, f"{self.kernel}x{self.kernel}"]
+        if not self.depthwise and self.outputs != self.shape[1]:
+            parts.append(f"to{self.outputs}")
+        parts += [f"d{self.dilation}"] if self.dilation != 1 else []
+        parts += [f"s{self.stride}"] if self.stride != 1 else []
+        return "_".join(parts)
+
+
+def stock(conv: Conv, act: bool, channels_last: bool = False) -> Function:
+    """torch's convolution with its bias, then ReLU in place; as nn.Conv2d and nn.ReLU(inplace=True)."""
+    import torch
+    import torch.nn.functional as F
+
+    def function(inputs: Tensors, state: Tensors) -> torch.Tensor:
+        x, weight = inputs["x"], inputs["weight"]
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        options = conv.stride, conv.padding, conv.dilation, conv.groups
+        y = F.conv2d(x, weight, inputs.get("bias"), *options)
+        y = F.relu_(y) if act else y
+        return y.contiguous() if channels_last else y
+
+    return function
+
+
+def fused(conv: Conv, act: bool) -> Function:
+    from advdl_ops import functional
+
+    def function(inputs: Tensors, state: Tensors) -> torch.Tensor:
+        return functional.conv2d(
+            inputs["x"], inputs["weight"], inputs.get("bias"), conv.stride, conv.padding, conv.dilation, conv.groups,
+            act="relu" if act else None,
+        )  # fmt: skip
+
+    return function
+
+
+def problem(case: Case) -> Problem:
+    import torch
+
+    from ..op_flow import Problem
+
+    conv, act = case.options["conv"], bool(case.options["epilogue"])
+    assert isinstance(conv, Conv)
+    random, dtype = Random(case), getattr(torch, case.dtype)
+    scale = math.prod(conv.weight[1:]) ** -0.5
+    inputs: dict[str, Any] = {
+        "x": random.activation().requires_grad_(),
+        "weight": random.normal(*conv.weight, scale=scale).to(dtype),
+    }
+    if case.layout == "channels_last":
+        inputs["weight"] = inputs["weight"].contiguous(memory_format=torch.channels_last)
+    inputs["weight"].requires_grad_()
+    if act:
+        inputs["bias"] = random.normal(conv.outputs, scale=0.2).to(dtype).requires_grad_()
+    functions = {"eager": stock(conv, act), "advdl_ops": fused(conv, act)}
+    if case.layout == "contiguous":
+        functions[CHANNELS_LAST] = stock(conv, act, channels_last=True)
+    made = Problem(inputs, {}, functions)
+    made.grad = random.normal(*conv.output).to(dtype)
+    if act:
+        before = stock(conv, False)({n: t.detach().double() for n, t in inputs.items()}, {})
+        # Where rounding decides on which side of ReLU's kink a value lies both may be off by all of it.
+        made.grad = made.grad.masked_fill(before.abs() < MARGIN[case.dtype], 0.0)
+    if case.layout == "channels_last":
+        made.grad = made.grad.contiguous(memory_format=torch.channels_last)
+    return made
+
+
+def add(
+    conv: Conv,
+    layout: str,
+    *,
+    epilogue: bool = True,
+    dtype: str = "float32",
+    device: str = "cpu",
+    suites: tuple[str, ...] = ("ops",),
+    modes: tuple[str, ...] = ("fwd", "full"),
+    target: str = "",
+    compile: bool = True,
+    hidden: bool = False,
+) -> None:
+    op = conv.name + ("_bias_relu" if epilogue else "")
+    x, y, weight = (math.prod(shape) for shape in (conv.shape, conv.output, conv.weight))
+    elements = {"fwd": x + y + weight, "bwd": 2 * x + (1 + epilogue) * y + 2 * weight}
+    products = y * math.prod(conv.weight[1:])
+    flops = {"fwd": 2 * products, "bwd": 4 * products}
+    elements["full"], flops["full"] = sum(elements.values()), sum(flops.values())
+    register(
+        Case(
+            name="/".join([op, "x".join(map(str, conv.shape)), layout, dtype, device]),
+            suites=suites,
+            op=op,
+            modes=modes,
+            dtype=dtype,
+            layout=layout,
+            shape=conv.shape,
+            device=device,
+            run=run(problem),
+            bytes={mode: elements[mode] * SIZE[dtype] for mode in modes},
+            flops={mode: flops[mode] for mode in modes},
+            target=target,
+            compile=compile,
+            hidden=hidden,
+            options={"conv": conv, "epilogue": epilogue},
+        )
+    )
+
+
+STEM = (16, 64, 56, 56)
+
+for _layout in LAYOUTS:
+    for _dilation in (1, 2, 4):
+        add(Conv(STEM, 64, 3, _dilation, groups=64), _layout, epilogue=False)
+    add(Conv(STEM, 64, 7, groups=64), _layout, epilogue=False, compile=False)
+    add(Conv(STEM, 64, 3, 2), _layout)
+
+# DeepLab: the dilated stages of its ResNet, and the branches of its pyramid (Chen et al. 2017, arXiv:1706.05587).
+DEEPLAB = (
+    *(Conv((8, 512, size, size), 512, 3, dilation) for size in (33, 65) for dilation in (2, 4)),
+    *(Conv((8, 2048, size, size), 256, 3, d) for size in (33, 65) for d in (6, 12, 18)),
+)
+# ResNet-50, one of each kind and stage.
+RESNET = (
+    Conv((32, 64, 56, 56), 64, 1),
+    Conv((32, 64, 56, 56), 64),
+    Conv((32, 64, 56, 56), 256, 1),
+    Conv((32, 128, 56, 56), 128, stride=2),
+    Conv((32, 128, 28, 28), 128),
+    Conv((32, 512, 28, 28), 1024, 1, stride=2),
+    Conv((32, 256, 14, 14), 256),
+    Conv((32, 1024, 14, 14), 256, 1),
+    Conv((32, 512, 7, 7), 512),
+    Conv((32, 512, 7, 7), 2048, 1),
+)
+for _layout in LAYOUTS:
+    for _conv in DEEPLAB:
+        add(_conv, _layout, dtype="bfloat16", device="cuda", compile=_conv.shape[2] == 33)
+    for _dilation in (1, 2, 4):
+        _depthwise = Conv((32, 256, 56, 56), 256, 3, _dilation, groups=256)
+        add(_depthwise, _layout, epilogue=False, dtype="bfloat16", device="cuda")
+    add(Conv((32, 256, 56, 56), 256, 7, groups=256), _layout, dtype="bfloat16", device="cuda")
+for _conv in RESNET:
+    for _epilogue in (False, True):
+        add(_conv, "channels_last", epilogue=_epilogue, dtype="bfloat16", device="cuda")
+add(DEEPLAB[0], "channels_last", device="cuda")
+
+# For tests of the benchmark itself.
+for _layout in LAYOUTS:
+    add(Conv((2, 4, 6, 6), 6, 3, 2), _layout, hidden=True, compile=False)

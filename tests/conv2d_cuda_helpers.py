@@ -1,0 +1,174 @@
+"""What stands in for the GPU: launchers over torch, a tuner that obeys; inputs and their truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from advdl_ops import _schemas, reference
+from advdl_ops.activation import ACTIVATIONS, IDENTITY, Activation
+from advdl_ops.functional import _conv2d_cuda as cuda
+from advdl_ops.triton.conv2d import Config
+
+RELU, SILU = ACTIVATIONS["relu"], ACTIVATIONS["silu"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+FAST, SLOW = Config(64, 32, 16, 4, 3), Config(128, 128, 32, 8, 2, 4)
+NAMES = ["triton 64x32x16 w4 s3", "triton 128x128x32 w8 s2 split_k 4"]
+
+
+class Case(NamedTuple):
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("stride", "padding", "dilation", "groups")}
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups == self.weight[0] == self.x[1]
+
+
+CASES = {
+    "3x3": Case((2, 5, 9, 7), (6, 5, 3, 3)),
+    "1x1": Case((2, 8, 5, 5), (4, 8, 1, 1), padding=(0, 0)),
+    "dilated": Case((2, 4, 13, 12), (6, 4, 3, 3), (1, 2), (4, 0), (3, 1)),
+    "groups": Case((2, 6, 8, 5), (9, 2, 3, 3), groups=3),
+    "of one position": Case((3, 4, 1, 1), (5, 4, 3, 3)),
+    "depthwise": Case((2, 6, 9, 8), (6, 1, 3, 3), groups=6),
+    "depthwise 5x3": Case((2, 6, 9, 8), (6, 1, 5, 3), (2, 1), (2, 1), (1, 2), groups=6),
+}
+
+
+class Launchers:
+    """The interface of ``advdl_ops.triton.conv2d`` over torch; says by which config it was called."""
+
+    FORWARD_CONFIGS = INPUT_GRADIENT_CONFIGS = WEIGHT_GRADIENT_CONFIGS = (FAST, SLOW)
+
+    def __init__(self, depthwise: bool) -> None:
+        self.depthwise, self.called = depthwise, []
+
+    def conv(self, options: dict[str, Any], channels: int) -> dict[str, Any]:
+        assert ("groups" in options) != self.depthwise
+        return {"groups": channels, **options}
+
+    def forward(self, x, weight, *, scale, shift, residual, act, config, **options):
+        self.called.append(("forward", config))
+        options = self.conv(options, x.shape[1])
+        args = x, weight, None, *options_of(options), scale, shift, residual, act
+        out = last(reference.conv2d(*args))
+        return out if self.depthwise else (out, None)
+
+    def input_gradient(self, dz, weight, x_shape, *, config, **options):
+        self.called.append(("input_gradient", config))
+        options = self.conv(options, x_shape[1])
+        return last(torch.nn.grad.conv2d_input(x_shape, weight, dz, **options))
+
+    def weight_gradient(self, dz, x, weight_shape, *, config, **options):
+        self.called.append(("weight_gradient", config))
+        options = self.conv(options, x.shape[1])
+        dweight = torch.nn.grad.conv2d_weight(x.float(), weight_shape, dz.float(), **options)
+        return last(dweight)
+
+
+def options_of(options: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(options[name] for name in ("stride", "padding", "dilation", "groups"))
+
+
+def last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+class Tuner:
+    """In place of the measurement: takes the candidate that is wished for, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.wish, self.asked = "", []
+
+    def choose(self, key: Any, candidates: dict[str, Callable[[], Any]], device: Any) -> str:
+        self.asked.append((key, list(candidates)))
+        for call in candidates.values():
+            assert isinstance(call(), Tensor)
+        return self.wish if self.wish in candidates else next(iter(candidates))
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    residual: Tensor
+    dz: Tensor
+
+
+def make_inputs(case: Case, dtype: torch.dtype, layout: str) -> Inputs:
+    x, weight = torch.randn(case.x), torch.randn(case.weight) / math.prod(case.weight[1:]) ** 0.5
+    out = F.conv2d(x, weight, **case.options)
+    residual, dz = torch.randn_like(out), torch.randn_like(out)
+    channels = 0.5 + torch.rand(case.weight[0]), torch.randn(case.weight[0])
+    x, residual, dz = (with_strides(t.to(dtype), LAYOUTS[layout]) for t in (x, residual, dz))
+    return Inputs(x, weight.to(dtype), *channels, residual, dz)
+
+
+def with_strides(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return torch.empty(t.shape, dtype=t.dtype, memory_format=memory_format).copy_(t)
+
+
+def forward(case: Case, i: Inputs, act: Activation, epilogue: tuple[str, ...]) -> Tensor:
+    extras = [
+        getattr(i, name) if name in epilogue else None for name in ("scale", "shift", "residual")
+    ]
+    options = list(options_of(case.options))
+    if case.depthwise:
+        return cuda.depthwise_conv2d(i.x, i.weight, *extras, *options[:3], act.code, act.param)
+    return cuda.conv2d(i.x, i.weight, *extras, *options, act.code, act.param)
+
+
+def backward(case: Case, i: Inputs, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
+    options = list(options_of(case.options))
+    if case.depthwise:
+        return cuda.depthwise_conv2d_backward(i.dz, i.x, i.weight, *options[:3], *needs)
+    return cuda.conv2d_backward(i.dz, i.x, i.weight, *options, *needs)
+
+
+def wide(i: Inputs, dtype: torch.dtype) -> Inputs:
+    return Inputs(*(t.to(dtype) for t in i))
+
+
+def exact_forward(case: Case, i: Inputs, act: Activation, epilogue: tuple[str, ...]) -> Tensor:
+    extras = [
+        getattr(i, name) if name in epilogue else None for name in ("scale", "shift", "residual")
+    ]
+    return reference.conv2d(i.x, i.weight, None, *options_of(case.options), *extras, act)
+
+
+def exact_backward(case: Case, i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.nn.grad.conv2d_input(i.x.shape, i.weight, i.dz, **case.options),
+        torch.nn.grad.conv2d_weight(i.x, i.weight.shape, i.dz, **case.options),
+        i.dz.sum((0, 2, 3)),
+    )
+
+
+def size(case: Case, i: Inputs) -> tuple[float, float, float, float]:
+    """Of the terms that the output and each gradient are added up from."""
+    a = Inputs(*(t.double().abs() for t in i))
+    every = ("scale", "shift", "residual")
+    sums = exact_forward(case, a, IDENTITY, every), *exact_backward(case, a)
+    return tuple(t.max().item() for t in sums)
+
+
+def ways(case: Case, x: Tensor) -> list[str]:
+    last = _schemas.conv2d_format(x) == torch.channels_last
+    native = "aten" if case.depthwise else "cudnn"
+    return [native, *([] if last else [f"{native} channels_last"]), *NAMES]

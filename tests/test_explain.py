@@ -1,0 +1,190 @@
+"""advdl_ops.explain: a row for every layer of ours, what serves it, what was measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import advdl_ops
+from advdl_ops import _explain, _library, nn, tuning
+from advdl_ops.functional._conv2d_cuda import Key
+
+CUDA = torch.device("cuda", 0)
+
+
+def served_by(module: torch.nn.Module) -> str:
+    (row,) = advdl_ops.explain(module)
+    return row.served_by
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm2d(4),
+        nn.InstanceNorm2d(4),
+        nn.BatchNormAct2d(4),
+        nn.LSTM(3, 4),
+        nn.LSTMCell(3, 4),
+        nn.DepthwiseConv2d(4, 3),
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.ConvTranspose2d(4, 4, 2, groups=4),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_what_has_a_kernel_of_ours(layer: torch.nn.Module) -> None:
+    assert served_by(layer).startswith("CPU C++ kernel")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3),
+        nn.DilatedConv2d(4, 4, 3),
+        nn.DepthwiseConv2d(4, 3, multiplier=2),
+        nn.ConvTranspose2d(4, 4, 2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_what_torch_serves(layer: torch.nn.Module) -> None:
+    assert served_by(layer) == "oneDNN or torch's own"
+
+
+def test_the_capability_is_told() -> None:
+    c = pytest.importorskip("advdl_ops._C")
+    assert served_by(nn.GroupNorm(2, 4)) == f"CPU C++ kernel, {c.cpu.capability()}"
+
+
+def test_layers_by_name_and_no_others() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), nn.ConvBNReLU(4, 4, 3), torch.nn.ReLU(), nn.HybridDilatedConv(4)
+    )
+    explanation = advdl_ops.explain(model)
+    found = [(row.name, row.kind) for row in explanation]
+    assert found == [
+        ("1", "ConvBNReLU"),
+        ("1.bn", "BatchNormAct2d"),
+        *((f"3.{i}", "DilatedConv2d") for i in range(3)),
+    ]
+    assert len(explanation) == 5
+    lines = str(explanation).splitlines()
+    assert len(lines) == 5 and lines[1].startswith("1.bn  BatchNormAct2d: CPU C++ kernel")
+    assert "in evaluation one convolution" in lines[0]
+
+
+def test_a_model_without_our_layers() -> None:
+    assert str(advdl_ops.explain(torch.nn.ReLU())) == "no layer of advdl_ops"
+
+
+def test_the_reference_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with advdl_ops.use_backend("reference"):
+        assert "reference" in served_by(nn.GroupNorm(2, 4))
+        assert "asked for" in served_by(nn.GroupNorm(2, 4))
+    monkeypatch.setitem(_library._status, "cpu", "the CPU library was not built")
+    assert served_by(nn.LSTM(3, 4)).endswith("plain PyTorch: the CPU library was not built")
+
+
+def test_no_data() -> None:
+    assert served_by(nn.Conv2d(3, 4, 3, device="meta")) == "nothing: it has no data"
+
+
+def test_no_module() -> None:
+    with pytest.raises(TypeError, match=r"explain: module \(int\) must be a torch.nn.Module"):
+        advdl_ops.explain(3)  # type: ignore[arg-type]
+
+
+def test_inputs_run_a_copy() -> None:
+    model = torch.nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNormAct2d(4), torch.nn.Dropout())
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    random = torch.get_rng_state()
+    calls: list[int] = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1))
+    try:
+        assert len(advdl_ops.explain(model, torch.randn(2, 3, 8, 8))) == 2
+    finally:
+        hook.remove()
+    assert len(calls) == 4  # it was run
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    torch.set_rng_state(random)
+    torch.randn(2, 3, 8, 8)
+    after = torch.rand(1)
+    torch.set_rng_state(random)
+    advdl_ops.explain(model, torch.randn(2, 3, 8, 8))
+    assert torch.equal(torch.rand(1), after)
+
+
+# ---- choices ----
+
+
+def key(**changes: object) -> Key:
+    made = Key(
+        "conv2d", "forward", (2, 4, 8, 8), (6, 4, 3, 3), "float32", "contiguous",
+        (1, 1), (2, 2), (2, 2), 1, "shift+relu", True, True,
+    )  # fmt: skip
+    return made._replace(**changes)
+
+
+TIMES = {"cudnn": 30e-6, "triton 64x64x32 w4 s3": 20.5e-6}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if kernels for CUDA were loaded; layers stay on the CPU, which `_layer` is told to be a GPU."""
+    monkeypatch.setitem(_library._status, "cuda", None)
+    monkeypatch.setattr(_library, "unsupported_gpu", lambda index: None)
+    monkeypatch.setattr(tuning, "_choices", {})
+
+
+def on_gpu(layer: torch.nn.Module) -> _explain.Layer:
+    row = _explain._layer("conv", layer, CUDA)
+    assert row is not None
+    return row
+
+
+def test_not_measured_yet(gpu: None) -> None:
+    assert on_gpu(nn.DilatedConv2d(4, 6, 3)).served_by == "not measured yet: run a forward"
+
+
+def test_what_was_measured(gpu: None) -> None:
+    choice = tuning.Choice("triton 64x64x32 w4 s3", TIMES, {"triton big": "OutOfResources: shared"})
+    tuning._choices[CUDA, key()] = choice
+    row = on_gpu(nn.DilatedConv2d(4, 6, 3))
+    assert row.served_by == "triton 64x64x32 w4 s3, by measurement"
+    assert str(row).splitlines() == [
+        "conv  DilatedConv2d: triton 64x64x32 w4 s3, by measurement",
+        "    forward of 2x4x8x8 float32 contiguous, epilogue shift+relu: triton 64x64x32 w4 s3 "
+        "(triton 64x64x32 w4 s3 20.5 us, cudnn 30.0 us, triton big failed (OutOfResources: shared))",
+    ]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"weight": (6, 4, 1, 1)},
+        {"dilation": (1, 1)},
+        {"stride": (2, 2)},
+        {"dtype": "bfloat16"},
+        {"groups": 2},
+    ],
+    ids=str,
+)
+def test_choices_of_another_layer_are_left_out(gpu: None, other: dict[str, object]) -> None:
+    tuning._choices[CUDA, key(**other)] = tuning.Choice("cudnn", TIMES, {})
+    assert on_gpu(nn.DilatedConv2d(4, 6, 3)).choices == ()
+
+
+def test_choices_of_another_device_are_left_out(gpu: None) -> None:
+    tuning._choices[torch.device("cuda", 1), key()] = tuning.Choice("cudnn", TIMES, {})
+    assert on_gpu(nn.DilatedConv2d(4, 6, 3)).choices == ()
+
+
+def test_kernels_of_ours_on_cuda(gpu: None) -> None:
+    assert on_gpu(nn.GroupNorm(2, 4)).served_by == "CUDA C++ kernel"
+    assert on_gpu(nn.LSTM(3, 4)).served_by == "CUDA C++ kernel"
+    assert on_gpu(nn.ConvTranspose2d(3, 4, 3)).served_by == "cuDNN"
+    assert on_gpu(nn.Conv2d(3, 4, 3, dtype=torch.float64)).served_by.endswith("(fp64)")
+
+
+def test_a_gpu_that_the_kernels_do_not_serve(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "unsupported_gpu", lambda index: "GPU 0 is too old")
+    assert on_gpu(nn.Conv2d(3, 4, 3)).served_by.endswith("GPU 0 is too old")

@@ -1,0 +1,198 @@
+"""Triton kernels without a GPU: run by Triton's interpreter in a process of its own, or compiled and inspected.
+
+Triton decides at import whether it interprets, and other tests import it too: what runs kernels on CPU tensors is sent
+to a worker process, which has TRITON_INTERPRET=1 from its start and gives back plain numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from itertools import combinations, product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Half of the distance from 1 to the next number: the largest relative error of one rounding.
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+TINY = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+FP32 = UNIT[torch.float32]
+
+
+# --- In the interpreter ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def interpreter() -> Iterator[Callable[..., Any]]:
+    """``run(function, *args)`` in a process where Triton interprets; the function must be of a module's top level."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_start_interpreting)
+    try:
+        pool.submit(int).result()
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+    with pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+def _start_interpreting() -> None:
+    import triton
+
+    assert triton.knobs.runtime.interpret
+    torch.set_num_threads(1)
+    # Outputs and workspaces start as NaN: what no program writes is seen.
+    torch.use_deterministic_algorithms(True)
+    _mend_bfloat16()
+
+
+def _mend_bfloat16() -> None:
+    """Triton 3.7's interpreter keeps bf16 as the bits in a uint16: it multiplies those in tl.dot, and rounds down."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, truncate = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = torch.from_numpy(handle.data.copy()).view(torch.bfloat16)
+        return TensorHandle(bits.float().numpy(), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), *rest)
+
+    def create_fp_trunc(self: Any, src: Any, dst_type: Any) -> Any:
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return truncate(self, src, dst_type)
+        rounded = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.uint16)
+        return TensorHandle(rounded.numpy(), tl.bfloat16)
+
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_fp_trunc = create_fp_trunc
+
+
+def guarded(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` in ``dtype`` and channels_last, between NaNs: what a kernel reads beside it shows in the result."""
+    t = t.to(dtype)
+    if t.dim() == 4:
+        t = t.contiguous(memory_format=torch.channels_last)
+    memory = torch.full((t.numel() + 2048,), float("nan"), dtype=dtype)
+    inside = memory[1024 : 1024 + t.numel()].as_strided(t.shape, t.stride(), 1024)
+    return inside.copy_(t)
+
+
+class GuardedOutputs:
+    """Stands in for a launcher's allocation of outputs: NaN inside, and what is written beside them is seen."""
+
+    def __init__(self) -> None:
+        self._memory: list[Tensor] = []
+
+    def empty(self, like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+        batch, channels, height, width = shape
+        memory = torch.full((math.prod(shape) + 2048,), 7.0, dtype=like.dtype)
+        self._memory.append(memory)
+        out = memory[1024:-1024].view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return out.fill_(float("nan"))
+
+    def beside(self) -> float:
+        """0 where nothing was written beside an output, else more than any bound."""
+        margins = [m[edge] for m in self._memory for edge in (slice(1024), slice(-1024, None))]
+        return 0.0 if margins and all((m == 7).all() for m in margins) else float("inf")
+
+
+def excess(got: Tensor, truth: Tensor, bound: Tensor) -> float:
+    """The largest error as a part of what is allowed: at most 1. NaN, or another shape, is infinitely wrong."""
+    if got.shape != truth.shape:
+        return float("inf")
+    ratio = (got.double() - truth).abs() / bound
+    return float("inf") if ratio.isnan().any() else ratio.max().item()
+
+
+def covering(axes: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few combinations in which every value of every axis meets every value of every other one."""
+    names = list(axes)
+    missing = {
+        (a, x, b, y)
+        for a, b in combinations(range(len(names)), 2)
+        for x in range(len(axes[names[a]]))
+        for y in range(len(axes[names[b]]))
+    }
+    every = [
+        (row, {(a, row[a], b, row[b]) for a, b in combinations(range(len(names)), 2)})
+        for row in product(*(range(len(values)) for values in axes.values()))
+    ]
+    chosen = []
+    while missing:
+        row, pairs = max(every, key=lambda candidate: len(candidate[1] & missing))
+        missing -= pairs
+        chosen.append({name: axes[name][i] for name, i in zip(names, row, strict=True)})
+    return chosen
+
+
+# --- Compiled -------------------------------------------------------------------------------------------------------
+
+
+class Compiled(NamedTuple):
+    """A kernel for one architecture: bytes of stack (spilled registers; no kernel here has another use for it)."""
+
+    stack: int
+    registers: int
+    shared: int
+    ptx: str
+
+
+def compile_kernel(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    arch: int,
+    *,
+    num_warps: int,
+    num_stages: int = 3,
+) -> Compiled:
+    """``kernel`` for ``sm_<arch>``; an argument in neither ``types`` nor ``constants`` is None.
+
+    Pointers are aligned and channel counts divisible by 16, as the launcher would find in all but the first layers.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    assert set(types) | set(constants) <= set(names), "not an argument of the kernel"
+    signature = {name: types.get(name, "constexpr") for name in names}
+    values = {name: constants.get(name) for name in names if name not in types}
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or (name in types and ("channels" in name or "group_" in name))
+    ]  # fmt: skip
+    source = ASTSource(
+        kernel, signature, values, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, f"no register count in {usage!r}"
+    return Compiled(int(found[2]), int(found[1]), compiled.metadata.shared, compiled.asm["ptx"])
