@@ -48,7 +48,8 @@ _library.define(
     "conv2d(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, "
     f"{_CONV2D_OPTIONS}, int act, float act_param) -> Tensor"
 )
-# dz is the gradient of conv2d(x, weight). dweight and dbias (sum of dz) are in fp32 at least; what is not needed is empty.
+# dz is the gradient of conv2d(x, weight), dbias its sum. dweight and dbias are in fp32 at least; what is not needed is
+# empty.
 _library.define(
     f"conv2d_backward(Tensor dz, Tensor x, Tensor weight, {_CONV2D_OPTIONS}, "
     "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)"

@@ -55,6 +55,10 @@ class Launchers:
 
     FORWARD_CONFIGS = INPUT_GRADIENT_CONFIGS = WEIGHT_GRADIENT_CONFIGS = (FAST, SLOW)
 
+    @staticmethod
+    def suitable_configs(configs, dtype):
+        return configs
+
     def __init__(self, depthwise: bool) -> None:
         self.depthwise, self.called = depthwise, []
 

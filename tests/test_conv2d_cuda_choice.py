@@ -234,7 +234,7 @@ def test_without_triton_torch_is_left(
 def test_the_launchers_offer_configs_of_different_names(family: Any, direction: str) -> None:
     cuda.implementations.cache_clear()
     cuda._launchers.cache_clear()
-    found = cuda.implementations(family, direction, torch.bfloat16, torch.channels_last)
+    found = cuda.implementations(family, direction, torch.bfloat16, torch.channels_last, False)
     configs = getattr(cuda._launchers(family), f"{direction.upper()}_CONFIGS")
     assert len(configs) > 1
     assert list(found.values()) == [torch.channels_last, *configs]

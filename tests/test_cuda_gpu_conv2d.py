@@ -168,7 +168,9 @@ def candidates(case: Case, dtype: torch.dtype, x: Tensor) -> list[str]:
     format_ = cuda.conv2d_format(x)
     directions = cuda.FORWARD, cuda.INPUT_GRADIENT, cuda.WEIGHT_GRADIENT
     found = [
-        name for d in directions for name in cuda.implementations(case.family, d, dtype, format_)
+        name
+        for d in directions
+        for name in cuda.implementations(case.family, d, dtype, format_, cuda._allows_tf32())
     ]
     return list(dict.fromkeys(found))
 
@@ -223,7 +225,9 @@ def test_epilogues(
         i = make_inputs(case, torch.bfloat16, "channels_last")
         exact = plain_forward(case, i.each(Tensor.double), act, parts)
         stock, size = plain_forward(case, i, act, parts), terms(case, i)[0]
-        ways = cuda.implementations(case.family, cuda.FORWARD, i.x.dtype, torch.channels_last)
+        ways = cuda.implementations(
+            case.family, cuda.FORWARD, i.x.dtype, torch.channels_last, cuda._allows_tf32()
+        )
         for way in list(ways)[:2]:  # torch's own, and one of Triton's
             prefer(monkeypatch, way)
             assert_accurate(forward(case, i, act, parts), exact, stock, size, (name, way))
@@ -233,7 +237,9 @@ def test_tf32_is_used_only_where_torch_allows_it(monkeypatch: pytest.MonkeyPatch
     case = CASES["long sum"]
     i = make_inputs(case, torch.float32, "channels_last")
     exact = plain_forward(case, i.each(Tensor.double), IDENTITY, ())
-    ways = cuda.implementations(cuda.DENSE, cuda.FORWARD, torch.float32, torch.channels_last)
+    ways = cuda.implementations(
+        cuda.DENSE, cuda.FORWARD, torch.float32, torch.channels_last, cuda._allows_tf32()
+    )
     for name in ways:
         prefer(monkeypatch, name)
         errors = []

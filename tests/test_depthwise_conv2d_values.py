@@ -15,8 +15,8 @@ def depthwise(n, c, h, w, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation
     return Case((n, c, h, w), c, kernel, stride, padding, dilation, c)
 
 
-# Widths and channels around a vector of 4, 8 and 16 lanes and around blocks of 4 of them and of 8 columns; heights around
-# blocks of 2 and 4 rows.
+# Widths and channels around a vector of 4, 8 and 16 lanes and around blocks of 4 of them and of 8 columns; heights
+# around blocks of 2 and 4 rows.
 SIZES = [
     depthwise(2, c, h, w)
     for c, h, w in zip(
@@ -66,7 +66,8 @@ def test_options(dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OTHERS)
 def test_others(name, layout):
-    for dtype in ("fp32", "bf16"):
+    # In bf16 and channels_last stock torch 2.13 crashes on some of them, or gives NaN (backward, wide padding).
+    for dtype in ("fp32", "fp16"):
         check(make_inputs(OTHERS[name], DTYPES[dtype]).laid(layout), "silu", what=dtype)
 
 

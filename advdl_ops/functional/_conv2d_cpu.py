@@ -142,9 +142,6 @@ def convert(t: Tensor, memory_format: torch.memory_format) -> Tensor:
     return t.contiguous(memory_format=memory_format)
 
 
-_convert = convert
-
-
 def _strides(shape: Any, memory_format: torch.memory_format) -> tuple[int, ...]:
     _, c, h, w = shape
     if memory_format == torch.channels_last:

@@ -229,12 +229,13 @@ def _fastest(
     epilogue: str,
     run: Callable[[Any], Tensor],
 ) -> Tensor:
-    ways = implementations(family, direction, x.dtype, conv2d_format(x))
+    tf32 = _allows_tf32()
+    ways = implementations(family, direction, x.dtype, conv2d_format(x), tf32)
     if len(ways) == 1 or x.numel() == 0:
         return run(next(iter(ways.values())))
     key = Key(
         family.op, direction, tuple(x.shape), tuple(weight.shape), str(x.dtype).removeprefix("torch."),
-        layout, *conv, epilogue, _allows_tf32(), torch.backends.cudnn.enabled,
+        layout, *conv, epilogue, tf32, torch.backends.cudnn.enabled,
     )  # fmt: skip
     name = tuning.recall(key, x.device)
     if name is None:
@@ -245,16 +246,21 @@ def _fastest(
 
 @functools.cache
 def implementations(
-    family: Family, direction: str, dtype: torch.dtype, given: torch.memory_format
+    family: Family, direction: str, dtype: torch.dtype, given: torch.memory_format, tf32: bool
 ) -> dict[str, Any]:
-    """By name, the first to serve where nothing is measured: the memory format for torch's own, or a Triton config."""
+    """By name, the first to serve where nothing is measured: the memory format for torch's own, or a Triton config.
+
+    ``tf32``: :func:`_allows_tf32`, on which it depends which blocks fit into the registers.
+    """
     ways: dict[str, Any] = {family.native: given}
     if dtype not in _TRITON_DTYPES:
         return ways
     if given != torch.channels_last:
         ways[f"{family.native} channels_last"] = torch.channels_last
     if has_triton():
-        configs = getattr(_launchers(family), f"{direction.upper()}_CONFIGS")
+        launchers = _launchers(family)
+        configs = getattr(launchers, f"{direction.upper()}_CONFIGS")
+        configs = launchers.suitable_configs(configs, dtype)
         ways.update({config_name(config): config for config in configs})
     return ways
 
