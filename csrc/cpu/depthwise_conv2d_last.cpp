@@ -13,13 +13,6 @@ namespace {
 // Outputs of one vector of channels in registers at once: a weight is read once for all of them.
 constexpr int kColumns = 8;
 
-// A tap of one row of outputs.
-struct Tap {
-  int64_t from;    // element of the input at output column 0 (may lie outside), channel 0
-  int64_t column;  // its column
-  int64_t weight;  // which of the weights
-};
-
 // Columns of output that a tap reaches: 0 <= j * step + column < size.
 struct Columns {
   int64_t begin, end;
@@ -28,14 +21,20 @@ ADVDL_INLINE Columns reached(int64_t column, int64_t step, int64_t size, int64_t
   const int64_t begin = ceil_div(-column, step), end = floor_div(size - 1 - column, step) + 1;
   return {begin > 0 ? begin : 0, end < count ? end : count};
 }
+
+// A tap of one row of outputs.
+struct Tap {
+  int64_t from;     // element of the input at output column 0 (may lie outside), channel 0
+  int64_t weight;   // which of the weights
+  Columns columns;  // the outputs that it reaches
+};
+
 // Columns that every tap reaches; where there are none, begin == end.
-ADVDL_INLINE Columns reached_by_all(const Tap* taps, int64_t tap_count, int64_t step, int64_t size,
-                                    int64_t count) {
+ADVDL_INLINE Columns reached_by_all(const Tap* taps, int64_t tap_count, int64_t count) {
   Columns all{0, count};
   for (int64_t t = 0; t < tap_count; ++t) {
-    const Columns one = reached(taps[t].column, step, size, count);
-    if (one.begin > all.begin) all.begin = one.begin;
-    if (one.end < all.end) all.end = one.end;
+    if (taps[t].columns.begin > all.begin) all.begin = taps[t].columns.begin;
+    if (taps[t].columns.end < all.end) all.end = taps[t].columns.end;
   }
   if (all.begin > count) all.begin = count;
   if (all.end < all.begin) all.end = all.begin;
@@ -48,7 +47,7 @@ struct Row {
   const acc_t<T>* weight;  // [taps, C]
   const Tap* taps;
   int64_t tap_count;
-  int64_t c, in_columns, in_step, out_columns, out_step;
+  int64_t c, in_step, out_columns, out_step;
   int64_t out;  // element of the output at column 0
 };
 
@@ -111,8 +110,8 @@ ADVDL_INLINE void correlate_border(const Row<T>& row, const Epilogue<T>& epilogu
   constexpr int64_t width = Simd<acc_t<T>>::lanes;
   Vec sums[kCount] = {};
   for (int64_t t = 0; t < row.tap_count; ++t) {
-    const int64_t column = j * row.in_step + row.taps[t].column;
-    if (column < 0 || column >= row.in_columns) continue;
+    const Columns& reached = row.taps[t].columns;
+    if (j < reached.begin || j >= reached.end) continue;
     const acc_t<T>* weight = row.weight + row.taps[t].weight * row.c + c;
     const T* in = row.in + row.taps[t].from + j * row.in_step * row.c + c;
 #pragma GCC unroll 8
@@ -134,8 +133,7 @@ template <class T>
 void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
   using Acc = acc_t<T>;
   constexpr int64_t lanes = Simd<Acc>::lanes;
-  const Columns inside =
-      reached_by_all(row.taps, row.tap_count, row.in_step, row.in_columns, row.out_columns);
+  const Columns inside = reached_by_all(row.taps, row.tap_count, row.out_columns);
   const auto border = [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       int64_t c = 0;
@@ -202,7 +200,10 @@ int64_t forward_taps(const DepthwiseConv2dShape& s, int64_t n, int64_t i, Tap* t
     if (row < 0 || row >= s.h.in) continue;
     for (int64_t b = 0; b < s.w.kernel; ++b) {
       const int64_t column = b * s.w.dilation - s.w.padding;
-      taps[count++] = {((n * s.h.in + row) * s.w.in + column) * s.c, column, a * s.w.kernel + b};
+      // Divisions only in the first row of taps.
+      const Columns columns =
+          count < s.w.kernel ? reached(column, s.w.stride, s.w.in, s.w.out) : taps[b].columns;
+      taps[count++] = {((n * s.h.in + row) * s.w.in + column) * s.c, a * s.w.kernel + b, columns};
     }
   }
   return count;
@@ -210,6 +211,7 @@ int64_t forward_taps(const DepthwiseConv2dShape& s, int64_t n, int64_t i, Tap* t
 
 // Taps of row `i` of dx, of its columns r, r + stride, ..., from image n of dz [N, H_out, W_out, C].
 int64_t gradient_taps(const DepthwiseConv2dShape& s, int64_t n, int64_t i, int64_t r, Tap* taps) {
+  const int64_t columns = ceil_div(s.w.in - r, s.w.stride);
   int64_t count = 0;
   for (int64_t a = 0; a < s.h.kernel; ++a) {
     const int64_t place = i + s.h.padding - a * s.h.dilation;
@@ -218,8 +220,8 @@ int64_t gradient_taps(const DepthwiseConv2dShape& s, int64_t n, int64_t i, int64
       const int64_t along = r + s.w.padding - b * s.w.dilation;
       const int64_t column = floor_div(along, s.w.stride);
       if (column * s.w.stride != along) continue;
-      taps[count++] = {((n * s.h.out + place / s.h.stride) * s.w.out + column) * s.c, column,
-                       a * s.w.kernel + b};
+      taps[count++] = {((n * s.h.out + place / s.h.stride) * s.w.out + column) * s.c,
+                       a * s.w.kernel + b, reached(column, 1, s.w.out, columns)};
     }
   }
   return count;
@@ -245,7 +247,6 @@ void forward(const DepthwiseConv2dForward& p, void* workspace) {
                storage.taps(),
                0,
                s.c,
-               s.w.in,
                s.w.stride,
                s.w.out,
                1,
@@ -275,7 +276,6 @@ void input_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>>
                storage.taps(),
                0,
                s.c,
-               s.w.out,
                1,
                0,
                s.w.stride,
@@ -334,7 +334,7 @@ ADVDL_INLINE void add_products(const T* dz, const T* x, const Tap* taps, const C
   }
 #pragma GCC unroll 16
   for (int k = 0; k < kTaps; ++k) {
-    const Columns own = reached(taps[k].column, s.w.stride, s.w.in, s.w.out);
+    const Columns own = taps[k].columns;
     const auto add = [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         acc[k] += lanes.read(dz + j * s.c + c) * lanes.read(from[k] + j * step);
@@ -351,7 +351,7 @@ template <class T>
 void add_row(const DepthwiseConv2dShape& s, const T* dz, const T* x, const Tap* taps,
              int64_t tap_count, acc_t<T>* sums, bool adds_bias, int64_t c_begin, int64_t c_end) {
   using Acc = acc_t<T>;
-  const Columns inside = reached_by_all(taps, tap_count, s.w.stride, s.w.in, s.w.out);
+  const Columns inside = reached_by_all(taps, tap_count, s.w.out);
   // No overlapping vectors: sums are added to.
   for_vectors<Acc, 1, false>(c_end - c_begin, [&](int64_t i, const auto& lanes, auto) {
     const int64_t c = c_begin + i;
