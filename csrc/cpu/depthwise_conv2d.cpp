@@ -111,6 +111,9 @@ template <class T>
 void fill_spread(const Strip<acc_t<T>>& strip, acc_t<T>* to, const T* image, const Conv2dAxis& h,
                  const Conv2dAxis& w, int64_t first, int64_t count, int64_t left) {
   using Acc = acc_t<T>;
+  if (h.stride == 1 && w.stride == 1) {
+    return fill(strip, to, image, h.out, w.out, first, count, left);
+  }
   for (int64_t i = 0; i < count; ++i, to += strip.row) {
     std::memset(to, 0, strip.row * sizeof(Acc));
     const int64_t place = first + i;
