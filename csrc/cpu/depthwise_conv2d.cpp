@@ -397,6 +397,72 @@ ADVDL_INLINE void add_products(const acc_t<T>* strip, int64_t strip_step, const 
   for (int k = 0; k < kTaps; ++k) sums[k] += lane_sum(acc[k]);
 }
 
+// The same of kHeight x kWidth taps from (a, b) on, at stride 1: a vector of x is read once for all of a column of taps, as
+// the rows of dz that it meets move through registers.
+template <int kHeight, int kWidth, class T>
+void add_products_sliding(const acc_t<T>* strip, const DepthwiseConv2dShape& s,
+                          const Strip<acc_t<T>>& form, int64_t a, int64_t b, const T* dz,
+                          int64_t rows, double* sums) {
+  using Acc = acc_t<T>;
+  using Vec = typename Simd<Acc>::Vec;
+  Vec acc[kHeight][kWidth] = {};
+  int64_t columns[kWidth];
+#pragma GCC unroll 8
+  for (int i = 0; i < kWidth; ++i) columns[i] = column_offset(b + i, s.w, 1, form.pitch);
+  const int64_t apart = s.h.dilation, step = apart * form.row, dz_step = apart * s.w.out;
+  for (int64_t q = 0; q < apart && q < rows; ++q) {
+    const int64_t count = (rows - q - 1) / apart + 1;  // rows of dz that are `apart`
+    for_vectors<Acc, 1, false>(s.w.out, [&](int64_t j, const auto& lanes, auto) {
+      const Acc* in = strip + q * form.row + a * step + j;
+      const T* gradient = dz + q * s.w.out + j;
+      Vec met[kHeight] = {};
+      // Row u of x meets rows u, u - 1 ... of dz; near both ends not all of them are there.
+      const auto add_row = [&](int64_t u, auto is_border) {
+#pragma GCC unroll 8
+        for (int k = kHeight - 1; k > 0; --k) met[k] = met[k - 1];
+        if (!decltype(is_border)::value || u < count) met[0] = lanes.read(gradient + u * dz_step);
+#pragma GCC unroll 8
+        for (int i = 0; i < kWidth; ++i) {
+          const Vec x = lanes.counted(load(in + u * step + columns[i]));
+#pragma GCC unroll 8
+          for (int k = 0; k < kHeight; ++k) {
+            if (decltype(is_border)::value && (u < k || u - k >= count)) continue;
+            acc[k][i] += met[k] * x;
+          }
+        }
+      };
+      int64_t u = 0;
+      for (; u < kHeight - 1; ++u) add_row(u, Index<1>{});
+      for (; u < count; ++u) add_row(u, Index<0>{});
+      for (; u < count + kHeight - 1; ++u) add_row(u, Index<1>{});
+    });
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < kHeight; ++k) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kWidth; ++i) sums[(a + k) * s.w.kernel + b + i] += lane_sum(acc[k][i]);
+  }
+}
+
+// All taps, in blocks of 3 x 3.
+template <class T>
+void add_all_products_sliding(const acc_t<T>* strip, const DepthwiseConv2dShape& s,
+                              const Strip<acc_t<T>>& form, const T* dz, int64_t rows,
+                              double* sums) {
+  for (int64_t a = 0; a < s.h.kernel;) {
+    const bool is_tall = a + 3 <= s.h.kernel;
+    for (int64_t b = 0; b < s.w.kernel;) {
+      const bool is_wide = b + 3 <= s.w.kernel;
+      const auto add =
+          is_tall ? (is_wide ? add_products_sliding<3, 3, T> : add_products_sliding<3, 1, T>)
+                  : (is_wide ? add_products_sliding<1, 3, T> : add_products_sliding<1, 1, T>);
+      add(strip, s, form, a, b, dz, rows, sums);
+      b += is_wide ? 3 : 1;
+    }
+    a += is_tall ? 3 : 1;
+  }
+}
+
 template <class T>
 double sum_of(const T* values, int64_t count) {
   using Acc = acc_t<T>;
@@ -443,6 +509,10 @@ void weight_gradient(const DepthwiseConv2dBackward& p, double* partial) {
                    -s.w.padding);
               const int64_t step = s.h.stride * strip.row;
               const T* from = dz + o * s.w.out;
+              if (s.h.stride == 1 && s.w.stride == 1) {
+                add_all_products_sliding<T>(buffer.data(), s, strip, from, rows, sums);
+                continue;
+              }
               int64_t t = 0;
               for (; t + 9 <= taps.count; t += 9) {
                 add_products<9>(buffer.data(), step, taps.offsets + t, from, rows, s.w.out,
