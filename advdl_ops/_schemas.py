@@ -7,6 +7,7 @@ for CPU and CUDA; what they compute stands in ``csrc/common/<family>.h``.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,14 +179,8 @@ def _(x, channels_last):
 
 
 def _fake_conv2d(x, weight, stride, padding, dilation):
-    sizes = (
-        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, kernel, s, p, d in zip(
-            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    )
     return torch.empty(
-        (x.shape[0], weight.shape[0], *sizes),
+        conv2d_shape(x, weight, stride, padding, dilation),
         dtype=x.dtype,
         device=x.device,
         memory_format=conv2d_format(x),
@@ -198,6 +193,19 @@ def _fake_conv2d_backward(x, weight, need_dx, need_dweight, need_dbias):
         x.new_empty(weight.shape if need_dweight else 0, dtype=_acc(x)),
         x.new_empty(weight.shape[0] if need_dbias else 0, dtype=_acc(x)),
     )
+
+
+def conv2d_shape(
+    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
+) -> tuple[int, ...]:
+    """The shape ``[N, C_out, H_out, W_out]`` of a convolution of ``x`` ``[N, C_in, H, W]``; options are pairs."""
+    spatial = (
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    )
+    return (x.shape[0], weight.shape[0], *spatial)
 
 
 def conv2d_format(x: Tensor) -> torch.memory_format:

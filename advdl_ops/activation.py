@@ -38,6 +38,14 @@ ACTIVATIONS: dict[str, Activation] = {
     "hardswish": Activation("hardswish", 9),
 }
 
+_BY_CODE = {a.code: a for a in (IDENTITY, *ACTIVATIONS.values())}
+
+
+def activation_of(code: int, param: float) -> Activation:
+    """The activation that an operator was given as two numbers."""
+    return _BY_CODE[code]._replace(param=param)
+
+
 _MODULES: dict[type, str] = {
     torch.nn.ReLU: "relu",
     torch.nn.SiLU: "silu",

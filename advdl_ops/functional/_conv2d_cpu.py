@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._library import native
 from .._schemas import _library, conv2d_format
-from ..activation import ACTIVATIONS, IDENTITY, Activation
+from ..activation import IDENTITY, Activation, activation_of
 from ..reference.activation import activate
 from ..reference.batch_norm_act import acc_dtype
 
@@ -24,9 +24,6 @@ class Conv(NamedTuple):
     padding: Any
     dilation: Any
     groups: int
-
-
-_BY_CODE = {a.code: a for a in (IDENTITY, *ACTIVATIONS.values())}
 
 
 def conv2d(
@@ -43,7 +40,7 @@ def conv2d(
     act_param: float,
 ) -> Tensor:
     """``act(conv2d(x, weight) * scale + shift + residual)`` in ``x``'s memory format, see ``_schemas.py``."""
-    activation = _BY_CODE[act]._replace(param=act_param)
+    activation = activation_of(act, act_param)
     conv = Conv(stride, padding, dilation, groups)
     given_format = conv2d_format(x)
     if uses_onednn(x, weight, conv):
@@ -251,19 +248,6 @@ def onednn_conv_act(
 
 
 # ---- options ----
-
-
-def output_shape(
-    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
-) -> tuple[int, ...]:
-    """The shape ``[N, C_out, H_out, W_out]`` of a convolution of ``x`` ``[N, C_in, H, W]``; options are pairs."""
-    spatial = (
-        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, kernel, s, p, d in zip(
-            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
-    )
-    return (x.shape[0], weight.shape[0], *spatial)
 
 
 def pair(value: Any) -> list[int]:

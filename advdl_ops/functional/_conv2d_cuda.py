@@ -24,11 +24,10 @@ from torch import Tensor
 
 from .. import tuning
 from .._schemas import _check_devices, _library, conv2d_format
-from ..activation import ACTIVATIONS, IDENTITY, Activation
+from ..activation import Activation, activation_of
 from ..reference.batch_norm_act import acc_dtype
 from ._conv2d_cpu import Conv, convert, unit_statistics
 
-_BY_CODE = {a.code: a for a in (IDENTITY, *ACTIVATIONS.values())}
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input_gradient", "weight_gradient"
 
@@ -147,7 +146,7 @@ def _forward(
     act_param: float,
 ) -> Tensor:
     _check_devices(family.op, x, weight, scale, shift, residual)
-    activation = _BY_CODE[act]._replace(param=act_param)
+    activation = activation_of(act, act_param)
 
     def run(how: Any) -> Tensor:
         if isinstance(how, torch.memory_format):

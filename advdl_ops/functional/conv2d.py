@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from .._schemas import conv2d_shape
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..backend import serves_native
 from ..reference.batch_norm_act import acc_dtype
-from ._conv2d_cpu import output_shape, unit_statistics
+from ._conv2d_cpu import unit_statistics
 from ._norm import (
     Z_INPUT,
     Z_OUTPUT,
@@ -399,7 +400,7 @@ def _check(
             f"{_NAME}: weight ({weight.dtype} on {weight.device}) must be of x's dtype and on its device "
             f"({x.dtype} on {x.device})"
         )
-    shape = output_shape(x, weight, stride, padding, dilation)
+    shape = conv2d_shape(x, weight, stride, padding, dilation)
     if shape[2] < 1 or shape[3] < 1:
         raise RuntimeError(
             f"{_NAME}: weight (shape {tuple(weight.shape)}, dilation {dilation}) must not be larger than the padded x "

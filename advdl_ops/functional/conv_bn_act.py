@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._schemas import conv2d_format
+from .._schemas import conv2d_format, conv2d_shape
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..backend import get_backend, transformed
 from ..reference.activation import activate
@@ -23,7 +23,6 @@ from ._conv2d_cpu import (
     convert,
     is_traced,
     onednn_conv_act,
-    output_shape,
     pair,
     uses_onednn,
 )
@@ -179,7 +178,7 @@ def conv_act(
     if uses_onednn(x, weight, conv) and (residual is None or residual.dtype == x.dtype):
         if residual is not None:
             pairs = pair(conv.stride), pair(conv.padding), pair(conv.dilation)
-            check_residual(_NAME, residual, output_shape(x, weight, *pairs), x.device)
+            check_residual(_NAME, residual, conv2d_shape(x, weight, *pairs), x.device)
         return convert(onednn_conv_act(x, weight, bias, conv, residual, act), conv2d_format(x))
     z = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     if residual is not None:

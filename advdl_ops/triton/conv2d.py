@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .._schemas import conv2d_shape
 from ..activation import IDENTITY, Activation
 from . import conv2d_kernels as kernels
 
@@ -140,7 +141,7 @@ def forward(
     x, weight = _channels_last(x), _channels_last(weight)
     batch, in_channels, in_h, in_w = x.shape
     out_channels, group_in, kh, kw = weight.shape
-    out_h, out_w = _out_sizes((in_h, in_w), (kh, kw), stride, padding, dilation)
+    out_h, out_w = conv2d_shape(x, weight, stride, padding, dilation)[2:]
     out = _empty_channels_last(x, (batch, out_channels, out_h, out_w))
     pixels = batch * out_h * out_w
     _check_pixels("conv2d", pixels)
@@ -324,14 +325,6 @@ def _precision(dtype: torch.dtype) -> str:
     # Not cudnn.allow_tf32: reading that raises where convolutions and LSTMs are set apart.
     tf32 = dtype == torch.float32 and _convolutions.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
-
-
-def _out_sizes(sizes: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    h, w = (
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(sizes, kernel, stride, padding, dilation, strict=True)
-    )
-    return h, w
 
 
 def _channels_last(t: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .._schemas import conv2d_shape
 from ..activation import IDENTITY, Activation
 from . import depthwise_conv2d_kernels as kernels
 from .conv2d import (
@@ -22,7 +23,6 @@ from .conv2d import (
     _check_pixels,
     _empty_channels_last,
     _geometry,
-    _out_sizes,
     sum_splits,
     tap_steps,
     vector,
@@ -107,7 +107,7 @@ def forward(
     x = _channels_last(x)
     batch, channels, in_h, in_w = x.shape
     _, _, kh, kw = weight.shape
-    out_h, out_w = _out_sizes((in_h, in_w), (kh, kw), stride, padding, dilation)
+    out_h, out_w = conv2d_shape(x, weight, stride, padding, dilation)[2:]
     out = _empty_channels_last(x, (batch, channels, out_h, out_w))
     pixels = batch * out_h * out_w
     _check_pixels("depthwise_conv2d", pixels)

@@ -25,7 +25,6 @@ template <class Acc>
 struct Strip {
   static constexpr int64_t lanes = Simd<Acc>::lanes;
   int64_t phases, pitch, row, halo, out_rows;  // row = phases * pitch elements; halo rows
-  Acc* data = nullptr;
 
   // For `columns` outputs from taps that reach `reach` columns on; `stride` of the rows read.
   Strip(int64_t columns, int64_t reach, int64_t phases_, int64_t row_reach, int64_t row_stride,
