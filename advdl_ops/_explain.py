@@ -138,7 +138,7 @@ def _layer(name: str, layer: torch.nn.Module, device: torch.device) -> Layer | N
     if isinstance(layer, nn.ConvBNAct):
         return Layer(
             name, kind,
-            f"in training {torchs}, then {own}; in evaluation one convolution, the norm folded into it: {torchs}",
+            "in training its two layers; in evaluation one convolution, the norm folded into it",
         )  # fmt: skip
     if not isinstance(layer, _CONVOLUTIONS):
         return Layer(name, kind, own)

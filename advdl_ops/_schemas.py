@@ -199,13 +199,14 @@ def conv2d_shape(
     x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
 ) -> tuple[int, ...]:
     """The shape ``[N, C_out, H_out, W_out]`` of a convolution of ``x`` ``[N, C_in, H, W]``; options are pairs."""
-    spatial = (
-        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
-        for size, kernel, s, p, d in zip(
-            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
+    batch, _, height, width = x.shape
+    outputs, _, kernel_h, kernel_w = weight.shape
+    return (
+        batch,
+        outputs,
+        (height + 2 * padding[0] - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1,
+        (width + 2 * padding[1] - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1,
     )
-    return (x.shape[0], weight.shape[0], *spatial)
 
 
 def conv2d_format(x: Tensor) -> torch.memory_format:

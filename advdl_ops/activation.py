@@ -43,7 +43,8 @@ _BY_CODE = {a.code: a for a in (IDENTITY, *ACTIVATIONS.values())}
 
 def activation_of(code: int, param: float) -> Activation:
     """The activation that an operator was given as two numbers."""
-    return _BY_CODE[code]._replace(param=param)
+    found = _BY_CODE[code]
+    return found if found.param == param else found._replace(param=param)
 
 
 _MODULES: dict[type, str] = {

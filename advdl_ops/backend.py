@@ -103,3 +103,21 @@ def transformed() -> bool:
     return (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def is_traced() -> bool:
+    """Whether a compiler or the tracer records this call: nothing may be cached, and the steps stay aten operators."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def unwatched(*tensors: torch.Tensor | None) -> bool:
+    """Whether this is a plain call on plain tensors, whose operators no tracer, mode or transform wants to see.
+
+    Only then may a tensor be kept for later calls, or an operator's Python function be called without the dispatcher.
+    """
+    if is_traced() or torch._C._len_torch_dispatch_stack() > 0 or transformed():
+        return False
+    for t in tensors:
+        if t is not None and type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
+            return False
+    return True

@@ -185,7 +185,9 @@ def test_saved_for_backward(name, act, scale, residual):
     small = {t.data_ptr(): t.numel() for t in saved if t.dim() == 1}
     assert sum(small.values()) <= 2 * 8
     # Nothing hides on the context beside what autograd knows of.
-    assert not [v for v in vars(out.grad_fn).values() if isinstance(v, torch.Tensor)]
+    assert not [
+        v for v in getattr(out.grad_fn, "__dict__", {}).values() if isinstance(v, torch.Tensor)
+    ]
     # And counted by the allocator: the output, and z.
     size = out.numel() * out.element_size()
 

@@ -10,12 +10,18 @@ from conv2d_helpers import CASES, DTYPES, NAMES, Case, call_ours, check, make_in
 from helpers import ACTIVATIONS, LAYOUTS, channels_last
 
 import advdl_ops
-from advdl_ops.functional import conv2d
+from advdl_ops.functional import _conv2d_cpu, conv2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALL = ("bias", "scale", "shift", "residual")
 BACKENDS = pytest.mark.parametrize("backend", ["fused", "reference"])
+
+
+@pytest.fixture
+def by_onednn(monkeypatch):
+    """As if the images of these tests were not small ones, which torch's own kernels serve."""
+    monkeypatch.setattr(_conv2d_cpu, "_SMALL", 0)
 
 
 @BACKENDS
@@ -45,6 +51,16 @@ def test_activations(act, dtype, backend):
         p = make_inputs(CASES[name], DTYPES[dtype], with_=with_).laid(layout)
         check(p, act, backend=backend)
         check(p, act, wanted=(), backend=backend, what="without gradients")
+
+
+@pytest.mark.usefixtures("by_onednn")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_small_images_by_onednn(name, layout):
+    for with_, act in itertools.product(((), ("bias",), ("scale", "residual"), ALL), ACTIVATIONS):
+        p = make_inputs(CASES[name], with_=with_).laid(layout)
+        check(p, act, wanted=(), what=with_)
+    check(p, "silu", what="with gradients")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -126,6 +142,15 @@ def test_sizes_as_networks_have_them():
 
 @BACKENDS
 def test_nan_and_infinity_go_through(backend):
+    check_nan_and_infinity(backend)
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_nan_and_infinity_go_through_onednn():
+    check_nan_and_infinity("fused")
+
+
+def check_nan_and_infinity(backend):
     for name, act, dtype in itertools.product(
         ("3x3", "dilated", "depthwise"), ("none", "relu", "leaky_relu", "silu"), ("fp32", "bf16")
     ):

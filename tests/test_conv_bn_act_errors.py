@@ -99,7 +99,7 @@ def test_as_torch_refuses(name, training):
         by_torch(given)
     with pytest.raises(Exception) as found:  # noqa: PT011
         conv_bn_act(**given)
-    # Where the convolution is folded, integers are a NotImplementedError: one kind of torch's RuntimeError.
+    # Integers are a NotImplementedError: one kind of torch's RuntimeError.
     assert issubclass(found.type, expected.type), repr(found.value)
     for key in ("running_mean", "running_var", "x", "weight"):
         if kept[key] is not None:
@@ -117,7 +117,7 @@ def test_own_arguments(name, training):
         conv_bn_act(**given)
     assert found.type is expected
     assert re.match(
-        rf"(conv_bn_act|batch_norm_act): {argument} \(.+\) must ", str(found.value), re.S
+        rf"(conv_bn_act|batch_norm_act|conv2d): {argument} \(.+\) must ", str(found.value), re.S
     ), str(found.value)
     for key in ("running_mean", "running_var"):
         assert torch.equal(kept[key], given[key])

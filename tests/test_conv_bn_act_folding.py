@@ -1,11 +1,20 @@
-"""Where folding a norm into a convolution must stand back: what it cannot see, differentiate or compute."""
+"""Which ops serve a layer; where folding must stand back: what it cannot see, differentiate or compute."""
+
+import importlib
 
 import pytest
 import torch
+from conv2d_cuda_helpers import NAMES, Launchers, Tuner
+from helpers import ULPS, error, largest
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from advdl_ops import backend, functional, nn
+from advdl_ops import backend, functional, nn, tuning
+from advdl_ops.activation import ACTIVATIONS
+from advdl_ops.functional import _conv2d_cuda as cuda
+from advdl_ops.functional.conv_bn_act import ORDERS
 
 X = (2, 3, 9, 9)
+SILU = ACTIVATIONS["silu"].code
 
 
 def block(**options):
@@ -92,7 +101,7 @@ def test_inference_mode_parameters_are_never_stale():
 )
 def test_folding_refuses_what_a_convolution_refuses(change, message):
     arguments = {"x": torch.randn(X), "weight": torch.randn(8, 3, 3, 3), **change}
-    with pytest.raises((RuntimeError, ValueError), match=rf"^conv_bn_act: {message} \("):
+    with pytest.raises((RuntimeError, ValueError), match=rf"^(conv_bn_act|conv2d): {message} \("):
         functional.conv_bn_act(
             running_mean=torch.zeros(8), running_var=torch.ones(8), act="relu", **arguments
         )
@@ -112,3 +121,130 @@ def test_stride_as_a_sequence_of_one():
     out = functional.conv_bn_act(x, weight, *statistics, stride=(2,), residual=residual)
     expected = functional.conv_bn_act(x, weight, *statistics, stride=2, residual=residual)
     torch.testing.assert_close(out, expected)
+
+
+# ---- which ops serve ----
+
+
+class Ops(TorchDispatchMode):
+    """Names of the operators of ours and of oneDNN that are called, and the activation that each is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func.name().partition("::")
+        if namespace in ("advdl_ops", "mkldnn") and name != "convert_layout":
+            codes = [
+                v for v, a in zip(args, func._schema.arguments, strict=False) if a.name == "act"
+            ]
+            self.called.append((name.partition(".")[0], *codes))
+        return func(*args, **(kwargs or {}))
+
+
+def called(layer, x, residual=None):
+    with Ops() as ops:
+        layer(x, residual)
+    return ops.called
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_depthwise_evaluation_is_one_op(dtype, memory_format):
+    layer = nn.ConvBNAct(4, 4, 3, groups=4, act="silu", dtype=dtype).eval().requires_grad_(False)
+    x = torch.randn(2, 4, 9, 9, dtype=dtype).contiguous(memory_format=memory_format)
+    for residual in (None, x):
+        assert called(layer, x, residual) == [("depthwise_conv2d", SILU)]
+
+
+def test_dense_evaluation_is_one_op_in_fp32():
+    layer, x = block(act="silu"), torch.randn(X)
+    layer(x)
+    assert called(layer, x) == [("_convolution_pointwise",)]
+    # In half precision the norm is a pass of its own in any case.
+    expected = [("conv2d", 0), ("batch_norm_act", SILU)]
+    assert names(called(layer.bfloat16(), x.bfloat16())) == names(expected)
+
+
+def names(calls):
+    return [(name.rstrip("_"), *codes) for name, *codes in calls]
+
+
+@pytest.fixture
+def convolutions(monkeypatch):
+    """The activation that each call of the layers' and of the function's ``functional.conv2d`` is given."""
+    given = []
+
+    def conv2d(*args, **kwargs):
+        act = kwargs.get("act")
+        given.append(act if act is None else act.name)
+        return functional.conv2d(*args, **kwargs)
+
+    for module in ("nn.conv2d", "functional.conv_bn_act"):
+        monkeypatch.setattr(importlib.import_module(f"advdl_ops.{module}"), "conv2d", conv2d)
+    return given
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("order", "inside"), [(ORDERS[0], "identity"), (ORDERS[1], "silu")])
+def test_training_and_gradients_use_our_convolution(order, inside, training, groups, convolutions):
+    layer = nn.ConvBNAct(4, 4, 3, groups=groups, act="silu", order=order).train(training)
+    x = torch.randn(2, 4, 9, 9)
+    expected = layer(x)
+    assert expected.requires_grad
+    conv, bn = layer.conv, layer.bn
+    found = functional.conv_bn_act(
+        x, conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, padding=1,
+        groups=groups, training=training, act="silu", order=order,
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
+    assert convolutions == [inside, inside]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_conv_act_bn_has_its_activation_in_the_convolution(training):
+    layer = nn.ConvBNAct(4, 4, 3, act="silu", order="conv-act-bn", groups=4).train(training)
+    assert (layer.conv.act.name, layer.bn.act.name) == ("silu", "identity")
+    with torch.no_grad():
+        found = called(layer, torch.randn(2, 4, 9, 9))
+    assert names(found) == [("depthwise_conv2d", SILU), ("batch_norm_act", 0)]
+
+
+@pytest.mark.parametrize("way", ["native", *NAMES])
+@pytest.mark.parametrize(
+    ("groups", "dtype"),
+    [(1, torch.float32), (8, torch.float32), (8, torch.bfloat16)],
+    ids=["dense", "depthwise", "depthwise, bf16"],
+)
+def test_cuda_folds_into_one_op(groups, dtype, way, monkeypatch):
+    """The Python of the CUDA operators, on CPU tensors."""
+    tuner = Tuner()
+    tuner.wish = way
+    families = {cuda.DENSE: Launchers(False), cuda.DEPTHWISE: Launchers(True)}
+    monkeypatch.setattr(tuning, "choose", tuner.choose)
+    monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(cuda, "_launchers", families.__getitem__)
+    monkeypatch.setattr(cuda, "has_triton", lambda: True)
+    module = importlib.import_module
+    monkeypatch.setattr(module("advdl_ops.functional._conv2d_cpu"), "conv2d", cuda.conv2d)
+    monkeypatch.setattr(
+        module("advdl_ops.functional.conv2d"), "_depthwise_op", cuda.depthwise_conv2d
+    )
+    monkeypatch.setattr(module("advdl_ops.nn.conv_bn_act"), "_packs", lambda *_: False)
+    cuda.implementations.cache_clear()
+
+    layer = nn.ConvBNAct(8, 8, 3, groups=groups, bias=True, act="silu").eval()
+    layer.bn.running_mean.normal_()
+    layer.bn.running_var.uniform_(0.5, 2)
+    layer.conv.to(dtype)
+    x, residual = torch.randn(2, 2, 8, 9, 9, dtype=dtype)
+    with torch.no_grad():
+        found = layer(x, residual)
+    cuda.implementations.cache_clear()
+    ((key, _),) = tuner.asked
+    assert key.epilogue == "scale+shift+residual+silu"
+    exact = layer.double()(x.double(), residual.double()).detach()
+    terms = 10 * largest(exact)
+    assert error(found, exact) <= ULPS * torch.finfo(dtype).eps * terms

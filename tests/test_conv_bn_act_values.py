@@ -12,8 +12,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import advdl_ops
 from advdl_ops.activation import resolve_activation
 from advdl_ops.functional import conv_bn_act
-from advdl_ops.functional.conv_bn_act import ORDERS, fold
-from advdl_ops.nn import BatchNormAct2d, ConvBNAct, ConvBNReLU
+from advdl_ops.functional.conv_bn_act import ORDERS, scale_and_shift
+from advdl_ops.nn import BatchNormAct2d, Conv2d, ConvBNAct, ConvBNReLU, DepthwiseConv2d
 from advdl_ops.nn import conv_bn_act as siblings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +25,9 @@ OPTIONS = {
     "stride": {"stride": 2, "padding": 1},
     "dilation": {"dilation": 2, "padding": 2},
     "groups": {"groups": 2, "padding": 1},
-    "depthwise": {"groups": 4, "padding": 1},
+    "multiplier": {"groups": 4, "padding": 1},
+    "depthwise": {"groups": 8, "padding": 1},
+    "depthwise-stride": {"groups": 8, "padding": (1, 2), "stride": 2, "dilation": (1, 2)},
     "same": {"padding": "same"},
     "same-dilated": {"padding": "same", "dilation": 2},
     "valid": {"padding": "valid"},
@@ -49,14 +51,14 @@ def make(dtype=f32, kernel=3, seed=0, **options):
         return torch.randn(*size, generator=g, dtype=f64)
 
     tensors = {
-        "weight": normal(CHANNELS, 4 // groups, kernel, kernel) / 3,
+        "weight": normal(CHANNELS, max(4 // groups, 1), kernel, kernel) / 3,
         "running_mean": 0.3 * normal(CHANNELS),
         "running_var": torch.rand(CHANNELS, generator=g, dtype=f64) + 0.5,
         "bn_weight": torch.rand(CHANNELS, generator=g, dtype=f64) + 0.5,
         "bn_bias": 0.3 * normal(CHANNELS),
         "bias": 0.3 * normal(CHANNELS),
     }
-    return normal(3, 4, 9, 8).to(dtype), {n: t.to(dtype) for n, t in tensors.items()}
+    return normal(3, max(4, groups), 9, 8).to(dtype), {n: t.to(dtype) for n, t in tensors.items()}
 
 
 def stock(x, tensors, residual=None, act="none", order="conv-bn-act", training=False, **options):
@@ -89,7 +91,7 @@ def term_size(x, tensors, training=False, **options):
 
 
 def assert_accurate(found, exact, plain, size, what):
-    """The rule of helpers.py; a folded weight is rounded once more, in its own dtype."""
+    """The rule of helpers.py; oneDNN's folded weight is rounded once more, in its own dtype."""
     eps = torch.finfo(found.dtype).eps
     limit = error(plain, exact) + ULPS * eps * max(largest(exact), size)
     assert error(found, exact) <= limit, what
@@ -237,10 +239,12 @@ def test_empty_batch_and_strided_input(backend):
 def module_pair(dtype=f64, **options):
     """ConvBNAct and its stock counterpart with the same weights."""
     act = options.pop("act", None)
-    own = ConvBNAct(4, CHANNELS, 3, dtype=dtype, act=act, **options)
+    channels = max(4, options.get("groups", 1))
+    own = ConvBNAct(channels, CHANNELS, 3, dtype=dtype, act=act, **options)
     order = options.pop("order", "conv-bn-act")
     bn = {k: options.pop(k) for k in ("eps", "momentum", "affine") if k in options}
-    conv = torch.nn.Conv2d(4, CHANNELS, 3, **{"padding": 1, "bias": False, **options}, dtype=dtype)
+    options = {"padding": 1, "bias": False, **options}
+    conv = torch.nn.Conv2d(channels, CHANNELS, 3, **options, dtype=dtype)
     stock_module = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(CHANNELS, **bn, dtype=dtype))
     stock_module[0].load_state_dict(own.conv.state_dict())
     with torch.no_grad():
@@ -274,6 +278,9 @@ def module_pair(dtype=f64, **options):
         {"padding_mode": "reflect", "padding": "same", "dilation": 2},
         {"padding": "same", "act": "relu"},
         {"groups": 4, "eps": 1e-3, "momentum": None},
+        {"groups": 8, "act": "relu", "bias": True},
+        {"groups": 8, "act": "silu", "stride": 2, "padding_mode": "circular"},
+        {"groups": 8, "act": "gelu", "order": "conv-act-bn"},
         {"affine": False, "act": "relu"},
     ],
     ids=str,
@@ -281,7 +288,7 @@ def module_pair(dtype=f64, **options):
 def test_module_trains_and_evaluates_as_stock(backend, options):
     own, stock_module, run = module_pair(**dict(options))
     for _ in range(3):
-        x = torch.randn(3, 4, 9, 8, dtype=f64)
+        x = torch.randn(3, own.conv.in_channels, 9, 8, dtype=f64)
         torch.testing.assert_close(own(x), run(x))
     stock_state = stock_module.state_dict()
     for key, t in own.state_dict().items():
@@ -299,12 +306,14 @@ def test_module_trains_and_evaluates_as_stock(backend, options):
 @LAYOUT
 @pytest.mark.parametrize("dtype", [f32, f64, torch.bfloat16])
 def test_module_keeps_the_memory_format(dtype, layout):
-    for options in ({}, {"stride": 2}, {"padding_mode": "reflect"}, {"groups": 2}):
+    modes = {"padding_mode": "reflect"}, {"padding_mode": "circular"}
+    for options in ({}, {"stride": 2}, *modes, {"groups": 2}, {"groups": 8}):
+        channels = max(4, options.get("groups", 1))
         for act, mode in itertools.product((None, "relu", "elu"), (True, False)):
-            own = ConvBNAct(4, CHANNELS, 3, dtype=dtype, act=act, **options).train(mode)
+            own = ConvBNAct(channels, CHANNELS, 3, dtype=dtype, act=act, **options).train(mode)
             if layout == "channels_last":
                 own = own.to(memory_format=torch.channels_last)
-            x = in_layout(torch.randn(2, 4, 6, 6, dtype=dtype), layout)
+            x = in_layout(torch.randn(2, channels, 6, 6, dtype=dtype), layout)
             with torch.no_grad():
                 shape = own(x).shape
                 for r in (None, in_layout(torch.randn(shape, dtype=dtype), layout)):
@@ -339,7 +348,7 @@ def test_state_dict_both_ways(order):
 
 def test_constructor():
     own = ConvBNAct(4, CHANNELS, (3, 5), (1, 2), None, (2, 1), 2, True, "zeros", None, f64)
-    assert isinstance(own.conv, torch.nn.Conv2d)
+    assert type(own.conv) is Conv2d
     assert isinstance(own.bn, BatchNormAct2d)
     assert own.conv.padding == (2, 2)
     assert (own.conv.stride, own.conv.groups, own.conv.bias.dtype) == ((1, 2), 2, f64)
@@ -355,17 +364,25 @@ def test_constructor():
     assert "conv-act-bn" in repr(ConvBNAct(4, 4, 3, act="relu", order="conv-act-bn"))
 
 
-def test_sibling_layers():
-    conv, bn = (
-        torch.nn.Conv2d(4, CHANNELS, 3, dtype=f64),
-        BatchNormAct2d(CHANNELS, act="relu", dtype=f64),
-    )
-    x = torch.randn(3, 4, 6, 6, dtype=f64)
+@pytest.mark.parametrize(
+    "conv",
+    [
+        torch.nn.Conv2d(8, CHANNELS, 3),
+        Conv2d(8, CHANNELS, 3),
+        Conv2d(8, CHANNELS, 3, act="silu"),
+        DepthwiseConv2d(8, 3),
+        DepthwiseConv2d(8, 3, act="silu"),
+    ],
+    ids=str,
+)
+def test_sibling_layers(conv):
+    bn = BatchNormAct2d(CHANNELS, act="relu")
+    x = torch.randn(3, 8, 6, 6)
     for mode, grad in itertools.product((True, False), (True, False)):
         bn.train(mode)
         other = copy.deepcopy(bn)
         with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(siblings(conv, bn, x), other(conv(x)))
+            torch.testing.assert_close(siblings(conv, bn, x), other(conv(x)), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(bn.running_var, other.running_var)
 
 
@@ -394,19 +411,17 @@ def test_autocast_gives_the_dtypes_of_stock():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, f32, f64])
-def test_fold_rounds_once(dtype):
-    # In the accumulation dtype, as running_var + eps loses eps in bf16; then to the weight's.
-    _, t = make(dtype)
+def test_scale_and_shift_are_not_rounded_to_half(dtype):
+    # In the accumulation dtype, as running_var + eps loses eps in bf16.
+    x, t = make(dtype)
     t["running_var"] = torch.full((CHANNELS,), 1e-4).to(dtype)
-    names = ("weight", "bias", "running_mean", "running_var", "bn_weight", "bn_bias")
-    found = fold(*(t[n] for n in names), 1e-5)
-    exact = fold(*(as_fp64(t)[n] for n in names), 1e-5)
-    half_ulp = torch.finfo(dtype).eps / 2
+    norm = [t[n] for n in ("running_mean", "running_var", "bn_weight", "bn_bias")]
+    found = scale_and_shift(x, CHANNELS, *norm, 1e-5)
+    exact = scale_and_shift(x.double(), CHANNELS, *(v.double() for v in norm), 1e-5)
     acc = torch.finfo(acc_dtype(dtype)).eps
     for own, truth, terms in zip(found, exact, (exact[0], exact[1].abs() + 100), strict=True):
-        assert own.dtype == dtype
-        limit = half_ulp * truth.abs() + ULPS * acc * terms.abs()
-        assert ((own.double() - truth).abs() <= limit).all()
+        assert own.dtype == acc_dtype(dtype)
+        assert ((own.double() - truth).abs() <= ULPS * acc * terms.abs()).all()
 
 
 def test_one_channel_in_contiguous_memory_stays_contiguous():

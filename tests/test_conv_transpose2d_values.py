@@ -1,5 +1,6 @@
 """conv_transpose2d: values and gradients against its definition in long double, error at most stock PyTorch's."""
 
+import importlib
 import itertools
 
 import pytest
@@ -23,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import advdl_ops
 from advdl_ops.functional import conv_transpose2d
 
+# The name in the package is the function's.
+MODULE = importlib.import_module("advdl_ops.functional.conv_transpose2d")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -184,6 +187,48 @@ def test_which_operators_run(backend, name):
     assert {n for n in recorded.names if n.startswith("advdl_ops")} == expected
     stock = any("convolution" in n or "conv_transpose" in n for n in recorded.names)
     assert stock == (not expected), recorded.names
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_as_on_cuda(monkeypatch, name, layout):
+    """There every layer is a gradient of this package's convolution; on CPU its operators compute the same."""
+    monkeypatch.setattr(MODULE, "_has_own_operators", MODULE._is_gradient)
+    for dtype, act in ((f32, "silu"), (f64, "relu"), (bf16, "none")):
+        with Recorded() as recorded:
+            found = check(name, dtype, layout, act)
+        expected = "contiguous" if layout == "strided" else layout
+        for key in ("out", "out without gradients", "dx"):
+            assert found[key].stride() == in_layout(found[key], expected).stride(), key
+        own = any(n.startswith("advdl_ops.conv2d") for n in recorded.names)
+        assert own == ("wide" not in name and name != "depthwise"), recorded.names
+
+
+def test_cudnn_is_deterministic_where_there_is_no_such_gradient(monkeypatch):
+    """What a CUDA tensor would be given, by a stand-in that says that it is one."""
+
+    class OnCuda(torch.Tensor):
+        is_cuda = property(lambda self: True)
+
+    t = {key: v.as_subclass(OnCuda) for key, v in make("wide", f32).items()}
+    options = MODULE.Options((1, 1), (0, 0), (2, 0), 1, (3, 3))
+    out = F.conv_transpose2d(*make("wide", f32).values(), **LAYERS["wide"][3])
+    seen = []
+
+    class Flags(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._convolution.default:
+                seen.append(args[9:11])
+            if function is torch.ops.aten.convolution_backward.default:
+                seen.append((torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), torch.backends.cudnn.flags(benchmark=True, deterministic=False), Flags():
+        found = MODULE._convolve_transposed(*t.values(), options, False)
+        MODULE._dense_gradients(out, t["x"], t["weight"], options, (True, True, True))
+        assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), out)
+    assert seen == [(False, True)] * 2
 
 
 def test_two_runs_are_equal():

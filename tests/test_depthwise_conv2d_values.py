@@ -40,6 +40,15 @@ OTHERS = {
     "only the border": depthwise(2, 5, 3, 3, (7, 7), padding=(3, 3)),
     "rates of DeepLab": depthwise(1, 4, 20, 33, padding=(6, 18), dilation=(6, 18)),
     "seven rows of taps": depthwise(2, 20, 19, 21, (7, 7), padding=(3, 3)),
+    **{
+        # Columns that all taps reach: from 1 to a few more than a block.
+        f"runs of {size} taps, {inside} inside": depthwise(
+            1, 70, 9, inside + size - 1, (size, size), padding=(size // 2, size // 2)
+        )
+        for size, inside in itertools.product((5, 7), (1, 3, 4, 5, 8, 9, 13))
+    },
+    "past the caches": depthwise(1, 64, 130, 131),
+    "large, but not aligned": depthwise(1, 66, 130, 131),
     "many taps": depthwise(1, 2, 20, 19, (17, 17), padding=(8, 8)),
     "strips": depthwise(1, 2, 150, 700, (5, 5), padding=(2, 2), dilation=(3, 1)),
     "strips, stride": depthwise(1, 2, 301, 601, (3, 3), (2, 3)),

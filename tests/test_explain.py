@@ -63,12 +63,13 @@ def test_layers_by_name_and_no_others() -> None:
     found = [(row.name, row.kind) for row in explanation]
     assert found == [
         ("1", "ConvBNReLU"),
+        ("1.conv", "Conv2d"),
         ("1.bn", "BatchNormAct2d"),
         *((f"3.{i}", "DilatedConv2d") for i in range(3)),
     ]
-    assert len(explanation) == 5
+    assert len(explanation) == 6
     lines = str(explanation).splitlines()
-    assert len(lines) == 5 and lines[1].startswith("1.bn  BatchNormAct2d: CPU C++ kernel")
+    assert len(lines) == 6 and lines[2].startswith("1.bn  BatchNormAct2d: CPU C++ kernel")
     assert "in evaluation one convolution" in lines[0]
 
 

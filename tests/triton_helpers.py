@@ -60,7 +60,7 @@ def _start_interpreting() -> None:
 
 
 def _mend_bfloat16() -> None:
-    """Triton 3.7's interpreter keeps bf16 as the bits in a uint16: it multiplies those in tl.dot, and rounds down."""
+    """Triton's interpreter keeps bf16 as the bits in a uint16: it multiplies those in tl.dot, and rounds down."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

@@ -5,6 +5,7 @@ What oneDNN appends to its convolution (bias, residual, activation) it does whil
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor
 from .._library import native
 from .._schemas import _library, conv2d_format
 from ..activation import IDENTITY, Activation, activation_of
+from ..backend import is_traced
 from ..reference.activation import activate
 from ..reference.batch_norm_act import acc_dtype
+from ._epilogue import epilogue
+from ._norm import HALF
 
 
 class Conv(NamedTuple):
@@ -32,9 +36,9 @@ def conv2d(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
     act: int,
     act_param: float,
@@ -43,28 +47,22 @@ def conv2d(
     activation = activation_of(act, act_param)
     conv = Conv(stride, padding, dilation, groups)
     given_format = conv2d_format(x)
-    if uses_onednn(x, weight, conv):
+    x = convert(x, compute_format(x, dilation))
+    # In half precision a folded scale would round the weights once more, and a wider shift would be rounded.
+    folds = x.dtype not in HALF or (scale is None and shift is not None and shift.dtype == x.dtype)
+    bias = shift if folds else None
+    if folds:
         if scale is not None:
             weight = weight * scale.view(-1, 1, 1, 1)
-        x = convert(x, compute_format(x, conv))
+        scale = shift = None
+    if x.numel() > _SMALL and uses_onednn(x, weight, conv):
         # oneDNN's relu would hide a NaN from whoever trains; a pass in place costs 0.3 % of a 3x3 convolution of 64
         # channels, 4 % of a 1x1.
         relu = activation.name == "relu"
-        out = onednn_conv_act(x, weight, shift, conv, residual, IDENTITY if relu else activation)
+        out = onednn_conv_act(x, weight, bias, conv, residual, IDENTITY if relu else activation)
         return convert(out.relu_() if relu else out, given_format)
-    x = convert(x, compute_format(x, conv))
-    # In half precision a folded scale would round the weights once more, and a wider shift would be rounded.
-    in_conv = x.dtype == torch.float64 or (
-        scale is None and shift is not None and shift.dtype == x.dtype
-    )
-    if in_conv and scale is not None:
-        weight = weight * scale.view(-1, 1, 1, 1)
-    bias = shift if in_conv else None
-    out = torch.ops.aten.convolution(
-        x, weight, bias, stride, padding, dilation, False, [0, 0], groups
-    )
-    if in_conv:
-        scale = shift = None
+    # The same operator by way of torch.ops takes 4 us more.
+    out = torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
     return convert(epilogue(out, scale, shift, residual, activation), given_format)
 
 
@@ -72,9 +70,9 @@ def conv2d_backward(
     dz: Tensor,
     x: Tensor,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
     need_dx: bool,
     need_dweight: bool,
@@ -87,7 +85,7 @@ def conv2d_backward(
     if not (need_dx or need_dweight):
         return dx, dweight, dbias
     given_format = conv2d_format(x)
-    fast = compute_format(x, Conv(stride, padding, dilation, groups))
+    fast = compute_format(x, dilation)
     found = torch.ops.aten.convolution_backward(
         convert(dz, fast),
         convert(x, fast),
@@ -112,6 +110,10 @@ _library.impl("conv2d", conv2d, "CPU")
 _library.impl("conv2d_backward", conv2d_backward, "CPU")
 
 
+# Up to so many numbers torch chooses what computes: oneDNN takes 30 to 50 us for a call, in which torch's own kernel is
+# done with 1x1 of 1x64x16x16 or 3x3 of 1x8x4x4 (7 us).
+_SMALL = 8192
+
 # From this dilation on oneDNN's convolution is faster in channels_last, by more than the two conversions take; below,
 # and without dilation, it is as fast in either format. Forward, contiguous -> by way of channels_last, in ms on one
 # core with AVX-512, 3x3: 2x64x56x56 dilated by 2: 8.8 -> 13, by 6: 13 -> 18, by 8: 24 -> 17, by 12: 19 -> 3.9, by 16:
@@ -120,11 +122,16 @@ _library.impl("conv2d_backward", conv2d_backward, "CPU")
 _LARGE_DILATION = 8
 
 
-def compute_format(x: Tensor, conv: Conv) -> torch.memory_format:
+def compute_format(x: Tensor, dilation: Sequence[int]) -> torch.memory_format:
     """The memory format in which a convolution of ``x`` is computed."""
-    if x.dtype == torch.float32 and max(conv.dilation) >= _LARGE_DILATION:
+    if x.dtype == torch.float32 and max(dilation) >= _LARGE_DILATION:
         return torch.channels_last
     return conv2d_format(x)
+
+
+def has_format(t: Tensor, memory_format: torch.memory_format) -> bool:
+    """Whether ``t`` ``[N, C, H, W]`` has the strides of ``memory_format``, those of sizes of 1 and 0 included."""
+    return t.stride() == _strides(t.shape, memory_format)
 
 
 def convert(t: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -145,29 +152,6 @@ def _strides(shape: Any, memory_format: torch.memory_format) -> tuple[int, ...]:
         return h * w * c, 1, w * c, c
     c, h, w = max(c, 1), max(h, 1), max(w, 1)
     return c * h * w, h * w, w, 1
-
-
-def unit_statistics(channels: int, like: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 ``[2, C]``: with them the norm's kernels are the epilogue of a convolution."""
-    acc = acc_dtype(like.dtype)
-    size = (1, channels)
-    return torch.cat([like.new_zeros(size, dtype=acc), like.new_ones(size, dtype=acc)])
-
-
-def epilogue(
-    z: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-) -> Tensor:
-    """``act(z * scale + shift + residual)`` in one pass: the kernel of ``batch_norm_act`` in evaluation."""
-    if scale is None and shift is None and residual is None:
-        return activate(z, act)
-    mean, var = unit_statistics(z.shape[1], z).unbind()
-    return torch.ops.advdl_ops.batch_norm_act(
-        z, residual, scale, shift, mean, var, False, 0.0, 0.0, act.code, act.param
-    )[0]
 
 
 # ---- oneDNN's fused convolution ----
@@ -199,11 +183,6 @@ def uses_onednn(x: Tensor, weight: Tensor, conv: Conv) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not is_traced()
     )
-
-
-def is_traced() -> bool:
-    """Whether a compiler or the tracer records this call: nothing may be cached, and the steps stay aten operators."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def prepack(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from .. import tuning
 from .._schemas import _check_devices, _library, conv2d_format
-from ..activation import Activation, activation_of
+from ..activation import activation_of
 from ..reference.batch_norm_act import acc_dtype
-from ._conv2d_cpu import Conv, convert, unit_statistics
+from . import _epilogue
+from ._conv2d_cpu import Conv, convert
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input_gradient", "weight_gradient"
@@ -152,7 +153,7 @@ def _forward(
         if isinstance(how, torch.memory_format):
             # No scale is folded into the weight: the pass behind the convolution is there anyway.
             z = _native(convert(x, how), convert(weight, how), conv)
-            out = _epilogue(convert(z, how), scale, shift, residual, activation)
+            out = _epilogue.epilogue(convert(z, how), scale, shift, residual, activation)
         else:
             out = _launchers(family).forward(
                 x, weight, **_options(family, conv), scale=scale, shift=shift, residual=residual,
@@ -309,9 +310,20 @@ def _layout(t: Tensor) -> str:
 
 
 def _native(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-    # aten.convolution with its flags given, not set for the whole process.
+    return native_convolution(x, weight, None, conv)
+
+
+def native_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Conv,
+    transposed: bool = False,
+    output_padding: Sequence[int] = (0, 0),
+) -> Tensor:
+    """aten.convolution with its flags given, not set for the whole process: deterministic, not measured by cuDNN."""
     return torch.ops.aten._convolution(
-        x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
+        x, weight, bias, conv.stride, conv.padding, conv.dilation, transposed, output_padding, conv.groups,
         False, True, torch.backends.cudnn.enabled, _allows_tf32(),
     )  # fmt: skip
 
@@ -319,7 +331,7 @@ def _native(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
 def _native_backward(
     dz: Tensor, x: Tensor, weight: Tensor, conv: Conv, mask: list[bool]
 ) -> tuple[Tensor, ...]:
-    with _deterministic():
+    with deterministic():
         return torch.ops.aten.convolution_backward(
             dz, x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups, mask,
         )  # fmt: skip
@@ -330,7 +342,7 @@ _flags_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """cuDNN's flags, which backward takes from the process alone. ``torch.backends.cudnn.flags`` would set tf32 too."""
     with _flags_lock:
         before = torch._C._get_cudnn_benchmark(), torch._C._get_cudnn_deterministic()
@@ -346,39 +358,3 @@ def _deterministic() -> Iterator[None]:
 def _allows_tf32() -> bool:
     # Not cudnn.allow_tf32: reading that raises where convolutions and LSTMs are set apart.
     return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
-
-
-# ---- the epilogue behind cuDNN ----
-
-
-def _epilogue(
-    z: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    act: Activation,
-) -> Tensor:
-    if act.code == 0 and scale is None and shift is None and residual is None:
-        return z
-    mean, var = _unit_statistics(z).unbind()
-    return torch.ops.advdl_ops.batch_norm_act(
-        z, residual, scale, shift, mean, var, False, 0.0, 0.0, act.code, act.param
-    )[0]
-
-
-_units: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
-
-
-def _unit_statistics(z: Tensor) -> Tensor:
-    """As :func:`unit_statistics`, kept: to fill it takes longer than a small convolution."""
-    key = z.device, z.shape[1], acc_dtype(z.dtype)
-    found = _units.get(key)
-    if found is None:
-        found = unit_statistics(z.shape[1], z)
-        if z.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                return found  # memory of the graph
-            # Another stream may be the next to read it.
-            torch.cuda.current_stream(z.device).synchronize()
-        _units[key] = found
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,25 +61,40 @@ def differentiable_gradients(
 
     What ``backward`` returns under ``create_graph=True``: for ``x``, ``residual``, ``weight`` and ``bias``.
     """
-    residual = saved if z_source == Z_RESIDUAL else None
-    if z_source == Z_OUTPUT:
-        # relu's derivative is piecewise constant: what is left is the norm under a masked cotangent.
-        assert saved is not None
-        dout, act = torch.where(saved <= 0, 0, dout), IDENTITY
-    # Fresh aliases, so that the first-order gradients stop here while their own graph reaches x, weight and bias.
-    with torch.enable_grad():
-        inputs = [
-            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in (x, residual, weight, bias)
-        ]
-        x_, residual_, weight_, bias_ = inputs
-        assert x_ is not None
-        out = forward(x_, residual_, weight_, bias_, act)
-        given = [t for t in inputs if t is not None]
-        found = iter(torch.autograd.grad(out, given, dout, create_graph=True))
-        dx, dresidual, dweight, dbias = (None if t is None else next(found) for t in inputs)
+    dout, act, residual = without_relu(dout, act, saved, z_source)
+    dx, dresidual, dweight, dbias = gradients_with_graph(
+        lambda x, residual, weight, bias: forward(x, residual, weight, bias, act),
+        (x, residual, weight, bias),
+        dout,
+    )
     # Of a residual that was not saved: what is left of the activation passes it on.
     return dx, dout if residual is None else dresidual, dweight, dbias
+
+
+def without_relu(
+    dout: Tensor, act: Activation, saved: Tensor | None, z_source: int
+) -> tuple[Tensor, Activation, Tensor | None]:
+    """The cotangent, the activation that is left to derive, and the residual; of what :func:`saved_for` saved."""
+    if z_source == Z_OUTPUT:
+        # relu's derivative is piecewise constant: what is left is what was before it, under a masked cotangent.
+        assert saved is not None
+        return torch.where(saved <= 0, 0, dout), IDENTITY, None
+    return dout, act, saved if z_source == Z_RESIDUAL else None
+
+
+def gradients_with_graph(
+    forward: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``forward(*inputs)`` for those that are not ``None``, to be derived once more."""
+    # Fresh aliases, so that the first-order gradients stop here while their own graph reaches the inputs.
+    with torch.enable_grad():
+        aliases = [
+            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in inputs
+        ]
+        given = [t for t in aliases if t is not None]
+        found = iter(torch.autograd.grad(forward(*aliases), given, dout, create_graph=True))
+        return [None if t is None else next(found) for t in aliases]
 
 
 def check_tensors(function: str, **tensors: Any) -> None:

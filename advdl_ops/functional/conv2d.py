@@ -14,10 +14,14 @@ from torch import Tensor
 from .. import reference
 from .._schemas import conv2d_shape
 from ..activation import IDENTITY, Activation, resolve_activation
-from ..backend import serves_native
+from ..backend import serves_native, unwatched
 from ..reference.batch_norm_act import acc_dtype
-from ._conv2d_cpu import unit_statistics
+from . import _conv2d_cpu
+from ._activation import activated
+from ._conv_options import autocast_dtype, cast, check_groups, padded_by, pair_of
+from ._epilogue import normalized, unit_statistics
 from ._norm import (
+    HALF,
     Z_INPUT,
     Z_OUTPUT,
     Z_RESIDUAL,
@@ -26,12 +30,11 @@ from ._norm import (
     check_residual,
     check_tensors,
     gradient_like,
+    gradients_with_graph,
+    without_relu,
 )
 
 _NAME = "conv2d"
-_PADDINGS = ("same", "valid")
-# What autocast casts; numbers of fp64 it leaves.
-_CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def conv2d(
@@ -85,7 +88,15 @@ def conv2d(
     check_tensors(_NAME, x=x, weight=weight, bias=bias, scale=scale, shift=shift, residual=residual)
     if weight is None or x is None:
         raise TypeError(f"{_NAME}: {'x' if x is None else 'weight'} (None) must be a Tensor")
-    x, weight, bias, scale, shift, residual = _autocast(x, weight, bias, scale, shift, residual)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight = cast(x, dtype), cast(weight, dtype)
+        residual = residual if residual is None else cast(residual, dtype)
+        # What is [C_out] may stay in fp32.
+        bias, scale, shift = (
+            t if t is None or t.dtype == torch.float32 else cast(t, dtype)
+            for t in (bias, scale, shift)
+        )
     if x.dim() == 3:
         added = None if residual is None else residual.unsqueeze(0)
         out = _conv2d(
@@ -118,8 +129,8 @@ def _conv2d(
             else ("x", x, "[N, C_in, H, W] or [C_in, H, W]")
         )
         raise RuntimeError(f"{_NAME}: {name} (shape {tuple(t.shape)}) must be {what}")
-    steps, rates = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
-    padded, border = _padding(x, weight, padding, steps, rates)
+    steps, rates = pair_of(_NAME, "stride", stride, 1), pair_of(_NAME, "dilation", dilation, 1)
+    padded, border = padded_by(_NAME, x, weight, padding, steps, rates)
     _check(padded, weight, bias, steps, border, rates, groups, residual, scale, shift)
     if not serves_native(_NAME, x):
         return reference.conv2d(
@@ -132,6 +143,9 @@ def _conv2d(
         return _forward(*tensors, options)
     if torch.compiler.is_compiling():
         return Conv2dFunction.apply(*tensors, options)
+    if _torch_derives_as_well(*tensors, options):
+        out = F.conv2d(padded, weight, shift, steps, border, rates, groups)
+        return activated(out, act, in_place=act.name == "relu")
     return _apply_eagerly(*tensors, options)
 
 
@@ -142,7 +156,6 @@ _dense_op = torch.ops.advdl_ops.conv2d.default
 _dense_backward_op = torch.ops.advdl_ops.conv2d_backward.default
 _depthwise_op = torch.ops.advdl_ops.depthwise_conv2d.default
 _depthwise_backward_op = torch.ops.advdl_ops.depthwise_conv2d_backward.default
-_epilogue_op = torch.ops.advdl_ops.batch_norm_act.default
 _epilogue_backward_op = torch.ops.advdl_ops.batch_norm_act_backward.default
 
 
@@ -163,7 +176,45 @@ def _forward(
     tensors = x, weight, scale, shift, residual
     if _is_depthwise(x, weight, groups):
         return _depthwise_op(*tensors, stride, padding, dilation, code, param)
-    return _dense_op(*tensors, stride, padding, dilation, groups, code, param)
+    # On CPU the operator is Python: without the dispatcher it is called in half of the time.
+    dense = _conv2d_cpu.conv2d if x.is_cpu and unwatched(*tensors) else _dense_op
+    return dense(*tensors, stride, padding, dilation, groups, code, param)
+
+
+def _torch_derives_as_well(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    options: _Options,
+) -> bool:
+    """Whether torch's convolution and activation, two autograd nodes in C++, save and compute what the Function would.
+
+    Not so of channels_last, where oneDNN takes long for the gradient of a bias, and where a weight in another format
+    than ``x`` would decide the output's.
+    """
+    return (
+        x.is_cpu
+        and scale is None
+        and residual is None
+        and x.dtype not in HALF
+        and not _is_depthwise(x, weight, options[3])
+        and _conv2d_cpu.has_format(x, torch.contiguous_format)
+        and _conv2d_cpu.has_format(weight, torch.contiguous_format)
+        and _conv2d_cpu.compute_format(x, options[2]) == torch.contiguous_format
+    )
+
+
+def _backward(
+    dz: Tensor, x: Tensor, weight: Tensor, options: _Options, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    stride, padding, dilation, groups, _ = options
+    if _is_depthwise(x, weight, groups):
+        return _depthwise_backward_op(dz, x, weight, stride, padding, dilation, *needs)
+    plain = x.is_cpu and unwatched(dz, x, weight)
+    dense = _conv2d_cpu.conv2d_backward if plain else _dense_backward_op
+    return dense(dz, x, weight, stride, padding, dilation, groups, *needs)
 
 
 class Conv2dFunction(torch.autograd.Function):
@@ -190,10 +241,7 @@ class Conv2dFunction(torch.autograd.Function):
         ctx.z_source = Z_INPUT
         if ctx.needs_input_grad[2] or not (act.code == 0 or by_output):
             z = _forward(x, weight, None, None, None, (*options[:4], IDENTITY))
-            mean, var = unit_statistics(z.shape[1], z).unbind()
-            out = _epilogue_op(
-                z, residual, scale, shift, mean, var, False, 0.0, 0.0, act.code, act.param
-            )[0]
+            out = normalized(z, scale, shift, residual, act)
             if residual is not None and act.code != 0 and not by_output:
                 saved, ctx.z_source = residual, Z_RESIDUAL
         else:
@@ -210,14 +258,13 @@ class Conv2dFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         x, weight, scale, shift, z, saved = ctx.saved_tensors
-        stride, padding, dilation, groups, act = ctx.options
-        needs = ctx.needs_input_grad
+        act, needs = ctx.options[4], ctx.needs_input_grad
         if torch.is_grad_enabled():
             return (*_differentiable_gradients(ctx, dout), None)
         dscale = dshift = None
         dz = dresidual = dout
         if act.code != 0 or scale is not None:
-            stats = unit_statistics(weight.shape[0], dout)
+            stats = unit_statistics(weight.shape[0], dout).stats
             # With relu's output at hand z matters for the gradient of the scale alone, and without an activation too.
             of_z = z if z is not None else saved if saved is not None else dout
             # Without a scale or an activation the two gradients are one tensor.
@@ -233,11 +280,7 @@ class Conv2dFunction(torch.autograd.Function):
         wanted = needs[0], needs[1], needs[3] and dshift is None
         dx = dweight = dbias = None
         if any(wanted):
-            dx, dweight, dbias = (
-                _depthwise_backward_op(*tensors, stride, padding, dilation, *wanted)
-                if _is_depthwise(x, weight, groups)
-                else _dense_backward_op(*tensors, stride, padding, dilation, groups, *wanted)
-            )
+            dx, dweight, dbias = _backward(*tensors, ctx.options, wanted)
         return (
             dx if needs[0] else None,
             gradient_like(dweight, weight) if needs[1] else None,
@@ -262,30 +305,19 @@ def _differentiable_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ..
     """What backward returns under ``create_graph=True``, made of differentiable torch operators."""
     x, weight, scale, shift, _, saved = ctx.saved_tensors
     stride, padding, dilation, groups, act = ctx.options
-    if ctx.z_source == Z_OUTPUT:
-        # relu's derivative is piecewise constant: what is left is the convolution under a masked cotangent.
-        dout, act = torch.where(saved <= 0, 0, dout), IDENTITY
-    residual = saved if ctx.z_source == Z_RESIDUAL else None
-    # Fresh aliases, so that the first-order gradients stop here while their own graph reaches the inputs.
-    with torch.enable_grad():
-        inputs = [
-            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in (x, weight, scale, shift, residual)
-        ]
-        of_x, of_weight, of_scale, of_shift, of_residual = inputs
-        assert of_x is not None and of_weight is not None
-        out = reference.conv2d(
-            of_x, of_weight, None, stride, padding, dilation, groups, of_scale, of_shift,
-            of_residual, act,
-        )  # fmt: skip
-        given = [t for t in inputs if t is not None]
-        found = iter(torch.autograd.grad(out, given, dout, create_graph=True))
-        gradients = [None if t is None else next(found) for t in inputs]
-        # What was not saved is added behind the activation that is left.
-        if shift is None and ctx.shift_dtype is not None:
-            gradients[3] = _of_shift(ctx, dout.sum((0, 2, 3), dtype=acc_dtype(dout.dtype)))
-        if residual is None:
-            gradients[4] = dout
+    dout, act, residual = without_relu(dout, act, saved, ctx.z_source)
+
+    def forward(x, weight, scale, shift, residual):
+        return reference.conv2d(
+            x, weight, None, stride, padding, dilation, groups, scale, shift, residual, act
+        )
+
+    gradients = gradients_with_graph(forward, (x, weight, scale, shift, residual), dout)
+    # What was not saved is added behind the activation that is left.
+    if shift is None and ctx.shift_dtype is not None:
+        gradients[3] = _of_shift(ctx, dout.sum((0, 2, 3), dtype=acc_dtype(dout.dtype)))
+    if residual is None:
+        gradients[4] = dout
     needs = ctx.needs_input_grad[:5]
     return tuple(g if n else None for g, n in zip(gradients, needs, strict=True))
 
@@ -305,64 +337,7 @@ def _folded(
     return scale, shift
 
 
-def _autocast(x: Tensor, weight: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The inputs in autocast's dtype, where it is on; what is ``[C_out]`` may stay in fp32."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return x, weight, *others
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(t: Tensor | None) -> Tensor | None:
-        return t.to(dtype) if t is not None and t.dtype in _CAST else t
-
-    *channels, residual = others
-    return (
-        cast(x),
-        cast(weight),
-        *(t if t is None or t.dtype == torch.float32 else cast(t) for t in channels),
-        cast(residual),
-    )
-
-
-# ---- options ----
-
-
-def _pair(name: str, value: Any, least: int) -> tuple[int, int]:
-    if isinstance(value, (int, torch.SymInt)):
-        found: Any = (value, value)
-    else:
-        if not isinstance(value, (tuple, list)) or not all(
-            isinstance(v, (int, torch.SymInt)) for v in value
-        ):
-            raise TypeError(f"{_NAME}: {name} ({value!r}) must be an integer or a pair of them")
-        if len(value) not in (1, 2):
-            raise RuntimeError(f"{_NAME}: {name} ({value!r}) must be one number or two")
-        found = (value[0], value[-1])
-    if found[0] < least or found[1] < least:
-        raise RuntimeError(f"{_NAME}: {name} ({value!r}) must be at least {least}")
-    return found
-
-
-def _padding(
-    x: Tensor, weight: Tensor, padding: Any, stride: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[Tensor, tuple[int, int]]:
-    """``x``, padded here where its two sides differ, and the padding of both sides."""
-    if not isinstance(padding, str):
-        return x, _pair("padding", padding, 0)
-    if padding not in _PADDINGS:
-        raise RuntimeError(
-            f"{_NAME}: padding ({padding!r}) must be numbers or one of {', '.join(_PADDINGS)}"
-        )
-    if padding == "valid":
-        return x, (0, 0)
-    if stride != (1, 1):
-        raise RuntimeError(f"{_NAME}: stride ({stride}) must be 1 with padding 'same'")
-    height, width = (
-        rate * (kernel - 1) for rate, kernel in zip(dilation, weight.shape[2:], strict=True)
-    )
-    if height % 2 or width % 2:  # of an even kernel, as torch: one more behind
-        x = F.pad(x, (0, width % 2, 0, height % 2))
-    return x, (height // 2, width // 2)
+# ---- checks ----
 
 
 def _check(
@@ -377,10 +352,7 @@ def _check(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> None:
-    if not isinstance(groups, int):
-        raise TypeError(f"{_NAME}: groups ({groups!r}) must be an integer")
-    if groups < 1:
-        raise RuntimeError(f"{_NAME}: groups ({groups}) must be at least 1")
+    check_groups(_NAME, groups)
     channels, outputs = x.shape[1], weight.shape[0]
     for of, count in (("channels", channels), ("channels of the output", outputs)):
         if count % groups != 0:

@@ -8,11 +8,14 @@ against oneDNN): 2.8 / 2.2 for x [8, 128, 28, 28] to 64 channels, 11.7 / 9.1 at 
 Ours are the activation, written over the convolution's output where its derivative follows from that output or nobody
 asks for it (at 56 x 56 above: 15 ms, against 23 ms with a tensor of its own), the gradient of a bias in channels_last
 (:func:`_sums_bias`), and depthwise layers, which are the gradients of this package's depthwise convolution.
+
+On CUDA every layer is the gradient of this package's convolution, so that what was measured to be the fastest serves,
+cuDNN deterministically. What no such gradient gives, see :func:`_is_gradient`, is cuDNN's, so too.
 """
 
 from __future__ import annotations
 
-import numbers
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +25,11 @@ from torch import Tensor
 from .. import reference
 from .._schemas import conv2d_format
 from ..activation import Activation, resolve_activation
-from ..backend import get_backend, serves_native, transformed
+from ..backend import get_backend, is_traced, serves_native, transformed
 from ._activation import DERIVATIVES, activated, derivative_from_output
+from ._conv2d_cpu import Conv
+from ._conv2d_cuda import deterministic, native_convolution
+from ._conv_options import autocast_dtype, cast, check_groups, pair_of
 from ._norm import (
     Z_INPUT,
     check_floating,
@@ -35,6 +41,8 @@ from ._norm import (
 
 _NAME = "conv_transpose2d"
 _convolution_backward_op = torch.ops.aten.convolution_backward.default
+_dense_op = torch.ops.advdl_ops.conv2d.default
+_dense_backward_op = torch.ops.advdl_ops.conv2d_backward.default
 _depthwise_op = torch.ops.advdl_ops.depthwise_conv2d.default
 _depthwise_backward_op = torch.ops.advdl_ops.depthwise_conv2d_backward.default
 
@@ -92,16 +100,19 @@ def conv_transpose2d(
     """
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
     options = Options(
-        _pair("stride", stride),
-        _pair("padding", padding),
-        _pair("output_padding", output_padding),
+        pair_of(_NAME, "stride", stride, 1),
+        pair_of(_NAME, "padding", padding, 0),
+        pair_of(_NAME, "output_padding", output_padding, 0),
         groups,
-        _pair("dilation", dilation),
+        pair_of(_NAME, "dilation", dilation, 1),
     )
     check_tensors(_NAME, x=x, weight=weight, bias=bias)
     if x is None or weight is None:
         raise TypeError(f"{_NAME}: {'weight' if weight is None else 'x'} (None) must be a Tensor")
-    x, weight, bias = _as_autocast(x, weight, bias)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight = cast(x, dtype), cast(weight, dtype)
+        bias = None if bias is None else cast(bias, dtype)
     _check(x, weight, bias, options)
     if x.dim() == 3:
         return _batched(x.unsqueeze(0), weight, bias, options, activation).squeeze(0)
@@ -111,38 +122,44 @@ def conv_transpose2d(
 def _batched(
     x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, act: Activation
 ) -> Tensor:
-    depthwise = _is_depthwise(x, weight, options) and serves_native(_NAME, x)
+    own = _has_own_operators(x, weight, options) and serves_native(_NAME, x)
     # Of the other layers, compilers and exporters see aten operators, whose activation they fuse themselves.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if get_backend() == "reference" or transformed() or (traced and not depthwise):
+    if get_backend() == "reference" or transformed() or (is_traced() and not own):
         return reference.conv_transpose2d(x, weight, bias, options, act)
     if not needs_grad(x, None, weight, bias):
-        z = _convolve_transposed(x, weight, bias, options, depthwise)
+        z = _convolve_transposed(x, weight, bias, options, own)
         return activated(z, act, in_place=True)
     if (
         act.code == 0
-        and not depthwise
+        and not own
+        and not x.is_cuda  # where backward is to be deterministic
         and not (bias is not None and _sums_bias(x))
         # Such a weight would decide the format of x's gradient.
         and not weight.is_contiguous(memory_format=torch.channels_last)
     ):
         # As good as torch's own gradients.
         return _convolve_transposed(x, weight, bias, options, False)
-    return ConvTranspose2dFunction.apply(x, weight, bias, options, act, depthwise)
+    return ConvTranspose2dFunction.apply(x, weight, bias, options, act, own)
 
 
-def _is_depthwise(x: Tensor, weight: Tensor, options: Options) -> bool:
-    """Whether ``depthwise_conv2d`` of the output has ``x``'s shape, so that its gradient is the layer.
+def _has_own_operators(x: Tensor, weight: Tensor, options: Options) -> bool:
+    """Whether this package's convolution serves: on CPU of depthwise layers alone."""
+    return (x.is_cuda or _is_depthwise(weight, options)) and _is_gradient(x, weight, options)
+
+
+def _is_gradient(x: Tensor, weight: Tensor, options: Options) -> bool:
+    """Whether a convolution of the output has ``x``'s shape, so that its gradient is the layer.
 
     An output padding of the stride or more, which torch allows below the dilation, would give a larger one.
     """
     return (
-        x.is_cpu
-        and options.groups == weight.shape[0]
-        and weight.shape[1] == 1
-        and all(more < s for more, s in zip(options.output_padding, options.stride, strict=True))
+        all(more < s for more, s in zip(options.output_padding, options.stride, strict=True))
         and min(_output_size(x, weight, options)) > 0
     )
+
+
+def _is_depthwise(weight: Tensor, options: Options) -> bool:
+    return options.groups == weight.shape[0] and weight.shape[1] == 1
 
 
 class ConvTranspose2dFunction(torch.autograd.Function):
@@ -156,14 +173,14 @@ class ConvTranspose2dFunction(torch.autograd.Function):
         bias: Tensor | None,
         options: Options,
         act: Activation,
-        depthwise: bool,
+        own: bool,
     ) -> Tensor:
         from_output = derivative_from_output(act)
-        z = _convolve_transposed(x, weight, bias, options, depthwise)
+        z = _convolve_transposed(x, weight, bias, options, own)
         out = activated(z, act, in_place=from_output)
         saved = None if act.code == 0 else out if from_output else z
         ctx.save_for_backward(x, weight, bias, saved)
-        ctx.options, ctx.act, ctx.depthwise = options, act, depthwise
+        ctx.options, ctx.act, ctx.own = options, act, own
         return out
 
     @staticmethod
@@ -183,7 +200,7 @@ class ConvTranspose2dFunction(torch.autograd.Function):
         else:
             dz = dout if saved is None else DERIVATIVES[act.name](dout, saved, act.param)
             needs = need_x, need_weight, need_bias
-            gradients = _depthwise_gradients if ctx.depthwise else _dense_gradients
+            gradients = _own_gradients if ctx.own else _dense_gradients
             dx, dweight, dbias = gradients(dz, x, weight, options, needs)
         return (
             dx if need_x else None,
@@ -196,35 +213,57 @@ class ConvTranspose2dFunction(torch.autograd.Function):
 
 
 def _convolve_transposed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, depthwise: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, own: bool
 ) -> Tensor:
     """``[N, C_out, H_out, W_out]`` in the memory format of ``x``; a tensor that nobody else holds."""
     layout = conv2d_format(x)
-    if depthwise:
-        shape = (*x.shape[:2], *_output_size(x, weight, options))
+    if own:
+        channels = weight.shape[1] * options.groups
+        shape = (x.shape[0], channels, *_output_size(x, weight, options))
         # Never written or read: of the convolution's input its gradient needs the sizes and the format.
         like = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-        out = _depthwise_backward_op(
-            x, like, weight, *_convolution_options(options), True, False, False
-        )[0]
+        out = _convolution_gradients(x, like, weight, options, True, False)[0]
         return out if bias is None else out.add_(bias[:, None, None])
     if layout == torch.contiguous_format:
         weight = weight.contiguous()  # or torch would answer in the weight's format
-    out = F.conv_transpose2d(x, weight, bias, *options)
+    if x.is_cuda:
+        out = native_convolution(x, weight, bias, _conv(options), True, options.output_padding)
+    else:
+        out = F.conv_transpose2d(x, weight, bias, *options)
     return out.contiguous(memory_format=layout)
 
 
-def _depthwise_gradients(
+def _conv(options: Options) -> Conv:
+    return Conv(options.stride, options.padding, options.dilation, options.groups)
+
+
+def _convolution_gradients(
+    dz: Tensor, x: Tensor, weight: Tensor, options: Options, need_dx: bool, need_dweight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``conv2d(x, weight)``, whose output ``dz`` is of the transposed convolution's input."""
+    stride, padding, dilation, groups = _conv(options)
+    needs = need_dx, need_dweight, False
+    if _is_depthwise(weight, options):
+        return _depthwise_backward_op(dz, x, weight, stride, padding, dilation, *needs)
+    return _dense_backward_op(dz, x, weight, stride, padding, dilation, groups, *needs)
+
+
+def _own_gradients(
     dz: Tensor, x: Tensor, weight: Tensor, options: Options, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As :func:`_dense_gradients`: a convolution of ``dz``, and that convolution's gradient for its weight."""
     need_x, need_weight, need_bias = needs
     dz = dz.contiguous(memory_format=conv2d_format(x))
-    conv = _convolution_options(options)
-    dx = _depthwise_op(dz, weight, None, None, None, *conv, 0, 0.0) if need_x else None
-    dweight = None
+    dx = dweight = None
+    if need_x:
+        tensors = dz, weight, None, None, None
+        stride, padding, dilation, groups = _conv(options)
+        if _is_depthwise(weight, options):
+            dx = _depthwise_op(*tensors, stride, padding, dilation, 0, 0.0)
+        else:
+            dx = _dense_op(*tensors, stride, padding, dilation, groups, 0, 0.0)
     if need_weight:
-        dweight = _depthwise_backward_op(x, dz, weight, *conv, False, True, False)[1]
+        dweight = _convolution_gradients(x, dz, weight, options, False, True)[1]
     return dx, dweight, dz.sum((0, 2, 3)) if need_bias else None
 
 
@@ -240,19 +279,20 @@ def _dense_gradients(
     if sums_bias:
         dbias = dz.sum((0, 2, 3))
     if need_x or need_weight or not sums_bias:
-        dx, dweight, sum_of_dz = _convolution_backward_op(
-            dz,
-            x,
-            weight,
-            [dz.shape[1]],
-            options.stride,
-            options.padding,
-            options.dilation,
-            True,
-            options.output_padding,
-            options.groups,
-            [need_x, need_weight, need_bias and not sums_bias],
-        )
+        with deterministic() if x.is_cuda else contextlib.nullcontext():
+            dx, dweight, sum_of_dz = _convolution_backward_op(
+                dz,
+                x,
+                weight,
+                [dz.shape[1]],
+                options.stride,
+                options.padding,
+                options.dilation,
+                True,
+                options.output_padding,
+                options.groups,
+                [need_x, need_weight, need_bias and not sums_bias],
+            )
         dbias = dbias if sums_bias else sum_of_dz
     return None if dx is None else dx.contiguous(memory_format=layout), dweight, dbias
 
@@ -266,34 +306,6 @@ def _sums_bias(x: Tensor) -> bool:
     return x.is_cpu and conv2d_format(x) == torch.channels_last
 
 
-def _as_autocast(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Under autocast its dtype, as torch's own operator is given; here, so that backward holds no fp32 ``x``."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return cast(x), cast(weight), None if bias is None else cast(bias)
-
-
-def _pair(name: str, value: Any) -> tuple[int, int]:
-    """Height and width of an option that is one number for both, or a sequence of one or two."""
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
-        return value  # as modules hold it
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    for v in values:
-        if isinstance(v, bool) or not isinstance(v, (int, torch.SymInt, numbers.Integral)):
-            raise TypeError(f"{_NAME}: {name} ({value!r}) must be an integer, or two")
-    if len(values) not in (1, 2):
-        raise RuntimeError(f"{_NAME}: {name} ({value!r}) must be one integer, or two")
-    return values[0], values[-1]
-
-
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> None:
     if x.dim() not in (3, 4):
         raise RuntimeError(
@@ -305,10 +317,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> 
         raise RuntimeError(
             f"{_NAME}: weight (shape {tuple(shape)}) must be [C_in, C_out / groups, kH, kW], none of them 0"
         )
-    if isinstance(groups, bool) or not isinstance(groups, (int, numbers.Integral)):
-        raise TypeError(f"{_NAME}: groups ({groups!r}) must be an integer")
-    if groups < 1:
-        raise RuntimeError(f"{_NAME}: groups ({groups}) must be at least 1")
+    check_groups(_NAME, groups)
     if shape[0] % groups:
         raise RuntimeError(f"{_NAME}: groups ({groups}) must divide the channels ({shape[0]})")
     if x.shape[-3] != shape[0]:
@@ -330,7 +339,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> 
             raise RuntimeError(
                 f"{_NAME}: {name} (device {t.device}) must be on x's device ({x.device})"
             )
-    _check_options(options)
+    _check_output_padding(options)
     sizes = _output_size(x, weight, options)
     if x.shape[-2] == 0 or x.shape[-1] == 0 or min(sizes) < 0:
         raise RuntimeError(
@@ -339,23 +348,13 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> 
         )
 
 
-def _check_options(options: Options) -> None:
-    for name, least in (("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1)):
-        values = getattr(options, name)
-        if values[0] < least or values[1] < least:
-            raise RuntimeError(f"{_NAME}: {name} ({values}) must be at least {least}")
+def _check_output_padding(options: Options) -> None:
     more, stride, dilation = options.output_padding, options.stride, options.dilation
     if more[0] >= max(stride[0], dilation[0]) or more[1] >= max(stride[1], dilation[1]):
         raise RuntimeError(
             f"{_NAME}: output_padding ({more}) must be less than the larger of stride ({stride}) "
             f"and dilation ({dilation}) on each axis"
         )
-
-
-def _convolution_options(
-    options: Options,
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    return options.stride, options.padding, options.dilation
 
 
 def _output_size(x: Tensor, weight: Tensor, options: Options) -> tuple[int, int]:

@@ -50,11 +50,9 @@ def _norm_factory(name: str, norm: str) -> _NormFactory:
 
 def _conv(
     channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1, dilation: int = 1
-) -> torch.nn.Conv2d:
+) -> nn.Conv2d:
     padding = dilation * (size // 2)
-    return torch.nn.Conv2d(
-        channels, out_channels, size, stride, padding, dilation, groups, bias=False
-    )
+    return nn.Conv2d(channels, out_channels, size, stride, padding, dilation, groups, bias=False)
 
 
 def _conv_norm(

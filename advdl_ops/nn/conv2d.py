@@ -47,18 +47,9 @@ class Conv2d(torch.nn.Conv2d):
     ) -> None:
         self.act = resolve_activation(type(self).__name__, act)
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )  # fmt: skip
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` and ``residual`` (of the output's shape) -> ``[N, C_out, H_out, W_out]``; errors as :func:`.conv2d`."""
@@ -69,16 +60,9 @@ class Conv2d(torch.nn.Conv2d):
             x = padded if x.dim() != 4 else padded.contiguous(memory_format=conv2d_format(x))
             padding = 0
         return conv2d(
-            x,
-            self.weight,
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            act=self.act,
-            residual=residual,
-        )
+            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups,
+            act=self.act, residual=residual,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return super().extra_repr() + act_repr(self.act)
@@ -119,19 +103,9 @@ class DilatedConv2d(Conv2d):
         if padding is None:
             padding = _keeping(type(self).__name__, kernel_size, dilation)
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-            act=act,
-        )
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype, act=act,
+        )  # fmt: skip
 
 
 class DepthwiseConv2d(Conv2d):
@@ -169,19 +143,9 @@ class DepthwiseConv2d(Conv2d):
         if padding is None:
             padding = _keeping(name, kernel_size, dilation)
         super().__init__(
-            channels,
-            channels * multiplier,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            channels,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-            act=act,
-        )
+            channels, channels * multiplier, kernel_size, stride, padding, dilation, channels, bias,
+            padding_mode, device, dtype, act=act,
+        )  # fmt: skip
 
 
 class HybridDilatedConv(torch.nn.Sequential):

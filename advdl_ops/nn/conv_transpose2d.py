@@ -44,19 +44,9 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
     ) -> None:
         self.act = resolve_activation(type(self).__name__, act)
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            output_padding,
-            groups,
-            bias,
-            dilation,
-            padding_mode,
-            device,
-            dtype,
-        )
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
+            dilation, padding_mode, device, dtype,
+        )  # fmt: skip
 
     def forward(
         self,

@@ -76,9 +76,8 @@ class Prologue(NamedTuple):
 FORWARD_CONFIGS = (
     Config(128, 128, 64, 8, 3),
     Config(128, 128, 32, 8, 3),
-    Config(64, 128, 32, 4, 3),
     Config(128, 64, 32, 8, 3),
-    Config(64, 64, 32, 4, 4),
+    Config(64, 64, 32, 8, 4),
     Config(64, 64, 16, 4, 3),
 )
 INPUT_GRADIENT_CONFIGS = FORWARD_CONFIGS

@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t kStripBytes = 192 * 1024;
 
 // Outputs of one channel in registers at once: rows that share rows of input, by vectors of columns.
-constexpr int kRows = ADVDL_VECTOR_BYTES == 64 ? 4 : 2;
-constexpr int kVectors = 4;
+constexpr int kRows = 4;
+constexpr int kVectors = 2;
 
 // A strip of a padded image: rows of `phases` runs, each `pitch` long and zero beyond its columns.
 template <class Acc>
@@ -146,8 +146,8 @@ ADVDL_INLINE int64_t column_offset(int64_t b, const Conv2dAxis& w, int64_t phase
 }
 
 // A block of height x width_ vectors of outputs: rows filter.dilation apart. A vector of input is read once for all the rows
-// that it is part of; `count` columns are stored. kTall: the height of the filter, or 0 for any.
-template <int kHeight, int kWidth, int kTall, class T>
+// that it is part of; `count` columns are stored. kSize: height and width of the filter, or 0 for any.
+template <int kHeight, int kWidth, int kSize, class T>
 ADVDL_INLINE void correlate_block(const acc_t<T>* in, const Filter<acc_t<T>>& filter,
                                   const Epilogue<T>& epilogue, int64_t at, int64_t row_at,
                                   int64_t count) {
@@ -155,27 +155,34 @@ ADVDL_INLINE void correlate_block(const acc_t<T>* in, const Filter<acc_t<T>>& fi
   using Vec = typename Simd<Acc>::Vec;
   constexpr int64_t lanes = Simd<Acc>::lanes;
   Vec sums[kHeight][kWidth] = {};
-  const int64_t tall = kTall > 0 ? kTall : filter.height;
-  const auto add_row = [&](int64_t i) {
+  const int64_t tall = kSize > 0 ? kSize : filter.height;
+  const int64_t wide = kSize > 0 ? kSize : filter.width;
+  const auto add_taps = [&](int64_t i, int64_t b) {
     const Acc* row = in + i * filter.row_step;
-    const Acc* weights = filter.weights + i * filter.width;
-    for (int64_t b = 0; b < filter.width; ++b) {
-      Vec x[kWidth];
+    const Acc* weights = filter.weights + i * wide;
+    Vec x[kWidth];
 #pragma GCC unroll 8
-      for (int k = 0; k < kWidth; ++k) x[k] = load(row + filter.columns[b] + k * lanes);
+    for (int k = 0; k < kWidth; ++k) x[k] = load(row + filter.columns[b] + k * lanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < kHeight; ++r) {
-        if (kHeight > 1 && (i < r || i - r >= tall)) continue;
-        const Vec weight = broadcast(weights[b - r * filter.width]);
+    for (int r = 0; r < kHeight; ++r) {
+      if (kHeight > 1 && (i < r || i - r >= tall)) continue;
+      const Vec weight = broadcast(weights[b - r * wide]);
 #pragma GCC unroll 8
-        for (int k = 0; k < kWidth; ++k) sums[r][k] += x[k] * weight;
-      }
+      for (int k = 0; k < kWidth; ++k) sums[r][k] += x[k] * weight;
     }
   };
-  if constexpr (kTall > 0) {
+  const auto add_row = [&](int64_t i) {
+    if constexpr (kSize > 0) {
+#pragma GCC unroll 8
+      for (int64_t b = 0; b < kSize; ++b) add_taps(i, b);
+    } else {
+      for (int64_t b = 0; b < wide; ++b) add_taps(i, b);
+    }
+  };
+  if constexpr (kSize > 0) {
     // Which rows of output meet a row of input is then known here: no branch is left in between.
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < kTall + kHeight - 1; ++i) add_row(i);
+    for (int64_t i = 0; i < kSize + kHeight - 1; ++i) add_row(i);
   } else {
     for (int64_t i = 0; i < tall + kHeight - 1; ++i) add_row(i);
   }
@@ -201,22 +208,20 @@ ADVDL_INLINE void correlate_block(const acc_t<T>* in, const Filter<acc_t<T>>& fi
   }
 }
 
-template <int kHeight, int kTall, class T>
+template <int kHeight, int kSize, class T>
 void correlate_rows(const acc_t<T>* in, const Filter<acc_t<T>>& filter, const Epilogue<T>& epilogue,
                     int64_t at, int64_t columns) {
   constexpr int64_t lanes = Simd<acc_t<T>>::lanes, width = kVectors * lanes;
   const int64_t row_at = filter.dilation * columns;
   int64_t j = 0;
   for (; j + width <= columns; j += width) {
-    correlate_block<kHeight, kVectors, kTall, T>(in + j, filter, epilogue, at + j, row_at, width);
+    correlate_block<kHeight, kVectors, kSize, T>(in + j, filter, epilogue, at + j, row_at, width);
   }
   const int64_t rest = columns - j;
-  if (rest > 2 * lanes) {
-    correlate_block<kHeight, kVectors, kTall, T>(in + j, filter, epilogue, at + j, row_at, rest);
-  } else if (rest > lanes) {
-    correlate_block<kHeight, 2, kTall, T>(in + j, filter, epilogue, at + j, row_at, rest);
+  if (rest > lanes) {
+    correlate_block<kHeight, kVectors, kSize, T>(in + j, filter, epilogue, at + j, row_at, rest);
   } else if (rest > 0) {
-    correlate_block<kHeight, 1, kTall, T>(in + j, filter, epilogue, at + j, row_at, rest);
+    correlate_block<kHeight, 1, kSize, T>(in + j, filter, epilogue, at + j, row_at, rest);
   }
 }
 
@@ -230,8 +235,9 @@ void correlate_strip(const acc_t<T>* in, const Filter<acc_t<T>>& filter,
       int64_t i = first + q;
       const int64_t last = first + kRows * apart;
       const auto run = [&]<int kHeight>(Index<kHeight>) {
-        const auto rows_from =
-            filter.height == 3 ? correlate_rows<kHeight, 3, T> : correlate_rows<kHeight, 0, T>;
+        const auto rows_from = filter.height == 3 && filter.width == 3
+                                   ? correlate_rows<kHeight, 3, T>
+                                   : correlate_rows<kHeight, 0, T>;
         rows_from(in + i * filter.out_row_step, filter, epilogue, at + i * columns, columns);
         i += kHeight * apart;
       };
@@ -239,7 +245,7 @@ void correlate_strip(const acc_t<T>* in, const Filter<acc_t<T>>& filter,
         run(Index<kRows>{});
         continue;
       }
-      if (kRows > 2 && i + apart < rows) run(Index<2>{});
+      if (i + apart < rows) run(Index<2>{});
       while (i < rows && i < last) run(Index<1>{});
     }
   }

@@ -8,13 +8,6 @@
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 
-ADVDL_INLINE int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-// Towards minus infinity; b > 0.
-ADVDL_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-ADVDL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
-
 ADVDL_INLINE float widened(float v) { return v; }
 ADVDL_INLINE double widened(double v) { return v; }
 ADVDL_INLINE float widened(BFloat16 v) { return to_float(v); }
@@ -33,6 +26,9 @@ void widen(DType dtype, const void* from, Acc absent, Acc* to, int64_t count, in
   });
 }
 
+// Outputs of so many bytes and more are written past the caches: so their inputs stay there (docs/performance.md).
+inline constexpr int64_t kConvStreamBytes = 4 << 20;
+
 // What follows the sum: act(sum * scale + shift + residual), stored as T.
 template <class T>
 struct Epilogue {
@@ -45,6 +41,7 @@ struct Epilogue {
   Activation act;
   Acc act_param;
   bool is_affine;
+  bool streams = false;  // every vector that is written is then aligned
 
   // kColumns vectors of one run, `step` elements apart, from out[at] on; scale and shift are theirs. Loops are unrolled by
   // name, else gcc keeps the sums in memory.
@@ -73,7 +70,7 @@ struct Epilogue {
       for (int k = 0; k < kColumns; ++k) sums[k] = load(values + k * width);
     }
 #pragma GCC unroll 8
-    for (int k = 0; k < kColumns; ++k) lanes.write(out + at + k * step, sums[k]);
+    for (int k = 0; k < kColumns; ++k) lanes.write_out(out + at + k * step, sums[k], streams);
   }
 };
 

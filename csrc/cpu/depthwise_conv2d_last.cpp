@@ -12,6 +12,7 @@ namespace {
 
 // Outputs of one vector of channels in registers at once: a weight is read once for all of them.
 constexpr int kColumns = 8;
+constexpr int64_t kChannels = 64;
 
 // Columns of output that a tap reaches: 0 <= j * step + column < size.
 struct Columns {
@@ -29,51 +30,48 @@ struct Tap {
   Columns columns;  // the outputs that it reaches
 };
 
-// Columns that every tap reaches; where there are none, begin == end.
-ADVDL_INLINE Columns reached_by_all(const Tap* taps, int64_t tap_count, int64_t count) {
-  Columns all{0, count};
-  for (int64_t t = 0; t < tap_count; ++t) {
-    if (taps[t].columns.begin > all.begin) all.begin = taps[t].columns.begin;
-    if (taps[t].columns.end < all.end) all.end = taps[t].columns.end;
-  }
-  if (all.begin > count) all.begin = count;
-  if (all.end < all.begin) all.end = all.begin;
-  return all;
+// What two have in common, at an end of `b` where that is nothing.
+ADVDL_INLINE Columns common(const Columns& a, const Columns& b) {
+  const int64_t begin = min_of(max_of(a.begin, b.begin), b.end);
+  return {begin, max_of(min_of(a.end, b.end), begin)};
 }
 
 template <class T>
 struct Row {
-  const T* in;             // [.., C]
-  const acc_t<T>* weight;  // [taps, C]
-  const Tap* taps;
-  int64_t tap_count;
-  int64_t c, in_step, out_columns, out_step;
-  int64_t out;  // element of the output at column 0
+  const T* in = nullptr;             // [.., C]
+  const acc_t<T>* weight = nullptr;  // [taps, C]
+  int64_t c = 0, in_step = 1, out_columns = 0, out_step = 1;
+  int64_t run =
+      1;  // so many taps at a time read neighbouring columns, in this order; 1 if they do not
+  int64_t out = 0;  // element of the output at column 0
+  const Tap* taps = nullptr;
+  int64_t tap_count = 0;
+  Columns inside{};  // what every tap reaches
 };
 
-// kCount outputs from column j on, of one vector of channels, all of which every tap reaches. kTaps weights are given in
-// registers, or, with kTaps = 0, all are read here.
-template <int kCount, int kTaps, class T, class Lanes>
-ADVDL_INLINE void correlate_columns(const Row<T>& row, const Epilogue<T>& epilogue,
-                                    const typename Epilogue<T>::Vec* weights, int64_t j, int64_t c,
-                                    const Lanes& lanes) {
+// kCount outputs from column j on, of one vector of channels, all of which every tap reaches. The taps come in runs of kRun
+// neighbours: a vector of input is read once for all of a run that it meets.
+template <int kCount, int kRun, class T, class Lanes>
+ADVDL_INLINE void correlate_columns(const Row<T>& row, const Epilogue<T>& epilogue, int64_t j,
+                                    int64_t c, const Lanes& lanes) {
   using Vec = typename Epilogue<T>::Vec;
   Vec sums[kCount] = {};
   const int64_t step = row.in_step * row.c;
   const T* start = row.in + j * step + c;
-  if constexpr (kTaps > 0) {
-#pragma GCC unroll 16
-    for (int t = 0; t < kTaps; ++t) {
-      const T* in = start + row.taps[t].from;
+  for (int64_t t = 0; t < row.tap_count; t += kRun) {
+    Vec weights[kRun];
 #pragma GCC unroll 8
-      for (int k = 0; k < kCount; ++k) sums[k] += lanes.read(in + k * step) * weights[t];
+    for (int b = 0; b < kRun; ++b) {
+      weights[b] = lanes.read(row.weight + row.taps[t + b].weight * row.c + c);
     }
-  } else {
-    for (int64_t t = 0; t < row.tap_count; ++t) {
-      const Vec weight = lanes.read(row.weight + row.taps[t].weight * row.c + c);
-      const T* in = start + row.taps[t].from;
+    const T* in = start + row.taps[t].from;
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount + kRun - 1; ++i) {
+      const Vec x = lanes.read(in + i * step);
 #pragma GCC unroll 8
-      for (int k = 0; k < kCount; ++k) sums[k] += lanes.read(in + k * step) * weight;
+      for (int b = 0; b < kRun; ++b) {
+        if (i >= b && i - b < kCount) sums[i - b] += x * weights[b];
+      }
     }
   }
   epilogue.template finish<kCount>(
@@ -81,24 +79,29 @@ ADVDL_INLINE void correlate_columns(const Row<T>& row, const Epilogue<T>& epilog
       row.out + j * row.out_step * row.c + c, row.out_step * row.c, lanes);
 }
 
-// All columns of `inside` but for a last odd one, of one vector of channels. The nine weights of a 3x3 stay in registers.
-template <int kTaps, class T, class Lanes>
-ADVDL_INLINE void correlate_inside(const Row<T>& row, const Epilogue<T>& epilogue,
-                                   const Columns& inside, int64_t c, const Lanes& lanes) {
-  using Vec = typename Epilogue<T>::Vec;
-  Vec weights[kTaps > 0 ? kTaps : 1];
-  if constexpr (kTaps > 0) {
-#pragma GCC unroll 16
-    for (int t = 0; t < kTaps; ++t) {
-      weights[t] = lanes.read(row.weight + row.taps[t].weight * row.c + c);
+// All columns that every tap reaches, in blocks, of which the last may overlap the one before. Channels inside of columns: what
+// is read is one piece of memory, which the prefetchers follow. Not all channels of a wide row: neighbouring columns, which a
+// tap reads one by one, would push each other out of the cache.
+template <int kRun, class T>
+void correlate_inside(const Row<T>& row, const Epilogue<T>& epilogue) {
+  const int64_t end = row.inside.end, count = end - row.inside.begin;
+  for (int64_t first = 0; first < row.c; first += kChannels) {
+    const int64_t channels = min_of(kChannels, row.c - first);
+    const auto block = [&]<int kCount>(Index<kCount>, int64_t j) {
+      for_vectors<acc_t<T>, 1>(channels, [&](int64_t c, const auto& lanes, auto) {
+        correlate_columns<kCount, kRun>(row, epilogue, j, first + c, lanes);
+      });
+      return j + kCount;
+    };
+    for (int64_t j = row.inside.begin; j < end;) {
+      if (count >= kColumns && end - j > kColumns / 2) {
+        j = block(Index<kColumns>{}, min_of(j, end - kColumns));
+      } else if (count >= kColumns / 2) {
+        j = block(Index<kColumns / 2>{}, min_of(j, end - kColumns / 2));
+      } else {
+        j = block(Index<1>{}, j);
+      }
     }
-  }
-  int64_t j = inside.begin;
-  for (; j + kColumns <= inside.end; j += kColumns) {
-    correlate_columns<kColumns, kTaps>(row, epilogue, weights, j, c, lanes);
-  }
-  for (; j + 2 <= inside.end; j += 2) {
-    correlate_columns<2, kTaps>(row, epilogue, weights, j, c, lanes);
   }
 }
 
@@ -133,7 +136,6 @@ template <class T>
 void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
   using Acc = acc_t<T>;
   constexpr int64_t lanes = Simd<Acc>::lanes;
-  const Columns inside = reached_by_all(row.taps, row.tap_count, row.out_columns);
   const auto border = [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       int64_t c = 0;
@@ -145,16 +147,21 @@ void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
       });
     }
   };
-  border(0, inside.begin);
-  for_vectors<Acc, 1>(row.c, [&](int64_t c, const auto& policy, auto) {
-    // With the 16 registers of AVX2 nine weights and eight sums are too many.
-    if (ADVDL_VECTOR_BYTES == 64 && row.tap_count == 9) {
-      correlate_inside<9>(row, epilogue, inside, c, policy);
-    } else {
-      correlate_inside<0>(row, epilogue, inside, c, policy);
-    }
-  });
-  border(inside.begin + (inside.end - inside.begin) / 2 * 2, row.out_columns);
+  border(0, row.inside.begin);
+  switch (row.run) {
+    case 3:
+      correlate_inside<3>(row, epilogue);
+      break;
+    case 5:
+      correlate_inside<5>(row, epilogue);
+      break;
+    case 7:
+      correlate_inside<7>(row, epilogue);
+      break;
+    default:
+      correlate_inside<1>(row, epilogue);
+  }
+  border(row.inside.end, row.out_columns);
 }
 
 // [taps, C] and behind it scale [C], shift [C].
@@ -178,18 +185,32 @@ struct Parameters {
   }
 };
 
-// Room for the taps of one row, for each of the rows that run at once: on the stack of whoever runs them.
-constexpr int64_t kTapsOnStack = 256;
-struct TapStorage {
-  Tap few[kTapsOnStack];
-  Tap* many = nullptr;
-  explicit TapStorage(int64_t count) {
-    if (count > kTapsOnStack) many = new Tap[count];
+// A row and its taps, on the stack of whoever computes it.
+template <class T>
+class RowOfTaps {
+ public:
+  Row<T> row;
+  // A row like this one, of at most max_taps taps.
+  RowOfTaps(const Row<T>& like, int64_t max_taps) : row(like) {
+    if (max_taps > kOnStack) many_ = new Tap[max_taps];
+    row.taps = taps();
   }
-  ~TapStorage() { delete[] many; }
-  TapStorage(const TapStorage&) = delete;
-  TapStorage& operator=(const TapStorage&) = delete;
-  Tap* taps() { return many != nullptr ? many : few; }
+  ~RowOfTaps() { delete[] many_; }
+  RowOfTaps(const RowOfTaps&) = delete;
+  RowOfTaps& operator=(const RowOfTaps&) = delete;
+  Tap* taps() { return many_ != nullptr ? many_ : few_; }
+  // The row has the first tap_count of the taps, and its output begins at element `out`.
+  void set(int64_t tap_count, int64_t out) {
+    row.tap_count = tap_count;
+    row.out = out;
+    row.inside = {0, row.out_columns};
+    for (int64_t t = 0; t < tap_count; ++t) row.inside = common(taps()[t].columns, row.inside);
+  }
+
+ private:
+  static constexpr int64_t kOnStack = 256;
+  Tap few_[kOnStack];
+  Tap* many_ = nullptr;
 };
 
 // Taps of row `i` of the output of forward, from image n of x [N, H, W, C].
@@ -216,7 +237,7 @@ int64_t gradient_taps(const DepthwiseConv2dShape& s, int64_t n, int64_t i, int64
   for (int64_t a = 0; a < s.h.kernel; ++a) {
     const int64_t place = i + s.h.padding - a * s.h.dilation;
     if (place < 0 || place % s.h.stride != 0 || place / s.h.stride >= s.h.out) continue;
-    for (int64_t b = 0; b < s.w.kernel; ++b) {
+    for (int64_t b = s.w.kernel - 1; b >= 0; --b) {
       const int64_t along = r + s.w.padding - b * s.w.dilation;
       const int64_t column = floor_div(along, s.w.stride);
       if (column * s.w.stride != along) continue;
@@ -225,6 +246,15 @@ int64_t gradient_taps(const DepthwiseConv2dShape& s, int64_t n, int64_t i, int64
     }
   }
   return count;
+}
+
+// How many taps of a row of the filter read neighbours, in forward as in the input's gradient.
+int64_t run_of(const Conv2dAxis& w) { return w.stride == 1 && w.dilation == 1 ? w.kernel : 1; }
+
+// Whether an output of `count` runs of channels streams: each of its vectors must then be aligned.
+ADVDL_INLINE bool streams(const void* out, int64_t count, int64_t run_bytes) {
+  return count * run_bytes >= kConvStreamBytes && run_bytes % ADVDL_VECTOR_BYTES == 0 &&
+         reinterpret_cast<uintptr_t>(out) % ADVDL_VECTOR_BYTES == 0;
 }
 
 template <class T>
@@ -239,28 +269,28 @@ void forward(const DepthwiseConv2dForward& p, void* workspace) {
                              static_cast<T*>(p.out),
                              p.act,
                              static_cast<Acc>(p.act_param),
-                             p.scale != nullptr || p.shift != nullptr};
+                             p.scale != nullptr || p.shift != nullptr,
+                             streams(p.out, s.n * s.h.out * s.w.out, s.c * sizeof(T))};
+  Row<T> like{static_cast<const T*>(p.x), parameters.weight, s.c};
+  like.run = run_of(s.w);
+  like.in_step = s.w.stride;
+  like.out_columns = s.w.out;
+  like.out_step = 1;
   cpu::parallel_ranges(s.n * s.h.out, s.w.out * s.c, [&](int64_t begin, int64_t end) {
-    TapStorage storage(s.taps());
-    Row<T> row{static_cast<const T*>(p.x),
-               parameters.weight,
-               storage.taps(),
-               0,
-               s.c,
-               s.w.stride,
-               s.w.out,
-               1,
-               0};
+    RowOfTaps<T> rows(like, s.taps());
     for (int64_t i = begin; i < end; ++i) {
-      row.tap_count = forward_taps(s, i / s.h.out, i % s.h.out, storage.taps());
-      row.out = i * s.w.out * s.c;
-      correlate_row(row, epilogue);
+      const int64_t taps = forward_taps(s, i / s.h.out, i % s.h.out, rows.taps());
+      rows.set(taps, i * s.w.out * s.c);
+      correlate_row(rows.row, epilogue);
     }
+    if (epilogue.streams) stream_fence();
   });
 }
 
+// Rows `begin` to `end` of the N * H rows of dx.
 template <class T>
-void input_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>>& parameters) {
+void input_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>>& parameters,
+                    int64_t begin, int64_t end) {
   const DepthwiseConv2dShape& s = p.shape;
   const Epilogue<T> epilogue{parameters.scale,
                              parameters.shift,
@@ -268,27 +298,22 @@ void input_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>>
                              static_cast<T*>(p.dx),
                              Activation::identity,
                              0,
-                             false};
-  cpu::parallel_ranges(s.n * s.h.in, s.w.in * s.c, [&](int64_t begin, int64_t end) {
-    TapStorage storage(s.taps());
-    Row<T> row{static_cast<const T*>(p.dz),
-               parameters.weight,
-               storage.taps(),
-               0,
-               s.c,
-               1,
-               0,
-               s.w.stride,
-               0};
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t r = 0; r < s.w.stride && r < s.w.in; ++r) {
-        row.tap_count = gradient_taps(s, i / s.h.in, i % s.h.in, r, storage.taps());
-        row.out_columns = ceil_div(s.w.in - r, s.w.stride);
-        row.out = (i * s.w.in + r) * s.c;
-        correlate_row(row, epilogue);
-      }
+                             false,
+                             streams(p.dx, s.n * s.h.in * s.w.in, s.c * sizeof(T))};
+  Row<T> like{static_cast<const T*>(p.dz), parameters.weight, s.c};
+  like.run = run_of(s.w);
+  like.in_step = 1;
+  like.out_step = s.w.stride;
+  RowOfTaps<T> rows(like, s.taps());
+  for (int64_t i = begin; i < end; ++i) {
+    for (int64_t r = 0; r < s.w.stride && r < s.w.in; ++r) {
+      const int64_t taps = gradient_taps(s, i / s.h.in, i % s.h.in, r, rows.taps());
+      rows.row.out_columns = ceil_div(s.w.in - r, s.w.stride);
+      rows.set(taps, (i * s.w.in + r) * s.c);
+      correlate_row(rows.row, epilogue);
     }
-  });
+  }
+  if (epilogue.streams) stream_fence();
 }
 
 // How the sums over N, H_out and W_out are split: each part has sums of its own, which are then added in order. By the shape
@@ -314,20 +339,20 @@ struct Split {
 
 // sums[k] [C] += dz[j] * x[j * step + from[k]] of one row, one vector of channels.
 template <int kTaps, class T, class Lanes>
-ADVDL_INLINE void add_products(const T* dz, const T* x, const Tap* taps, const Columns& inside,
-                               const DepthwiseConv2dShape& s, acc_t<T>* sums, int64_t c,
-                               const Lanes& lanes) {
+ADVDL_INLINE void add_products(const T* dz, const Row<T>& row, const Tap* taps, acc_t<T>* sums,
+                               int64_t c, const Lanes& lanes) {
   using Vec = typename Simd<acc_t<T>>::Vec;
   Vec acc[kTaps];
   const T* from[kTaps];
-  const int64_t step = s.w.stride * s.c;
+  const int64_t step = row.in_step * row.c;
+  const Columns inside = row.inside;
 #pragma GCC unroll 16
   for (int k = 0; k < kTaps; ++k) {
-    acc[k] = lanes.read(sums + taps[k].weight * s.c + c);
-    from[k] = x + taps[k].from + c;
+    acc[k] = lanes.read(sums + taps[k].weight * row.c + c);
+    from[k] = row.in + taps[k].from + c;
   }
   for (int64_t j = inside.begin; j < inside.end; ++j) {
-    const Vec gradient = lanes.read(dz + j * s.c + c);
+    const Vec gradient = lanes.read(dz + j * row.c + c);
     const int64_t at = j * step;
 #pragma GCC unroll 16
     for (int k = 0; k < kTaps; ++k) acc[k] += gradient * lanes.read(from[k] + at);
@@ -337,63 +362,73 @@ ADVDL_INLINE void add_products(const T* dz, const T* x, const Tap* taps, const C
     const Columns own = taps[k].columns;
     const auto add = [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
-        acc[k] += lanes.read(dz + j * s.c + c) * lanes.read(from[k] + j * step);
+        acc[k] += lanes.read(dz + j * row.c + c) * lanes.read(from[k] + j * step);
       }
     };
-    add(own.begin, own.end < inside.begin ? own.end : inside.begin);
-    add(own.begin > inside.end ? own.begin : inside.end, own.end);
+    add(own.begin, min_of(own.end, inside.begin));
+    add(max_of(own.begin, inside.end), own.end);
   }
 #pragma GCC unroll 16
-  for (int k = 0; k < kTaps; ++k) lanes.write(sums + taps[k].weight * s.c + c, acc[k]);
+  for (int k = 0; k < kTaps; ++k) lanes.write(sums + taps[k].weight * row.c + c, acc[k]);
 }
 
+// Of channels c_begin to c_end; `bias` [C] or null.
 template <class T>
-void add_row(const DepthwiseConv2dShape& s, const T* dz, const T* x, const Tap* taps,
-             int64_t tap_count, acc_t<T>* sums, bool adds_bias, int64_t c_begin, int64_t c_end) {
-  using Acc = acc_t<T>;
-  const Columns inside = reached_by_all(taps, tap_count, s.w.out);
+void add_row(const T* dz, const Row<T>& row, acc_t<T>* sums, acc_t<T>* bias, int64_t c_begin,
+             int64_t c_end) {
   // No overlapping vectors: sums are added to.
-  for_vectors<Acc, 1, false>(c_end - c_begin, [&](int64_t i, const auto& lanes, auto) {
+  for_vectors<acc_t<T>, 1, false>(c_end - c_begin, [&](int64_t i, const auto& lanes, auto) {
     const int64_t c = c_begin + i;
-    int64_t t = 0;
-    for (; t + 9 <= tap_count; t += 9) add_products<9>(dz, x, taps + t, inside, s, sums, c, lanes);
-    for (; t + 3 <= tap_count; t += 3) add_products<3>(dz, x, taps + t, inside, s, sums, c, lanes);
-    for (; t < tap_count; ++t) add_products<1>(dz, x, taps + t, inside, s, sums, c, lanes);
-    if (adds_bias) {
-      Acc* bias = sums + s.taps() * s.c + c;
-      auto acc = lanes.read(bias);
-      for (int64_t j = 0; j < s.w.out; ++j) acc += lanes.read(dz + j * s.c + c);
-      lanes.write(bias, acc);
+    const Tap *tap = row.taps, *end = tap + row.tap_count;
+    for (; tap + 9 <= end; tap += 9) add_products<9>(dz, row, tap, sums, c, lanes);
+    for (; tap + 3 <= end; tap += 3) add_products<3>(dz, row, tap, sums, c, lanes);
+    for (; tap < end; ++tap) add_products<1>(dz, row, tap, sums, c, lanes);
+    if (bias != nullptr) {
+      auto acc = lanes.read(bias + c);
+      for (int64_t j = 0; j < row.out_columns; ++j) acc += lanes.read(dz + j * row.c + c);
+      lanes.write(bias + c, acc);
     }
   });
 }
 
+// With the gradient of the input, where that is wanted too: dz is then still in the cache.
 template <class T>
-void weight_gradient(const DepthwiseConv2dBackward& p, void* partial_sums) {
+void weight_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>>& parameters,
+                     void* partial_sums) {
   using Acc = acc_t<T>;
   const DepthwiseConv2dShape& s = p.shape;
   const Split split(s);
   const int64_t per_part = (s.taps() + 1) * s.c, rows = s.n * s.h.out;
   Acc* partial = static_cast<Acc*>(partial_sums);
   const bool wants_weight = p.dweight != nullptr;
+  // `out` of a row is where its dz begins.
+  Row<T> like{static_cast<const T*>(p.x), nullptr, s.c};
+  like.in_step = s.w.stride;
+  like.out_columns = s.w.out;
   cpu::parallel_ranges(
       split.parts * split.blocks, split.rows * s.w.out * split.channels,
       [&](int64_t begin, int64_t end) {
-        TapStorage storage(s.taps());
+        RowOfTaps<T> line(like, s.taps());
         for (int64_t task = begin; task < end; ++task) {
           const int64_t part = task / split.blocks, block = task % split.blocks;
           const int64_t c_begin = block * split.channels;
-          const int64_t c_end = c_begin + split.channels < s.c ? c_begin + split.channels : s.c;
+          const int64_t c_end = min_of(c_begin + split.channels, s.c);
           Acc* sums = partial + part * per_part;
+          Acc* bias = p.dbias != nullptr ? sums + s.taps() * s.c : nullptr;
           for (int64_t t = 0; t <= s.taps(); ++t) {
             for (int64_t c = c_begin; c < c_end; ++c) sums[t * s.c + c] = 0;
           }
-          const int64_t last = (part + 1) * split.rows < rows ? (part + 1) * split.rows : rows;
+          const int64_t last = min_of((part + 1) * split.rows, rows);
           for (int64_t i = part * split.rows; i < last; ++i) {
-            const int64_t count =
-                wants_weight ? forward_taps(s, i / s.h.out, i % s.h.out, storage.taps()) : 0;
-            add_row(s, static_cast<const T*>(p.dz) + i * s.w.out * s.c, static_cast<const T*>(p.x),
-                    storage.taps(), count, sums, p.dbias != nullptr, c_begin, c_end);
+            const int64_t taps =
+                wants_weight ? forward_taps(s, i / s.h.out, i % s.h.out, line.taps()) : 0;
+            line.set(taps, i * s.w.out * s.c);
+            add_row(static_cast<const T*>(p.dz) + line.row.out, line.row, sums, bias, c_begin,
+                    c_end);
+          }
+          if (p.dx != nullptr) {
+            const int64_t dx_rows = s.n * s.h.in, tasks = split.parts * split.blocks;
+            input_gradient<T>(p, parameters, dx_rows * task / tasks, dx_rows * (task + 1) / tasks);
           }
         }
       });
@@ -433,13 +468,15 @@ void run_forward(const DepthwiseConv2dForward& p, void* workspace) {
 void run_backward(const DepthwiseConv2dBackward& p, void* workspace) {
   with_type(p.shape.dtype, [&]<class T>() {
     using Acc = acc_t<T>;
-    if (p.dx != nullptr) {
-      Parameters<Acc> parameters(workspace, p.shape);
-      parameters.fill(p.shape, p.weight, nullptr, nullptr);
-      input_gradient<T>(p, parameters);
-    }
+    const DepthwiseConv2dShape& s = p.shape;
+    Parameters<Acc> parameters(workspace, s);
+    if (p.dx != nullptr) parameters.fill(s, p.weight, nullptr, nullptr);
     if (p.dweight != nullptr || p.dbias != nullptr) {
-      weight_gradient<T>(p, static_cast<char*>(workspace) + Parameters<Acc>::bytes(p.shape));
+      weight_gradient<T>(p, parameters, static_cast<char*>(workspace) + parameters.bytes(s));
+    } else if (p.dx != nullptr) {
+      cpu::parallel_ranges(s.n * s.h.in, s.w.in * s.c, [&](int64_t begin, int64_t end) {
+        input_gradient<T>(p, parameters, begin, end);
+      });
     }
   });
 }

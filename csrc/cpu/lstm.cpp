@@ -25,7 +25,7 @@ class Forward {
         few_(times_.rows() < kFewRows),
         scratch_(workspace) {
     const int64_t batch = p_.shape.sequences.batch;
-    chunk_rows_ = smaller(kChunkRows - 1, times_.rows()) + batch;
+    chunk_rows_ = min_of(kChunkRows - 1, times_.rows()) + batch;
     biases_ = scratch_.take<A>(size_.units * kPanel<A>);
     projected_ = scratch_.take<A>(size_.units * chunk_rows_ * kPanel<A>);
     if (kConverts) converted_ = scratch_.take<A>(chunk_rows_ * size_.input);
@@ -85,7 +85,7 @@ class Forward {
   A* packed_hr_{};  // [panels of P][H][panel]
 
   static const T* typed(const void* pointer) { return static_cast<const T*>(pointer); }
-  int64_t output_panels() const { return divide_up(p_.shape.projection, kPanel<A>); }
+  int64_t output_panels() const { return ceil_div(p_.shape.projection, kPanel<A>); }
   // A panel of units: one vector of each gate's rows.
   RowRuns gate_rows(int64_t panel) const {
     return {panel * kLanes, size_.hidden, size_.hidden - panel * kLanes, 0};

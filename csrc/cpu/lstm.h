@@ -62,7 +62,7 @@ struct LstmSizes {
         hidden(shape.hidden),
         recurrent(shape.recurrent()),
         gates(kLstmGates * shape.hidden),
-        units(divide_up(hidden, Simd<A>::lanes)),
+        units(ceil_div(hidden, Simd<A>::lanes)),
         hidden_row(units * Simd<A>::lanes),
         recurrent_row(round_up(recurrent, Simd<A>::lanes)),
         gates_row(round_up(gates, Simd<A>::lanes) + Simd<A>::lanes) {}
@@ -86,7 +86,7 @@ class Scratch {
 };
 
 // How many tiles cover these rows.
-inline int64_t tiles_of(int64_t rows) { return divide_up(rows, kTileRows); }
+inline int64_t tiles_of(int64_t rows) { return ceil_div(rows, kTileRows); }
 
 // f(panel, first row, rows) for all tiles of all panels, the tiles of a panel one after another on one thread.
 template <class A, class F>
@@ -96,7 +96,7 @@ void for_tiles(int64_t panels, int64_t rows, int64_t depth, F&& f) {
                        [&](int64_t begin, int64_t end) {
                          for (int64_t i = begin; i < end; ++i) {
                            const int64_t first = i % tiles * kTileRows;
-                           f(i / tiles, first, smaller(kTileRows, rows - first));
+                           f(i / tiles, first, min_of(kTileRows, rows - first));
                          }
                        });
 }

@@ -40,7 +40,7 @@ class Backward {
         packs_(times_.rows() >= kPackedRows || (!few_ && sizeof(T) != sizeof(A))),
         scratch_(workspace) {
     const int64_t batch = p_.shape.sequences.batch;
-    const int64_t rows = smaller(kChunkRows - 1, times_.rows()) + batch;
+    const int64_t rows = min_of(kChunkRows - 1, times_.rows()) + batch;
     dh_ = scratch_.take<A>(batch * size_.recurrent_row);
     dc_ = scratch_.take<A>(batch * size_.hidden_row);
     for (Chunk& chunk : chunks_) {
@@ -60,9 +60,9 @@ class Backward {
       normal_ = scratch_.take<A>(batch * 4 * size_.hidden_row);
     }
     transposed_ =
-        scratch_.take<A>(round_up(larger(size_.gates, size_.recurrent), kTileRows) * rows);
+        scratch_.take<A>(round_up(max_of(size_.gates, size_.recurrent), kTileRows) * rows);
     const int64_t widest = panels(size_.input) + panels(size_.recurrent);
-    columns_ = scratch_.take<A>(larger(widest, panels(size_.hidden)) * rows * kPanel<A>);
+    columns_ = scratch_.take<A>(max_of(widest, panels(size_.hidden)) * rows * kPanel<A>);
     packed_hh_ = scratch_.take<A>(!packs_ ? 0 : panels(size_.recurrent) * size_.gates * kPanel<A>);
     packed_ih_ = scratch_.take<A>(
         !packs_ || !multiplies_for_x() ? 0 : panels(size_.input) * size_.gates * kPanel<A>);
@@ -110,7 +110,7 @@ class Backward {
   bool first_chunk_ = true;
 
   static const T* typed(const void* pointer) { return static_cast<const T*>(pointer); }
-  static int64_t panels(int64_t columns) { return divide_up(columns, kPanel<A>); }
+  static int64_t panels(int64_t columns) { return ceil_div(columns, kPanel<A>); }
   bool multiplies_for_x() const { return p_.dx.data != nullptr && w_.w_ih != nullptr; }
 
   void pack() {
@@ -227,11 +227,11 @@ class Backward {
     const int64_t active = times_.active(step);
     const int64_t fed = later_ == nullptr ? 0 : later_->rows - later_->last;
     for_tiles<A>(
-        panels(size_.recurrent), larger(active, fed), size_.gates,
+        panels(size_.recurrent), max_of(active, fed), size_.gates,
         [&](int64_t panel, int64_t first, int64_t count) {
           alignas(64) A tile[kTileRows * kPanel<A>] = {};
           const A* a[kTileRows] = {};
-          const int64_t with = larger(0, smaller(count, fed - first));
+          const int64_t with = max_of(0, min_of(count, fed - first));
           for (int64_t i = 0; i < with; ++i)
             a[i] = later_->products + (later_->last + first + i) * size_.gates_row;
           if (with > 0)
@@ -483,10 +483,10 @@ class Backward {
     constexpr int64_t kBlock =
         8;  // tiles that a row is read for at once: it lies in another page than the next one
     const int64_t tiles = tiles_of(width);
-    cpu::parallel_ranges(divide_up(tiles, kBlock), kBlock * count * kTileRows,
+    cpu::parallel_ranges(ceil_div(tiles, kBlock), kBlock * count * kTileRows,
                          [&](int64_t begin, int64_t end) {
                            for (int64_t block = begin; block < end; ++block) {
-                             const int64_t last = smaller(tiles, (block + 1) * kBlock);
+                             const int64_t last = min_of(tiles, (block + 1) * kBlock);
                              for (int64_t row = 0; row < count; ++row) {
                                for (int64_t tile = block * kBlock; tile < last; ++tile) {
                                  const int64_t first = tile * kTileRows;
@@ -528,7 +528,7 @@ class Backward {
       }
     });
     for_tiles<A>(panels(width), height, depth, [&](int64_t panel, int64_t first, int64_t count) {
-      const int64_t column = panel * kPanel<A>, columns = smaller(kPanel<A>, width - column);
+      const int64_t column = panel * kPanel<A>, columns = min_of(kPanel<A>, width - column);
       const A* a[kTileRows];
       for (int64_t i = 0; i < kTileRows; ++i) a[i] = transposed_ + first * depth + i;
       const A* b = columns_ + panel * depth * kPanel<A>;

@@ -15,11 +15,6 @@ inline constexpr int64_t kPanel = kPanelVectors * Simd<A>::lanes;  // columns
 // As many as leave registers for one row of the panel and a factor.
 inline constexpr int kTileRows = ADVDL_VECTOR_BYTES == 64 ? 6 : 3;
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Sums longer than this are made of parts: their rounding errors would grow with the square root of the length.
 inline constexpr int64_t kDepth = 256;
 
@@ -65,7 +60,7 @@ template <int kStep, class A>
 void multiply_tile(int64_t rows, const A* const* a, const A* b, int64_t b_stride, int64_t depth,
                    A* tile, int64_t tile_stride, bool adds = true) {
   for (int64_t first = 0; first < depth; first += kDepth, adds = true) {
-    const int64_t length = smaller(kDepth, depth - first);
+    const int64_t length = min_of(kDepth, depth - first);
     const A* columns = b + first * b_stride;
     switch (rows) {
       case 1:
@@ -108,7 +103,7 @@ struct RowRuns {
   int64_t available;  // rows of the first run that exist
   int64_t taken;      // how many fewer the next one has
   int64_t count(int64_t run, int64_t lanes) const {
-    return larger(0, smaller(lanes, available - run * taken));
+    return max_of(0, min_of(lanes, available - run * taken));
   }
 };
 

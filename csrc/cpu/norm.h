@@ -32,9 +32,6 @@ constexpr int64_t kPad = 64;  // elements readable past the end of per-channel a
 // Outputs of so many bytes and more are written past the caches: docs/performance.md. Less where the next read is far.
 constexpr int64_t kStreamBytes = 24 << 20, kStreamStoredBytes = 8 << 20;
 
-ADVDL_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-ADVDL_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-ADVDL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 ADVDL_INLINE int64_t clamp(int64_t v, int64_t low, int64_t high) {
   return max_of(low, min_of(v, high));
 }

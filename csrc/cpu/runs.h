@@ -6,6 +6,13 @@
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 
+ADVDL_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+ADVDL_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+// Towards minus and plus infinity; b > 0.
+ADVDL_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+ADVDL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+ADVDL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 template <int i>
 struct Index {
   static constexpr int value = i;
