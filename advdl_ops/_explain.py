@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _library, nn, tuning
 from .backend import get_backend
+from .functional._conv2d_cuda import APART, WITH_NORM
 from .nn.group_norm import _InstanceNorm
 
 __all__ = ["Explanation", "Layer", "explain"]
@@ -107,7 +108,7 @@ def explain(module: torch.nn.Module, *inputs: Any) -> Explanation:
     if inputs:
         devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
         with torch.random.fork_rng(devices), torch.no_grad():
-            copy.deepcopy(module)(*inputs)
+            _without_hooks(copy.deepcopy(module))(*inputs)
     default = _device(module) or next(
         (t.device for t in inputs if isinstance(t, Tensor)), torch.device("cpu")
     )
@@ -115,6 +116,14 @@ def explain(module: torch.nn.Module, *inputs: Any) -> Explanation:
         _layer(name, layer, _device(layer) or default) for name, layer in module.named_modules()
     )
     return Explanation(tuple(layer for layer in layers if layer is not None))
+
+
+def _without_hooks(module: torch.nn.Module) -> torch.nn.Module:
+    """They are the user's, and may write what is not of the copy."""
+    for layer in module.modules():
+        layer._forward_hooks.clear()
+        layer._forward_pre_hooks.clear()
+    return module
 
 
 def _device(module: torch.nn.Module) -> torch.device | None:
@@ -134,19 +143,20 @@ def _layer(name: str, layer: torch.nn.Module, device: torch.device) -> Layer | N
     if device.type == "meta":
         return Layer(name, kind, "nothing: it has no data")
     own = f"CPU C++ kernel{_capability()}" if device.type == "cpu" else "CUDA C++ kernel"
-    torchs = "oneDNN or torch's own" if device.type == "cpu" else "cuDNN"
     if isinstance(layer, nn.ConvBNAct):
+        joined = tuple(c for c in _choices_of(layer.conv, device) if c.key.op == WITH_NORM)
+        names = sorted({choice.chosen for choice in joined})
+        training = _served(names, joined) if joined else "its two layers"
         return Layer(
             name, kind,
-            "in training its two layers; in evaluation one convolution, the norm folded into it",
+            f"in training {training}; in evaluation one convolution, the norm folded into it",
+            joined,
         )  # fmt: skip
     if not isinstance(layer, _CONVOLUTIONS):
         return Layer(name, kind, own)
     depthwise = layer.groups == layer.in_channels == layer.out_channels
     if device.type == "cpu":
-        return Layer(name, kind, own if depthwise else torchs)
-    if isinstance(layer, nn.ConvTranspose2d) and not depthwise:
-        return Layer(name, kind, torchs)
+        return Layer(name, kind, own if depthwise else "oneDNN or torch's own")
     return _measured_layer(name, layer, device)
 
 
@@ -154,22 +164,38 @@ def _measured_layer(name: str, layer: Any, device: torch.device) -> Layer:
     kind = type(layer).__name__
     if layer.weight.dtype == torch.float64:
         return Layer(name, kind, "cuDNN or torch's own (fp64)")
-    choices = tuple(
+    choices = _choices_of(layer, device)
+    if not choices:
+        return Layer(name, kind, _NOT_MEASURED)
+    # Apart from its norm what was chosen for the layer alone serves.
+    served = sorted({choice.chosen for choice in choices} - {APART})
+    return Layer(name, kind, _served(served, choices) if served else _NOT_MEASURED, choices)
+
+
+def _served(names: list[str], choices: tuple[Measured, ...]) -> str:
+    measured = any(choice.seconds for choice in choices)
+    return ", ".join(names) + (", by measurement" if measured else ", nothing was measured")
+
+
+def _choices_of(layer: Any, device: torch.device) -> tuple[Measured, ...]:
+    return tuple(
         Measured(key, *choice)
         for on, key, choice in tuning.known()
         if on == device and _is_of(key, layer)
     )
-    if not choices:
-        return Layer(name, kind, _NOT_MEASURED)
-    served = sorted({choice.chosen for choice in choices})
-    return Layer(name, kind, ", ".join(served) + ", by measurement", choices)
 
 
 def _is_of(key: Any, layer: Any) -> bool:
     """Whether a layer of this weight and these options asks for it; the padding may be given by name, so it is free."""
+    dtypes = {str(layer.weight.dtype).removeprefix("torch.")}
+    if layer.weight.dtype == torch.float32:
+        dtypes |= {"bfloat16", "float16"}  # under autocast
+    # A transposed convolution is the gradient of the convolution that its output would be the input of.
+    transposed = isinstance(layer, torch.nn.ConvTranspose2d)
     return (
         getattr(key, "weight", None) == tuple(layer.weight.shape)
-        and key.dtype == str(layer.weight.dtype).removeprefix("torch.")
+        and key.x[1] == (layer.out_channels if transposed else layer.in_channels)
+        and key.dtype in dtypes
         and (key.stride, key.dilation) == (layer.stride, layer.dilation)
         and key.groups == layer.groups
     )

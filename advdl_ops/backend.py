@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -65,13 +66,13 @@ class use_backend:
 def serves_native(function: str, x: torch.Tensor) -> bool:
     """Whether a kernel serves this call; False means that the reference does.
 
-    The reference is asked for by ``use_backend``, and it is the only way for export (which must end in aten
+    The reference is asked for by ``use_backend``, and it is the only way for export and tracing (which must end in aten
     operators), for forward-mode and functorch transforms, and where no kernel exists for the device.
 
     Raises:
         RuntimeError: ``ADVDL_OPS_REQUIRE_NATIVE=1`` is set and the reference would stand in for a kernel.
     """
-    if _backend == "reference" or torch.compiler.is_exporting():
+    if _backend == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
     if x.is_cpu and _library.native("cpu") and not transformed():
         return True  # the answer below, in half of the time
@@ -121,3 +122,20 @@ def unwatched(*tensors: torch.Tensor | None) -> bool:
         if t is not None and type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter:
             return False
     return True
+
+
+def fixed(options: Any) -> Any:
+    """``options``, a tuple that may hold tuples, with its floats as constants where a compiler traces this call.
+
+    Under ``dynamic=True`` Dynamo makes a float an input of the graph, and raises where a second autograd.Function is
+    given the same. Made of its numerator and denominator it is none.
+    """
+    if not torch.compiler.is_compiling():
+        return options
+    if isinstance(options, float):
+        numerator, denominator = options.as_integer_ratio()
+        return numerator / denominator
+    if isinstance(options, tuple):
+        values = [fixed(value) for value in options]
+        return type(options)(*values) if hasattr(options, "_fields") else tuple(values)
+    return options

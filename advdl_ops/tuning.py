@@ -16,7 +16,6 @@ import json
 import os
 import re
 import statistics
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -52,6 +51,8 @@ class Choice(NamedTuple):
 
 # What this process has chosen or read. Never forgotten: a process never changes its mind.
 _choices: dict[tuple[torch.device, Hashable], Choice] = {}
+# What served where nothing might be measured: known, but asked for anew on every call.
+_unmeasured: dict[tuple[torch.device, Hashable], Choice] = {}
 # One at a time: two measurements at once, as of a backward thread's, would time each other.
 _lock = threading.RLock()
 
@@ -63,8 +64,8 @@ def recall(key: Hashable, device: torch.device) -> str | None:
 
 
 def known() -> list[tuple[torch.device, Any, Choice]]:
-    """Every choice of this process: device, key, choice."""
-    return [(device, key, choice) for (device, key), choice in list(_choices.items())]
+    """Every choice of this process, also what served unmeasured (without times): device, key, choice."""
+    return [(device, key, choice) for (device, key), choice in (_unmeasured | _choices).items()]
 
 
 def choose(
@@ -113,7 +114,8 @@ def _choose(
     # A stored name that is offered no more is of another state of the code, or of another input: measure again.
     if found is None or found.name not in candidates:
         if len(candidates) > 1 and not _may_measure(device):
-            return next(iter(candidates))
+            _unmeasured[at] = Choice(next(iter(candidates)), {}, {})
+            return _unmeasured[at].name
         found, lasting = _measured(candidates, device, measure or cuda_seconds)
         if lasting and len(candidates) > 1:
             found = store.add(text, found, candidates)
@@ -129,8 +131,7 @@ def _measured(
         return Choice(next(iter(candidates)), {}, {}), False
     seconds: dict[str, float] = {}
     errors: dict[str, Exception] = {}
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    with _on(device):
         for name, call in candidates.items():
             try:
                 seconds[name] = measure(call)
@@ -146,7 +147,12 @@ def _measured(
 def _may_measure(device: torch.device) -> bool:
     if os.environ.get("ADVDL_OPS_TUNE", "1") == "0":
         return False
-    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    with _on(device):  # whose stream is asked about
+        return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def cuda_seconds(call: Call) -> float:
@@ -158,7 +164,9 @@ def cuda_seconds(call: Call) -> float:
     # About 20 ms each, warmed up by the first tenth.
     for _ in range(55):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        # More than once: what the host takes to launch `call` must not count, so the GPU has to be behind it.
+        for _ in range(8):
+            flush.zero_()
         start.record()
         call()
         end.record()
@@ -221,13 +229,13 @@ class Store:
             "choices": {text: choice._asdict() for text, choice in sorted(choices.items())},
         }
         # Whoever reads meanwhile sees the old file or the new one, never a part.
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
+        written = self.path.with_name(f"{self.path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-            os.replace(name, self.path)
+            # Not by tempfile: others who share the directory are to read it.
+            written.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            os.replace(written, self.path)
         except BaseException:
-            os.unlink(name)
+            written.unlink(missing_ok=True)
             raise
 
 

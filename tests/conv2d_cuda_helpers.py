@@ -13,6 +13,7 @@ from torch import Tensor
 from advdl_ops import _schemas, reference
 from advdl_ops.activation import ACTIVATIONS, IDENTITY, Activation
 from advdl_ops.functional import _conv2d_cuda as cuda
+from advdl_ops.reference.batch_norm_act import acc_dtype
 from advdl_ops.triton.conv2d import Config
 
 RELU, SILU = ACTIVATIONS["relu"], ACTIVATIONS["silu"]
@@ -66,12 +67,14 @@ class Launchers:
         assert ("groups" in options) != self.depthwise
         return {"groups": channels, **options}
 
-    def forward(self, x, weight, *, scale, shift, residual, act, config, **options):
-        self.called.append(("forward", config))
+    def forward(
+        self, x, weight, *, scale, shift, residual, act, config, with_sums=False, **options
+    ):
+        self.called.append(("forward with sums" if with_sums else "forward", config))
         options = self.conv(options, x.shape[1])
         args = x, weight, None, *options_of(options), scale, shift, residual, act
         out = last(reference.conv2d(*args))
-        return out if self.depthwise else (out, None)
+        return out if self.depthwise else (out, statistics_of(out) if with_sums else None)
 
     def input_gradient(self, dz, weight, x_shape, *, config, **options):
         self.called.append(("input_gradient", config))
@@ -83,6 +86,13 @@ class Launchers:
         options = self.conv(options, x.shape[1])
         dweight = torch.nn.grad.conv2d_weight(x.float(), weight_shape, dz.float(), **options)
         return last(dweight)
+
+
+def statistics_of(out: Tensor) -> Tensor:
+    """Mean of each channel and sum of its squared distances from that: fp32 ``[2, C]``, beside fp64 in fp64."""
+    wide = out.to(acc_dtype(out.dtype))
+    mean = wide.mean((0, 2, 3))
+    return torch.stack([mean, (wide - mean[:, None, None]).square().sum((0, 2, 3))])
 
 
 def options_of(options: dict[str, Any]) -> tuple[Any, ...]:

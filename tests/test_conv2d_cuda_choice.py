@@ -49,6 +49,7 @@ def tuner(monkeypatch: pytest.MonkeyPatch) -> Tuner:
     made = Tuner()
     monkeypatch.setattr(tuning, "choose", made.choose)
     monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(tuning, "_unmeasured", {})
     return made
 
 

@@ -282,3 +282,20 @@ def test_forward_ad_through_the_reference(no_native_required):
         x = fwd.make_dual(p.x, torch.ones_like(p.x))
         found, exact = (c(p.case, x, *rest, "silu") for c in (call_ours, call_stock))
         torch.testing.assert_close(fwd.unpack_dual(found).tangent, fwd.unpack_dual(exact).tangent)
+
+
+def test_weight_of_groups_dilated_in_half_precision():
+    """Stock torch 2.13 gives garbage in channels_last, mostly what freed memory held."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for _ in range(5):
+            for size in range(8, 20):  # what is freed is garbage
+                torch.full((1 << size,), float("nan"), dtype=torch.bfloat16)
+            x = torch.randn(3, 8, 20, 32).bfloat16().contiguous(memory_format=layout)
+            weight = torch.randn(16, 2, 1, 1).bfloat16().requires_grad_()
+            out = conv2d(x, weight, None, 1, 0, 12, 4)
+            dout = torch.randn(out.shape).bfloat16()
+            (found,) = torch.autograd.grad(out, weight, dout)
+            twin = weight.detach().double().requires_grad_()
+            true = torch.nn.functional.conv2d(x.double(), twin, None, 1, 0, 12, 4)
+            (expected,) = torch.autograd.grad(true, twin, dout.double())
+            assert (found - expected).abs().max() < 0.01 * expected.abs().max()

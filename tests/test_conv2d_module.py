@@ -247,3 +247,17 @@ def test_a_stack_sees_every_position(rates, kernel):
     inside = seen[2:-2, 2:-2]
     assert inside.all()
     assert seen.sum() == inside.numel()
+
+
+def test_conv_forward_of_a_subclass_is_called():
+    class Doubled(nn.Conv2d):
+        def _conv_forward(self, input, weight, bias):
+            return super()._conv_forward(input, 2 * weight, bias)
+
+    layer, x = Doubled(3, 4, 3, bias=False, act="relu"), torch.randn(2, 3, 6, 6)
+    stock = torch.nn.functional.conv2d(x, 2 * layer.weight).relu()
+    torch.testing.assert_close(layer(x), stock)
+    block = nn.ConvBNAct(3, 4, 3, padding=0).eval()
+    block.conv = Doubled(3, 4, 3, bias=False)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), block.bn(block.conv(x)))

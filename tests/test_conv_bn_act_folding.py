@@ -225,6 +225,7 @@ def test_cuda_folds_into_one_op(groups, dtype, way, monkeypatch):
     families = {cuda.DENSE: Launchers(False), cuda.DEPTHWISE: Launchers(True)}
     monkeypatch.setattr(tuning, "choose", tuner.choose)
     monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(tuning, "_unmeasured", {})
     monkeypatch.setattr(cuda, "_launchers", families.__getitem__)
     monkeypatch.setattr(cuda, "has_triton", lambda: True)
     module = importlib.import_module

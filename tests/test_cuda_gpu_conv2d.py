@@ -17,7 +17,7 @@ import advdl_ops
 from advdl_ops import nn, reference, tuning
 from advdl_ops.activation import ACTIVATIONS, IDENTITY, Activation
 from advdl_ops.functional import _conv2d_cuda as cuda
-from advdl_ops.functional import conv2d
+from advdl_ops.functional import conv2d, conv_bn_act
 
 pytestmark = pytest.mark.gpu
 
@@ -82,6 +82,7 @@ class Inputs(NamedTuple):
 def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Choices of this test's own, products of fp32 in fp32."""
     monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(tuning, "_unmeasured", {})
     monkeypatch.setenv("ADVDL_OPS_CACHE", str(tmp_path))
     tuning._store_of.cache_clear()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -391,3 +392,79 @@ def test_the_function_and_its_gradients(name: str, act: str) -> None:
         # By norm: a value at relu's kink may fall on either side.
         stock_error, error = ((v.double() - e).norm() / e.norm() for v in (s, o))
         assert error <= stock_error + 4 * torch.finfo(torch.float32).eps
+
+
+# ---- with the norm behind it, in training ----
+
+
+def train(case: Case, i: Inputs, dtype: torch.dtype, fused: bool) -> list[Tensor]:
+    """Output, gradients and running statistics of conv_bn_act, or of torch's own, in ``dtype``."""
+    per_channel = torch.float64 if dtype == torch.float64 else torch.float32
+    x, weight, gamma, beta, residual, dout = i.each(
+        lambda t: t.detach().to(dtype if t.dim() == 4 else per_channel, copy=True)
+    )
+    leaves = [t.requires_grad_() for t in (x, weight, gamma, beta, residual)]
+    mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
+    if fused:
+        stride, padding, dilation, groups = case.options
+        out = conv_bn_act(
+            x, weight, mean, var, gamma, beta, stride=stride, padding=padding, dilation=dilation,
+            groups=groups, training=True, residual=residual, act="silu",
+        )  # fmt: skip
+    else:
+        z = F.conv2d(x, weight, None, *case.options)
+        out = F.silu(F.batch_norm(z, mean, var, gamma, beta, True, 0.1, 1e-5) + residual)
+    gradients = torch.autograd.grad(out, leaves, dout.detach())
+    return [t.detach() for t in (out, *gradients, mean, var)]
+
+
+def ways_of_training(case: Case, i: Inputs) -> list[str]:
+    format_, tf32 = cuda.conv2d_format(i.x), cuda._allows_tf32()
+    names = cuda.implementations(cuda.DENSE, cuda.FORWARD, i.x.dtype, format_, tf32)
+    triton = [name for name in names if name.startswith("triton")]
+    assert triton
+    return [cuda.APART, *(f"{name} with statistics" for name in triton)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["3x3", "1x1 stride", "dilated", "groups", "many positions"])
+def test_training_with_a_norm(
+    name: str, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways: the norm reads its statistics, or is given them; two runs agree bit for bit."""
+    case = CASES[name]
+    i = make_inputs(case, dtype, layout)
+    exact, stock = train(case, i, torch.float64, False), train(case, i, dtype, False)
+    names = "out", "dx", "dweight", "dgamma", "dbeta", "dresidual", "mean", "var"
+    for way in ways_of_training(case, i):
+        served = prefer(monkeypatch, way)
+        found, again = train(case, i, dtype, True), train(case, i, dtype, True)
+        assert ("forward", way) in served
+        for own, second, e, s, what in zip(found, again, exact, stock, names, strict=True):
+            assert torch.equal(own, second), (way, what)
+            # By norm: z is rounded on either way, each value its own.
+            stock_error, error = ((t.double() - e).norm() / e.norm() for t in (s, own))
+            eps = torch.finfo(own.dtype if own.dim() == 4 else dtype).eps
+            assert error <= stock_error + 4 * eps, (way, what)
+
+
+def test_training_with_a_norm_is_measured_once(tmp_path: Path) -> None:
+    """The choice of the whole is stored, and measuring it writes no running statistics."""
+    layer = nn.ConvBNAct(64, 64, 3, act="relu", device=DEVICE)
+    x = torch.randn(4, 64, 33, 33, device=DEVICE)
+    first = layer(x)
+    (choice,) = (c for _, key, c in tuning.known() if key.op == cuda.WITH_NORM)
+    assert choice.failed == {} and len(choice.seconds) > 1
+    z = F.conv2d(x, layer.conv.weight, None, 1, 1).detach()
+    torch.testing.assert_close(layer.bn.running_mean, 0.1 * z.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        layer.bn.running_var, 0.9 + 0.1 * z.var((0, 2, 3)), rtol=1e-3, atol=1e-5
+    )
+    assert layer.bn.num_batches_tracked == 1
+    assert f"in training {choice.name}, by measurement" in str(advdl_ops.explain(layer))
+    before = tuning.known()
+    tuning._choices.clear()
+    assert torch.equal(layer(x), first)
+    assert {c.name for _, key, c in tuning.known() if key.op == cuda.WITH_NORM} == {choice.name}
+    assert len(before) >= len(tuning.known())

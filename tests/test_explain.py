@@ -7,7 +7,7 @@ import torch
 
 import advdl_ops
 from advdl_ops import _explain, _library, nn, tuning
-from advdl_ops.functional._conv2d_cuda import Key
+from advdl_ops.functional._conv2d_cuda import APART, WITH_NORM, Key
 
 CUDA = torch.device("cuda", 0)
 
@@ -134,6 +134,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_library._status, "cuda", None)
     monkeypatch.setattr(_library, "unsupported_gpu", lambda index: None)
     monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(tuning, "_unmeasured", {})
 
 
 def on_gpu(layer: torch.nn.Module) -> _explain.Layer:
@@ -158,14 +159,39 @@ def test_what_was_measured(gpu: None) -> None:
     ]
 
 
+def test_a_convolution_measured_with_its_norm(gpu: None) -> None:
+    name = "triton 64x64x32 w4 s3 with statistics"
+    joined = key(op=WITH_NORM, epilogue="norm+running+relu")
+    tuning._choices[CUDA, joined] = tuning.Choice(name, {APART: 30e-6, name: 20.5e-6}, {})
+    layer = nn.ConvBNReLU(4, 6, 3, dilation=2)
+    row = on_gpu(layer)
+    assert row.served_by.startswith(f"in training {name}, by measurement; in evaluation")
+    assert [choice.key for choice in row.choices] == [joined]
+    assert f"epilogue norm+running+relu: {name} ({name} 20.5 us, {APART} 30.0 us)" in str(row)
+    # Siblings have no row of their own.
+    assert on_gpu(layer.conv).served_by == f"{name}, by measurement"
+
+
+def test_a_convolution_apart_from_its_norm(gpu: None) -> None:
+    joined = key(op=WITH_NORM, epilogue="norm+running+relu")
+    tuning._choices[CUDA, joined] = tuning.Choice(APART, {APART: 30e-6}, {})
+    layer = nn.ConvBNReLU(4, 6, 3, dilation=2)
+    assert on_gpu(layer.conv).served_by == "not measured yet: run a forward"
+    tuning._choices[CUDA, key()] = tuning.Choice("cudnn", TIMES, {})
+    assert on_gpu(layer.conv).served_by == "cudnn, by measurement"
+    assert on_gpu(layer).served_by.startswith("in training convolution, then norm, by")
+    assert len(on_gpu(layer).choices) == 1 and len(on_gpu(layer.conv).choices) == 2
+
+
 @pytest.mark.parametrize(
     "other",
     [
         {"weight": (6, 4, 1, 1)},
         {"dilation": (1, 1)},
         {"stride": (2, 2)},
-        {"dtype": "bfloat16"},
+        {"dtype": "float64"},
         {"groups": 2},
+        {"x": (2, 6, 8, 8)},  # of a transposed convolution
     ],
     ids=str,
 )
@@ -179,10 +205,36 @@ def test_choices_of_another_device_are_left_out(gpu: None) -> None:
     assert on_gpu(nn.DilatedConv2d(4, 6, 3)).choices == ()
 
 
+def test_a_transposed_convolution_is_a_gradient(gpu: None) -> None:
+    layer = nn.ConvTranspose2d(6, 4, 3, dilation=2)
+    tuning._choices[CUDA, key(direction="input_gradient")] = tuning.Choice("cudnn", TIMES, {})
+    assert on_gpu(layer).served_by == "cudnn, by measurement"
+    tuning._choices[CUDA, key(x=(2, 6, 8, 8), weight=(6, 4, 3, 3))] = tuning.Choice("b", TIMES, {})
+    assert len(on_gpu(layer).choices) == 1
+
+
+def test_under_autocast(gpu: None) -> None:
+    tuning._choices[CUDA, key(dtype="bfloat16")] = tuning.Choice("cudnn", TIMES, {})
+    assert on_gpu(nn.DilatedConv2d(4, 6, 3)).served_by == "cudnn, by measurement"
+    assert on_gpu(nn.DilatedConv2d(4, 6, 3).half()).choices == ()
+
+
+def test_where_nothing_was_measured(gpu: None) -> None:
+    tuning._unmeasured[CUDA, key()] = tuning.Choice("cudnn", {}, {})
+    assert on_gpu(nn.DilatedConv2d(4, 6, 3)).served_by == "cudnn, nothing was measured"
+
+
+def test_hooks_are_not_run() -> None:
+    called: list[int] = []
+    layer = nn.Conv2d(3, 4, 3)
+    layer.register_forward_hook(lambda *_: called.append(1))
+    advdl_ops.explain(layer, torch.randn(1, 3, 4, 4))
+    assert called == []
+
+
 def test_kernels_of_ours_on_cuda(gpu: None) -> None:
     assert on_gpu(nn.GroupNorm(2, 4)).served_by == "CUDA C++ kernel"
     assert on_gpu(nn.LSTM(3, 4)).served_by == "CUDA C++ kernel"
-    assert on_gpu(nn.ConvTranspose2d(3, 4, 3)).served_by == "cuDNN"
     assert on_gpu(nn.Conv2d(3, 4, 3, dtype=torch.float64)).served_by.endswith("(fp64)")
 
 

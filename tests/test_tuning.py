@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +39,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is remembered but what is on disk."""
     monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(tuning, "_unmeasured", {})
     tuning._warn_once.cache_clear()
     tuning._store_of.cache_clear()
 
@@ -175,7 +178,7 @@ def test_without_tuning_the_first_serves(store: Store, monkeypatch: pytest.Monke
     monkeypatch.setenv("ADVDL_OPS_TUNE", "0")
     clock = Clock(a=2.0, b=1.0)
     assert clock.choose(store) == "a"
-    assert clock.measured == 0 and tuning.known() == [] and not store.path.exists()
+    assert clock.measured == 0 and tuning.recall(KEY, CPU) is None and not store.path.exists()
     monkeypatch.delenv("ADVDL_OPS_TUNE")
     assert clock.choose(store) == "b"
 
@@ -192,10 +195,20 @@ def test_without_tuning_what_is_stored_serves(
 def test_under_graph_capture_the_first_serves(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    clock, gpu = Clock(a=2.0, b=1.0), torch.device("cuda", 0)
+    entered: list[torch.device] = []
+
+    def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+        entered.append(device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(tuning, "_on", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(entered))
+    clock, gpu = Clock(a=2.0, b=1.0), torch.device("cuda", 1)
     assert choose(KEY, clock.candidates(), gpu, measure=clock.measure, store=store) == "a"
-    assert clock.measured == 0 and tuning.known() == []
+    assert clock.measured == 0 and entered == [gpu]
+    # Known, but not remembered: the next call asks again.
+    assert tuning.known() == [(gpu, KEY, tuning.Choice("a", {}, {}))]
+    assert tuning.recall(KEY, gpu) is None
 
 
 # ---- the file ----
@@ -234,12 +247,21 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
     def fails(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(json, "dump", fails)
+    monkeypatch.setattr(os, "replace", fails)
     with pytest.warns(RuntimeWarning, match="disk full"):
         Clock(a=2.0, b=1.0).choose(store, KEY._replace(op="other"))
     assert store.path.read_text() == before
     left = sorted(path.name for path in store.path.parent.iterdir())
     assert left == ["gpu.json", "gpu.json.lock"]
+
+
+def test_others_may_read_the_file(store: Store) -> None:
+    before = os.umask(0o022)
+    try:
+        Clock(a=2.0, b=1.0).choose(store)
+    finally:
+        os.umask(before)
+    assert store.path.stat().st_mode & 0o777 == 0o644
 
 
 def test_processes_at_once_lose_nothing(tmp_path: Path) -> None:

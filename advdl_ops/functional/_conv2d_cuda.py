@@ -4,6 +4,9 @@ Each of forward, gradient of the input and gradient of the weight is chosen for 
 empty inputs are torch's alone. For a contiguous ``x`` a channels_last convolution competes too, its time including the
 conversion there and back; the Triton kernels are channels_last and pay the same.
 
+A convolution before a batch norm in training is chosen once more, together with the norm: a Triton kernel can give the
+statistics of its output, and the norm then reads that once instead of twice.
+
 cuDNN is called deterministically and without its own measurement, which would choose anew in every process. Its fused
 convolution + bias + relu is no candidate: torch calls it with ``deterministic=false``. So behind cuDNN the epilogue is
 one more pass, the kernel of ``batch_norm_act`` in evaluation; the Triton kernels have it inside.
@@ -24,13 +27,16 @@ from torch import Tensor
 
 from .. import tuning
 from .._schemas import _check_devices, _library, conv2d_format
-from ..activation import activation_of
+from ..activation import IDENTITY, activation_of
 from ..reference.batch_norm_act import acc_dtype
 from . import _epilogue
 from ._conv2d_cpu import Conv, convert
 
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input_gradient", "weight_gradient"
+DEVICE_TYPE = "cuda"  # a test's is "cpu"
+# The choice for a convolution and the norm behind it: its operator in the key, and the way that takes no statistics.
+WITH_NORM, APART = "conv_bn_act", "convolution, then norm"
 
 
 class Family(NamedTuple):
@@ -216,6 +222,46 @@ def _backward(
     return dx, dweight, dbias
 
 
+# ---- statistics for the norm behind it ----
+
+
+def conv2d_with_statistics(
+    x: Tensor, weight: Tensor, shift: Tensor | None, conv: Conv, config: Any
+) -> tuple[Tensor, Tensor]:
+    """``conv2d(x, weight) + shift`` in ``x``'s memory format, and fp32 ``[2, C_out]``.
+
+    Those are the mean of each channel and the sum of its squared distances from it, of the output as stored.
+    """
+    _check_devices(DENSE.op, x, weight, shift)
+    out, statistics = _launchers(DENSE).forward(
+        x, weight, **conv._asdict(), scale=None, shift=shift, residual=None,
+        act=IDENTITY, with_sums=True, config=config,
+    )  # fmt: skip
+    return convert(out, conv2d_format(x)), statistics
+
+
+def statistics_config(
+    x: Tensor, weight: Tensor, conv: Conv, parts: Sequence[str], trial: Callable[[Any], Tensor]
+) -> Any | None:
+    """By which config the convolution gives the norm its statistics, or ``None``: the two ways apart are faster.
+
+    Args:
+        x, weight, conv: of the convolution.
+        parts: names of what else the time depends on: the tensors and the activation of the norm.
+        trial: runs convolution and norm by a config or ``None``, and writes no running statistics.
+    """
+    tf32 = _allows_tf32()
+    configs = implementations(DENSE, FORWARD, x.dtype, conv2d_format(x), tf32)
+    # Apart is the first: it serves where nothing is measured. Its convolution is chosen for itself.
+    ways = {APART: None} | {
+        f"{name} with statistics": config
+        for name, config in configs.items()
+        if not isinstance(config, torch.memory_format)
+    }
+    key = _key(WITH_NORM, FORWARD, x, weight, _layout(x), conv, "+".join(parts), tf32)
+    return _chosen(key, ways, trial, x.device)
+
+
 # ---- the choice ----
 
 
@@ -233,15 +279,34 @@ def _fastest(
     ways = implementations(family, direction, x.dtype, conv2d_format(x), tf32)
     if len(ways) == 1 or x.numel() == 0:
         return run(next(iter(ways.values())))
-    key = Key(
-        family.op, direction, tuple(x.shape), tuple(weight.shape), str(x.dtype).removeprefix("torch."),
+    key = _key(family.op, direction, x, weight, layout, conv, epilogue, tf32)
+    return run(_chosen(key, ways, run, x.device))
+
+
+def _key(
+    op: str,
+    direction: str,
+    x: Tensor,
+    weight: Tensor,
+    layout: str,
+    conv: Conv,
+    epilogue: str,
+    tf32: bool,
+) -> Key:
+    return Key(
+        op, direction, tuple(x.shape), tuple(weight.shape), str(x.dtype).removeprefix("torch."),
         layout, *conv, epilogue, tf32, torch.backends.cudnn.enabled,
     )  # fmt: skip
-    name = tuning.recall(key, x.device)
+
+
+def _chosen(
+    key: Key, ways: dict[str, Any], run: Callable[[Any], Tensor], device: torch.device
+) -> Any:
+    name = tuning.recall(key, device)
     if name is None:
         calls = {name: functools.partial(run, how) for name, how in ways.items()}
-        name = tuning.choose(key, calls, x.device)
-    return run(ways[name])
+        name = tuning.choose(key, calls, device)
+    return ways[name]
 
 
 @functools.cache
@@ -253,7 +318,7 @@ def implementations(
     ``tf32``: :func:`_allows_tf32`, on which it depends which blocks fit into the registers.
     """
     ways: dict[str, Any] = {family.native: given}
-    if dtype not in _TRITON_DTYPES:
+    if dtype not in TRITON_DTYPES:
         return ways
     if given != torch.channels_last:
         ways[f"{family.native} channels_last"] = torch.channels_last

@@ -10,7 +10,7 @@ from torch.autograd.graph import increment_version
 
 from .. import reference
 from ..activation import Activation, resolve_activation
-from ..backend import serves_native
+from ..backend import fixed, serves_native
 from ..reference.batch_norm_act import batch_stats, normalize_act
 from ._norm import (
     check_floating,
@@ -95,7 +95,7 @@ def batch_norm_act(
         return _eager(*tensors, options)
     if native:
         if needs_grad(x, residual, weight, bias):
-            out, running = BatchNormActFunction.apply(*tensors, options)
+            out, running = BatchNormActFunction.apply(*tensors, fixed(options))
         else:
             out, _, running = _forward(*tensors, options)
         new_mean, new_var = running.unbind()
@@ -116,6 +116,39 @@ def batch_norm_act(
         assert new_mean is not None and new_var is not None
         running_mean.copy_(new_mean)
         running_var.copy_(new_var)
+    return out
+
+
+def batch_norm_act_by(
+    statistics: Tensor,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    *,
+    residual: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    """:func:`batch_norm_act` in training, eager and by a kernel, where the statistics of ``x`` are known already.
+
+    Args:
+        statistics: fp32 ``[2, C]``: the mean of each channel and the sum of its squared distances from it.
+        x: ``[N, C, ...]``, not of fp64 and not empty; the others as of :func:`batch_norm_act`, ``residual`` in ``x``'s
+            dtype.
+    """
+    _check(x, running_mean, running_var, weight, bias, True, momentum, eps, residual)
+    mean, squares = statistics.unbind()
+    count = x.numel() // x.shape[1]
+    options = True, momentum, eps, act
+    out = _apply_given(x, residual, weight, bias, mean, squares / count, options)
+    if running_mean is not None and running_var is not None:
+        for running, batch in ((running_mean, mean), (running_var, squares / (count - 1))):
+            # As the kernel: in fp32, whatever the dtype of the running statistics.
+            old = running.to(batch.dtype) * (1.0 - momentum)
+            torch.add(old, batch, alpha=momentum, out=running)
     return out
 
 
@@ -287,8 +320,31 @@ class BatchNormActFunction(torch.autograd.Function):
         )
 
 
+class GivenStatisticsFunction(BatchNormActFunction):
+    """Forward is that of evaluation, by the batch's mean and variance ``[C]``; backward that of training."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        options: _Options,
+    ) -> Tensor:
+        _, momentum, eps, act = options
+        out, stats, _ = _forward(x, residual, weight, bias, mean, var, (False, momentum, eps, act))
+        saved, ctx.z_source = saved_for(act, residual, out)
+        ctx.save_for_backward(x, saved, weight, bias, stats)
+        ctx.options = options
+        return out
+
+
 # Function.apply without torch's wrapper of it, which looks for functorch transforms: serves_native has.
 _apply_eagerly = super(torch.autograd.Function, BatchNormActFunction).apply
+_apply_given = super(torch.autograd.Function, GivenStatisticsFunction).apply
 
 
 def _check(

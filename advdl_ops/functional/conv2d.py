@@ -14,10 +14,11 @@ from torch import Tensor
 from .. import reference
 from .._schemas import conv2d_shape
 from ..activation import IDENTITY, Activation, resolve_activation
-from ..backend import serves_native, unwatched
+from ..backend import fixed, serves_native, unwatched
 from ..reference.batch_norm_act import acc_dtype
-from . import _conv2d_cpu
+from . import _conv2d_cpu, _conv2d_cuda
 from ._activation import activated
+from ._conv2d_cpu import Conv
 from ._conv_options import autocast_dtype, cast, check_groups, padded_by, pair_of
 from ._epilogue import normalized, unit_statistics
 from ._norm import (
@@ -85,6 +86,61 @@ def conv2d(
     needs a gradient, what the convolution alone gives, and the residual.
     """
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
+    x, weight, bias, residual, scale, shift = _tensors(x, weight, bias, residual, scale, shift)
+    if x.dim() == 3:
+        added = None if residual is None else residual.unsqueeze(0)
+        out = _conv2d(
+            x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, activation,
+            added, scale, shift,
+        )  # fmt: skip
+        return out.squeeze(0)
+    return _conv2d(
+        x, weight, bias, stride, padding, dilation, groups, activation, residual, scale, shift
+    )
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, options: _Options) -> Tensor:
+    """:func:`conv2d` of what :func:`prepared` returns."""
+    return _served(x, weight, bias, options, None, None, None)
+
+
+def convolved_with_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: _Options, config: Any
+) -> tuple[Tensor, Tensor]:
+    """As :func:`convolved`, by a Triton ``config``, and the statistics of the output, which pass no gradient.
+
+    Those are fp32 ``[2, C_out]``, see :func:`._conv2d_cuda.conv2d_with_statistics`.
+    """
+    shift = _folded(x, bias, None, None)[1]
+    return _apply_with_statistics(x, weight, None, shift, None, options, config)
+
+
+def prepared(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor | None, _Options]:
+    """Arguments of :func:`conv2d`, ``x`` ``[N, C_in, H, W]``: checked, under autocast cast, and padded if need be."""
+    x, weight, bias, *_ = _tensors(x, weight, bias, None, None, None)
+    x, options = _checked(
+        x, weight, bias, stride, padding, dilation, groups, IDENTITY, None, None, None
+    )
+    return x, weight, bias, options
+
+
+def _tensors(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """In the dtypes that autocast asks for."""
     check_tensors(_NAME, x=x, weight=weight, bias=bias, scale=scale, shift=shift, residual=residual)
     if weight is None or x is None:
         raise TypeError(f"{_NAME}: {'x' if x is None else 'weight'} (None) must be a Tensor")
@@ -97,16 +153,7 @@ def conv2d(
             t if t is None or t.dtype == torch.float32 else cast(t, dtype)
             for t in (bias, scale, shift)
         )
-    if x.dim() == 3:
-        added = None if residual is None else residual.unsqueeze(0)
-        out = _conv2d(
-            x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, activation,
-            added, scale, shift,
-        )  # fmt: skip
-        return out.squeeze(0)
-    return _conv2d(
-        x, weight, bias, stride, padding, dilation, groups, activation, residual, scale, shift
-    )
+    return x, weight, bias, residual, scale, shift
 
 
 def _conv2d(
@@ -122,6 +169,50 @@ def _conv2d(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> Tensor:
+    padded, options = _checked(
+        x, weight, bias, stride, padding, dilation, groups, act, residual, scale, shift
+    )
+    return _served(padded, weight, bias, options, residual, scale, shift)
+
+
+def _served(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: _Options,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    act = options[4]
+    if not serves_native(_NAME, x):
+        return reference.conv2d(x, weight, bias, *options[:4], scale, shift, residual, act)
+    scale, shift = _folded(x, bias, scale, shift)
+    tensors = x, weight, scale, shift, residual
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return _forward(*tensors, options)
+    if torch.compiler.is_compiling():
+        return Conv2dFunction.apply(*tensors, fixed(options))
+    if _torch_derives_as_well(*tensors, options):
+        out = F.conv2d(x, weight, shift, *options[:4])
+        return activated(out, act, in_place=act.name == "relu")
+    return _apply_eagerly(*tensors, options)
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    act: Activation,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> tuple[Tensor, _Options]:
+    """``x``, padded where its two sides differ, and the options as operators take them."""
     if x.dim() != 4 or weight.dim() != 4:
         name, t, what = (
             ("weight", weight, "[C_out, C_in / groups, kH, kW]")
@@ -132,21 +223,7 @@ def _conv2d(
     steps, rates = pair_of(_NAME, "stride", stride, 1), pair_of(_NAME, "dilation", dilation, 1)
     padded, border = padded_by(_NAME, x, weight, padding, steps, rates)
     _check(padded, weight, bias, steps, border, rates, groups, residual, scale, shift)
-    if not serves_native(_NAME, x):
-        return reference.conv2d(
-            padded, weight, bias, steps, border, rates, groups, scale, shift, residual, act
-        )
-    scale, shift = _folded(x, bias, scale, shift)
-    tensors = padded, weight, scale, shift, residual
-    options = steps, border, rates, groups, act
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-        return _forward(*tensors, options)
-    if torch.compiler.is_compiling():
-        return Conv2dFunction.apply(*tensors, options)
-    if _torch_derives_as_well(*tensors, options):
-        out = F.conv2d(padded, weight, shift, steps, border, rates, groups)
-        return activated(out, act, in_place=act.name == "relu")
-    return _apply_eagerly(*tensors, options)
+    return padded, (steps, border, rates, groups, act)
 
 
 # stride, padding, dilation, groups, activation
@@ -240,7 +317,9 @@ class Conv2dFunction(torch.autograd.Function):
         z = saved = None
         ctx.z_source = Z_INPUT
         if ctx.needs_input_grad[2] or not (act.code == 0 or by_output):
-            z = _forward(x, weight, None, None, None, (*options[:4], IDENTITY))
+            # With the parameter of act: a float that options do not hold would be an input of a compiler's graph.
+            alone = IDENTITY._replace(param=act.param)
+            z = _forward(x, weight, None, None, None, (*options[:4], alone))
             out = normalized(z, scale, shift, residual, act)
             if residual is not None and act.code != 0 and not by_output:
                 saved, ctx.z_source = residual, Z_RESIDUAL
@@ -291,6 +370,36 @@ class Conv2dFunction(torch.autograd.Function):
         )
 
 
+class Conv2dWithStatisticsFunction(Conv2dFunction):
+    """The convolution and a shift alone, with the statistics of the output beside it, see ``_conv2d_cuda.py``."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: None,
+        shift: Tensor | None,
+        residual: None,
+        options: _Options,
+        config: Any,
+    ) -> tuple[Tensor, Tensor]:
+        conv = Conv(*options[:4])
+        out, statistics = _conv2d_cuda.conv2d_with_statistics(x, weight, shift, conv, config)
+        ctx.save_for_backward(x, weight, None, None, None, None)
+        ctx.options, ctx.z_source = options, Z_INPUT
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        return out, statistics
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if dout is None:
+            return (None,) * 7
+        return *Conv2dFunction.backward(ctx, dout), None
+
+
 def _of_shift(ctx: Any, grad: Tensor | None) -> Tensor:
     """The shift is not always saved: of it the dtype is."""
     assert grad is not None
@@ -299,6 +408,7 @@ def _of_shift(ctx: Any, grad: Tensor | None) -> Tensor:
 
 # Function.apply without torch's wrapper of it, which looks for functorch transforms: serves_native has.
 _apply_eagerly = super(torch.autograd.Function, Conv2dFunction).apply
+_apply_with_statistics = super(torch.autograd.Function, Conv2dWithStatisticsFunction).apply
 
 
 def _differentiable_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

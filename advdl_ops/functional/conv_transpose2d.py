@@ -25,9 +25,9 @@ from torch import Tensor
 from .. import reference
 from .._schemas import conv2d_format
 from ..activation import Activation, resolve_activation
-from ..backend import get_backend, is_traced, serves_native, transformed
+from ..backend import fixed, get_backend, is_traced, serves_native, transformed
 from ._activation import DERIVATIVES, activated, derivative_from_output
-from ._conv2d_cpu import Conv
+from ._conv2d_cpu import Conv, only_contiguous
 from ._conv2d_cuda import deterministic, native_convolution
 from ._conv_options import autocast_dtype, cast, check_groups, pair_of
 from ._norm import (
@@ -133,13 +133,14 @@ def _batched(
         act.code == 0
         and not own
         and not x.is_cuda  # where backward is to be deterministic
+        and not only_contiguous(x, options.dilation, options.groups)
         and not (bias is not None and _sums_bias(x))
         # Such a weight would decide the format of x's gradient.
         and not weight.is_contiguous(memory_format=torch.channels_last)
     ):
         # As good as torch's own gradients.
         return _convolve_transposed(x, weight, bias, options, False)
-    return ConvTranspose2dFunction.apply(x, weight, bias, options, act, own)
+    return ConvTranspose2dFunction.apply(x, weight, bias, options, fixed(act), own)
 
 
 def _has_own_operators(x: Tensor, weight: Tensor, options: Options) -> bool:
@@ -274,7 +275,11 @@ def _dense_gradients(
     layout = conv2d_format(x)
     need_x, need_weight, need_bias = needs
     sums_bias = need_bias and _sums_bias(x)
-    dz = dz.contiguous(memory_format=layout)
+    computed = layout
+    if x.is_cpu and only_contiguous(x, options.dilation, options.groups):
+        computed = torch.contiguous_format
+        x, weight = x.contiguous(), weight.contiguous()
+    dz = dz.contiguous(memory_format=computed)
     dx = dweight = dbias = None
     if sums_bias:
         dbias = dz.sum((0, 2, 3))

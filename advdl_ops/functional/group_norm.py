@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..activation import Activation, resolve_activation
-from ..backend import serves_native
+from ..backend import fixed, serves_native
 from ._norm import (
     check_floating,
     check_per_channel,
@@ -249,7 +249,7 @@ def _normalize_with_stats(
         out, mean, var = reference.group_norm(x, groups, weight, bias, eps, residual, act)
         return out, (mean.detach().flatten(), var.detach().flatten())
     if needs_grad(*tensors):
-        out, stats = GroupNormFunction.apply(*tensors, options, True)
+        out, stats = GroupNormFunction.apply(*tensors, fixed(options), True)
     else:
         out, stats = _forward(*tensors, options)
     return out, stats.unbind()

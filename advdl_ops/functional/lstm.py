@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..backend import serves_native
+from ..backend import fixed, serves_native
 from ._norm import check_floating, check_tensors, gradient_like
 
 _CELL, _SEQUENCE = "lstm_cell", "lstm"
@@ -398,7 +398,7 @@ def _run(
     if not _needs_grad(tensors):
         return _sequence_op(*_arguments(tensors, constants, options), False)[:3]
     if torch.compiler.is_compiling():
-        return LSTMFunction.apply(options, *tensors, *constants)
+        return LSTMFunction.apply(fixed(options), *tensors, *constants)
     return _apply_sequence(options, *tensors, *constants)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,10 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x``, ``residual`` ``[N, C, H, W]`` -> ``[N, C, H, W]``; errors as :func:`.batch_norm_act`."""
+        return self.forward_by(batch_norm_act, x, residual)
+
+    def forward_by(self, norm: Callable[..., Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
+        """:meth:`forward` with ``norm`` in place of :func:`.batch_norm_act`: ``ConvBNAct`` has one that convolves first."""
         self._check_input_dim(x)
         # Through the dicts: Module.__getattr__ costs more than the kernel of a small input.
         buffers, parameters = self._buffers, self._parameters
@@ -68,10 +73,10 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         training = self.training
         tracks = training and self.track_running_stats
         if tracks and momentum is None and mean is not None and counter is not None:
-            return self._forward_cumulative(x, residual)
+            return self._forward_cumulative(x, residual, norm)
         if training and not tracks:
             mean = var = None
-        out = batch_norm_act(
+        out = norm(
             x,
             mean,
             var,
@@ -89,7 +94,9 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             counter.add_(1)
         return out
 
-    def _forward_cumulative(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _forward_cumulative(
+        self, x: Tensor, residual: Tensor | None, norm: Callable[..., Tensor]
+    ) -> Tensor:
         """``momentum=None``: the running statistics are the plain mean over all batches."""
         running_mean, running_var, counter = (
             self.running_mean,
@@ -102,7 +109,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         acc = acc_dtype(running_mean.dtype)
         mean = torch.zeros_like(running_mean, dtype=acc)
         var = torch.zeros_like(mean)
-        out = batch_norm_act(
+        out = norm(
             x,
             mean,
             var,

@@ -53,14 +53,16 @@ class Conv2d(torch.nn.Conv2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` and ``residual`` (of the output's shape) -> ``[N, C_out, H_out, W_out]``; errors as :func:`.conv2d`."""
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            padded = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            # Circular padding answers in contiguous memory whatever it was given.
-            x = padded if x.dim() != 4 else padded.contiguous(memory_format=conv2d_format(x))
-            padding = 0
+        # By torch's hook for subclasses, whose own may know of no residual.
+        further = () if residual is None else (residual,)
+        return self._conv_forward(x, self.weight, self.bias, *further)
+
+    def _conv_forward(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
+        x, padding = padded_input(self, input)
         return conv2d(
-            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups,
+            x, weight, bias, self.stride, padding, self.dilation, self.groups,
             act=self.act, residual=residual,
         )  # fmt: skip
 
@@ -101,7 +103,7 @@ class DilatedConv2d(Conv2d):
         act: _Act = None,
     ) -> None:
         if padding is None:
-            padding = _keeping(type(self).__name__, kernel_size, dilation)
+            padding = same_padding(type(self).__name__, kernel_size, dilation)
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype, act=act,
@@ -141,7 +143,7 @@ class DepthwiseConv2d(Conv2d):
         if multiplier < 1:
             raise ValueError(f"{name}: multiplier ({multiplier}) must be at least 1")
         if padding is None:
-            padding = _keeping(name, kernel_size, dilation)
+            padding = same_padding(name, kernel_size, dilation)
         super().__init__(
             channels, channels * multiplier, kernel_size, stride, padding, dilation, channels, bias,
             padding_mode, device, dtype, act=act,
@@ -222,19 +224,25 @@ def _check_rates(name: str, rates: tuple[int, ...], kernel_size: int) -> None:
         )
 
 
-def same_padding(kernel_size: _Size, dilation: _Size) -> tuple[int, int]:
-    """What keeps height and width at stride 1, for odd kernels."""
-    height, width = (
-        rate * (kernel - 1) // 2
-        for kernel, rate in zip(pair(kernel_size), pair(dilation), strict=True)
-    )
-    return height, width
+def padded_input(layer: torch.nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
+    """``x``, padded where the layer does so by other than zeros, in its format; and what the convolution pads."""
+    if layer.padding_mode == "zeros":
+        return x, layer.padding
+    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    # Circular padding answers in contiguous memory whatever it was given.
+    return padded if x.dim() != 4 else padded.contiguous(memory_format=conv2d_format(x)), (0, 0)
 
 
-def _keeping(name: str, kernel_size: _Size, dilation: _Size) -> tuple[int, int]:
-    if any(r * (k - 1) % 2 for k, r in zip(pair(kernel_size), pair(dilation), strict=True)):
+def same_padding(name: str, kernel_size: _Size, dilation: _Size) -> tuple[int, int]:
+    """What keeps height and width at stride 1.
+
+    Raises:
+        ValueError: one number for both sides does not, as of an even kernel.
+    """
+    reach = [r * (k - 1) for k, r in zip(pair(kernel_size), pair(dilation), strict=True)]
+    if reach[0] % 2 or reach[1] % 2:
         raise ValueError(
             f"{name}: kernel_size ({kernel_size}) must be odd or dilation ({dilation}) even where padding is None, "
             "or padding be given"
         )
-    return same_padding(kernel_size, dilation)
+    return reach[0] // 2, reach[1] // 2

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
@@ -13,10 +13,10 @@ from .._schemas import conv2d_format, conv2d_shape
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..functional._conv2d_cpu import Conv, convert, onednn_conv_act, pair, prepack, uses_onednn
 from ..functional._norm import check_per_channel, check_residual
-from ..functional.conv_bn_act import ORDERS, folds, scale_and_shift
+from ..functional.conv_bn_act import ORDERS, folds, may_give_statistics, scale_and_shift
 from ..functional.conv_bn_act import conv_bn_act as functional_conv_bn_act
 from .batch_norm_act import BatchNormAct2d
-from .conv2d import Conv2d, same_padding
+from .conv2d import Conv2d, padded_input, same_padding
 
 
 class ConvBNAct(torch.nn.Module):
@@ -67,7 +67,7 @@ class ConvBNAct(torch.nn.Module):
             out_channels,
             kernel_size,
             stride,
-            same_padding(kernel_size, dilation) if padding is None else padding,
+            same_padding(name, kernel_size, dilation) if padding is None else padding,
             dilation,
             groups,
             bias,
@@ -115,6 +115,14 @@ def conv_bn_act(
         x: ``[N, C_in, H, W]``.
         residual: of the output's shape, or ``None``.
     """
+    if (
+        (bn.training or bn.running_mean is None)
+        and isinstance(conv, Conv2d)
+        and _plain(conv, bn)
+        and may_give_statistics(x, conv.weight, conv.bias, conv.groups)
+    ):
+        bn.folded = None
+        return bn.forward_by(functools.partial(_convolved_and_normalized, conv), x, residual)
     source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
     if (
         bn.training
@@ -125,15 +133,7 @@ def conv_bn_act(
     ):
         bn.folded = None
         return bn(conv(x), residual)
-    padding: Any = conv.padding
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
-    if isinstance(padding, str) and left == right and top == bottom:
-        padding = top, left
-    if conv.padding_mode != "zeros":
-        padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-        # Circular padding answers in contiguous memory whatever it was given.
-        x, padding = padded.contiguous(memory_format=conv2d_format(x)), (0, 0)
-    options = Conv(conv.stride, padding, conv.dilation, conv.groups)
+    x, options = _padded(conv, x)
     if not _packs(conv, x, options):
         return functional_conv_bn_act(
             x, conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, bias=conv.bias,
@@ -144,6 +144,35 @@ def conv_bn_act(
     if folded is None or not folded.serves(source, bn.eps, options):
         bn.folded = folded = FoldedConv(x, source, bn.eps, options)
     return folded(x, residual, bn.act)
+
+
+def _padded(conv: torch.nn.Conv2d, x: Tensor) -> tuple[Tensor, Conv]:
+    """What the functional convolution takes: zero padding alone is left to it."""
+    x, padding = padded_input(conv, x)
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    if isinstance(padding, str) and left == right and top == bottom:
+        padding = top, left
+    return x, Conv(conv.stride, padding, conv.dilation, conv.groups)
+
+
+def _convolved_and_normalized(
+    conv: Conv2d,
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    **extras: Any,
+) -> Tensor:
+    """``conv`` and then :func:`.functional.batch_norm_act`, whose arguments follow ``x``, the input of ``conv``."""
+    x, options = _padded(conv, x)
+    return functional_conv_bn_act(
+        x, conv.weight, mean, var, weight, bias, bias=conv.bias, **options._asdict(),
+        training=training, momentum=momentum, eps=eps, **extras,
+    )  # fmt: skip
 
 
 def _packs(conv: torch.nn.Conv2d, x: Tensor, options: Conv) -> bool:
@@ -242,7 +271,8 @@ def _plain(conv: torch.nn.Conv2d, bn: BatchNormAct2d) -> bool:
 
 def _is_convolution_alone(conv: torch.nn.Conv2d) -> bool:
     if type(conv).forward is Conv2d.forward:
-        return isinstance(conv, Conv2d) and conv.act.code == 0
+        own = type(conv)._conv_forward is Conv2d._conv_forward
+        return own and isinstance(conv, Conv2d) and conv.act.code == 0
     return (
         type(conv).forward is torch.nn.Conv2d.forward
         and type(conv)._conv_forward is torch.nn.Conv2d._conv_forward

@@ -247,7 +247,7 @@ def weight_gradient(
     group_out = out_channels // groups
     tiles = triton.cdiv(group_out, config.block_m) * triton.cdiv(group_in, config.block_n)
     programs = tiles * kh * kw * groups
-    split_pixels = _split(pixels, programs, config)
+    split_pixels = pixels_of_split(pixels, programs, config.block_k, config.split_k)
     splits = triton.cdiv(pixels, split_pixels)
     partial = dw if splits == 1 else dw.new_empty((splits, dw.numel()))
     with torch.cuda.device_of(dz):
@@ -283,11 +283,11 @@ def tap_steps(stride: Pair, dilation: Pair) -> dict[str, int]:
     return {"STEP_H": step_h, "STEP_W": step_w}
 
 
-def _split(pixels: int, programs: int, config: Config) -> int:
-    """How many pixels each split sums: a multiple of block_k, at least four of them where the sizes decide."""
-    blocks = triton.cdiv(pixels, config.block_k)
-    splits = config.split_k or min(triton.cdiv(_SPLIT_PROGRAMS, programs), max(blocks // 4, 1))
-    return triton.cdiv(blocks, splits) * config.block_k
+def pixels_of_split(pixels: int, programs: int, block: int, split_k: int) -> int:
+    """How many pixels each split sums: a multiple of ``block``, at least four of them where the sizes decide."""
+    blocks = triton.cdiv(pixels, block)
+    splits = split_k or min(triton.cdiv(_SPLIT_PROGRAMS, programs), max(blocks // 4, 1))
+    return triton.cdiv(blocks, splits) * block
 
 
 def _merged(partial: Tensor, pixels: int, rows: int) -> Tensor:

@@ -16,13 +16,13 @@ from .._schemas import conv2d_shape
 from ..activation import IDENTITY, Activation
 from . import depthwise_conv2d_kernels as kernels
 from .conv2d import (
-    _SPLIT_PROGRAMS,
     Pair,
     _channels_last,
     _check,
     _check_pixels,
     _empty_channels_last,
     _geometry,
+    pixels_of_split,
     sum_splits,
     tap_steps,
     vector,
@@ -200,9 +200,7 @@ def weight_gradient(
     if pixels == 0 or dw.numel() == 0:
         return dw.zero_().permute(2, 0, 1)[:, None]
     programs = triton.cdiv(channels, config.block_n) * kh * kw
-    blocks = triton.cdiv(pixels, config.block_m)
-    splits = config.split_k or min(triton.cdiv(_SPLIT_PROGRAMS, programs), max(blocks // 4, 1))
-    split_pixels = triton.cdiv(blocks, splits) * config.block_m
+    split_pixels = pixels_of_split(pixels, programs, config.block_m, config.split_k)
     splits = triton.cdiv(pixels, split_pixels)
     partial = dw if splits == 1 else dw.new_empty((splits, dw.numel()))
     with torch.cuda.device_of(dz):

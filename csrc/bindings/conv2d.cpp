@@ -22,14 +22,6 @@ Layout format_of(const Tensor& x) {
   return is_channels_last(x) && !x.is_contiguous() ? Layout::channels_last : Layout::channels_first;
 }
 
-// `t` [N, C, H, W] in this format: itself or a copy.
-Tensor in_format(const Tensor& t, Layout layout) {
-  if (layout == Layout::channels_first) {
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  }
-  return is_channels_last(t) ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
-}
-
 Tensor allocate_image(const Tensor& like, Layout layout, int64_t n, int64_t c, int64_t h,
                       int64_t w) {
   const int64_t sizes[] = {n, c, h, w};
@@ -38,6 +30,48 @@ Tensor allocate_image(const Tensor& like, Layout layout, int64_t n, int64_t c, i
   const int64_t first[] = {c * h * w, h * w, w, 1}, last[] = {h * w * c, 1, w * c, c};
   return allocate(like, sizes, layout == Layout::channels_last ? last : first, 4,
                   like.scalar_type());
+}
+
+Tensor convert(Tensor x, bool channels_last) {
+  check(x.dim() == 4, kConvertName, "x must have 4 dimensions");
+  const Layout layout = channels_last ? Layout::channels_last : Layout::channels_first;
+  ConvertLayout p;
+  p.element_bytes = x.element_size();
+  const bool is_other = channels_last ? x.is_contiguous() : is_channels_last(x);
+  const int64_t n = x.size(0), c = x.size(1), s = x.size(2) * x.size(3);
+  Tensor out = allocate_image(x, layout, n, c, x.size(2), x.size(3));
+  if (!is_other || (p.element_bytes != 2 && p.element_bytes != 4 && p.element_bytes != 8)) {
+    torch::stable::copy_(out, x);
+    return out;
+  }
+  p.n = n;
+  p.rows = channels_last ? c : s;
+  p.columns = channels_last ? s : c;
+  p.from = data(x);
+  p.to = data(out);
+  cpu::convert_layout(p);
+  return out;
+}
+
+// `t` [N, C, H, W] in this format: itself or a copy.
+Tensor in_format(const Tensor& t, Layout layout) {
+  const bool is_last = layout == Layout::channels_last;
+  return (is_last ? is_channels_last(t) : t.is_contiguous()) ? t : convert(t, is_last);
+}
+
+// The kernel of channels_last, conversions included, is the faster one for strides, whose columns channels_first sorts one by
+// one; of stride 2 as long as what is converted stays in a cache. And channels_first copies the whole reach of a filter, of which
+// most may lie outside of the image.
+Layout fastest_layout(const DepthwiseConv2dShape& s, int64_t element_bytes) {
+  constexpr int64_t kFewChannels = 16, kCachedBytes = 8 << 20, kLargeReach = 1 << 18;
+  if (s.layout == Layout::channels_last) return s.layout;
+  const int64_t stride = s.h.stride > s.w.stride ? s.h.stride : s.w.stride;
+  const bool is_cached = s.n * s.c * s.h.in * s.w.in * element_bytes <= kCachedBytes;
+  const bool strided =
+      stride > 4 || (s.c >= kFewChannels && (stride > 2 || (stride == 2 && is_cached)));
+  const bool reaches_far = s.h.reach() > 4 * s.h.in || s.w.reach() > 4 * s.w.in ||
+                           s.h.reach() + 4 > kLargeReach / (s.w.reach() + s.w.out);
+  return strided || reaches_far ? Layout::channels_last : s.layout;
 }
 
 Conv2dAxis axis(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
@@ -51,9 +85,13 @@ Conv2dAxis axis(const Tensor& x, const Tensor& weight, const std::vector<int64_t
   a.dilation = dilation[i];
   check(a.stride > 0 && a.dilation > 0 && a.padding >= 0 && a.kernel > 0, function,
         "stride, dilation and the kernel must be positive, padding not negative");
+  constexpr int64_t kLargest = int64_t{1} << 40;  // no sum of them overflows
+  check(a.stride < kLargest && a.padding < kLargest && a.dilation < kLargest / a.kernel, function,
+        "stride, padding and the filter's reach must be less than 2^40");
   const int64_t room = a.in + 2 * a.padding - a.reach() - 1;
   check(room >= 0, function, "the kernel must not be larger than the padded input");
   a.out = room / a.stride + 1;
+  if (a.out == 1) a.stride = 1;  // nothing is stepped over: no kernel need care for a large one
   return a;
 }
 
@@ -98,6 +136,8 @@ Tensor forward(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shi
              residual->device() == x.device()),
         kName, "residual must have the shape of the output and x's dtype and device");
   check(act >= 0 && act < kActivationCount, kName, "unknown activation code");
+  const Layout given = s.layout;
+  p.shape.layout = fastest_layout(s, x.element_size());
   x = in_format(x, s.layout);
   weight = *contiguous(OptionalTensor(weight));
   scale = contiguous(scale);
@@ -119,7 +159,7 @@ Tensor forward(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shi
     return is_last ? cpu::depthwise_conv2d_last_forward_workspace(p)
                    : cpu::depthwise_conv2d_forward_workspace(p);
   }).run(is_last ? cpu::depthwise_conv2d_last_forward : cpu::depthwise_conv2d_forward, p);
-  return out;
+  return in_format(out, given);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
@@ -132,6 +172,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
   const DepthwiseConv2dShape& s = p.shape;
   check(is_image(dz, s) && dz.scalar_type() == x.scalar_type() && dz.device() == x.device(),
         kBackwardName, "dz must have the shape of the output and x's dtype and device");
+  const Layout given = s.layout;
+  p.shape.layout = fastest_layout(s, x.element_size());
   // Of x only the sizes and the format count where the weight needs no gradient.
   if (need_dweight) x = in_format(x, s.layout);
   dz = in_format(dz, s.layout);
@@ -154,28 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
     return is_last ? cpu::depthwise_conv2d_last_backward_workspace(p)
                    : cpu::depthwise_conv2d_backward_workspace(p);
   }).run(is_last ? cpu::depthwise_conv2d_last_backward : cpu::depthwise_conv2d_backward, p);
-  return {dx, dweight, dbias};
-}
-
-Tensor convert(Tensor x, bool channels_last) {
-  check(x.dim() == 4, kConvertName, "x must have 4 dimensions");
-  const Layout layout = channels_last ? Layout::channels_last : Layout::channels_first;
-  ConvertLayout p;
-  p.element_bytes = x.element_size();
-  const bool is_other = channels_last ? x.is_contiguous() : is_channels_last(x);
-  const int64_t n = x.size(0), c = x.size(1), s = x.size(2) * x.size(3);
-  Tensor out = allocate_image(x, layout, n, c, x.size(2), x.size(3));
-  if (!is_other || (p.element_bytes != 2 && p.element_bytes != 4 && p.element_bytes != 8)) {
-    torch::stable::copy_(out, x);
-    return out;
-  }
-  p.n = n;
-  p.rows = channels_last ? c : s;
-  p.columns = channels_last ? s : c;
-  p.from = data(x);
-  p.to = data(out);
-  cpu::convert_layout(p);
-  return out;
+  return {need_dx ? in_format(dx, given) : dx, dweight, dbias};
 }
 
 }  // namespace

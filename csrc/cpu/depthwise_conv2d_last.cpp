@@ -85,8 +85,8 @@ ADVDL_INLINE void correlate_columns(const Row<T>& row, const Epilogue<T>& epilog
 template <int kRun, class T>
 void correlate_inside(const Row<T>& row, const Epilogue<T>& epilogue) {
   const int64_t end = row.inside.end, count = end - row.inside.begin;
-  for (int64_t first = 0; first < row.c; first += kChannels) {
-    const int64_t channels = min_of(kChannels, row.c - first);
+  for (int64_t first = 0, channels; first < row.c; first += channels) {
+    channels = row.c - first < 2 * kChannels ? row.c - first : kChannels;  // no short rest
     const auto block = [&]<int kCount>(Index<kCount>, int64_t j) {
       for_vectors<acc_t<T>, 1>(channels, [&](int64_t c, const auto& lanes, auto) {
         correlate_columns<kCount, kRun>(row, epilogue, j, first + c, lanes);
