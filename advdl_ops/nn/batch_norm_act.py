@@ -63,7 +63,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         return self.forward_by(batch_norm_act, x, residual)
 
     def forward_by(self, norm: Callable[..., Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
-        """:meth:`forward` with ``norm`` in place of :func:`.batch_norm_act`: ``ConvBNAct`` has one that convolves first."""
+        """:meth:`forward` with ``norm`` in place of :func:`.batch_norm_act`: ``ConvBNAct`` has one that convolves."""
         self._check_input_dim(x)
         # Through the dicts: Module.__getattr__ costs more than the kernel of a small input.
         buffers, parameters = self._buffers, self._parameters
