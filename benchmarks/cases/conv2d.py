@@ -164,10 +164,21 @@ def add(
 STEM = (16, 64, 56, 56)
 
 for _layout in LAYOUTS:
-    for _dilation in (1, 2, 4):
-        add(Conv(STEM, 64, 3, _dilation, groups=64), _layout, epilogue=False)
-    add(Conv(STEM, 64, 7, groups=64), _layout, epilogue=False, compile=False)
-    add(Conv(STEM, 64, 3, 2), _layout)
+    _first = _layout == "contiguous"
+    for _dilation, _target in (
+        (1, ">= 2x" if _first else ">= 1.5x"),
+        (2, ">= 8x"),
+        (4, ">= 8x"),
+    ):
+        _conv = Conv(STEM, 64, 3, _dilation, groups=64)
+        add(_conv, _layout, epilogue=False, target=_target)
+    _target = ">= 4x" if _first else ">= 2x"
+    add(Conv(STEM, 64, 7, groups=64), _layout, epilogue=False, compile=False, target=_target)
+    _target = ">= 1.35x eager, >= 0.75x eager channels_last" if _first else ""
+    add(Conv(STEM, 64, 3, 2), _layout, target=_target)
+    # Where MobileNets halve the image, and where their images are small.
+    add(Conv((16, 64, 112, 112), 64, stride=2, groups=64), _layout, epilogue=False, compile=False)
+    add(Conv((16, 512, 14, 14), 512, groups=512), _layout, epilogue=False, compile=False)
 
 # DeepLab: the dilated stages of its ResNet, and the branches of its pyramid (Chen et al. 2017, arXiv:1706.05587).
 DEEPLAB = (

@@ -64,10 +64,10 @@ class Buffer {
 };
 
 // Rows first .. first + count of an image [rows, columns], into a strip whose column 0 is the image's column `left`.
-// Column q of the strip's phase f is the image's column left + q * phases + f.
+// Column q of the strip's phase f is the image's column left + q * phases + f. `ahead` elements on lies what is read next.
 template <class T>
 void fill(const Strip<acc_t<T>>& strip, acc_t<T>* to, const T* image, int64_t rows, int64_t columns,
-          int64_t first, int64_t count, int64_t left) {
+          int64_t first, int64_t count, int64_t left, int64_t ahead) {
   using Acc = acc_t<T>;
   constexpr int64_t lanes = Simd<Acc>::lanes;
   const int64_t width = strip.pitch * strip.phases;
@@ -78,6 +78,10 @@ void fill(const Strip<acc_t<T>>& strip, acc_t<T>* to, const T* image, int64_t ro
     if (is_outside || strip.phases > 1) std::memset(to, 0, strip.row * sizeof(Acc));
     if (is_outside) continue;
     const T* from = image + (first + i) * columns;
+    if (ahead != 0) {
+      constexpr int64_t line = 64 / sizeof(T);
+      for (int64_t j = 0; j < columns; j += line) prefetch(from + ahead + j);
+    }
     if (strip.phases == 1) {
       // Zeros at both ends, in whole vectors; the image's own columns come over them.
       const typename Simd<Acc>::Vec zero{};
@@ -111,7 +115,7 @@ void fill_spread(const Strip<acc_t<T>>& strip, acc_t<T>* to, const T* image, con
                  const Conv2dAxis& w, int64_t first, int64_t count, int64_t left) {
   using Acc = acc_t<T>;
   if (h.stride == 1 && w.stride == 1) {
-    return fill(strip, to, image, h.out, w.out, first, count, left);
+    return fill(strip, to, image, h.out, w.out, first, count, left, strip.out_rows * w.out);
   }
   for (int64_t i = 0; i < count; ++i, to += strip.row) {
     std::memset(to, 0, strip.row * sizeof(Acc));
@@ -315,7 +319,8 @@ void forward(const DepthwiseConv2dForward& p, void* workspace) {
       widen(s.dtype, static_cast<const T*>(p.weight) + c * taps.count, Acc(0), taps.weights,
             taps.count);
       fill(strip, buffer.data(), static_cast<const T*>(p.x) + image * s.h.in * s.w.in, s.h.in,
-           s.w.in, o * s.h.stride - s.h.padding, strip.rows(rows, s.h.stride), -s.w.padding);
+           s.w.in, o * s.h.stride - s.h.padding, strip.rows(rows, s.h.stride), -s.w.padding,
+           strip.out_rows * s.h.stride * s.w.in);
       filter.scale = scale[c];
       filter.shift = shift[c];
       correlate_strip<T>(buffer.data(), filter, epilogue, image * outputs + o * s.w.out, rows,
@@ -403,11 +408,12 @@ ADVDL_INLINE void add_products(const acc_t<T>* strip, int64_t strip_step, const 
 }
 
 // The same of kHeight x kWidth taps from (a, b) on, at stride 1: a vector of x is read once for all of a column of taps, as
-// the rows of dz that it meets move through registers.
+// the rows of dz that it meets move through registers. Meanwhile as many rows from next_dz and next_x on are prefetched, if
+// these are not null.
 template <int kHeight, int kWidth, class T>
 void add_products_sliding(const acc_t<T>* strip, const DepthwiseConv2dShape& s,
                           const Strip<acc_t<T>>& form, int64_t a, int64_t b, const T* dz,
-                          int64_t rows, double* sums) {
+                          int64_t rows, double* sums, const T* next_dz, const T* next_x) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   Vec acc[kHeight][kWidth] = {};
@@ -426,6 +432,10 @@ void add_products_sliding(const acc_t<T>* strip, const DepthwiseConv2dShape& s,
 #pragma GCC unroll 8
         for (int k = kHeight - 1; k > 0; --k) met[k] = met[k - 1];
         if (!decltype(is_border)::value || u < count) met[0] = lanes.read(gradient + u * dz_step);
+        if (next_x != nullptr) {
+          prefetch(next_dz + (q + u * apart) * s.w.out + j);
+          prefetch(next_x + (q + u * apart) * s.w.in + j);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < kWidth; ++i) {
           const Vec x = lanes.counted(load(in + u * step + columns[i]));
@@ -452,8 +462,8 @@ void add_products_sliding(const acc_t<T>* strip, const DepthwiseConv2dShape& s,
 // All taps, in blocks of 3 x 3.
 template <class T>
 void add_all_products_sliding(const acc_t<T>* strip, const DepthwiseConv2dShape& s,
-                              const Strip<acc_t<T>>& form, const T* dz, int64_t rows,
-                              double* sums) {
+                              const Strip<acc_t<T>>& form, const T* dz, int64_t rows, double* sums,
+                              const T* next_dz, const T* next_x) {
   for (int64_t a = 0; a < s.h.kernel;) {
     const bool is_tall = a + 3 <= s.h.kernel;
     for (int64_t b = 0; b < s.w.kernel;) {
@@ -461,7 +471,9 @@ void add_all_products_sliding(const acc_t<T>* strip, const DepthwiseConv2dShape&
       const auto add =
           is_tall ? (is_wide ? add_products_sliding<3, 3, T> : add_products_sliding<3, 1, T>)
                   : (is_wide ? add_products_sliding<1, 3, T> : add_products_sliding<1, 1, T>);
-      add(strip, s, form, a, b, dz, rows, sums);
+      const bool is_first = a == 0 && b == 0;
+      add(strip, s, form, a, b, dz, rows, sums, is_first ? next_dz : nullptr,
+          is_first ? next_x : nullptr);
       b += is_wide ? 3 : 1;
     }
     a += is_tall ? 3 : 1;
@@ -511,11 +523,17 @@ void weight_gradient(const DepthwiseConv2dBackward& p, double* partial) {
               const int64_t rows = s.h.out - o < strip.out_rows ? s.h.out - o : strip.out_rows;
               fill(strip, buffer.data(), static_cast<const T*>(p.x) + image * s.h.in * s.w.in,
                    s.h.in, s.w.in, o * s.h.stride - s.h.padding, strip.rows(rows, s.h.stride),
-                   -s.w.padding);
+                   -s.w.padding, 0);
               const int64_t step = s.h.stride * strip.row;
               const T* from = dz + o * s.w.out;
               if (s.h.stride == 1 && s.w.stride == 1) {
-                add_all_products_sliding<T>(buffer.data(), s, strip, from, rows, sums);
+                // Next come the first rows of the channel's next image, or the next strip of this one.
+                const bool is_last = o + strip.out_rows >= s.h.out;
+                const int64_t next = image + (is_last ? s.c : 0), row = is_last ? 0 : o + rows;
+                add_all_products_sliding<T>(
+                    buffer.data(), s, strip, from, rows, sums,
+                    static_cast<const T*>(p.dz) + next * outputs + row * s.w.out,
+                    static_cast<const T*>(p.x) + (next * s.h.in + row) * s.w.in);
                 continue;
               }
               int64_t t = 0;

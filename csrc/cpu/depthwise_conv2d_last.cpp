@@ -46,6 +46,8 @@ struct Row {
   int64_t out = 0;  // element of the output at column 0
   const Tap* taps = nullptr;
   int64_t tap_count = 0;
+  int64_t ahead =
+      0;  // from what the last tap reads to what the next row of outputs is the first to read
   Columns inside{};  // what every tap reaches
 };
 
@@ -65,6 +67,10 @@ ADVDL_INLINE void correlate_columns(const Row<T>& row, const Epilogue<T>& epilog
       weights[b] = lanes.read(row.weight + row.taps[t + b].weight * row.c + c);
     }
     const T* in = start + row.taps[t].from;
+    if (t + kRun >= row.tap_count) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) prefetch(in + i * step + row.ahead);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kCount + kRun - 1; ++i) {
       const Vec x = lanes.read(in + i * step);
@@ -273,6 +279,11 @@ void forward(const DepthwiseConv2dForward& p, void* workspace) {
                              streams(p.out, s.n * s.h.out * s.w.out, s.c * sizeof(T))};
   Row<T> like{static_cast<const T*>(p.x), parameters.weight, s.c};
   like.run = run_of(s.w);
+  // Of what a cache holds, or a larger filter multiplies longer than it waits for, it would only cost instructions.
+  constexpr int64_t kCachedBytes = 4 << 20, kFewTaps = 9;
+  const int64_t read_bytes = s.n * s.c * (s.h.in * s.w.in + s.h.out * s.w.out) * sizeof(T);
+  const bool waits = read_bytes > kCachedBytes && s.taps() <= kFewTaps;
+  like.ahead = waits ? s.h.stride * s.w.in * s.c : 0;
   like.in_step = s.w.stride;
   like.out_columns = s.w.out;
   like.out_step = 1;
@@ -302,6 +313,7 @@ void input_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>>
                              streams(p.dx, s.n * s.h.in * s.w.in, s.c * sizeof(T))};
   Row<T> like{static_cast<const T*>(p.dz), parameters.weight, s.c};
   like.run = run_of(s.w);
+  like.ahead = (s.h.reach() / s.h.stride + 1) * s.w.out * s.c;  // the first tap reads farthest
   like.in_step = 1;
   like.out_step = s.w.stride;
   RowOfTaps<T> rows(like, s.taps());
@@ -337,8 +349,9 @@ struct Split {
   }
 };
 
-// sums[k] [C] += dz[j] * x[j * step + from[k]] of one row, one vector of channels.
-template <int kTaps, class T, class Lanes>
+// sums[k] [C] += dz[j] * x[j * step + from[k]] of one row, one vector of channels. kAhead: with what the next row reads
+// prefetched; an `if` for that in the loop, never taken, made it a third slower.
+template <int kTaps, bool kAhead, class T, class Lanes>
 ADVDL_INLINE void add_products(const T* dz, const Row<T>& row, const Tap* taps, acc_t<T>* sums,
                                int64_t c, const Lanes& lanes) {
   using Vec = typename Simd<acc_t<T>>::Vec;
@@ -354,6 +367,10 @@ ADVDL_INLINE void add_products(const T* dz, const Row<T>& row, const Tap* taps, 
   for (int64_t j = inside.begin; j < inside.end; ++j) {
     const Vec gradient = lanes.read(dz + j * row.c + c);
     const int64_t at = j * step;
+    if constexpr (kAhead) {
+      prefetch(dz + (row.out_columns + j) * row.c + c);
+      prefetch(from[kTaps - 1] + at + row.ahead);
+    }
 #pragma GCC unroll 16
     for (int k = 0; k < kTaps; ++k) acc[k] += gradient * lanes.read(from[k] + at);
   }
@@ -380,9 +397,13 @@ void add_row(const T* dz, const Row<T>& row, acc_t<T>* sums, acc_t<T>* bias, int
   for_vectors<acc_t<T>, 1, false>(c_end - c_begin, [&](int64_t i, const auto& lanes, auto) {
     const int64_t c = c_begin + i;
     const Tap *tap = row.taps, *end = tap + row.tap_count;
-    for (; tap + 9 <= end; tap += 9) add_products<9>(dz, row, tap, sums, c, lanes);
-    for (; tap + 3 <= end; tap += 3) add_products<3>(dz, row, tap, sums, c, lanes);
-    for (; tap < end; ++tap) add_products<1>(dz, row, tap, sums, c, lanes);
+    const bool waits = row.ahead != 0;
+    for (; waits && tap + 9 <= end; tap += 9) {
+      add_products<9, true>(dz, row, tap, sums, c, lanes);
+    }
+    for (; tap + 9 <= end; tap += 9) add_products<9, false>(dz, row, tap, sums, c, lanes);
+    for (; tap + 3 <= end; tap += 3) add_products<3, false>(dz, row, tap, sums, c, lanes);
+    for (; tap < end; ++tap) add_products<1, false>(dz, row, tap, sums, c, lanes);
     if (bias != nullptr) {
       auto acc = lanes.read(bias + c);
       for (int64_t j = 0; j < row.out_columns; ++j) acc += lanes.read(dz + j * row.c + c);
@@ -403,6 +424,11 @@ void weight_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>
   const bool wants_weight = p.dweight != nullptr;
   // `out` of a row is where its dz begins.
   Row<T> like{static_cast<const T*>(p.x), nullptr, s.c};
+  // Of what a cache holds, or a larger filter multiplies longer than it waits for, it would only cost instructions.
+  constexpr int64_t kCachedBytes = 4 << 20, kFewTaps = 9;
+  const int64_t read_bytes = s.n * s.c * (s.h.in * s.w.in + s.h.out * s.w.out) * sizeof(T);
+  const bool waits = read_bytes > kCachedBytes && s.taps() <= kFewTaps;
+  like.ahead = waits ? s.h.stride * s.w.in * s.c : 0;
   like.in_step = s.w.stride;
   like.out_columns = s.w.out;
   cpu::parallel_ranges(
