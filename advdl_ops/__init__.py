@@ -13,7 +13,9 @@ from .backend import get_backend, use_backend  # noqa: E402
 from .functional import _conv2d_cuda as _conv2d_cuda  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["explain", "functional", "get_backend", "models", "nn", "use_backend"]
+__all__ = [
+    "explain", "functional", "get_backend", "models", "nn", "optimize", "restore", "use_backend",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +24,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(".models", __name__)
     if name == "explain":
         return importlib.import_module("._explain", __name__).explain
+    if name in ("optimize", "restore"):
+        return getattr(importlib.import_module("._optimize", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

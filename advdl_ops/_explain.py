@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _library, nn, tuning
+from ._optimize import summary
 from .backend import get_backend
 from .functional._conv2d_cuda import APART, WITH_NORM
 from .nn.group_norm import _InstanceNorm
@@ -75,9 +76,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row for each layer of advdl_ops in a model; its text has a line for each."""
+    """A row for each layer of advdl_ops in a model; its text has a line for each, and for what `optimize` did.
+
+    Attributes:
+        layers: the rows.
+        optimized: what :func:`.optimize` made of the model, see ``explain(..., as_dict=True)``.
+    """
 
     layers: tuple[Layer, ...]
+    optimized: dict[str, Any]
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -86,16 +93,23 @@ class Explanation:
         return len(self.layers)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.layers)) or "no layer of advdl_ops"
+        lines = [str(layer) for layer in self.layers] or ["no layer of advdl_ops"]
+        lines += [f"one op: {names}" for names in self.optimized["fused"]]
+        lines += [f"left as it was: {name}: {why}" for name, why in self.optimized["left"].items()]
+        return "\n".join(lines)
 
 
-def explain(module: torch.nn.Module, *inputs: Any) -> Explanation:
+def explain(
+    module: torch.nn.Module, *inputs: Any, as_dict: bool = False
+) -> Explanation | dict[str, Any]:
     """What serves each layer of advdl_ops in ``module``: a kernel, torch's own, or the reference and why.
 
     Args:
         module: any module; layers that are not of ``advdl_ops.nn`` are left out.
         inputs: if given, a copy of ``module`` is run on them first, without gradients, so that what is chosen by
             measurement for their shapes is known. ``module`` and the random numbers stay as they are.
+        as_dict: what :func:`.optimize` did, instead of the rows: ``{"fused": groups that run as one op, "replaced":
+            layers that were replaced alone, "left": layers of a known kind that were left, and why}``.
 
     Returns:
         Rows, printable. Choices are those of this process for a layer's weight and options, whatever module asked.
@@ -105,6 +119,8 @@ def explain(module: torch.nn.Module, *inputs: Any) -> Explanation:
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"explain: module ({type(module).__name__}) must be a torch.nn.Module")
+    if as_dict:
+        return summary(module)
     if inputs:
         devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
         with torch.random.fork_rng(devices), torch.no_grad():
@@ -115,7 +131,7 @@ def explain(module: torch.nn.Module, *inputs: Any) -> Explanation:
     layers = (
         _layer(name, layer, _device(layer) or default) for name, layer in module.named_modules()
     )
-    return Explanation(tuple(layer for layer in layers if layer is not None))
+    return Explanation(tuple(layer for layer in layers if layer is not None), summary(module))
 
 
 def _without_hooks(module: torch.nn.Module) -> torch.nn.Module:

@@ -54,15 +54,17 @@ def fill(layer, x):
     return out
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @KIND
-def test_reused(kind):
+def test_reused(kind, layout):
     layer, x = make(kind)
+    x = x.contiguous(memory_format=layout)
     first = fill(layer, x)
     kept = layer.bn.folded
     with torch.no_grad():
         assert torch.equal(layer(x), first)
-        layer(torch.randn(5, x.shape[1], 9, 9, dtype=x.dtype))  # another size
-        layer(x.contiguous(memory_format=torch.channels_last))
+        other = torch.randn(5, x.shape[1], 9, 9, dtype=x.dtype)
+        layer(other.contiguous(memory_format=layout))  # another size
         with torch.inference_mode():
             torch.testing.assert_close(layer(x), first)
     assert layer.bn.folded is kept

@@ -69,7 +69,8 @@ def test_layers_by_name_and_no_others() -> None:
     ]
     assert len(explanation) == 6
     lines = str(explanation).splitlines()
-    assert len(lines) == 6 and lines[2].startswith("1.bn  BatchNormAct2d: CPU C++ kernel")
+    assert len(lines) == 7 and lines[2].startswith("1.bn  BatchNormAct2d: CPU C++ kernel")
+    assert lines[6] == "left as it was: 0: optimize was not called"
     assert "in evaluation one convolution" in lines[0]
 
 
