@@ -14,11 +14,13 @@ from advdl_ops.models.resnet import (
     resnext50_32x4d,
     wide_resnet50_2,
 )
+from advdl_ops.models.unet import UNet, unet
 
 __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ResNet",
+    "UNet",
     "create_model",
     "list_models",
     "load_weights",
@@ -29,5 +31,6 @@ __all__ = [
     "resnet34",
     "resnet50",
     "resnext50_32x4d",
+    "unet",
     "wide_resnet50_2",
 ]
