@@ -15,12 +15,14 @@ from advdl_ops.models.resnet import (
     wide_resnet50_2,
 )
 from advdl_ops.models.unet import UNet, unet
+from advdl_ops.models.unet_resnet import UNetResNet, unet_resnet18, unet_resnet34, unet_resnet50
 
 __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ResNet",
     "UNet",
+    "UNetResNet",
     "create_model",
     "list_models",
     "load_weights",
@@ -32,5 +34,8 @@ __all__ = [
     "resnet50",
     "resnext50_32x4d",
     "unet",
+    "unet_resnet18",
+    "unet_resnet34",
+    "unet_resnet50",
     "wide_resnet50_2",
 ]
