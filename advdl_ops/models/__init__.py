@@ -14,11 +14,15 @@ from advdl_ops.models.resnet import (
     resnext50_32x4d,
     wide_resnet50_2,
 )
+from advdl_ops.models.unet import UNet, unet
+from advdl_ops.models.unet_resnet import UNetResNet, unet_resnet18, unet_resnet34, unet_resnet50
 
 __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ResNet",
+    "UNet",
+    "UNetResNet",
     "create_model",
     "list_models",
     "load_weights",
@@ -29,5 +33,9 @@ __all__ = [
     "resnet34",
     "resnet50",
     "resnext50_32x4d",
+    "unet",
+    "unet_resnet18",
+    "unet_resnet34",
+    "unet_resnet50",
     "wide_resnet50_2",
 ]

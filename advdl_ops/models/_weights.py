@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def load_weights(
             f"{caller}: weights {path!r} must be a local file (nothing is downloaded)"
         )
     where = f"{caller}: weights {os.path.basename(path)!r}"
-    state = _unwrap(_read(path, where), where)
+    state = _unwrap(_read(path, where), where, getattr(model, "not_weights", ()))
     _check(model, state, where)
     # A plain dict: a "version" that the file may carry decides nothing any more.
     model.load_state_dict(dict(state), strict=True)
@@ -75,13 +75,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _unwrap(state: Any, where: str) -> dict[str, torch.Tensor]:
+def _unwrap(state: Any, where: str, ignored: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """The tensors in `state` by their bare keys, without those that the model says to leave aside (`not_weights`)."""
     for key in _WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
             break
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{where} must hold a state_dict (got {type(state).__name__})")
+    state = {key: value for key, value in state.items() if key not in ignored}
     odd = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if odd:
         raise ValueError(

@@ -14,63 +14,32 @@ folded into its convolution.
 
 from __future__ import annotations
 
-import inspect
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from advdl_ops import nn
 from advdl_ops.functional.conv_bn_act import prefers_channels_last
+from advdl_ops.models._layers import (
+    NormFactory,
+    check_counts,
+    check_image,
+    check_options,
+    conv,
+    conv_norm,
+    norm_factory,
+)
 from advdl_ops.models._registry import register_model
 from advdl_ops.models._weights import load_weights
-
-_NormFactory = Callable[[int, str | None], torch.nn.Module]
-
-
-def _batch_norm(channels: int, act: str | None) -> torch.nn.Module:
-    return nn.BatchNormAct2d(channels, act=act)
-
-
-def _group_norm(channels: int, act: str | None) -> torch.nn.Module:
-    # 32 groups as in Wu and He 2018 (https://arxiv.org/abs/1803.08494), fewer where 32 does not divide the width.
-    return nn.GroupNorm(math.gcd(32, channels), channels, act=act)
-
-
-def _norm_factory(name: str, norm: str) -> _NormFactory:
-    if norm == "batch":
-        return _batch_norm
-    if norm != "group":
-        raise ValueError(f'{name}: norm ({norm!r}) must be "batch" or "group"')
-    return _group_norm
-
-
-def _conv(
-    channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1, dilation: int = 1
-) -> nn.Conv2d:
-    padding = dilation * (size // 2)
-    return nn.Conv2d(channels, out_channels, size, stride, padding, dilation, groups, bias=False)
-
-
-def _conv_norm(
-    conv: torch.nn.Module, norm: torch.nn.Module, x: Tensor, residual: Tensor | None = None
-) -> Tensor:
-    """act(norm(conv(x)) + residual), where act is the norm's own."""
-    if isinstance(norm, nn.BatchNormAct2d) and isinstance(conv, torch.nn.Conv2d):
-        return nn.conv_bn_act(conv, norm, x, residual)
-    # `residual` goes along even when it is None: a layer put here that knows neither residual nor activation
-    # (SyncBatchNorm.convert_sync_batchnorm puts such ones) fails instead of dropping the ReLU.
-    return norm(conv(x), residual)
 
 
 class _Downsample(torch.nn.Sequential):
     """1x1 convolution and norm on the shortcut; its keys are `0` and `1`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _conv_norm(self[0], self[1], x)
+        return conv_norm(self[0], self[1], x)
 
 
 class BasicBlock(torch.nn.Module):
@@ -87,7 +56,7 @@ class BasicBlock(torch.nn.Module):
         groups: int,
         width_per_group: int,
         dilation: int,
-        norm: _NormFactory,
+        norm: NormFactory,
     ) -> None:
         super().__init__()
         if groups != 1 or width_per_group != 64:
@@ -96,16 +65,16 @@ class BasicBlock(torch.nn.Module):
             )
         if dilation != 1:
             raise NotImplementedError(f"BasicBlock: dilation ({dilation}) must be 1")
-        self.conv1 = _conv(channels, width, 3, stride)
+        self.conv1 = conv(channels, width, 3, stride)
         self.bn1 = norm(width, "relu")
-        self.conv2 = _conv(width, width, 3)
+        self.conv2 = conv(width, width, 3)
         self.bn2 = norm(width, "relu")
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = _conv_norm(self.conv1, self.bn1, x)
-        return _conv_norm(self.conv2, self.bn2, out, shortcut)
+        out = conv_norm(self.conv1, self.bn1, x)
+        return conv_norm(self.conv2, self.bn2, out, shortcut)
 
     @property
     def last_norm(self) -> torch.nn.Module:
@@ -126,24 +95,24 @@ class Bottleneck(torch.nn.Module):
         groups: int,
         width_per_group: int,
         dilation: int,
-        norm: _NormFactory,
+        norm: NormFactory,
     ) -> None:
         super().__init__()
         inner = int(width * (width_per_group / 64.0)) * groups
         out_channels = width * self.expansion
-        self.conv1 = _conv(channels, inner, 1)
+        self.conv1 = conv(channels, inner, 1)
         self.bn1 = norm(inner, "relu")
-        self.conv2 = _conv(inner, inner, 3, stride, groups, dilation)
+        self.conv2 = conv(inner, inner, 3, stride, groups, dilation)
         self.bn2 = norm(inner, "relu")
-        self.conv3 = _conv(inner, out_channels, 1)
+        self.conv3 = conv(inner, out_channels, 1)
         self.bn3 = norm(out_channels, "relu")
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = _conv_norm(self.conv1, self.bn1, x)
-        out = _conv_norm(self.conv2, self.bn2, out)
-        return _conv_norm(self.conv3, self.bn3, out, shortcut)
+        out = conv_norm(self.conv1, self.bn1, x)
+        out = conv_norm(self.conv2, self.bn2, out)
+        return conv_norm(self.conv3, self.bn3, out, shortcut)
 
     @property
     def last_norm(self) -> torch.nn.Module:
@@ -201,16 +170,14 @@ class ResNet(torch.nn.Module):
             )
         if len(layers) != 4:
             raise ValueError(f"{name}: layers ({tuple(layers)}) must have 4 entries")
-        for label, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: {label} ({value!r}) must be a positive integer")
+        check_counts(name, num_classes=num_classes, in_channels=in_channels)
         if stem not in ("imagenet", "small"):
             raise ValueError(f'{name}: stem ({stem!r}) must be "imagenet" or "small"')
         self.name = name
         self.in_channels = in_channels
         small = stem == "small"
-        make_norm = _norm_factory(name, norm)
-        self.conv1 = _conv(in_channels, 64, 3) if small else _conv(in_channels, 64, 7, 2)
+        make_norm = norm_factory(name, norm)
+        self.conv1 = conv(in_channels, 64, 3) if small else conv(in_channels, 64, 7, 2)
         self.bn1 = make_norm(64, "relu")
         self.maxpool = torch.nn.Identity() if small else torch.nn.MaxPool2d(3, 2, 1)
 
@@ -232,7 +199,7 @@ class ResNet(torch.nn.Module):
                 if first and (stride != 1 or channels != out_channels):
                     # Built before its block, although its keys come after: the order of the random numbers.
                     downsample = _Downsample(
-                        _conv(channels, out_channels, 1, stride), make_norm(out_channels, None)
+                        conv(channels, out_channels, 1, stride), make_norm(out_channels, None)
                     )
                 blocks.append(
                     block(
@@ -264,14 +231,7 @@ class ResNet(torch.nn.Module):
                     torch.nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
 
     def _check_input(self, x: Tensor) -> None:
-        # The types that torch's own layers raise for the same mistakes.
-        shape = f"{self.name}: input shape {list(x.shape)} must be [N, {self.in_channels}, H, W]"
-        if x.dim() != 4:
-            raise ValueError(shape)
-        if x.shape[1] != self.in_channels:
-            raise RuntimeError(shape)
-        if not x.is_floating_point():
-            raise RuntimeError(f"{self.name}: input dtype {x.dtype} must be floating point")
+        check_image(self.name, x, self.in_channels)
         # One value per channel in stage 4 would raise there, after the statistics before it have moved. Each stride
         # of 2 halves a size rounding up, so it is one pixel from _stride pixels down.
         if self.training and x.shape[0] == 1 and max(x.shape[2:]) <= self._stride:
@@ -286,7 +246,7 @@ class ResNet(torch.nn.Module):
         self._check_input(x)
         if not self.training and prefers_channels_last(x, self.conv1.weight):
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.maxpool(_conv_norm(self.conv1, self.bn1, x))
+        x = self.maxpool(conv_norm(self.conv1, self.bn1, x))
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
@@ -302,12 +262,7 @@ def _resnet(
     options: dict[str, Any],
     **fixed: Any,
 ) -> ResNet:
-    known = inspect.signature(ResNet).parameters.keys() - {"block", "layers", "name"} - fixed.keys()
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise TypeError(
-            f"{name}: option {unknown[0]!r} must be one of {', '.join(sorted(known))}, weights"
-        )
+    check_options(name, ResNet, options, {"block", "layers", *fixed})
     model = ResNet(block, layers, name=name, **options, **fixed)
     if weights is not None:
         load_weights(model, weights, caller=name)

@@ -1,0 +1,83 @@
+"""What the models share: convolution with norm as one step, and the checks that name the model."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advdl_ops import nn
+
+NormFactory = Callable[[int, str | None], torch.nn.Module]
+
+
+def _batch_norm(channels: int, act: str | None) -> torch.nn.Module:
+    return nn.BatchNormAct2d(channels, act=act)
+
+
+def _group_norm(channels: int, act: str | None) -> torch.nn.Module:
+    # 32 groups as in Wu and He 2018 (https://arxiv.org/abs/1803.08494), fewer where 32 does not divide the width.
+    return nn.GroupNorm(math.gcd(32, channels), channels, act=act)
+
+
+def norm_factory(name: str, norm: str) -> NormFactory:
+    """(channels, act) -> layer, for the option `norm` of the model `name`."""
+    if norm == "batch":
+        return _batch_norm
+    if norm != "group":
+        raise ValueError(f'{name}: norm ({norm!r}) must be "batch" or "group"')
+    return _group_norm
+
+
+def conv(
+    channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> nn.Conv2d:
+    """Convolution before a norm: [N, channels, H, W] -> [N, out_channels, H / stride, W / stride], rounded up."""
+    padding = dilation * (size // 2)
+    return nn.Conv2d(channels, out_channels, size, stride, padding, dilation, groups, bias=False)
+
+
+def conv_norm(
+    conv: torch.nn.Module, norm: torch.nn.Module, x: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """act(norm(conv(x)) + residual), where act is the norm's own."""
+    if isinstance(norm, nn.BatchNormAct2d) and isinstance(conv, torch.nn.Conv2d):
+        return nn.conv_bn_act(conv, norm, x, residual)
+    # `residual` goes along even when it is None: a layer put here that knows neither residual nor activation
+    # (SyncBatchNorm.convert_sync_batchnorm puts such ones) fails instead of dropping the ReLU.
+    return norm(conv(x), residual)
+
+
+def check_counts(name: str, **counts: Any) -> None:
+    """Raises ValueError unless each option is an integer from 1 on."""
+    for label, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: {label} ({value!r}) must be a positive integer")
+
+
+def check_image(name: str, x: Tensor, in_channels: int) -> None:
+    """Raises unless `x` is floating point, [N, in_channels, H, W]."""
+    # The types that torch's own layers raise for the same mistakes.
+    shape = f"{name}: input shape {list(x.shape)} must be [N, {in_channels}, H, W]"
+    if x.dim() != 4:
+        raise ValueError(shape)
+    if x.shape[1] != in_channels:
+        raise RuntimeError(shape)
+    if not x.is_floating_point():
+        raise RuntimeError(f"{name}: input dtype {x.dtype} must be floating point")
+
+
+def check_options(
+    name: str, model: type[torch.nn.Module], options: dict[str, Any], fixed: Collection[str] = ()
+) -> None:
+    """Raises TypeError for an option that the constructor of `model` does not have, or that `name` fixes."""
+    known = inspect.signature(model).parameters.keys() - {"name", *fixed}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise TypeError(
+            f"{name}: option {unknown[0]!r} must be one of {', '.join(sorted(known))}, weights"
+        )

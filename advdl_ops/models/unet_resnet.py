@@ -1,0 +1,199 @@
+"""U-Net on a ResNet encoder, with `state_dict` keys and numerics of segmentation_models_pytorch's
+`Unet(encoder_name="resnet34")` (https://github.com/qubvel-org/segmentation_models.pytorch).
+
+- U-Net: Ronneberger et al. 2015, https://arxiv.org/abs/1505.04597
+- ResNet: He et al. 2015, https://arxiv.org/abs/1512.03385
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from advdl_ops import nn
+from advdl_ops.models._layers import (
+    NormFactory,
+    check_counts,
+    check_options,
+    conv,
+    conv_norm,
+    norm_factory,
+)
+from advdl_ops.models._registry import register_model
+from advdl_ops.models._weights import load_weights
+from advdl_ops.models.resnet import BasicBlock, Bottleneck, ResNet
+
+
+class ResNetEncoder(ResNet):
+    """`ResNet` without its classifier; arguments as there.
+
+    `load_weights(model.encoder, "resnet34.pth")` takes torchvision's file of a classifier as it is.
+    """
+
+    classifier: ClassVar[str] = ""  # read by load_weights: there is none
+    not_weights: ClassVar[frozenset[str]] = frozenset({"fc.weight", "fc.bias"})  # read there, too
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        del self.avgpool, self.fc
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        """[N, in_channels, H, W] -> the feature at 1/2, 1/4, 1/8, 1/16 and 1/32 of H and W, rounded up."""
+        self._check_input(x)
+        features = [conv_norm(self.conv1, self.bn1, x)]
+        x = self.maxpool(features[0])
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+class _ConvNormReLU(torch.nn.Sequential):
+    """3x3 convolution and norm with ReLU; its keys are `0` and `1`."""
+
+    def __init__(self, channels: int, out_channels: int, norm: NormFactory) -> None:
+        super().__init__(conv(channels, out_channels, 3), norm(out_channels, "relu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_norm(self[0], self[1], x)
+
+
+class DecoderBlock(torch.nn.Module):
+    """Nearest upsampling, the encoder's feature beside it, two convolutions with norm and ReLU.
+
+    Args:
+        channels, skip_channels, out_channels: of the feature to upsample, of the encoder's (0: none), of the output.
+        norm: makes the norms.
+    """
+
+    def __init__(
+        self, channels: int, skip_channels: int, out_channels: int, norm: NormFactory
+    ) -> None:
+        super().__init__()
+        self.conv1 = _ConvNormReLU(channels + skip_channels, out_channels, norm)
+        self.conv2 = _ConvNormReLU(out_channels, out_channels, norm)
+
+    def forward(self, x: Tensor, skip: Tensor | None, size: Sequence[int]) -> Tensor:
+        """`x` [N, channels, h, w], `skip` [N, skip_channels, *size] -> [N, out_channels, *size]."""
+        x = F.interpolate(x, size=tuple(size), mode="nearest")
+        if skip is not None:
+            x = torch.cat([x, skip], 1)
+        return self.conv2(self.conv1(x))
+
+
+class _Decoder(torch.nn.Module):
+    def __init__(self, encoder: Sequence[int], decoder: Sequence[int], norm: NormFactory) -> None:
+        super().__init__()
+        deepest, *skips = reversed(encoder)
+        self.blocks = torch.nn.ModuleList(
+            DecoderBlock(channels, skip, out, norm)
+            for channels, skip, out in zip(
+                [deepest, *decoder[:-1]], [*skips, 0], decoder, strict=True
+            )
+        )
+
+    def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """The encoder's features, largest first -> [N, C, *size]."""
+        x, *rest = reversed(features)
+        skips: list[Tensor | None] = [*rest, None]
+        for block, skip in zip(self.blocks, skips, strict=True):
+            x = block(x, skip, size if skip is None else skip.shape[2:])
+        return x
+
+
+class UNetResNet(torch.nn.Module):
+    """U-Net on a ResNet: [N, in_channels, H, W] -> [N, num_classes, H, W], scores before softmax or sigmoid.
+
+    Any height and width from 1 on: each upsampling goes to the size of the feature it is joined with. Contiguous or
+    channels_last.
+
+    Args:
+        block, layers: of the encoder, as in `ResNet`.
+        num_classes: channels of the output.
+        in_channels: channels of the input.
+        norm: "batch", or "group", as in `ResNet`, in encoder and decoder.
+        decoder_channels: outputs of the five blocks, from the smallest image to the largest.
+        name: what error messages call the model.
+
+    Raises:
+        ValueError, RuntimeError: as `ResNet`.
+    """
+
+    classifier: ClassVar[str] = "segmentation_head.0"  # read by load_weights
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: Sequence[int],
+        num_classes: int = 1,
+        *,
+        in_channels: int = 3,
+        norm: str = "batch",
+        decoder_channels: Sequence[int] = (256, 128, 64, 32, 16),
+        name: str = "unet_resnet",
+    ) -> None:
+        super().__init__()
+        check_counts(name, num_classes=num_classes)
+        if len(decoder_channels) != 5:
+            raise ValueError(
+                f"{name}: decoder_channels ({tuple(decoder_channels)}) must have 5 entries"
+            )
+        for index, channels in enumerate(decoder_channels):
+            check_counts(name, **{f"decoder_channels[{index}]": channels})
+        self.name = name
+        self.encoder = ResNetEncoder(block, layers, in_channels=in_channels, norm=norm, name=name)
+        stages = [64, *((64 << stage) * block.expansion for stage in range(4))]
+        self.decoder = _Decoder(stages, decoder_channels, norm_factory(name, norm))
+        self.segmentation_head = torch.nn.Sequential(
+            nn.Conv2d(decoder_channels[-1], num_classes, 3, padding=1)
+        )
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.decoder.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu")
+        head = self.segmentation_head[0]
+        torch.nn.init.xavier_uniform_(head.weight)  # type: ignore[arg-type]
+        torch.nn.init.zeros_(head.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.encoder(x)
+        return self.segmentation_head(self.decoder(features, x.shape[2:]))
+
+
+def _unet_resnet(
+    name: str,
+    block: type[BasicBlock | Bottleneck],
+    layers: Sequence[int],
+    weights: str | os.PathLike[str] | None,
+    options: dict[str, Any],
+) -> UNetResNet:
+    check_options(name, UNetResNet, options, {"block", "layers"})
+    model = UNetResNet(block, layers, name=name, **options)
+    if weights is not None:
+        load_weights(model, weights, caller=name)
+    return model
+
+
+@register_model
+def unet_resnet18(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNetResNet:
+    """U-Net on ResNet-18; `weights` as in `create_model`, options as in `UNetResNet`."""
+    return _unet_resnet("unet_resnet18", BasicBlock, (2, 2, 2, 2), weights, options)
+
+
+@register_model
+def unet_resnet34(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNetResNet:
+    """U-Net on ResNet-34; `weights` as in `create_model`, options as in `UNetResNet`."""
+    return _unet_resnet("unet_resnet34", BasicBlock, (3, 4, 6, 3), weights, options)
+
+
+@register_model
+def unet_resnet50(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNetResNet:
+    """U-Net on ResNet-50; `weights` as in `create_model`, options as in `UNetResNet`."""
+    return _unet_resnet("unet_resnet50", Bottleneck, (3, 4, 6, 3), weights, options)
