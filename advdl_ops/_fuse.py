@@ -11,6 +11,7 @@ import linecache
 import operator
 import re
 import warnings
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -88,9 +89,7 @@ def _plan(owner: torch.nn.Module, fusible: set[int]) -> Fusion | None:
         for node in graph.nodes
         if node.op == "call_module"
     }
-    times: dict[int, int] = {}
-    for layer in calls.values():
-        times[id(layer)] = times.get(id(layer), 0) + 1
+    times = Counter(id(layer) for layer in calls.values())
     usable = {
         node: layer
         for node, layer in calls.items()
@@ -141,8 +140,9 @@ def _traced(owner: torch.nn.Module) -> fx.Graph | None:
     forward = type(owner).forward
     if "forward" in owner.__dict__ or not inspect.isfunction(forward):
         return None
-    kinds = {p.kind for p in inspect.signature(forward).parameters.values()}
-    optional = any(p.default is not p.empty for p in inspect.signature(forward).parameters.values())
+    parameters = inspect.signature(forward).parameters.values()
+    kinds = {p.kind for p in parameters}
+    optional = any(p.default is not p.empty for p in parameters)
     # A proxy is none of the things that these ask for.
     asks = {"isinstance", "is_grad_enabled", "is_scripting", "is_tracing"} & set(
         forward.__code__.co_names
