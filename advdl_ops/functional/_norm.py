@@ -17,15 +17,13 @@ HALF = (torch.bfloat16, torch.float16)
 Z_INPUT, Z_RESIDUAL, Z_OUTPUT = 0, 1, 2
 
 
-def needs_grad(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> bool:
-    return torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    )
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is made of them."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def saved_for(act: Activation, residual: Tensor | None, out: Tensor) -> tuple[Tensor | None, int]:

@@ -32,6 +32,7 @@ from ._norm import (
     check_tensors,
     gradient_like,
     gradients_with_graph,
+    needs_grad,
     without_relu,
 )
 
@@ -189,7 +190,7 @@ def _served(
         return reference.conv2d(x, weight, bias, *options[:4], scale, shift, residual, act)
     scale, shift = _folded(x, bias, scale, shift)
     tensors = x, weight, scale, shift, residual
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+    if not needs_grad(*tensors):
         return _forward(*tensors, options)
     if torch.compiler.is_compiling():
         return Conv2dFunction.apply(*tensors, fixed(options))

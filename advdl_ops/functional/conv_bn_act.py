@@ -19,6 +19,7 @@ from ..reference.batch_norm_act import acc_dtype
 from . import _conv2d_cuda
 from ._conv2d_cpu import Conv
 from ._conv_options import autocast_dtype
+from ._norm import needs_grad
 from .batch_norm_act import batch_norm_act, batch_norm_act_by, check_norm
 from .conv2d import _is_depthwise, conv2d, convolved, convolved_with_statistics, prepared
 
@@ -194,9 +195,7 @@ def folds(
 
 
 def _evaluates(x: Tensor, *others: Tensor | None) -> bool:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
-        return False
-    return get_backend() == "fused" and not transformed()
+    return not needs_grad(x, *others) and get_backend() == "fused" and not transformed()
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
