@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import nn
-from .activation import IDENTITY, Activation, resolve_activation
+from .activation import IDENTITY, Activation, qualified_name, resolve_activation
 
 
 class Left(Exception):
@@ -34,13 +34,13 @@ def counterpart_of(layer: torch.nn.Module) -> Counterpart | None:
         Left: it is of one, but does, or may do, something else.
     """
     kind = type(layer)
-    make = _TORCH.get(kind) or _OTHERS.get(f"{kind.__module__}.{kind.__qualname__}")
+    make = _TORCH.get(kind) or _OTHERS.get(qualified_name(kind))
     if make is None:
         if not isinstance(layer, tuple(_TORCH)) or isinstance(layer, _OURS):
             return None
         if torch.nn.utils.parametrize.is_parametrized(layer):
             raise Left("its weight is parametrized")
-        raise Left(f"a class of its own ({kind.__module__}.{kind.__qualname__})")
+        raise Left(f"a class of its own ({qualified_name(kind)})")
     if {"forward", "_conv_forward"} & layer.__dict__.keys():
         raise Left("its forward was replaced")
     for name in getattr(layer, "_flat_weights_names", _WEIGHTS.get(kind, ("weight",))):

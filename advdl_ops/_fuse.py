@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from . import nn
 from ._schemas import conv2d_shape
 from ._trace import WRITING, Untraceable, Variant, source_of, variants_of
-from .activation import resolve_activation
+from .activation import ACTIVATIONS, IDENTITY, Activation, resolve_activation
 from .functional.conv_bn_act import result_dtype
 from .reference.activation import activate
 
@@ -287,26 +287,46 @@ def run_as_one(
     x: Tensor, residual: Tensor | None, act: str | torch.nn.Module | None, *layers: torch.nn.Module
 ) -> Tensor:
     """``act(norm(conv(x)) + residual)``, where the layers are a convolution, a norm, or both in this order."""
+    activation = IDENTITY if act is None else _resolved(act)
     first, last = layers[0], layers[-1]
-    fits = residual is None or _fits(residual, x, first)
-    if not fits:
-        x = run_as_one(x, None, None, *layers)
+    if activation is None or any(is_watched(layer) for layer in layers):
+        pass
+    elif residual is not None and not _fits(residual, x, first):
+        x, layers = run_as_one(x, None, None, *layers), ()
     elif len(layers) == 2:
         if isinstance(first, nn.Conv2d) and isinstance(last, nn.BatchNormAct2d):
-            return nn.conv_bn_act(first, last, x, residual, act=act)
-        x = last(first(x))  # something else was put in the place of one of them
-    elif isinstance(first, nn.ConvTranspose2d):
-        return first(x, act=act)
+            return nn.conv_bn_act(first, last, x, residual, act=None if act is None else activation)
     elif isinstance(first, (nn.Conv2d, *NORMS)):
-        return first(x, residual, act=act)
-    else:
-        x = first(x)
+        return first(x, residual, act=None if act is None else activation)
+    elif isinstance(first, nn.ConvTranspose2d):
+        return first(x, act=activation)
+    # Something else was put in the place of one of them, or is to be called behind it.
+    for layer in layers:
+        x = layer(x)
     if residual is not None:
         x = x + residual
-    return (
-        act(x)
-        if isinstance(act, torch.nn.Module)
-        else activate(x, resolve_activation("optimize", act))
+    if isinstance(act, torch.nn.Module):
+        return act(x)
+    return x if act is None else activate(x, ACTIVATIONS[act])
+
+
+def _resolved(act: str | torch.nn.Module) -> Activation | None:
+    """``None`` for a module that must be called itself."""
+    if isinstance(act, str):
+        return ACTIVATIONS[act]
+    try:
+        return None if is_watched(act) else resolve_activation("optimize", act)
+    except TypeError:
+        return None
+
+
+def is_watched(layer: torch.nn.Module) -> bool:
+    """Whether it has hooks."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
     )
 
 

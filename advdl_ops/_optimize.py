@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ._counterparts import Counterpart, Left, counterpart_of, own_activation
-from ._fuse import CONVOLUTIONS, NORMS, Fusion, Parts, plan_fusions
+from ._fuse import CONVOLUTIONS, NORMS, Fusion, Parts, is_watched, plan_fusions
 from ._trace import fused_class
-from .activation import IDENTITY, resolve_activation
+from .activation import IDENTITY, qualified_name, resolve_activation
 
 __all__ = ["optimize", "restore"]
 
@@ -132,6 +132,23 @@ def summary(model: torch.nn.Module) -> dict[str, Any]:
     return {"fused": fused, "replaced": replaced, "left": left}
 
 
+def notes(model: torch.nn.Module) -> dict[str, list[str]]:
+    """By the name of a module what :func:`optimize` did to it, or why it did not, for those who read it."""
+    found = {}
+    for name, layer in model.named_modules():
+        record = record_of(layer)
+        if record is None:
+            why = why_left(layer)
+            found[name] = [] if why is None else [f"left as it was: {why}"]
+            continue
+        found[name] = [f"one op: {' + '.join(names)}" for names in record.fused]
+        if record.original is not None and record.added:
+            found[name].append(f"was {qualified_name(record.original)}")
+        if record.why:
+            found[name].append(f"not fused: {record.why}")
+    return found
+
+
 def why_left(layer: torch.nn.Module) -> str | None:
     """Why a layer of a known kind is as it was; ``None`` of any other module."""
     try:
@@ -182,20 +199,11 @@ def _why_single(model: torch.nn.Module, counterparts: dict[int, Counterpart]) ->
     reasons = {}
     for layer in model.modules():
         if id(layer) in counterparts:
-            if _is_watched(layer):
+            if is_watched(layer):
                 reasons[id(layer)] = "it has hooks"
             elif places[id(layer)] > 1:
                 reasons[id(layer)] = "it stands in two places"
     return reasons
-
-
-def _is_watched(layer: torch.nn.Module) -> bool:
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    )
 
 
 def _parts(
@@ -210,7 +218,7 @@ def _parts(
             layers[key] = found.layer, None if act == IDENTITY else act.name
     activations = set()
     for layer in model.modules():
-        if not _is_watched(layer) and not isinstance(layer, torch.nn.Identity):
+        if not is_watched(layer) and not isinstance(layer, torch.nn.Identity):
             try:
                 resolve_activation("optimize", layer)
             except TypeError:

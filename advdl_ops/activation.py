@@ -70,6 +70,10 @@ _TIMM = {
 }
 
 
+def qualified_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def resolve_activation(function: str, act: str | Activation | torch.nn.Module | None) -> Activation:
     """The :class:`Activation` meant by ``act``.
 
@@ -96,7 +100,7 @@ def resolve_activation(function: str, act: str | Activation | torch.nn.Module | 
     if isinstance(act, Activation):
         return act
     kind = type(act)
-    name = _MODULES.get(kind) or _TIMM.get(f"{kind.__module__}.{kind.__qualname__}")
+    name = _MODULES.get(kind) or _TIMM.get(qualified_name(kind))
     if name is not None:
         return ACTIVATIONS[name]
     if kind is torch.nn.Identity:
