@@ -21,6 +21,7 @@ from advdl_ops.models._layers import (
     check_counts,
     check_entries,
     check_image,
+    check_values_per_channel,
     init_convolutions,
     norm_factory,
 )
@@ -75,6 +76,8 @@ class FCNDilated(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(self.name, x, self.in_channels)
+        if self.training:
+            check_values_per_channel(self.name, x, self.layers, 1)
         return self.head(self.layers(x))
 
 
