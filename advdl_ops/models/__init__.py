@@ -2,6 +2,11 @@
 
 from advdl_ops.models._registry import create_model, list_models, register_model
 from advdl_ops.models._weights import load_weights
+from advdl_ops.models.convnet import ConvNet, convnet
+from advdl_ops.models.fcn_dilated import FCNDilated, fcn_dilated
+from advdl_ops.models.lstm_classifier import LSTMClassifier, lstm_classifier
+from advdl_ops.models.lstm_lm import LSTMLM, lstm_lm
+from advdl_ops.models.lstm_tagger import LSTMTagger, lstm_tagger
 from advdl_ops.models.resnet import (
     BasicBlock,
     Bottleneck,
@@ -20,12 +25,22 @@ from advdl_ops.models.unet_resnet import UNetResNet, unet_resnet18, unet_resnet3
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "ConvNet",
+    "FCNDilated",
+    "LSTMClassifier",
+    "LSTMLM",
+    "LSTMTagger",
     "ResNet",
     "UNet",
     "UNetResNet",
+    "convnet",
     "create_model",
+    "fcn_dilated",
     "list_models",
     "load_weights",
+    "lstm_classifier",
+    "lstm_lm",
+    "lstm_tagger",
     "register_model",
     "resnet101",
     "resnet152",

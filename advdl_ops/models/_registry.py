@@ -19,7 +19,8 @@ _BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {}
 def register_model(builder: _Builder) -> _Builder:
     """Decorator: makes `builder` known to `create_model` under its own name.
 
-    The builder takes `num_classes`, `in_channels`, `weights` and the model's options as keywords.
+    The builder takes `num_classes`, `weights` and the model's options as keywords; `in_channels`, with a default, where
+    its input are images.
 
     Raises:
         ValueError: another builder has this name.
@@ -50,7 +51,7 @@ def create_model(
     name: str,
     *,
     num_classes: int = 1000,
-    in_channels: int = 3,
+    in_channels: int | None = None,
     weights: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> torch.nn.Module:
@@ -58,8 +59,9 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        num_classes: outputs of the last layer.
-        in_channels: channels of the input, 3 for RGB.
+        num_classes: outputs of the last layer; of a language model its vocabulary.
+        in_channels: channels of images, the model's own default (3, for RGB) if left out. Models of tokens have no
+            such option.
         weights: a local `.pth`, `.pt` or `.safetensors` file; see `load_weights`. Nothing is downloaded.
         options: the model's own keywords, such as `zero_init_residual` of `ResNet`.
 
@@ -77,7 +79,9 @@ def create_model(
         near = _nearest(name.lower()) if isinstance(name, str) else []
         hint = f"did you mean {' or '.join(near)}?" if near else "list_models() has the names"
         raise ValueError(f"create_model: unknown model {name!r}; {hint}")
-    model = builder(num_classes=num_classes, in_channels=in_channels, **options)
+    if in_channels is not None:
+        options["in_channels"] = in_channels
+    model = builder(num_classes=num_classes, **options)
     if weights is not None:
         load_weights(model, weights, caller="create_model")
     return model

@@ -23,23 +23,18 @@ from torch import Tensor
 
 from advdl_ops.functional.conv_bn_act import prefers_channels_last
 from advdl_ops.models._layers import (
+    ConvNorm,
     NormFactory,
+    build,
     check_counts,
     check_image,
-    check_options,
+    check_values_per_channel,
     conv,
     conv_norm,
+    init_convolutions,
     norm_factory,
 )
 from advdl_ops.models._registry import register_model
-from advdl_ops.models._weights import load_weights
-
-
-class _Downsample(torch.nn.Sequential):
-    """1x1 convolution and norm on the shortcut; its keys are `0` and `1`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv_norm(self[0], self[1], x)
 
 
 class BasicBlock(torch.nn.Module):
@@ -198,9 +193,7 @@ class ResNet(torch.nn.Module):
                 downsample = None
                 if first and (stride != 1 or channels != out_channels):
                     # Built before its block, although its keys come after: the order of the random numbers.
-                    downsample = _Downsample(
-                        conv(channels, out_channels, 1, stride), make_norm(out_channels, None)
-                    )
+                    downsample = ConvNorm(channels, out_channels, 1, make_norm, None, stride)
                 blocks.append(
                     block(
                         channels,
@@ -221,10 +214,7 @@ class ResNet(torch.nn.Module):
         self._init_weights(zero_init_residual)
 
     def _init_weights(self, zero_init_residual: bool) -> None:
-        # Norms start at weight 1 and bias 0 by themselves.
-        for module in self.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
         if zero_init_residual:
             for module in self.modules():
                 if isinstance(module, BasicBlock | Bottleneck):
@@ -232,15 +222,9 @@ class ResNet(torch.nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         check_image(self.name, x, self.in_channels)
-        # One value per channel in stage 4 would raise there, after the statistics before it have moved. Each stride
-        # of 2 halves a size rounding up, so it is one pixel from _stride pixels down.
-        if self.training and x.shape[0] == 1 and max(x.shape[2:]) <= self._stride:
-            norms = (m for m in self.layer4.modules() if isinstance(m, torch.nn.BatchNorm2d))
-            if any(norm.training for norm in norms):
-                raise ValueError(
-                    f"{self.name}: input shape {list(x.shape)} leaves one value per channel in training; "
-                    f"it must have a batch over 1 or a side over {self._stride}"
-                )
+        # Each stride of 2 halves a size rounding up, so it is one pixel from _stride pixels down.
+        if self.training:
+            check_values_per_channel(self.name, x, self.layer4, self._stride)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
@@ -262,11 +246,7 @@ def _resnet(
     options: dict[str, Any],
     **fixed: Any,
 ) -> ResNet:
-    check_options(name, ResNet, options, {"block", "layers", *fixed})
-    model = ResNet(block, layers, name=name, **options, **fixed)
-    if weights is not None:
-        load_weights(model, weights, caller=name)
-    return model
+    return build(name, ResNet, weights, options, block=block, layers=layers, name=name, **fixed)
 
 
 @register_model

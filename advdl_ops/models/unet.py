@@ -22,15 +22,15 @@ from advdl_ops import nn
 from advdl_ops.backend import is_traced
 from advdl_ops.models._layers import (
     NormFactory,
+    build,
     check_counts,
     check_image,
-    check_options,
+    check_values_per_channel,
     conv,
     conv_norm,
     norm_factory,
 )
 from advdl_ops.models._registry import register_model
-from advdl_ops.models._weights import load_weights
 
 
 class DoubleConv(torch.nn.Module):
@@ -191,14 +191,9 @@ class UNet(torch.nn.Module):
                 f"{self.name}: input shape {list(x.shape)} must have sides of at least {stride}, which depth "
                 f"({self.depth}) halves to 1"
             )
-        # One value per channel at the bottom would raise there, after the statistics before it have moved.
-        if self.training and x.shape[0] == 1 and max(x.shape[2:]) < 2 * stride:
+        if self.training:
             last = self.get_submodule(f"down{self.depth}")
-            if any(isinstance(m, torch.nn.BatchNorm2d) and m.training for m in last.modules()):
-                raise ValueError(
-                    f"{self.name}: input shape {list(x.shape)} leaves one value per channel in training; "
-                    f"it must have a batch over 1 or a side of at least {2 * stride}"
-                )
+            check_values_per_channel(self.name, x, last, 2 * stride - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
@@ -226,8 +221,4 @@ def _bottleneck(channels: int, rates: Sequence[int]) -> torch.nn.Module:
 @register_model
 def unet(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNet:
     """U-Net; `weights` as in `create_model`, options as in `UNet`."""
-    check_options("unet", UNet, options)
-    model = UNet(**options)
-    if weights is not None:
-        load_weights(model, weights, caller="unet")
-    return model
+    return build("unet", UNet, weights, options)

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from advdl_ops import nn
 from advdl_ops.models._layers import (
+    ConvNorm,
     NormFactory,
+    build,
     check_counts,
-    check_options,
-    conv,
+    check_entries,
     conv_norm,
     norm_factory,
 )
 from advdl_ops.models._registry import register_model
-from advdl_ops.models._weights import load_weights
 from advdl_ops.models.resnet import BasicBlock, Bottleneck, ResNet
 
 
@@ -53,16 +53,6 @@ class ResNetEncoder(ResNet):
         return features
 
 
-class _ConvNormReLU(torch.nn.Sequential):
-    """3x3 convolution and norm with ReLU; its keys are `0` and `1`."""
-
-    def __init__(self, channels: int, out_channels: int, norm: NormFactory) -> None:
-        super().__init__(conv(channels, out_channels, 3), norm(out_channels, "relu"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv_norm(self[0], self[1], x)
-
-
 class DecoderBlock(torch.nn.Module):
     """Nearest upsampling, the encoder's feature beside it, two convolutions with norm and ReLU.
 
@@ -75,8 +65,8 @@ class DecoderBlock(torch.nn.Module):
         self, channels: int, skip_channels: int, out_channels: int, norm: NormFactory
     ) -> None:
         super().__init__()
-        self.conv1 = _ConvNormReLU(channels + skip_channels, out_channels, norm)
-        self.conv2 = _ConvNormReLU(out_channels, out_channels, norm)
+        self.conv1 = ConvNorm(channels + skip_channels, out_channels, 3, norm)
+        self.conv2 = ConvNorm(out_channels, out_channels, 3, norm)
 
     def forward(self, x: Tensor, skip: Tensor | None, size: Sequence[int]) -> Tensor:
         """`x` [N, channels, h, w], `skip` [N, skip_channels, *size] -> [N, out_channels, *size]."""
@@ -143,8 +133,7 @@ class UNetResNet(torch.nn.Module):
             raise ValueError(
                 f"{name}: decoder_channels ({tuple(decoder_channels)}) must have 5 entries"
             )
-        for index, channels in enumerate(decoder_channels):
-            check_counts(name, **{f"decoder_channels[{index}]": channels})
+        check_entries(name, decoder_channels=decoder_channels)
         self.name = name
         self.encoder = ResNetEncoder(block, layers, in_channels=in_channels, norm=norm, name=name)
         stages = [64, *((64 << stage) * block.expansion for stage in range(4))]
@@ -174,11 +163,7 @@ def _unet_resnet(
     weights: str | os.PathLike[str] | None,
     options: dict[str, Any],
 ) -> UNetResNet:
-    check_options(name, UNetResNet, options, {"block", "layers"})
-    model = UNetResNet(block, layers, name=name, **options)
-    if weights is not None:
-        load_weights(model, weights, caller=name)
-    return model
+    return build(name, UNetResNet, weights, options, block=block, layers=layers, name=name)
 
 
 @register_model
