@@ -133,6 +133,7 @@ class _Search:
         calls = {n: owner.get_submodule(str(n.target)) for n in self.nodes if n.op == "call_module"}
         times = Counter(id(layer) for layer in calls.values())
         self.modules = calls
+        self.taken: set[fx.Node] = set()  # by groups that were found
         self.layers = {
             node: (layer, *parts.layers[id(layer)])
             for node, layer in calls.items()
@@ -141,13 +142,12 @@ class _Search:
 
     def groups(self) -> list[Group]:
         groups: list[Group] = []
-        taken: set[fx.Node] = set()
         for node in self.layers:
-            if node not in taken:
+            if node not in self.taken:
                 group = self.group(node)
                 if len(group.nodes) > 1:
                     groups.append(group)
-                    taken.update(group.nodes)
+                    self.taken.update(group.nodes)
         return groups
 
     def group(self, node: fx.Node) -> Group:
@@ -199,6 +199,8 @@ class _Search:
         if len(nodes[-1].users) != 1:
             return None
         following = next(iter(nodes[-1].users))
+        if following in self.taken:
+            return None
         between = self.nodes[self.nodes.index(nodes[0]) + 1 : self.nodes.index(following)]
         writes = any(_writes(node, self.owner) for node in between if node not in nodes)
         return None if writes else following
