@@ -26,12 +26,10 @@ help:
 	@echo 'make clean      remove what was built'
 	@echo 'VENV= uses the interpreter at hand and installs nothing.'
 
-# torchvision, of which tests import the models only, goes in without its dependencies: it must not replace torch.
 $(VENV)/.ready: constraints.txt pyproject.toml tools/requirements.py
 	python3 -m venv $(VENV)
-	$(PYTHON) tools/requirements.py bench dev examples > $(VENV)/requirements.txt
+	$(PYTHON) tools/requirements.py bench dev examples peers > $(VENV)/requirements.txt
 	$(PYTHON) -m pip install --quiet -c constraints.txt -r $(VENV)/requirements.txt
-	$(PYTHON) -m pip install --quiet -c constraints.txt --no-deps torchvision
 	@touch $@
 
 build: $(READY)

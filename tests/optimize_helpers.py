@@ -10,7 +10,7 @@ def counts(model):
     return tuple(len(found[name]) for name in ("fused", "replaced", "left"))
 
 
-def first(output):
+def scores(output):
     """Of a model's outputs the one that is trained."""
     if isinstance(output, dict):
         output = output["out"]
@@ -49,7 +49,7 @@ def check_as(reference, model, x, steps=2):
         for network, optimizer in zip(networks, optimizers, strict=True):
             optimizer.zero_grad()
             torch.manual_seed(0)  # dropout
-            out = first(network(x))
+            out = scores(network(x))
             out.square().mean().backward()
             outputs.append(out.detach())
         same(outputs[1], outputs[0])
@@ -68,7 +68,7 @@ def check_as(reference, model, x, steps=2):
         same(a.double(), b.double())
     for network in networks:
         network.eval()
-    expected = first(reference(x)).detach()
-    same(first(model(x)).detach(), expected)
+    expected = scores(reference(x)).detach()
+    same(scores(model(x)).detach(), expected)
     with torch.no_grad():
-        same(first(model(x)), expected)
+        same(scores(model(x)), expected)
