@@ -33,8 +33,8 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 # Functions and methods that are an activation without arguments of their own.
 _ACTIVATIONS = {
     torch.relu: "relu", torch.relu_: "relu", F.relu: "relu", "relu": "relu", "relu_": "relu",
-    F.silu: "silu", F.hardswish: "hardswish", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid",
-    "sigmoid": "sigmoid", torch.tanh: "tanh", "tanh": "tanh",
+    F.silu: "silu", F.hardswish: "hardswish", F.relu6: "relu6", torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid", "sigmoid": "sigmoid", torch.tanh: "tanh", "tanh": "tanh",
 }  # fmt: skip
 
 

@@ -152,7 +152,9 @@ def test_nan_and_infinity_go_through_onednn():
 
 def check_nan_and_infinity(backend):
     for name, act, dtype in itertools.product(
-        ("3x3", "dilated", "depthwise"), ("none", "relu", "leaky_relu", "silu"), ("fp32", "bf16")
+        ("3x3", "dilated", "depthwise"),
+        ("none", "relu", "relu6", "leaky_relu", "silu"),
+        ("fp32", "bf16"),
     ):
         p = make_inputs(CASES[name], DTYPES[dtype])
         for value in (float("nan"), float("inf")):

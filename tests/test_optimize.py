@@ -170,6 +170,7 @@ BLOCKS = {
     "batch norm, relu": (stock.BatchNorm2d, stock.ReLU(inplace=True), 2),
     "batch norm, silu": (stock.BatchNorm2d, stock.SiLU(), 2),
     "batch norm, relu6": (stock.BatchNorm2d, stock.ReLU6(), 2),
+    "batch norm, hardtanh": (stock.BatchNorm2d, stock.Hardtanh(0, 6), 2),
     "group norm, silu": (group_norm, stock.SiLU(), 2),
     "instance norm, leaky relu": (stock.InstanceNorm2d, stock.LeakyReLU(0.2), 2),
 }
