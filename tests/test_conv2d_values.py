@@ -163,7 +163,8 @@ def check_nan_and_infinity(backend):
                 x[0, 0, 2, 2] = value
                 x = layout(x)
                 exact = ACTIVATIONS[act][1](F.conv2d(x, p.weight, p.bias, **p.case.options))
-                assert not exact.isfinite().all()
+                if act != "relu6" or value != value:  # of an infinity it makes 0 or 6
+                    assert not exact.isfinite().all()
                 with advdl_ops.use_backend(backend):
                     found = conv2d(
                         x, p.weight, p.bias, **p.case.options, act=act if act != "none" else None

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import nn as stock
 from torchvision_stub import torchvision_models
@@ -170,7 +171,6 @@ BLOCKS = {
     "batch norm, relu": (stock.BatchNorm2d, stock.ReLU(inplace=True), 2),
     "batch norm, silu": (stock.BatchNorm2d, stock.SiLU(), 2),
     "batch norm, relu6": (stock.BatchNorm2d, stock.ReLU6(), 2),
-    "batch norm, hardtanh": (stock.BatchNorm2d, stock.Hardtanh(0, 6), 2),
     "group norm, silu": (group_norm, stock.SiLU(), 2),
     "instance norm, leaky relu": (stock.InstanceNorm2d, stock.LeakyReLU(0.2), 2),
 }
@@ -188,6 +188,21 @@ def test_blocks(name, inplace):
     assert len(advdl_ops.explain(fast, as_dict=True)["fused"]) == groups
     check_as(twin, fast, X)
     assert isinstance(fast, Block)
+
+
+@pytest.mark.parametrize(
+    ("act", "taken"),
+    [(stock.ReLU6(), "act"), (F.relu6, "relu6"), (F.silu, "silu"), (torch.relu, "relu"), (stock.Hardtanh(0, 6), "")],
+    ids=["module", "relu6", "silu", "relu", "hardtanh"],
+)  # fmt: skip
+def test_which_activations_are_taken_along(act, taken):
+    """Of a function the name is the activation's. Hardtanh, whose subclass ReLU6 is, stays behind."""
+    block = Block(stock.BatchNorm2d, act).double()
+    fast = advdl_ops.optimize(block)
+    groups = advdl_ops.explain(fast, as_dict=True)["fused"]
+    ending = f" + {taken}" if taken else ""
+    assert groups == [f"conv1 + norm1{ending}", f"conv2 + norm2 + add{ending}"]
+    check_as(copy.deepcopy(block), fast, X)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
