@@ -33,7 +33,7 @@ _SIGMOIDS = {torch.sigmoid, F.sigmoid, "sigmoid"}
 # Functions and methods that are an activation without arguments of their own.
 _ACTIVATIONS: dict[Any, str] = {
     torch.relu: "relu", torch.relu_: "relu", F.relu: "relu", "relu": "relu", "relu_": "relu",
-    F.silu: "silu", F.hardswish: "hardswish", torch.tanh: "tanh", "tanh": "tanh",
+    F.silu: "silu", F.hardswish: "hardswish", F.relu6: "relu6", torch.tanh: "tanh", "tanh": "tanh",
     **dict.fromkeys(_SIGMOIDS, "sigmoid"),
 }  # fmt: skip
 

@@ -36,6 +36,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": Activation("sigmoid", 7),
     "tanh": Activation("tanh", 8),
     "hardswish": Activation("hardswish", 9),
+    "relu6": Activation("relu6", 10),
 }
 
 _BY_CODE = {a.code: a for a in (IDENTITY, *ACTIVATIONS.values())}
@@ -53,6 +54,7 @@ _MODULES: dict[type, str] = {
     torch.nn.Sigmoid: "sigmoid",
     torch.nn.Tanh: "tanh",
     torch.nn.Hardswish: "hardswish",
+    torch.nn.ReLU6: "relu6",
 }
 # timm's own classes, which take `inplace` where torch's do not; by name, as it is not imported.
 _TIMM = {
@@ -80,7 +82,8 @@ def resolve_activation(function: str, act: str | Activation | torch.nn.Module | 
     Args:
         function: name of the caller, for the error.
         act: ``None``, a name of :data:`ACTIVATIONS`, an :class:`Activation`, or a ``torch.nn`` module
-            (``ReLU``, ``LeakyReLU``, ``ELU``, ``SiLU``, ``GELU``, ``Sigmoid``, ``Tanh``, ``Hardswish``, ``Identity``).
+            (``ReLU``, ``LeakyReLU``, ``ELU``, ``SiLU``, ``GELU``, ``Sigmoid``, ``Tanh``, ``Hardswish``, ``ReLU6``,
+            ``Identity``).
 
     Raises:
         ValueError: an unknown name.

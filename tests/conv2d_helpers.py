@@ -213,14 +213,15 @@ def term_sizes(p: Inputs) -> dict[str, Tensor]:
 def without_kinks(p: Inputs, act: str) -> Inputs:
     """``p`` with no cotangent where a rounding of the pre-activation may step over a kink of the activation.
 
-    There the derivative jumps (at 0, of hardswish at 3 and -3), and stock's and ours may stand on different sides.
+    There the derivative jumps (at 0, of hardswish at 3 and -3, of relu6 at 6), and stock's and ours may stand on
+    different sides.
     """
     if act in SMOOTH:
         return p
     q = p.to(f64)
     z = before_act(q.case, q.x, q.weight, q.bias, q.scale, q.shift, q.residual)
     step = ULPS * torch.finfo(p.x.dtype).eps * term_sizes(p)["out"]
-    near = (z.abs() <= step) | ((z.abs() - 3).abs() <= step)
+    near = (z.abs() <= step) | ((z.abs() - 3).abs() <= step) | ((z - 6).abs() <= step)
     return replace(p, dout=p.dout.masked_fill(near, 0))
 
 

@@ -45,6 +45,7 @@ ACTIVATIONS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
     "sigmoid": ("sigmoid", torch.sigmoid),
     "tanh": ("tanh", torch.tanh),
     "hardswish": ("hardswish", F.hardswish),
+    "relu6": ("relu6", F.relu6),
     "LeakyReLU(0.2)": (torch.nn.LeakyReLU(0.2), lambda z: F.leaky_relu(z, 0.2)),
     "ELU(0.7)": (torch.nn.ELU(0.7), lambda z: F.elu(z, 0.7)),
     "GELU(tanh)": (torch.nn.GELU("tanh"), lambda z: F.gelu(z, approximate="tanh")),

@@ -28,6 +28,8 @@ def test_every_name_and_module():
         (nn.Sigmoid(), "sigmoid", 0.0),
         (nn.Tanh(), "tanh", 0.0),
         (nn.Hardswish(), "hardswish", 0.0),
+        (nn.ReLU6(), "relu6", 0.0),
+        (nn.ReLU6(inplace=True), "relu6", 0.0),
         (nn.Identity(), "identity", 0.0),
         (None, "identity", 0.0),
     ]:
@@ -48,6 +50,7 @@ def test_codes_are_those_of_the_kernels():
         "sigmoid",
         "tanh",
         "hardswish",
+        "relu6",
     ]
     assert codes == {name: i + 1 for i, name in enumerate(order)}
 
@@ -55,8 +58,8 @@ def test_codes_are_those_of_the_kernels():
 @pytest.mark.parametrize(
     ("act", "error"),
     [("ReLU", ValueError), ("", ValueError), (torch.relu, TypeError), (1, TypeError),
-     (torch.nn.PReLU(), TypeError), (torch.nn.ReLU, TypeError)],
-    ids=["name", "empty", "function", "number", "module", "class"],
+     (torch.nn.PReLU(), TypeError), (torch.nn.Hardtanh(0, 6), TypeError), (torch.nn.ReLU, TypeError)],
+    ids=["name", "empty", "function", "number", "module", "base", "class"],
 )  # fmt: skip
 def test_refused(act, error):
     with pytest.raises(error, match=r"^f: act \(.*\) must be None, "):
@@ -84,7 +87,7 @@ def points(dtype):
     sweep = torch.logspace(-30, 30, 4001, dtype=torch.float64)
     near = torch.linspace(0, 20, 4001, dtype=torch.float64)
     half = torch.cat([sweep, near]).to(dtype)
-    return torch.cat([-half, half, torch.tensor([0.0, -0.0, -3.0, 3.0], dtype=dtype)])
+    return torch.cat([-half, half, torch.tensor([0.0, -0.0, -3.0, 3.0, 6.0], dtype=dtype)])
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -133,3 +136,18 @@ def test_values_and_derivatives(act, through, dtype, backend):
         representable = truth.abs() <= torch.finfo(dtype).max
         worse = ((own.double() - truth).abs() > limit) & representable & limit.isfinite()
         assert not worse.any(), (what, z[worse][:5], own[worse][:5], truth[worse][:5])
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("dtype", HALVES + WIDE, ids=str)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_nan_goes_through(act, dtype, backend):
+    """The derivative of relu and relu6 is 1 there, as in torch but for its vectors, where relu6's is 0."""
+    zero = torch.zeros(1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for count in (1, 70):
+        z = torch.full((1, 1, count), float("nan"), dtype=dtype).requires_grad_()
+        with advdl_ops.use_backend(backend):
+            out = batch_norm_act(z, zero, zero + 1, eps=0.0, act=ACTIVATIONS[act][0])
+        assert out.isnan().all()
+        if act == "relu" or (act == "relu6" and (backend == "fused" or count == 1)):
+            assert torch.autograd.grad(out.sum(), z)[0].eq(1).all()

@@ -119,6 +119,29 @@ def test_eval_folds_to_the_same_values(backend, name, layout):
 
 
 @LAYOUT
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_folded_module_in_every_activation(act, layout):
+    """In channels_last by oneDNN's call, which has most activations of its own; with values on both sides of 6."""
+    x, t = make()
+    t["bn_weight"] *= 4
+    layer = ConvBNAct(4, CHANNELS, 3, bias=True, act=ACTIVATIONS[act][0]).eval()
+    layer.load_state_dict(
+        {"conv." + n: t[n] for n in ("weight", "bias")}
+        | {"bn." + n: t["bn_" + n] for n in ("weight", "bias")}
+        | {"bn." + n: t[n] for n in ("running_mean", "running_var")},
+        strict=False,
+    )
+    x, options = in_layout(x, layout), OPTIONS["plain"]
+    exact = stock(x.double(), as_fp64(t), act=act, **options)
+    plain = stock(x, t, act=act, **options)
+    with torch.no_grad():
+        found = layer(x)
+    if layout == "channels_last":
+        assert layer.bn.folded.packed
+    assert_accurate(found, exact, plain, term_size(x, t, **options), act)
+
+
+@LAYOUT
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gradients(backend, name, training, layout):

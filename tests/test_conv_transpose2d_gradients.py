@@ -115,7 +115,9 @@ def test_memory_held(backend, act):
         assert found <= stock
         assert saved == (0 if act == "none" else one)
         if backend == "fused":
-            from_output = ("none", "relu", "leaky_relu", "LeakyReLU(0.2)", "sigmoid", "tanh")
+            from_output = (
+                "none", "relu", "relu6", "leaky_relu", "LeakyReLU(0.2)", "sigmoid", "tanh",
+            )  # fmt: skip
             assert found == (one if act in from_output else 2 * one)
 
 

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.nn.utils.prune
 import torch.utils.checkpoint
 from optimize_helpers import check_as, counts, same
@@ -60,6 +61,21 @@ def test_blocks(name, inplace):
     assert len(advdl_ops.explain(fast, as_dict=True)["fused"]) == groups
     check_as(twin, fast, X)
     assert isinstance(fast, Block)
+
+
+@pytest.mark.parametrize(
+    ("act", "taken"),
+    [(stock.ReLU6(), "act"), (F.relu6, "relu6"), (F.silu, "silu"), (torch.relu, "relu"), (stock.Hardtanh(0, 6), "")],
+    ids=["module", "relu6", "silu", "relu", "hardtanh"],
+)  # fmt: skip
+def test_which_activations_are_taken_along(act, taken):
+    """Of a function the name is the activation's. Hardtanh, whose subclass ReLU6 is, stays behind."""
+    block = Block(stock.BatchNorm2d, act).double()
+    fast = advdl_ops.optimize(block)
+    groups = advdl_ops.explain(fast, as_dict=True)["fused"]
+    ending = f" + {taken}" if taken else ""
+    assert groups == [f"conv1 + norm1{ending}", f"conv2 + norm2 + add{ending}"]
+    check_as(copy.deepcopy(block), fast, X)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -43,6 +43,7 @@ ACTS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "hardswish": F.hardswish,
+    "relu6": F.relu6,
 }
 CASES = covering(
     {

@@ -32,12 +32,15 @@ _IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "sigmoid": lambda z, _: z.sigmoid_(),
     "tanh": lambda z, _: z.tanh_(),
     "hardswish": lambda z, _: F.hardswish(z, inplace=True),
+    "relu6": lambda z, _: F.relu6(z, inplace=True),
 }
 
 
 def derivative_from_output(act: Activation) -> bool:
     """Whether the output gives the derivative as exactly as the pre-activation does (elu's, by a difference, not)."""
-    return act.name in ("relu", "sigmoid", "tanh") or (act.name == "leaky_relu" and act.param >= 0)
+    return act.name in ("relu", "relu6", "sigmoid", "tanh") or (
+        act.name == "leaky_relu" and act.param >= 0
+    )
 
 
 # Of (gradient of the output, what forward saved, the activation's parameter): the gradient of the pre-activation.
@@ -54,4 +57,5 @@ DERIVATIVES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "sigmoid": lambda dout, out, _: torch.ops.aten.sigmoid_backward(dout, out),
     "tanh": lambda dout, out, _: torch.ops.aten.tanh_backward(dout, out),
     "hardswish": lambda dout, z, _: torch.ops.aten.hardswish_backward(dout, z),
+    "relu6": lambda dout, out, _: torch.ops.aten.hardtanh_backward(dout, out, 0, 6),
 }

@@ -89,7 +89,7 @@ def conv_transpose2d(
     Returns:
         ``[N, C_out, H_out, W_out]`` or ``[C_out, H_out, W_out]`` in ``x``'s memory format and dtype (autocast's under
         autocast). Beside ``x`` and ``weight`` the backward pass holds nothing without an activation, the output alone
-        for relu, leaky_relu, sigmoid and tanh, which must then not be written over, else the pre-activation.
+        for relu, relu6, leaky_relu, sigmoid and tanh, which must then not be written over, else the pre-activation.
 
     Raises:
         RuntimeError: a tensor of another rank, channels that do not fit ``weight``, ``groups`` or ``bias``, an option

@@ -22,7 +22,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
 
     Args:
         act: ``None``, a name (``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"sigmoid"``,
-            ``"tanh"``, ``"hardswish"``) or the matching ``torch.nn`` module, whose parameters are taken over.
+            ``"tanh"``, ``"hardswish"``, ``"relu6"``) or the matching ``torch.nn`` module, whose parameters are
+            taken over.
 
     ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` replaces this layer by one without the activation: use it
     before the activation is fused, or not at all.

@@ -26,7 +26,8 @@ class Conv2d(torch.nn.Conv2d):
 
     Args:
         act: ``None``, a name (``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"sigmoid"``,
-            ``"tanh"``, ``"hardswish"``) or the matching ``torch.nn`` module, whose parameters are taken over.
+            ``"tanh"``, ``"hardswish"``, ``"relu6"``) or the matching ``torch.nn`` module, whose parameters are
+            taken over.
     """
 
     def __init__(

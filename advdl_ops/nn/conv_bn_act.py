@@ -245,7 +245,8 @@ class FoldedConv:
     def __call__(self, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
         """``act(conv(x) + residual)`` in ``x``'s memory format.
 
-        As in what Inductor makes of a frozen network, oneDNN's relu, where the weight is packed, gives 0 for NaN.
+        As in what Inductor makes of a frozen network, oneDNN's relu and relu6, where the weight is packed, give 0 for
+        NaN.
         """
         if residual is not None:
             stride, padding, dilation = (pair(option) for option in self.options[:3])

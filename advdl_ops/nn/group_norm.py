@@ -21,7 +21,8 @@ class GroupNorm(torch.nn.GroupNorm):
 
     Args:
         act: ``None``, a name (``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"sigmoid"``,
-            ``"tanh"``, ``"hardswish"``) or the matching ``torch.nn`` module, whose parameters are taken over.
+            ``"tanh"``, ``"hardswish"``, ``"relu6"``) or the matching ``torch.nn`` module, whose parameters are
+            taken over.
     """
 
     def __init__(

@@ -31,4 +31,5 @@ _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "hardswish": F.hardswish,
+    "relu6": F.relu6,
 }

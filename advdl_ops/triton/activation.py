@@ -49,6 +49,8 @@ def activate(z, param, ACT: tl.constexpr):
     elif ACT == 9:  # hardswish
         t = z + 3.0
         z = z * tl.where(t < 0.0, 0.0, tl.where(t > 6.0, 6.0, t)) / 6.0
+    elif ACT == 10:  # relu6
+        z = tl.where(z < 0.0, 0.0, tl.where(z > 6.0, 6.0, z))
     else:
         tl.static_assert(ACT == 0, "unknown activation")
     return z

@@ -81,6 +81,10 @@ ADVDL_HOST_DEVICE T activate(Activation act, T z, T param) {
       const T gate = math::select(t < zero, zero, math::select(t > six, six, t));
       return z * gate / six;
     }
+    case Activation::relu6: {
+      const T six = Lanes<T>::set(6.0);
+      return math::select(z < zero, zero, math::select(z > six, six, z));
+    }
     default:
       return z;
   }
@@ -124,6 +128,8 @@ ADVDL_HOST_DEVICE T activate_grad(Activation act, T z, T param) {
       const T middle = z / three + half;
       return math::select(z <= -three, zero, math::select(z >= three, one, middle));
     }
+    case Activation::relu6:  // 0 at both kinks, as torch; NaN passes the gradient on, as relu
+      return math::select(z <= zero, zero, math::select(z >= Lanes<T>::set(6.0), zero, one));
     default:
       return one;
   }

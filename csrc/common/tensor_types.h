@@ -25,8 +25,9 @@ enum class Activation : int {
   sigmoid = 7,
   tanh = 8,
   hardswish = 9,
+  relu6 = 10,
 };
-inline constexpr int kActivationCount = 10;
+inline constexpr int kActivationCount = 11;
 
 // Where the pre-activation z comes from that backward needs for act'(z): recomputed from x and the statistics, and this.
 enum class ZSource : int {

@@ -137,6 +137,7 @@ void activate_block(Activation act, Acc param, Acc* values, int64_t n) {
     ADVDL_CASE(sigmoid)
     ADVDL_CASE(tanh)
     ADVDL_CASE(hardswish)
+    ADVDL_CASE(relu6)
 #undef ADVDL_CASE
   }
 }

@@ -26,10 +26,11 @@ ACTS: dict[str, tuple[int, float, Any]] = {
     "sigmoid": (7, 0.0, torch.sigmoid),
     "tanh": (8, 0.0, torch.tanh),
     "hardswish": (9, 0.0, F.hardswish),
+    "relu6": (10, 0.0, F.relu6),
 }
 SIMPLE = ("identity", "relu")
 # Where a derivative jumps: there a rounding of z may choose the other side.
-KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
+KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0), "relu6": (0.0, 6.0)}
 Z_INPUT, Z_RESIDUAL, Z_OUTPUT = 0, 1, 2
 EPS = 1e-5
 STEPS = 12  # roundings in a row on the way from x to out, and in a sum of sums
