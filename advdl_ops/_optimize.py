@@ -231,7 +231,7 @@ def _twins(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
     """By the id of each module of ``model`` a new one with the same attributes, whose children are such too."""
     twins: dict[int, torch.nn.Module] = {}
     for layer in model.modules():
-        twin = layer.__class__.__new__(layer.__class__)
+        twin = object.__new__(type(layer))
         twin.__dict__ = {
             # Dicts of its own: what is registered or assigned later is registered there alone.
             name: value.copy() if name.startswith("_") and isinstance(value, dict) else value

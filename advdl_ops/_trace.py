@@ -161,7 +161,7 @@ def _trace(
             return recorded(name, super().__getattr__(name))
 
     Shadow.forward = _of_arguments(cls.forward, parameters, given)
-    shadow = Shadow.__new__(Shadow)
+    shadow: Any = object.__new__(Shadow)  # fully_shard has a __new__ of its own
     for name, value in owner.__dict__.items():
         shadow.__dict__[name] = copy.copy(value) if isinstance(value, _CONTAINERS) else value
     shadow.__dict__["training"] = training
@@ -351,4 +351,4 @@ def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> 
 
 def _rebuilt(original: type[_Module], source: str, names: dict[str, Any]) -> Any:
     made = fused_class(original, source, names)
-    return made.__new__(made)
+    return object.__new__(made)

@@ -11,6 +11,8 @@ import torch.nn.utils.prune
 import torch.utils.checkpoint
 from optimize_helpers import check_as, counts, same
 from torch import nn as stock
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import advdl_ops
 from advdl_ops import nn
@@ -599,6 +601,55 @@ def test_in_place_after_compile(fresh):
     for mode in (True, False):
         compiled.train(mode), twin.train(mode)
         same(compiled(X), twin(X))
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def wrapped_by_ddp(model):
+    return stock.parallel.DistributedDataParallel(model)
+
+
+def sharded(model):
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("wrap", [wrapped_by_ddp, sharded])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_wrapped(one_process, wrap, when):
+    block = stock.Sequential(made(Block), made(Block))
+    twin = copy.deepcopy(block)
+    if when == "before":
+        model = wrap(advdl_ops.optimize(block))
+    else:
+        model = wrap(block)
+        with pytest.raises(
+            ValueError, match=r"must be optimized before \w+ wraps it, or with inplace"
+        ):
+            advdl_ops.optimize(model)
+        assert advdl_ops.optimize(model, inplace=True) is model
+    assert counts(model)[0] == 4
+    for _ in range(2):
+        losses = []
+        for network in (twin, model):
+            network.zero_grad()
+            losses.append(network(X).square().mean())
+            losses[-1].backward()
+            torch.optim.SGD(network.parameters(), 0.1).step()
+        same(losses[1], losses[0])
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        same(a.full_tensor() if hasattr(a, "full_tensor") else a, b)
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        same(a.double(), b.double())
 
 
 def test_functional_call_and_export():
