@@ -41,7 +41,8 @@ def small(**options):
 def test_list_models():
     assert set(models.list_models()) >= RESNETS
     assert models.list_models() == sorted(models.list_models())
-    assert models.list_models("*resnet50*") == ["resnet50", "unet_resnet50", "wide_resnet50_2"]
+    names = ["deeplabv3_resnet50", "fcn_resnet50", "resnet50", "unet_resnet50", "wide_resnet50_2"]
+    assert models.list_models("*resnet50*") == names
     assert models.list_models("nothing*") == []
 
 

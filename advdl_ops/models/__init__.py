@@ -2,6 +2,8 @@
 
 from advdl_ops.models._registry import create_model, list_models, register_model
 from advdl_ops.models._weights import load_weights
+from advdl_ops.models.deeplabv3 import DeepLabV3, deeplabv3_resnet50, deeplabv3_resnet101
+from advdl_ops.models.fcn import FCN, fcn_resnet50
 from advdl_ops.models.resnet import (
     BasicBlock,
     Bottleneck,
@@ -20,10 +22,15 @@ from advdl_ops.models.unet_resnet import UNetResNet, unet_resnet18, unet_resnet3
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "DeepLabV3",
+    "FCN",
     "ResNet",
     "UNet",
     "UNetResNet",
     "create_model",
+    "deeplabv3_resnet101",
+    "deeplabv3_resnet50",
+    "fcn_resnet50",
     "list_models",
     "load_weights",
     "register_model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Collection
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from advdl_ops import nn
+from advdl_ops._schemas import conv2d_format
+from advdl_ops.functional.conv_bn_act import prefers_channels_last
 
 NormFactory = Callable[[int, str | None], torch.nn.Module]
 
@@ -52,6 +55,33 @@ def conv_norm(
     return norm(conv(x), residual)
 
 
+class ConvNorm(torch.nn.Sequential):
+    """`conv_norm` of two layers; their keys are `0` and `1`."""
+
+    def __init__(self, conv: torch.nn.Module, norm: torch.nn.Module) -> None:
+        super().__init__(conv, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_norm(self[0], self[1], x)
+
+
+def to_fast_format(model: torch.nn.Module, x: Tensor) -> Tensor:
+    """`x` [N, C, H, W], in channels_last where the convolutions of `model` are faster in it.
+
+    An image of one channel has both formats, and what follows takes it for contiguous: call this again behind the
+    first convolution.
+    """
+    # The first parameter stands for all: most often either all of them want gradients or none.
+    if not model.training and prefers_channels_last(x, *itertools.islice(model.parameters(), 1)):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def from_fast_format(out: Tensor, x: Tensor) -> Tensor:
+    """`out` [N, C, H, W] in the memory format of the model's input `x`, whatever was faster in between."""
+    return out.contiguous(memory_format=conv2d_format(x))
+
+
 def check_counts(name: str, **counts: Any) -> None:
     """Raises ValueError unless each option is an integer from 1 on."""
     for label, value in counts.items():
@@ -69,6 +99,17 @@ def check_image(name: str, x: Tensor, in_channels: int) -> None:
         raise RuntimeError(shape)
     if not x.is_floating_point():
         raise RuntimeError(f"{name}: input dtype {x.dtype} must be floating point")
+
+
+def refuse_one_value(name: str, x: Tensor, part: torch.nn.Module, needed: str) -> None:
+    """Raises if batch norm trains in `part`, where `x` leaves it one value per channel; `x` must have `needed`.
+
+    The norm would raise itself, but after the statistics before it have moved.
+    """
+    if any(isinstance(m, torch.nn.BatchNorm2d) and m.training for m in part.modules()):
+        raise ValueError(
+            f"{name}: input shape {list(x.shape)} leaves one value per channel in training; it must have {needed}"
+        )
 
 
 def check_options(

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from advdl_ops.functional.conv_bn_act import prefers_channels_last
 from advdl_ops.models._layers import (
+    ConvNorm,
     NormFactory,
     check_counts,
     check_image,
@@ -30,16 +30,11 @@ from advdl_ops.models._layers import (
     conv,
     conv_norm,
     norm_factory,
+    refuse_one_value,
+    to_fast_format,
 )
 from advdl_ops.models._registry import register_model
 from advdl_ops.models._weights import load_weights
-
-
-class _Downsample(torch.nn.Sequential):
-    """1x1 convolution and norm on the shortcut; its keys are `0` and `1`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv_norm(self[0], self[1], x)
 
 
 class BasicBlock(torch.nn.Module):
@@ -145,7 +140,7 @@ class ResNet(torch.nn.Module):
             another channel count and for integers.
     """
 
-    classifier: ClassVar[str] = "fc"  # read by load_weights
+    last_layers: ClassVar[tuple[str, ...]] = ("fc",)  # read by load_weights
 
     def __init__(
         self,
@@ -198,7 +193,7 @@ class ResNet(torch.nn.Module):
                 downsample = None
                 if first and (stride != 1 or channels != out_channels):
                     # Built before its block, although its keys come after: the order of the random numbers.
-                    downsample = _Downsample(
+                    downsample = ConvNorm(
                         conv(channels, out_channels, 1, stride), make_norm(out_channels, None)
                     )
                 blocks.append(
@@ -232,26 +227,50 @@ class ResNet(torch.nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         check_image(self.name, x, self.in_channels)
-        # One value per channel in stage 4 would raise there, after the statistics before it have moved. Each stride
-        # of 2 halves a size rounding up, so it is one pixel from _stride pixels down.
+        # Each stride of 2 halves a size rounding up, so stage 4 has one pixel from _stride pixels down.
         if self.training and x.shape[0] == 1 and max(x.shape[2:]) <= self._stride:
-            norms = (m for m in self.layer4.modules() if isinstance(m, torch.nn.BatchNorm2d))
-            if any(norm.training for norm in norms):
-                raise ValueError(
-                    f"{self.name}: input shape {list(x.shape)} leaves one value per channel in training; "
-                    f"it must have a batch over 1 or a side over {self._stride}"
-                )
+            needed = f"a batch over 1 or a side over {self._stride}"
+            refuse_one_value(self.name, x, self.layer4, needed)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        """The input, which is checked here -> what goes into `maxpool`, in the format for all that follows."""
+        self._check_input(x)
+        x = to_fast_format(self, x)
+        return to_fast_format(self, conv_norm(self.conv1, self.bn1, x))
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
-        if not self.training and prefers_channels_last(x, self.conv1.weight):
-            x = x.contiguous(memory_format=torch.channels_last)
-        x = self.maxpool(conv_norm(self.conv1, self.bn1, x))
+        x = self.maxpool(self._stem(x))
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
         x = self.layer4(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class ResNetEncoder(ResNet):
+    """`ResNet` without its classifier; arguments as there.
+
+    `load_weights(model.encoder, "resnet34.pth")` takes torchvision's file of a classifier as it is.
+    """
+
+    last_layers: ClassVar[tuple[str, ...]] = ()  # read by load_weights: there is none
+    not_weights: ClassVar[frozenset[str]] = frozenset({"fc.weight", "fc.bias"})  # read there, too
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        del self.avgpool, self.fc
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        """[N, in_channels, H, W] -> the feature at 1/2, 1/4, 1/8, 1/16 and 1/32 of H and W, rounded up.
+
+        In evaluation on CPU they are channels_last whatever `x` is.
+        """
+        features = [self._stem(x)]
+        x = self.maxpool(features[0])
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            features.append(x)
+        return features
 
 
 def _resnet(

@@ -27,7 +27,10 @@ from advdl_ops.models._layers import (
     check_options,
     conv,
     conv_norm,
+    from_fast_format,
     norm_factory,
+    refuse_one_value,
+    to_fast_format,
 )
 from advdl_ops.models._registry import register_model
 from advdl_ops.models._weights import load_weights
@@ -139,7 +142,7 @@ class UNet(torch.nn.Module):
         RuntimeError: in `forward`, another channel count, and integers.
     """
 
-    classifier: ClassVar[str] = "outc.conv"  # read by load_weights
+    last_layers: ClassVar[tuple[str, ...]] = ("outc.conv",)  # read by load_weights
     # Pixel values of the masks, which milesial's training script saves among the weights.
     not_weights: ClassVar[frozenset[str]] = frozenset({"mask_values"})  # read by load_weights
 
@@ -191,26 +194,21 @@ class UNet(torch.nn.Module):
                 f"{self.name}: input shape {list(x.shape)} must have sides of at least {stride}, which depth "
                 f"({self.depth}) halves to 1"
             )
-        # One value per channel at the bottom would raise there, after the statistics before it have moved.
         if self.training and x.shape[0] == 1 and max(x.shape[2:]) < 2 * stride:
-            last = self.get_submodule(f"down{self.depth}")
-            if any(isinstance(m, torch.nn.BatchNorm2d) and m.training for m in last.modules()):
-                raise ValueError(
-                    f"{self.name}: input shape {list(x.shape)} leaves one value per channel in training; "
-                    f"it must have a batch over 1 or a side of at least {2 * stride}"
-                )
+            needed = f"a batch over 1 or a side of at least {2 * stride}"
+            refuse_one_value(self.name, x, self.get_submodule(f"down{self.depth}"), needed)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        x = self.inc(x)
+        out = to_fast_format(self, self.inc(to_fast_format(self, x)))
         skips = []
         for stage in range(1, self.depth + 1):
-            skips.append(x)
-            x = getattr(self, f"down{stage}")(x)
-        x = self.bottleneck(x)
+            skips.append(out)
+            out = getattr(self, f"down{stage}")(out)
+        out = self.bottleneck(out)
         for stage in range(1, self.depth + 1):
-            x = getattr(self, f"up{stage}")(x, skips.pop())
-        return self.outc(x)
+            out = getattr(self, f"up{stage}")(out, skips.pop())
+        return from_fast_format(self.outc(out), x)
 
 
 def _bottleneck(channels: int, rates: Sequence[int]) -> torch.nn.Module:

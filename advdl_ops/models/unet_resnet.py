@@ -17,50 +17,17 @@ from torch import Tensor
 
 from advdl_ops import nn
 from advdl_ops.models._layers import (
+    ConvNorm,
     NormFactory,
     check_counts,
     check_options,
     conv,
-    conv_norm,
+    from_fast_format,
     norm_factory,
 )
 from advdl_ops.models._registry import register_model
 from advdl_ops.models._weights import load_weights
-from advdl_ops.models.resnet import BasicBlock, Bottleneck, ResNet
-
-
-class ResNetEncoder(ResNet):
-    """`ResNet` without its classifier; arguments as there.
-
-    `load_weights(model.encoder, "resnet34.pth")` takes torchvision's file of a classifier as it is.
-    """
-
-    classifier: ClassVar[str] = ""  # read by load_weights: there is none
-    not_weights: ClassVar[frozenset[str]] = frozenset({"fc.weight", "fc.bias"})  # read there, too
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        del self.avgpool, self.fc
-
-    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
-        """[N, in_channels, H, W] -> the feature at 1/2, 1/4, 1/8, 1/16 and 1/32 of H and W, rounded up."""
-        self._check_input(x)
-        features = [conv_norm(self.conv1, self.bn1, x)]
-        x = self.maxpool(features[0])
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            features.append(x)
-        return features
-
-
-class _ConvNormReLU(torch.nn.Sequential):
-    """3x3 convolution and norm with ReLU; its keys are `0` and `1`."""
-
-    def __init__(self, channels: int, out_channels: int, norm: NormFactory) -> None:
-        super().__init__(conv(channels, out_channels, 3), norm(out_channels, "relu"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv_norm(self[0], self[1], x)
+from advdl_ops.models.resnet import BasicBlock, Bottleneck, ResNetEncoder
 
 
 class DecoderBlock(torch.nn.Module):
@@ -75,8 +42,10 @@ class DecoderBlock(torch.nn.Module):
         self, channels: int, skip_channels: int, out_channels: int, norm: NormFactory
     ) -> None:
         super().__init__()
-        self.conv1 = _ConvNormReLU(channels + skip_channels, out_channels, norm)
-        self.conv2 = _ConvNormReLU(out_channels, out_channels, norm)
+        self.conv1 = ConvNorm(
+            conv(channels + skip_channels, out_channels, 3), norm(out_channels, "relu")
+        )
+        self.conv2 = ConvNorm(conv(out_channels, out_channels, 3), norm(out_channels, "relu"))
 
     def forward(self, x: Tensor, skip: Tensor | None, size: Sequence[int]) -> Tensor:
         """`x` [N, channels, h, w], `skip` [N, skip_channels, *size] -> [N, out_channels, *size]."""
@@ -124,7 +93,7 @@ class UNetResNet(torch.nn.Module):
         ValueError, RuntimeError: as `ResNet`.
     """
 
-    classifier: ClassVar[str] = "segmentation_head.0"  # read by load_weights
+    last_layers: ClassVar[tuple[str, ...]] = ("segmentation_head.0",)  # read by load_weights
 
     def __init__(
         self,
@@ -163,8 +132,8 @@ class UNetResNet(torch.nn.Module):
         torch.nn.init.zeros_(head.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.encoder(x)
-        return self.segmentation_head(self.decoder(features, x.shape[2:]))
+        out = self.segmentation_head(self.decoder(self.encoder(x), x.shape[2:]))
+        return from_fast_format(out, x)
 
 
 def _unet_resnet(
