@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from advdl_ops.models._layers import check_options
 from advdl_ops.models._weights import load_weights
 
 _Builder = TypeVar("_Builder", bound=Callable[..., torch.nn.Module])
+_Model = TypeVar("_Model", bound=torch.nn.Module)
 _BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {}
 
 
@@ -31,6 +33,21 @@ def register_model(builder: _Builder) -> _Builder:
         raise ValueError(f"register_model: {name!r} is taken by {known.__module__}")
     _BUILDERS[name] = builder
     return builder
+
+
+def build(
+    model_class: type[_Model],
+    name: str,
+    weights: str | os.PathLike[str] | None,
+    options: dict[str, Any],
+    **fixed: Any,
+) -> _Model:
+    """What a builder returns: the model `name` of the user's `options` and of what `name` stands for, `fixed`."""
+    check_options(name, model_class, options, fixed)
+    model = model_class(name=name, **options, **fixed)
+    if weights is not None:
+        load_weights(model, weights, caller=name)
+    return model
 
 
 def list_models(pattern: str | None = None) -> list[str]:

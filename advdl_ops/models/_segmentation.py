@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +14,11 @@ from advdl_ops import nn
 from advdl_ops.models._layers import (
     NormFactory,
     check_counts,
-    check_options,
     conv,
     conv_norm,
     from_fast_format,
     norm_factory,
 )
-from advdl_ops.models._weights import load_weights
 from advdl_ops.models.resnet import Bottleneck, ResNetEncoder
 
 
@@ -49,8 +46,8 @@ class SegmentationModel(torch.nn.Module):
     [N, in_channels, H, W] -> an OrderedDict of [N, num_classes, H, W], scores before softmax, interpolated from 1/8 of
     H and W: "out" and, with `aux_loss`, "aux".
 
-    Any height and width from 1 on; contiguous or channels_last. From one seed it has the very weights that
-    torchvision's model has.
+    Any height and width from 1 on; contiguous or channels_last, and the outputs alike. From one seed it has the very
+    weights that torchvision's model has.
 
     Args:
         layers: blocks of each of the four stages.
@@ -107,20 +104,3 @@ class SegmentationModel(torch.nn.Module):
             value = from_fast_format(value, x)
             scores[key] = F.interpolate(value, x.shape[2:], mode="bilinear", align_corners=False)
         return scores
-
-
-_Model = TypeVar("_Model", bound=SegmentationModel)
-
-
-def build(
-    name: str,
-    model_class: type[_Model],
-    layers: Sequence[int],
-    weights: str | os.PathLike[str] | None,
-    options: dict[str, Any],
-) -> _Model:
-    check_options(name, model_class, options, {"layers"})
-    model = model_class(layers, name=name, **options)
-    if weights is not None:
-        load_weights(model, weights, caller=name)
-    return model

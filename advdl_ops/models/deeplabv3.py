@@ -18,8 +18,8 @@ from torch import Tensor
 from advdl_ops import nn
 from advdl_ops._schemas import conv2d_format
 from advdl_ops.models._layers import ConvNorm, NormFactory, conv, conv_norm, refuse_one_value
-from advdl_ops.models._registry import register_model
-from advdl_ops.models._segmentation import SegmentationModel, build
+from advdl_ops.models._registry import build, register_model
+from advdl_ops.models._segmentation import SegmentationModel
 
 
 class ImagePooling(torch.nn.Sequential):
@@ -104,7 +104,7 @@ def deeplabv3_resnet50(
     *, weights: str | os.PathLike[str] | None = None, **options: Any
 ) -> DeepLabV3:
     """DeepLabV3 on ResNet-50; `weights` as in `create_model`, options as in `DeepLabV3`."""
-    return build("deeplabv3_resnet50", DeepLabV3, (3, 4, 6, 3), weights, options)
+    return build(DeepLabV3, "deeplabv3_resnet50", weights, options, layers=(3, 4, 6, 3))
 
 
 @register_model
@@ -112,4 +112,4 @@ def deeplabv3_resnet101(
     *, weights: str | os.PathLike[str] | None = None, **options: Any
 ) -> DeepLabV3:
     """DeepLabV3 on ResNet-101; `weights` as in `create_model`, options as in `DeepLabV3`."""
-    return build("deeplabv3_resnet101", DeepLabV3, (3, 4, 23, 3), weights, options)
+    return build(DeepLabV3, "deeplabv3_resnet101", weights, options, layers=(3, 4, 23, 3))

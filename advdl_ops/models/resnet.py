@@ -26,15 +26,13 @@ from advdl_ops.models._layers import (
     NormFactory,
     check_counts,
     check_image,
-    check_options,
     conv,
     conv_norm,
     norm_factory,
     refuse_one_value,
     to_fast_format,
 )
-from advdl_ops.models._registry import register_model
-from advdl_ops.models._weights import load_weights
+from advdl_ops.models._registry import build, register_model
 
 
 class BasicBlock(torch.nn.Module):
@@ -273,62 +271,60 @@ class ResNetEncoder(ResNet):
         return features
 
 
-def _resnet(
-    name: str,
-    block: type[BasicBlock | Bottleneck],
-    layers: Sequence[int],
-    weights: str | os.PathLike[str] | None,
-    options: dict[str, Any],
-    **fixed: Any,
-) -> ResNet:
-    check_options(name, ResNet, options, {"block", "layers", *fixed})
-    model = ResNet(block, layers, name=name, **options, **fixed)
-    if weights is not None:
-        load_weights(model, weights, caller=name)
-    return model
-
-
 @register_model
 def resnet18(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNet-18; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet("resnet18", BasicBlock, (2, 2, 2, 2), weights, options)
+    return build(ResNet, "resnet18", weights, options, block=BasicBlock, layers=(2, 2, 2, 2))
 
 
 @register_model
 def resnet34(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNet-34; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet("resnet34", BasicBlock, (3, 4, 6, 3), weights, options)
+    return build(ResNet, "resnet34", weights, options, block=BasicBlock, layers=(3, 4, 6, 3))
 
 
 @register_model
 def resnet50(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNet-50; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet("resnet50", Bottleneck, (3, 4, 6, 3), weights, options)
+    return build(ResNet, "resnet50", weights, options, block=Bottleneck, layers=(3, 4, 6, 3))
 
 
 @register_model
 def resnet101(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNet-101; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet("resnet101", Bottleneck, (3, 4, 23, 3), weights, options)
+    return build(ResNet, "resnet101", weights, options, block=Bottleneck, layers=(3, 4, 23, 3))
 
 
 @register_model
 def resnet152(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNet-152; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet("resnet152", Bottleneck, (3, 8, 36, 3), weights, options)
+    return build(ResNet, "resnet152", weights, options, block=Bottleneck, layers=(3, 8, 36, 3))
 
 
 @register_model
 def wide_resnet50_2(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNet-50 with 3x3 convolutions twice as wide; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet(
-        "wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, options, width_per_group=128
+    return build(
+        ResNet,
+        "wide_resnet50_2",
+        weights,
+        options,
+        block=Bottleneck,
+        layers=(3, 4, 6, 3),
+        width_per_group=128,
     )
 
 
 @register_model
 def resnext50_32x4d(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNeXt-50 with 32 groups of width 4; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet(
-        "resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, options, groups=32, width_per_group=4
+    return build(
+        ResNet,
+        "resnext50_32x4d",
+        weights,
+        options,
+        block=Bottleneck,
+        layers=(3, 4, 6, 3),
+        groups=32,
+        width_per_group=4,
     )

@@ -24,7 +24,6 @@ from advdl_ops.models._layers import (
     NormFactory,
     check_counts,
     check_image,
-    check_options,
     conv,
     conv_norm,
     from_fast_format,
@@ -32,8 +31,7 @@ from advdl_ops.models._layers import (
     refuse_one_value,
     to_fast_format,
 )
-from advdl_ops.models._registry import register_model
-from advdl_ops.models._weights import load_weights
+from advdl_ops.models._registry import build, register_model
 
 
 class DoubleConv(torch.nn.Module):
@@ -121,8 +119,8 @@ def _padded(x: Tensor, skip: Tensor) -> Tensor:
 class UNet(torch.nn.Module):
     """U-Net: [N, in_channels, H, W] -> [N, num_classes, H, W], scores before softmax or sigmoid.
 
-    Any height and width from 2**depth on; contiguous or channels_last. From one seed it has the very weights that
-    milesial's model has.
+    Any height and width from 2**depth on; contiguous or channels_last, and the output alike. From one seed it has the
+    very weights that milesial's model has.
 
     Args:
         num_classes: channels of the output.
@@ -224,8 +222,4 @@ def _bottleneck(channels: int, rates: Sequence[int]) -> torch.nn.Module:
 @register_model
 def unet(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNet:
     """U-Net; `weights` as in `create_model`, options as in `UNet`."""
-    check_options("unet", UNet, options)
-    model = UNet(**options)
-    if weights is not None:
-        load_weights(model, weights, caller="unet")
-    return model
+    return build(UNet, "unet", weights, options)

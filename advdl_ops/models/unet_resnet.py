@@ -20,13 +20,11 @@ from advdl_ops.models._layers import (
     ConvNorm,
     NormFactory,
     check_counts,
-    check_options,
     conv,
     from_fast_format,
     norm_factory,
 )
-from advdl_ops.models._registry import register_model
-from advdl_ops.models._weights import load_weights
+from advdl_ops.models._registry import build, register_model
 from advdl_ops.models.resnet import BasicBlock, Bottleneck, ResNetEncoder
 
 
@@ -79,7 +77,7 @@ class UNetResNet(torch.nn.Module):
     """U-Net on a ResNet: [N, in_channels, H, W] -> [N, num_classes, H, W], scores before softmax or sigmoid.
 
     Any height and width from 1 on: each upsampling goes to the size of the feature it is joined with. Contiguous or
-    channels_last.
+    channels_last, and the output alike.
 
     Args:
         block, layers: of the encoder, as in `ResNet`.
@@ -136,33 +134,25 @@ class UNetResNet(torch.nn.Module):
         return from_fast_format(out, x)
 
 
-def _unet_resnet(
-    name: str,
-    block: type[BasicBlock | Bottleneck],
-    layers: Sequence[int],
-    weights: str | os.PathLike[str] | None,
-    options: dict[str, Any],
-) -> UNetResNet:
-    check_options(name, UNetResNet, options, {"block", "layers"})
-    model = UNetResNet(block, layers, name=name, **options)
-    if weights is not None:
-        load_weights(model, weights, caller=name)
-    return model
-
-
 @register_model
 def unet_resnet18(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNetResNet:
     """U-Net on ResNet-18; `weights` as in `create_model`, options as in `UNetResNet`."""
-    return _unet_resnet("unet_resnet18", BasicBlock, (2, 2, 2, 2), weights, options)
+    return build(
+        UNetResNet, "unet_resnet18", weights, options, block=BasicBlock, layers=(2, 2, 2, 2)
+    )
 
 
 @register_model
 def unet_resnet34(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNetResNet:
     """U-Net on ResNet-34; `weights` as in `create_model`, options as in `UNetResNet`."""
-    return _unet_resnet("unet_resnet34", BasicBlock, (3, 4, 6, 3), weights, options)
+    return build(
+        UNetResNet, "unet_resnet34", weights, options, block=BasicBlock, layers=(3, 4, 6, 3)
+    )
 
 
 @register_model
 def unet_resnet50(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNetResNet:
     """U-Net on ResNet-50; `weights` as in `create_model`, options as in `UNetResNet`."""
-    return _unet_resnet("unet_resnet50", Bottleneck, (3, 4, 6, 3), weights, options)
+    return build(
+        UNetResNet, "unet_resnet50", weights, options, block=Bottleneck, layers=(3, 4, 6, 3)
+    )
