@@ -226,5 +226,5 @@ def scale_and_shift(
 
 
 def prefers_channels_last(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether a network that ends in no image should run this input in channels_last: convolutions on CPU do."""
+    """Whether a network should run this input in channels_last, which its convolutions on CPU are faster in."""
     return x.is_cpu and _evaluates(x, *parameters) and not is_traced()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from advdl_ops import nn
+from advdl_ops._schemas import conv2d_format
+from advdl_ops.functional.conv_bn_act import prefers_channels_last
 from advdl_ops.models._weights import load_weights
 
 NormFactory = Callable[[int, str | None], torch.nn.Module]
@@ -75,6 +78,25 @@ class ConvNorm(torch.nn.Sequential):
         return conv_norm(self[0], self[1], x)
 
 
+def to_fast_format(model: torch.nn.Module, x: Tensor) -> Tensor:
+    """`x` [N, C, H, W], in channels_last where the convolutions of `model` are faster in it.
+
+    An image of one channel has both formats, and what follows takes it for contiguous: call this again behind the
+    first convolution.
+    """
+    # As it came -> in channels_last, fp32, 256x256 on one core: unet 790 -> 630 ms, unet_resnet34 140 -> 115,
+    # deeplabv3_resnet50 610 -> 395.
+    # The first parameter stands for all: most often either all of them want gradients or none.
+    if not model.training and prefers_channels_last(x, *itertools.islice(model.parameters(), 1)):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def from_fast_format(out: Tensor, x: Tensor) -> Tensor:
+    """`out` [N, C, H, W] in the memory format of the model's input `x`, whatever was faster in between."""
+    return out.contiguous(memory_format=conv2d_format(x))
+
+
 def init_convolutions(model: torch.nn.Module) -> None:
     """By He et al. 2015 (https://arxiv.org/abs/1502.01852). Norms start at weight 1 and bias 0 by themselves."""
     for module in model.modules():
@@ -109,20 +131,23 @@ def check_image(name: str, x: Tensor, in_channels: int) -> None:
         raise RuntimeError(f"{name}: input dtype {x.dtype} must be floating point")
 
 
-def check_values_per_channel(name: str, x: Tensor, stage: torch.nn.Module, largest: int) -> None:
+def check_values_per_channel(
+    name: str, x: Tensor, stage: torch.nn.Module, largest: int | None
+) -> None:
     """Raises ValueError for an image that leaves a batch norm of `stage` one value per channel in training.
 
     The norm would raise itself, but after the statistics of those before it have moved.
 
     Args:
-        largest: the largest side of `x` that is one pixel there.
+        largest: the largest side of `x` that is one pixel there; None where any is.
     """
-    if x.shape[0] == 1 and max(x.shape[2:]) <= largest:
+    if x.shape[0] == 1 and (largest is None or max(x.shape[2:]) <= largest):
         norms = (m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
         if any(norm.training for norm in norms):
+            side = "" if largest is None else f" or a side over {largest}"
             raise ValueError(
                 f"{name}: input shape {list(x.shape)} leaves one value per channel in training; "
-                f"it must have a batch over 1 or a side over {largest}"
+                f"it must have a batch over 1{side}"
             )
 
 

@@ -41,7 +41,7 @@ class TokenModel(torch.nn.Module):
     """
 
     name: ClassVar[str]  # what error messages call the model
-    classifier: ClassVar[str] = "linear"  # read by load_weights
+    last_layers: ClassVar[tuple[str, ...]] = ("linear",)  # read by load_weights
 
     def __init__(
         self,

@@ -138,23 +138,24 @@ def _classifier_mismatch(
     state: dict[str, torch.Tensor],
     own: dict[str, torch.Tensor],
     where: str,
-) -> tuple[str, str] | None:
-    """(key prefix, message) where the last layer differs by its number of classes only.
+) -> tuple[tuple[str, ...], str] | None:
+    """(key prefixes, message) where the last layers differ by their number of classes only.
 
-    `model.classifier` names that layer.
+    `model.last_layers` names them: the classifier, and others that have its number of classes. (Not `classifier`: that
+    is a layer in some models.)
     """
-    layer = getattr(model, "classifier", None)
-    if not isinstance(layer, str):
+    layers = [name for name in getattr(model, "last_layers", ()) if f"{name}.weight" in own]
+    if not layers:
         return None
-    key = f"{layer}.weight"
-    if key not in own or key not in state or own[key].shape[1:] != state[key].shape[1:]:
+    key = f"{layers[0]}.weight"
+    if key not in state or own[key].shape[1:] != state[key].shape[1:]:
         return None
     ours, theirs = own[key].shape[0], state[key].shape[0]
     if ours == theirs:
         return None
-    return f"{layer}.", (
-        f"{where} has {theirs} classes in {key}, num_classes is {ours}: "
-        f"create the model with num_classes={theirs}, then replace its {layer!r}"
+    return tuple(f"{layer}." for layer in layers), (
+        f"{where} has {theirs} classes in {key}, num_classes is {ours}: create the model with "
+        f"num_classes={theirs}, then replace its {' and '.join(map(repr, layers))}"
     )
 
 

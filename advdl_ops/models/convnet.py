@@ -48,7 +48,7 @@ class ConvNet(torch.nn.Module):
     """
 
     name: ClassVar[str] = "convnet"  # what error messages call the model
-    classifier: ClassVar[str] = "fc"  # read by load_weights
+    last_layers: ClassVar[tuple[str, ...]] = ("fc",)  # read by load_weights
 
     def __init__(
         self,

@@ -49,7 +49,7 @@ class FCNDilated(torch.nn.Module):
     """
 
     name: ClassVar[str] = "fcn_dilated"  # what error messages call the model
-    classifier: ClassVar[str] = "head"  # read by load_weights
+    last_layers: ClassVar[tuple[str, ...]] = ("head",)  # read by load_weights
 
     def __init__(
         self,

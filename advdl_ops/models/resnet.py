@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from advdl_ops.functional.conv_bn_act import prefers_channels_last
 from advdl_ops.models._layers import (
     ConvNorm,
     NormFactory,
@@ -33,6 +32,7 @@ from advdl_ops.models._layers import (
     conv_norm,
     init_convolutions,
     norm_factory,
+    to_fast_format,
 )
 from advdl_ops.models._registry import register_model
 
@@ -140,7 +140,7 @@ class ResNet(torch.nn.Module):
             another channel count and for integers.
     """
 
-    classifier: ClassVar[str] = "fc"  # read by load_weights
+    last_layers: ClassVar[tuple[str, ...]] = ("fc",)  # read by load_weights
 
     def __init__(
         self,
@@ -226,16 +226,45 @@ class ResNet(torch.nn.Module):
         if self.training:
             check_values_per_channel(self.name, x, self.layer4, self._stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _stem(self, x: Tensor) -> Tensor:
+        """The input, which is checked here -> what goes into `maxpool`, in the format for all that follows."""
         self._check_input(x)
-        if not self.training and prefers_channels_last(x, self.conv1.weight):
-            x = x.contiguous(memory_format=torch.channels_last)
-        x = self.maxpool(conv_norm(self.conv1, self.bn1, x))
+        x = to_fast_format(self, x)
+        return to_fast_format(self, conv_norm(self.conv1, self.bn1, x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self._stem(x))
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
         x = self.layer4(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class ResNetEncoder(ResNet):
+    """`ResNet` without its classifier; arguments as there.
+
+    `load_weights(model.encoder, "resnet34.pth")` takes torchvision's file of a classifier as it is.
+    """
+
+    last_layers: ClassVar[tuple[str, ...]] = ()  # read by load_weights: there is none
+    not_weights: ClassVar[frozenset[str]] = frozenset({"fc.weight", "fc.bias"})  # read there, too
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        del self.avgpool, self.fc
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        """[N, in_channels, H, W] -> the feature at 1/2, 1/4, 1/8, 1/16 and 1/32 of H and W, rounded up.
+
+        In evaluation on CPU they are channels_last whatever `x` is.
+        """
+        features = [self._stem(x)]
+        x = self.maxpool(features[0])
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            features.append(x)
+        return features
 
 
 def _resnet(

@@ -28,7 +28,9 @@ from advdl_ops.models._layers import (
     check_values_per_channel,
     conv,
     conv_norm,
+    from_fast_format,
     norm_factory,
+    to_fast_format,
 )
 from advdl_ops.models._registry import register_model
 
@@ -118,8 +120,8 @@ def _padded(x: Tensor, skip: Tensor) -> Tensor:
 class UNet(torch.nn.Module):
     """U-Net: [N, in_channels, H, W] -> [N, num_classes, H, W], scores before softmax or sigmoid.
 
-    Any height and width from 2**depth on; contiguous or channels_last. From one seed it has the very weights that
-    milesial's model has.
+    Any height and width from 2**depth on; contiguous or channels_last, and the output alike. From one seed it has the
+    very weights that milesial's model has.
 
     Args:
         num_classes: channels of the output.
@@ -139,7 +141,7 @@ class UNet(torch.nn.Module):
         RuntimeError: in `forward`, another channel count, and integers.
     """
 
-    classifier: ClassVar[str] = "outc.conv"  # read by load_weights
+    last_layers: ClassVar[tuple[str, ...]] = ("outc.conv",)  # read by load_weights
     # Pixel values of the masks, which milesial's training script saves among the weights.
     not_weights: ClassVar[frozenset[str]] = frozenset({"mask_values"})  # read by load_weights
 
@@ -197,15 +199,15 @@ class UNet(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        x = self.inc(x)
+        out = to_fast_format(self, self.inc(to_fast_format(self, x)))
         skips = []
         for stage in range(1, self.depth + 1):
-            skips.append(x)
-            x = getattr(self, f"down{stage}")(x)
-        x = self.bottleneck(x)
+            skips.append(out)
+            out = getattr(self, f"down{stage}")(out)
+        out = self.bottleneck(out)
         for stage in range(1, self.depth + 1):
-            x = getattr(self, f"up{stage}")(x, skips.pop())
-        return self.outc(x)
+            out = getattr(self, f"up{stage}")(out, skips.pop())
+        return from_fast_format(self.outc(out), x)
 
 
 def _bottleneck(channels: int, rates: Sequence[int]) -> torch.nn.Module:

@@ -22,35 +22,11 @@ from advdl_ops.models._layers import (
     build,
     check_counts,
     check_entries,
-    conv_norm,
+    from_fast_format,
     norm_factory,
 )
 from advdl_ops.models._registry import register_model
-from advdl_ops.models.resnet import BasicBlock, Bottleneck, ResNet
-
-
-class ResNetEncoder(ResNet):
-    """`ResNet` without its classifier; arguments as there.
-
-    `load_weights(model.encoder, "resnet34.pth")` takes torchvision's file of a classifier as it is.
-    """
-
-    classifier: ClassVar[str] = ""  # read by load_weights: there is none
-    not_weights: ClassVar[frozenset[str]] = frozenset({"fc.weight", "fc.bias"})  # read there, too
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        del self.avgpool, self.fc
-
-    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
-        """[N, in_channels, H, W] -> the feature at 1/2, 1/4, 1/8, 1/16 and 1/32 of H and W, rounded up."""
-        self._check_input(x)
-        features = [conv_norm(self.conv1, self.bn1, x)]
-        x = self.maxpool(features[0])
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            features.append(x)
-        return features
+from advdl_ops.models.resnet import BasicBlock, Bottleneck, ResNetEncoder
 
 
 class DecoderBlock(torch.nn.Module):
@@ -100,7 +76,7 @@ class UNetResNet(torch.nn.Module):
     """U-Net on a ResNet: [N, in_channels, H, W] -> [N, num_classes, H, W], scores before softmax or sigmoid.
 
     Any height and width from 1 on: each upsampling goes to the size of the feature it is joined with. Contiguous or
-    channels_last.
+    channels_last, and the output alike.
 
     Args:
         block, layers: of the encoder, as in `ResNet`.
@@ -114,7 +90,7 @@ class UNetResNet(torch.nn.Module):
         ValueError, RuntimeError: as `ResNet`.
     """
 
-    classifier: ClassVar[str] = "segmentation_head.0"  # read by load_weights
+    last_layers: ClassVar[tuple[str, ...]] = ("segmentation_head.0",)  # read by load_weights
 
     def __init__(
         self,
@@ -152,8 +128,8 @@ class UNetResNet(torch.nn.Module):
         torch.nn.init.zeros_(head.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        features = self.encoder(x)
-        return self.segmentation_head(self.decoder(features, x.shape[2:]))
+        out = self.segmentation_head(self.decoder(self.encoder(x), x.shape[2:]))
+        return from_fast_format(out, x)
 
 
 def _unet_resnet(

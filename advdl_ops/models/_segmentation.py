@@ -1,0 +1,106 @@
+"""What FCN and DeepLabV3 share: the dilated ResNet, the model around it and the auxiliary head."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from advdl_ops import nn
+from advdl_ops.models._layers import (
+    NormFactory,
+    check_counts,
+    conv,
+    conv_norm,
+    from_fast_format,
+    norm_factory,
+)
+from advdl_ops.models.resnet import Bottleneck, ResNetEncoder
+
+
+class FCNHead(torch.nn.Sequential):
+    """3x3 convolution with norm and ReLU, dropout, 1x1 convolution: [N, channels, h, w] -> [N, num_classes, h, w]."""
+
+    def __init__(self, channels: int, num_classes: int, norm: NormFactory) -> None:
+        inner = channels // 4
+        super().__init__(
+            conv(channels, inner, 3),
+            norm(inner, "relu"),
+            torch.nn.Identity(),  # torchvision's ReLU: the last layer stays number 4
+            torch.nn.Dropout(0.1),
+            nn.Conv2d(inner, num_classes, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, norm, _, dropout, last = self
+        return last(dropout(conv_norm(first, norm, x)))
+
+
+class SegmentationModel(torch.nn.Module):
+    """ResNet of dilated bottlenecks with a head of scores on it, or two.
+
+    [N, in_channels, H, W] -> an OrderedDict of [N, num_classes, H, W], scores before softmax, interpolated from 1/8 of
+    H and W: "out" and, with `aux_loss`, "aux".
+
+    Any height and width from 1 on; contiguous or channels_last, and the outputs alike. From one seed it has the very
+    weights that torchvision's model has.
+
+    Args:
+        layers: blocks of each of the four stages.
+        num_classes: channels of the outputs.
+        in_channels: channels of the input.
+        norm: "batch", or "group" (32 groups).
+        aux_loss: an `FCNHead` on stage 3, too, for a loss of its own in training (Zhao et al. 2017,
+            https://arxiv.org/abs/1612.01105). torchvision's files have it; `model.aux_classifier = None` takes it away.
+        name: what error messages call the model.
+
+    Raises:
+        ValueError, RuntimeError: as `ResNet`; ValueError also where `DeepLabV3` gets a batch of 1 in training: its mean
+            over the image leaves batch norm one value per channel.
+    """
+
+    head: ClassVar[type[torch.nn.Module]]  # of "out": (channels, num_classes, norm) -> module
+    # Read by load_weights.
+    last_layers: ClassVar[tuple[str, ...]] = ("classifier.4", "aux_classifier.4")
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        num_classes: int = 21,
+        *,
+        in_channels: int = 3,
+        norm: str = "batch",
+        aux_loss: bool = False,
+        name: str = "segmentation",
+    ) -> None:
+        super().__init__()
+        check_counts(name, num_classes=num_classes)
+        self.name = name
+        make_norm = norm_factory(name, norm)
+        self.backbone = ResNetEncoder(
+            Bottleneck,
+            layers,
+            in_channels=in_channels,
+            norm=norm,
+            replace_stride_with_dilation=(False, True, True),
+            name=name,
+        )
+        # Built first, although its keys come last: the order of the random numbers.
+        stage3, stage4 = 256 * Bottleneck.expansion, 512 * Bottleneck.expansion
+        aux_classifier = FCNHead(stage3, num_classes, make_norm) if aux_loss else None
+        self.classifier = self.head(stage4, num_classes, make_norm)
+        self.aux_classifier = aux_classifier
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        *_, stage3, stage4 = self.backbone(x)
+        scores = OrderedDict(out=self.classifier(stage4))
+        if self.aux_classifier is not None:
+            scores["aux"] = self.aux_classifier(stage3)
+        for key, value in scores.items():
+            value = from_fast_format(value, x)
+            scores[key] = F.interpolate(value, x.shape[2:], mode="bilinear", align_corners=False)
+        return scores

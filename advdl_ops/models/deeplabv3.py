@@ -1,0 +1,124 @@
+"""DeepLabV3: Chen et al. 2017, Rethinking Atrous Convolution for Semantic Image Segmentation,
+https://arxiv.org/abs/1706.05587
+
+`state_dict` keys and numerics of torchvision: a ResNet (He et al. 2015, https://arxiv.org/abs/1512.03385) of output
+stride 8, whose last stage is dilated by 2 and 4 rather than by the paper's multi-grid.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advdl_ops import nn
+from advdl_ops._schemas import conv2d_format
+from advdl_ops.models._layers import (
+    ConvNorm,
+    NormFactory,
+    build,
+    check_values_per_channel,
+    conv,
+    conv_norm,
+)
+from advdl_ops.models._registry import register_model
+from advdl_ops.models._segmentation import SegmentationModel
+
+
+class ImagePooling(torch.nn.Sequential):
+    """Mean over the image, 1x1 convolution with norm and ReLU: [N, channels, h, w] -> [N, out_channels, h, w].
+
+    Each channel of the output is one number.
+    """
+
+    def __init__(self, channels: int, out_channels: int, norm: NormFactory) -> None:
+        super().__init__(
+            torch.nn.AdaptiveAvgPool2d(1),
+            conv(channels, out_channels, 1),
+            norm(out_channels, "relu"),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pool, convolution, norm = self
+        out = conv_norm(convolution, norm, pool(x)).expand(-1, -1, *x.shape[2:])
+        # A concatenation is in channels_last only if all its parts are.
+        return out.contiguous(memory_format=conv2d_format(x))
+
+
+class ASPP(torch.nn.Module):
+    """Atrous spatial pyramid pooling: [N, channels, h, w] -> [N, out_channels, h, w].
+
+    Side by side a 1x1 convolution, a 3x3 one for each dilation of `rates` and `ImagePooling`; then a 1x1 convolution of
+    them all, and dropout. Each convolution has norm and ReLU.
+    """
+
+    def __init__(
+        self, channels: int, rates: Sequence[int], norm: NormFactory, out_channels: int = 256
+    ) -> None:
+        super().__init__()
+        self.convs = torch.nn.ModuleList([ConvNorm(channels, out_channels, 1, norm)])
+        for rate in rates:
+            self.convs.append(ConvNorm(channels, out_channels, 3, norm, dilation=rate))
+        self.convs.append(ImagePooling(channels, out_channels, norm))
+        self.project = torch.nn.Sequential(
+            conv(len(self.convs) * out_channels, out_channels, 1),
+            norm(out_channels, "relu"),
+            torch.nn.Identity(),  # torchvision's ReLU
+            torch.nn.Dropout(0.5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution, norm, _, dropout = self.project
+        joined = torch.cat([branch(x) for branch in self.convs], 1)
+        return dropout(conv_norm(convolution, norm, joined))
+
+
+class DeepLabHead(torch.nn.Sequential):
+    """`ASPP`, 3x3 convolution with norm and ReLU, 1x1 convolution: [N, channels, h, w] -> [N, num_classes, h, w]."""
+
+    def __init__(self, channels: int, num_classes: int, norm: NormFactory) -> None:
+        super().__init__(
+            ASPP(channels, (12, 24, 36), norm),
+            conv(256, 256, 3),
+            norm(256, "relu"),
+            torch.nn.Identity(),  # torchvision's ReLU: the last layer stays number 4
+            nn.Conv2d(256, num_classes, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        aspp, convolution, norm, _, last = self
+        return last(conv_norm(convolution, norm, aspp(x)))
+
+
+class DeepLabV3(SegmentationModel):
+    __doc__ = SegmentationModel.__doc__
+    head = DeepLabHead
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        if self.training and x.dim() == 4:
+            for part in self.classifier.modules():
+                if isinstance(part, ImagePooling):
+                    check_values_per_channel(self.name, x, part, None)
+        return super().forward(x)
+
+
+@register_model
+def deeplabv3_resnet50(
+    *, weights: str | os.PathLike[str] | None = None, **options: Any
+) -> DeepLabV3:
+    """DeepLabV3 on ResNet-50; `weights` as in `create_model`, options as in `DeepLabV3`."""
+    name = "deeplabv3_resnet50"
+    return build(name, DeepLabV3, weights, options, layers=(3, 4, 6, 3), name=name)
+
+
+@register_model
+def deeplabv3_resnet101(
+    *, weights: str | os.PathLike[str] | None = None, **options: Any
+) -> DeepLabV3:
+    """DeepLabV3 on ResNet-101; `weights` as in `create_model`, options as in `DeepLabV3`."""
+    name = "deeplabv3_resnet101"
+    return build(name, DeepLabV3, weights, options, layers=(3, 4, 23, 3), name=name)
