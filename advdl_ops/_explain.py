@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _library, nn, tuning
-from ._optimize import summary
+from ._optimize import notes, summary
 from .backend import get_backend
 from .functional._conv2d_cuda import APART, WITH_NORM
 from .nn.group_norm import _InstanceNorm
@@ -69,22 +69,20 @@ class Layer:
     served_by: str
     choices: tuple[Measured, ...] = ()
 
-    def __str__(self) -> str:
-        lines = [f"{self.name or '(the module itself)'}  {self.kind}: {self.served_by}"]
-        return "\n".join([*lines, *(f"    {choice}" for choice in self.choices)])
-
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row for each layer of advdl_ops in a model; its text has a line for each, and for what `optimize` did.
+    """A row for each layer of advdl_ops in a model; its text is a tree of them and of what :func:`.optimize` did.
 
     Attributes:
         layers: the rows.
-        optimized: what :func:`.optimize` made of the model, see ``explain(..., as_dict=True)``.
+        notes: by the name of a module what :func:`.optimize` did to it, or why it did not.
+        kinds: the class of each module, by name, parents first.
     """
 
     layers: tuple[Layer, ...]
-    optimized: dict[str, Any]
+    notes: dict[str, list[str]]
+    kinds: dict[str, str]
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
@@ -93,10 +91,28 @@ class Explanation:
         return len(self.layers)
 
     def __str__(self) -> str:
-        lines = [str(layer) for layer in self.layers] or ["no layer of advdl_ops"]
-        lines += [f"one op: {names}" for names in self.optimized["fused"]]
-        lines += [f"left as it was: {name}: {why}" for name, why in self.optimized["left"].items()]
+        rows = {row.name: row for row in self.layers}
+        told = {name for name in self.kinds if name in rows or self.notes.get(name)}
+        if not told:
+            return "no layer of advdl_ops"
+        shown = told | {parent for name in told for parent in _parents(name)}
+        lines = []
+        for name, kind in self.kinds.items():
+            if name not in shown:
+                continue
+            indent = "  " * len(_parents(name))
+            label = name.rpartition(".")[2]
+            served = f": {rows[name].served_by}" if name in rows else ""
+            lines.append(f"{indent}{label}{'  ' if label else ''}{kind}{served}")
+            further = [*self.notes.get(name, ()), *(rows[name].choices if name in rows else ())]
+            lines += [f"{indent}    {text}" for text in further]
         return "\n".join(lines)
+
+
+def _parents(name: str) -> list[str]:
+    """Names of the modules that this one lies in, the outermost one ("") first."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:count]) for count in range(len(parts))]
 
 
 def explain(
@@ -131,7 +147,11 @@ def explain(
     layers = (
         _layer(name, layer, _device(layer) or default) for name, layer in module.named_modules()
     )
-    return Explanation(tuple(layer for layer in layers if layer is not None), summary(module))
+    return Explanation(
+        tuple(layer for layer in layers if layer is not None),
+        notes(module),
+        {name: type(layer).__name__ for name, layer in module.named_modules()},
+    )
 
 
 def _without_hooks(module: torch.nn.Module) -> torch.nn.Module:

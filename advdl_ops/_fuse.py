@@ -1,40 +1,40 @@
-"""Layers that a module's own forward calls one after another, found with ``torch.fx``, and the forward that fuses them.
-
-One module at a time: every submodule stays a single call, so that nothing but the module's own code is traced, and what
-cannot be traced, or depends on the mode, or on what it is called with, keeps its forward.
-"""
+"""Layers that a module's own forward calls one after another, and the forward that runs them as one op."""
 
 from __future__ import annotations
 
-import inspect
-import linecache
 import operator
-import re
 import warnings
 from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
+from . import nn
+from ._schemas import conv2d_shape
+from ._trace import WRITING, Untraceable, Variant, source_of, variants_of
 from .activation import ACTIVATIONS, IDENTITY, Activation, resolve_activation
-from .nn.conv_bn_act import conv_bn_act
+from .functional.conv_bn_act import result_dtype
+from .reference.activation import activate
 
-_CONVOLUTIONS = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
-_NORMS = (
-    torch.nn.BatchNorm2d,
-    torch.nn.GroupNorm,
-    torch.nn.InstanceNorm1d,
-    torch.nn.InstanceNorm2d,
-    torch.nn.InstanceNorm3d,
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+NORMS = (
+    nn.BatchNormAct2d,
+    nn.GroupNorm,
+    nn.LayerNorm2d,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
 )
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+_SIGMOIDS = {torch.sigmoid, F.sigmoid, "sigmoid"}
 # Functions and methods that are an activation without arguments of their own.
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[Any, str] = {
     torch.relu: "relu", torch.relu_: "relu", F.relu: "relu", "relu": "relu", "relu_": "relu",
-    F.silu: "silu", F.hardswish: "hardswish", torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid",
-    "sigmoid": "sigmoid", torch.tanh: "tanh", "tanh": "tanh",
+    F.silu: "silu", F.hardswish: "hardswish", torch.tanh: "tanh", "tanh": "tanh",
+    **dict.fromkeys(_SIGMOIDS, "sigmoid"),
 }  # fmt: skip
 
 
@@ -44,16 +44,16 @@ class Group(NamedTuple):
     Attributes:
         layers: convolution, norm, or both.
         names: of the layers, and of what else is fused.
-        act: the activation behind them.
         nodes: of the graph, first to last.
         residual: the node that is added, or ``None``.
+        act: the name of the activation, or the node of its module; ``None`` if none follows.
     """
 
     layers: list[torch.nn.Module]
     names: list[str]
-    act: Activation
     nodes: list[fx.Node]
     residual: fx.Node | None
+    act: str | fx.Node | None
 
 
 class Fusion(NamedTuple):
@@ -72,148 +72,124 @@ class Fusion(NamedTuple):
     names: dict[str, Any]
 
 
-def plan_fusions(model: torch.nn.Module, fusible: set[int]) -> list[Fusion]:
-    """What can be fused in ``model``, which stays as it is; ``fusible``: ids of the layers that may take part."""
-    found = (_plan(owner, fusible) for owner in model.modules() if len(owner._modules) > 1)
-    return [fusion for fusion in found if fusion is not None]
+class Parts(NamedTuple):
+    """What may take part.
+
+    Attributes:
+        layers: by id the class that a convolution or norm becomes, and the name of its own activation, if any.
+        activations: ids of modules that are an activation.
+    """
+
+    layers: dict[int, tuple[type[torch.nn.Module], str | None]]
+    activations: set[int]
 
 
-def _plan(owner: torch.nn.Module, fusible: set[int]) -> Fusion | None:
-    if not any(id(child) in fusible for child in owner.children()):
-        return None
-    graph = _traced(owner)
-    if graph is None:
-        return None
-    calls = {
-        node: owner.get_submodule(str(node.target))
-        for node in graph.nodes
-        if node.op == "call_module"
-    }
-    times = Counter(id(layer) for layer in calls.values())
-    usable = {
-        node: layer
-        for node, layer in calls.items()
-        if id(layer) in fusible
-        if times[id(layer)] == 1 or not isinstance(layer, (*_CONVOLUTIONS, *_NORMS))
-    }
-    groups = _Search(list(graph.nodes), usable, owner).groups()
-    if not groups:
-        return None
-    for group in groups:
-        _rewrite(graph, group)
-    graph.lint()
-    code = graph.python_code("self")
-    used = set(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", code.src))
-    names = {name: value for name, value in code.globals.items() if name in used}
-    return Fusion(owner, groups, code.src, names)
-
-
-class _Proxy(fx.Proxy):
-    """Tells ``x += y`` from ``x = x + y``."""
-
-
-def _in_place(function: Any) -> Any:
-    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return record
-
-
-_WRITING = {
-    name: getattr(operator, name)
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
-}  # fmt: skip
-for _name, _function in _WRITING.items():
-    setattr(_Proxy, f"__{_name}__", _in_place(_function))
-
-
-class _OwnCode(fx.Tracer):
-    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-
-def _traced(owner: torch.nn.Module) -> fx.Graph | None:
-    """The graph of the module's own forward, or ``None`` where it says nothing about every call."""
-    forward = type(owner).forward
-    if "forward" in owner.__dict__ or not inspect.isfunction(forward):
-        return None
-    parameters = inspect.signature(forward).parameters.values()
-    kinds = {p.kind for p in parameters}
-    optional = any(p.default is not p.empty for p in parameters)
-    # A proxy is none of the things that these ask for.
-    asks = {"isinstance", "is_grad_enabled", "is_scripting", "is_tracing"} & set(
-        forward.__code__.co_names
-    )
-    if kinds != {inspect.Parameter.POSITIONAL_OR_KEYWORD} or optional or asks:
-        return None
-    sources, graphs = [], []
-    for training in (True, False):
-        # A shadow: what its forward assigns stays there.
-        shadow = type(owner).__new__(type(owner))
-        shadow.__dict__ = {**owner.__dict__, "training": training}
+def plan_fusions(model: torch.nn.Module, parts: Parts) -> tuple[list[Fusion], dict[int, str]]:
+    """What can be fused in ``model``, which stays as it is; by id of a module why its forward has no graph."""
+    fusions, failures = [], {}
+    for owner in model.modules():
+        children = list(owner.children())
+        # Containers that hold and never call.
+        inert = type(owner).forward in (
+            torch.nn.Module.forward, torch.nn.ModuleList.forward, torch.nn.ModuleDict.forward,
+        )  # fmt: skip
+        if len(children) < 2 or inert or not any(id(child) in parts.layers for child in children):
+            continue
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                graphs.append(_OwnCode().trace(shadow))
-        except Exception:  # whatever code that knows no proxies may raise
-            return None
-        sources.append(graphs[-1].python_code("self").src)
-    return graphs[0] if sources[0] == sources[1] else None
+            variants = variants_of(owner)
+        except Untraceable as error:
+            failures[id(owner)] = str(error)
+            continue
+        fusion = _plan(owner, variants, parts)
+        if fusion is not None:
+            fusions.append(fusion)
+    return fusions, failures
 
 
-class _Search(NamedTuple):
-    """Where groups are looked for: the graph in order, the layers that may take part, the module."""
+def _plan(owner: torch.nn.Module, variants: list[Variant], parts: Parts) -> Fusion | None:
+    found: dict[tuple[str, ...], Group] = {}
+    changed = []
+    for variant in variants:
+        groups = _Search(variant.graph, owner, parts).groups()
+        for group in groups:
+            _rewrite(variant.graph, group)
+            found.setdefault(tuple(group.names), group)
+        if groups:
+            variant.graph.lint()
+            changed.append(variant)
+    if not changed:
+        return None
+    return Fusion(owner, list(found.values()), *source_of(owner, changed))
 
-    nodes: list[fx.Node]
-    layers: dict[fx.Node, torch.nn.Module]
-    owner: torch.nn.Module
+
+class _Search:
+    """Looks for groups in a graph of ``owner``'s forward."""
+
+    def __init__(self, graph: fx.Graph, owner: torch.nn.Module, parts: Parts) -> None:
+        _join_silu(graph, owner)
+        self.nodes = list(graph.nodes)
+        self.owner = owner
+        self.activations = parts.activations
+        calls = {n: owner.get_submodule(str(n.target)) for n in self.nodes if n.op == "call_module"}
+        times = Counter(id(layer) for layer in calls.values())
+        self.modules = calls
+        self.taken: set[fx.Node] = set()  # by groups that were found
+        self.layers = {
+            node: (layer, *parts.layers[id(layer)])
+            for node, layer in calls.items()
+            if id(layer) in parts.layers and times[id(layer)] == 1 and _one_argument(node)
+        }
 
     def groups(self) -> list[Group]:
         groups: list[Group] = []
-        taken: set[fx.Node] = set()
-        for node in self.nodes:
-            layer = self.layers.get(node)
-            if node in taken or not isinstance(layer, (*_CONVOLUTIONS, *_NORMS)):
-                continue
-            if _one_argument(node):
-                group = self.group(node, layer)
+        for node in self.layers:
+            if node not in self.taken:
+                group = self.group(node)
                 if len(group.nodes) > 1:
                     groups.append(group)
-                    taken.update(group.nodes)
+                    self.taken.update(group.nodes)
         return groups
 
-    def group(self, node: fx.Node, layer: torch.nn.Module) -> Group:
+    def group(self, node: fx.Node) -> Group:
         """The longest group that begins with ``node``."""
-        nodes, members, names, residual, act = [node], [layer], [str(node.target)], None, IDENTITY
+        layer, kind, own_act = self.layers[node]
+        nodes, members, names = [node], [layer], [str(node.target)]
+        residual, act = None, None
         following = self.next_of(nodes)
-        norm = None if following is None else self.layers.get(following)
-        if (
-            following is not None
-            and isinstance(layer, torch.nn.Conv2d)
-            and isinstance(norm, torch.nn.BatchNorm2d)
-            and _one_argument(following)
-        ):
-            nodes.append(following)
-            members.append(norm)
-            names.append(str(following.target))
-            following = self.next_of(nodes)
-        if following is not None and not isinstance(members[-1], torch.nn.ConvTranspose2d):
+        if following is not None and issubclass(kind, nn.Conv2d) and following in self.layers:
+            norm, norm_kind, norm_act = self.layers[following]
+            if issubclass(norm_kind, nn.BatchNormAct2d):
+                nodes.append(following)
+                members.append(norm)
+                names.append(str(following.target))
+                own_act = norm_act
+                following = self.next_of(nodes)
+        if own_act is not None:
+            return Group(members, [*names, own_act], nodes, None, None)
+        if following is not None and not issubclass(kind, nn.ConvTranspose2d):
             residual = _added(following, nodes[-1])
             if residual is not None:
                 nodes.append(following)
                 names.append("add")
                 following = self.next_of(nodes)
         if following is not None:
-            found = _activation(following, nodes[-1], self.layers)
-            if found is not None:
-                act = found
+            act = self.activation(following, nodes[-1])
+            if act is not None:
                 nodes.append(following)
-                named = following.op == "call_module"
-                names.append(str(following.target) if named else act.name)
-        return Group(members, names, act, nodes, residual)
+                names.append(act if isinstance(act, str) else str(following.target))
+        return Group(members, names, nodes, residual, act)
+
+    def activation(self, node: fx.Node, of: fx.Node) -> str | fx.Node | None:
+        """What ``node`` applies to ``of``: the name of an activation, or the node itself, of a module."""
+        if not node.args or node.args[0] is not of:
+            return None
+        if node.op == "call_module":
+            known = id(self.modules[node]) in self.activations
+            return node if known and _one_argument(node) else None
+        if node.op not in ("call_function", "call_method"):
+            return None
+        plain = len(node.args) == 1 and set(node.kwargs) <= {"inplace"}
+        return _ACTIVATIONS.get(node.target) if plain else None
 
     def next_of(self, nodes: list[fx.Node]) -> fx.Node | None:
         """The only reader of the last node, if the first one might as well be run where that stands.
@@ -223,9 +199,43 @@ class _Search(NamedTuple):
         if len(nodes[-1].users) != 1:
             return None
         following = next(iter(nodes[-1].users))
+        if following in self.taken:
+            return None
         between = self.nodes[self.nodes.index(nodes[0]) + 1 : self.nodes.index(following)]
         writes = any(_writes(node, self.owner) for node in between if node not in nodes)
         return None if writes else following
+
+
+def _join_silu(graph: fx.Graph, owner: torch.nn.Module) -> None:
+    """``x * sigmoid(x)`` as ``silu(x)``, in values the same but for rounding."""
+    for node in list(graph.nodes):
+        gate = next((n for n in node.all_input_nodes if _is_sigmoid(n, owner)), None)
+        if gate is None or node.target not in _PRODUCTS or len(gate.users) != 1:
+            continue
+        x = gate.args[0]
+        if node.kwargs or set(node.args) != {x, gate}:
+            continue
+        between = list(graph.nodes)
+        between = between[between.index(x) + 1 : between.index(node)]
+        if any(_writes(n, owner) for n in between) or (
+            _writes(node, owner) and x is not node.args[0]
+        ):
+            continue
+        with graph.inserting_before(node):
+            made = graph.call_function(
+                F.silu, (x,), {"inplace": True} if _writes(node, owner) else {}
+            )
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+        graph.erase_node(gate)
+
+
+def _is_sigmoid(node: fx.Node, owner: torch.nn.Module) -> bool:
+    if not _one_argument(node):
+        return False
+    if node.op == "call_module":
+        return type(owner.get_submodule(str(node.target))) is torch.nn.Sigmoid
+    return node.op in ("call_function", "call_method") and node.target in _SIGMOIDS
 
 
 def _one_argument(node: fx.Node) -> bool:
@@ -247,24 +257,6 @@ def _added(node: fx.Node, term: fx.Node) -> fx.Node | None:
     return None if writes and (len(other.users) > 1 or other.op == "placeholder") else other
 
 
-def _activation(
-    node: fx.Node, of: fx.Node, layers: dict[fx.Node, torch.nn.Module]
-) -> Activation | None:
-    if not node.args or node.args[0] is not of:
-        return None
-    if node.op == "call_module":
-        layer = layers.get(node)
-        if layer is None or len(node.args) > 1 or node.kwargs:
-            return None
-        try:
-            return resolve_activation("optimize", layer)
-        except (TypeError, ValueError):
-            return None
-    name = _ACTIVATIONS.get(node.target) if node.op in ("call_function", "call_method") else None
-    plain = len(node.args) == 1 and set(node.kwargs) <= {"inplace"}
-    return ACTIVATIONS[name] if name is not None and plain else None
-
-
 def _writes(node: fx.Node, owner: torch.nn.Module) -> bool:
     """Whether the node writes one of its inputs; of a module that says so by ``inplace``."""
     if node.op == "call_module":
@@ -274,7 +266,7 @@ def _writes(node: fx.Node, owner: torch.nn.Module) -> bool:
     named = getattr(node.target, "__name__", "")
     return bool(
         node.kwargs.get("inplace") or node.kwargs.get("out") or named.endswith("_")
-        or node.target in _WRITING.values()
+        or node.target in WRITING.values()
     )  # fmt: skip
 
 
@@ -282,51 +274,79 @@ def _rewrite(graph: fx.Graph, group: Group) -> None:
     first, last = group.nodes[0], group.nodes[-1]
     with graph.inserting_before(last), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if len(group.layers) == 2:
-            modules = [graph.get_attr(str(node.target)) for node in group.nodes[:2]]
-            made = graph.call_function(conv_bn_act, (*modules, first.args[0], group.residual))
-        else:
-            args = (first.args[0],) if group.residual is None else (first.args[0], group.residual)
-            made = graph.call_module(str(first.target), args)
+        modules = [graph.get_attr(str(node.target)) for node in group.nodes[: len(group.layers)]]
+        act = group.act
+        if isinstance(act, fx.Node):
+            act = graph.get_attr(str(act.target))
+        arguments = first.args[0], group.residual, act, *modules
+        made = graph.call_function(run_as_one, arguments)
     last.replace_all_uses_with(made)
     for node in reversed(group.nodes):
         graph.erase_node(node)
 
 
-# ---- the class of a module whose forward is made anew ----
+def run_as_one(
+    x: Tensor, residual: Tensor | None, act: str | torch.nn.Module | None, *layers: torch.nn.Module
+) -> Tensor:
+    """``act(norm(conv(x)) + residual)``, where the layers are a convolution, a norm, or both in this order."""
+    activation = IDENTITY if act is None else _resolved(act)
+    first, last = layers[0], layers[-1]
+    if activation is None or any(is_watched(layer) for layer in layers):
+        pass
+    elif residual is not None and not _fits(residual, x, first):
+        x, layers = run_as_one(x, None, None, *layers), ()
+    elif len(layers) == 2:
+        if isinstance(first, nn.Conv2d) and isinstance(last, nn.BatchNormAct2d):
+            return nn.conv_bn_act(first, last, x, residual, act=None if act is None else activation)
+    elif isinstance(first, (nn.Conv2d, *NORMS)):
+        return first(x, residual, act=None if act is None else activation)
+    elif isinstance(first, nn.ConvTranspose2d):
+        return first(x, act=activation)
+    # Something else was put in the place of one of them, or is to be called behind it.
+    for layer in layers:
+        x = layer(x)
+    if residual is not None:
+        x = x + residual
+    if isinstance(act, torch.nn.Module):
+        return act(x)
+    return x if act is None else activate(x, ACTIVATIONS[act])
 
 
-def original_class(owner: torch.nn.Module) -> type[torch.nn.Module]:
-    return getattr(type(owner), "_advdl_original", type(owner))
+def _resolved(act: str | torch.nn.Module) -> Activation | None:
+    """``None`` for a module that must be called itself."""
+    if isinstance(act, str):
+        return ACTIVATIONS[act]
+    try:
+        return None if is_watched(act) else resolve_activation("optimize", act)
+    except TypeError:
+        return None
 
 
-_classes: dict[tuple[type, str], type[torch.nn.Module]] = {}
+def is_watched(layer: torch.nn.Module) -> bool:
+    """Whether it has hooks."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
 
 
-def fused_class(
-    original: type[torch.nn.Module], source: str, names: dict[str, Any]
-) -> type[torch.nn.Module]:
-    """``original`` with the forward of this source; the same for all modules of the same source."""
-    found = _classes.get((original, source))
-    if found is not None:
-        return found
-    file = f"<advdl_ops.optimize {len(_classes)}: {original.__qualname__}>"
-    scope = dict(names)
-    exec(compile(source, file, "exec"), scope)
-    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-
-    def reduce(self: torch.nn.Module, protocol: Any) -> Any:
-        return _rebuilt, (original, source, names), self.__getstate__()
-
-    attributes = {
-        "forward": scope["forward"], "__reduce_ex__": reduce, "__module__": original.__module__,
-        "__qualname__": original.__qualname__, "__doc__": original.__doc__, "_advdl_original": original,
-    }  # fmt: skip
-    made = type(original.__name__, (original,), attributes)
-    _classes[original, source] = made
-    return made
+def _fits(residual: Any, x: Tensor, first: torch.nn.Module) -> bool:
+    """Whether a sum with what the layers make of ``x`` neither broadcasts nor changes the dtype."""
+    if not isinstance(residual, Tensor) or residual.dtype != result_dtype(x):
+        return False
+    if not isinstance(first, nn.Conv2d):
+        return residual.shape == x.shape
+    if x.dim() != 4:
+        return False
+    options: Any = first.stride, _paddings(first), first.dilation
+    return residual.shape == conv2d_shape(x, first.weight, *options)
 
 
-def _rebuilt(original: type[torch.nn.Module], source: str, names: dict[str, Any]) -> Any:
-    made = fused_class(original, source, names)
-    return made.__new__(made)
+def _paddings(conv: nn.Conv2d) -> Any:
+    if not isinstance(conv.padding, str):
+        return conv.padding
+    if conv.padding == "valid":
+        return 0, 0
+    return tuple(d * (k - 1) / 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))

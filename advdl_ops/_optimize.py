@@ -7,15 +7,16 @@ finds with every submodule left whole, its class becomes one of a ``forward`` th
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
 
-from . import nn
-from ._fuse import Fusion, fused_class, original_class, plan_fusions
-from .activation import IDENTITY
-from .nn.batch_norm_act import BatchNormAct2d
+from ._counterparts import Counterpart, Left, counterpart_of, own_activation
+from ._fuse import CONVOLUTIONS, NORMS, Fusion, Parts, is_watched, plan_fusions
+from ._trace import fused_class
+from .activation import IDENTITY, qualified_name, resolve_activation
 
 __all__ = ["optimize", "restore"]
 
@@ -26,35 +27,18 @@ class Record(NamedTuple):
     """What :func:`optimize` did to one module, kept on it.
 
     Attributes:
-        original: its class before.
+        original: its class before, where that was changed.
         added: attributes that it has got.
         fused: names of the layers of each group that its forward runs as one op, where that was made anew.
         part: whether its parent runs it in such a group.
+        why: a layer takes part in no group, or no forward was made for it.
     """
 
-    original: type
+    original: type | None = None
     added: tuple[str, ...] = ()
     fused: tuple[tuple[str, ...], ...] = ()
     part: bool = False
-
-
-class Counterpart(NamedTuple):
-    """The class of this package for a layer of torch, and the attributes that it has beyond."""
-
-    layer: type[torch.nn.Module]
-    attributes: dict[str, Any]
-
-
-_ACT = {"act": IDENTITY}
-COUNTERPARTS: dict[type[torch.nn.Module], Counterpart] = {
-    torch.nn.Conv2d: Counterpart(nn.Conv2d, _ACT),
-    torch.nn.ConvTranspose2d: Counterpart(nn.ConvTranspose2d, _ACT),
-    torch.nn.BatchNorm2d: Counterpart(BatchNormAct2d, {**_ACT, "folded": None}),
-    torch.nn.GroupNorm: Counterpart(nn.GroupNorm, _ACT),
-    torch.nn.InstanceNorm1d: Counterpart(nn.InstanceNorm1d, _ACT),
-    torch.nn.InstanceNorm2d: Counterpart(nn.InstanceNorm2d, _ACT),
-    torch.nn.InstanceNorm3d: Counterpart(nn.InstanceNorm3d, _ACT),
-}
+    why: str = ""
 
 
 def optimize(
@@ -73,58 +57,60 @@ def optimize(
         The optimized model: ``model`` itself with ``inplace``.
 
     Raises:
-        TypeError: ``model`` is no module, or one that ``torch.jit`` or ``torch.compile`` made.
-        ValueError: a parameter has no data yet (on the meta device), or a layer is quantized.
+        TypeError: ``model`` is no module, one that ``torch.jit`` made, or one that ``torch.compile`` made, without
+            ``inplace``.
+        ValueError: a parameter has no data yet (on the meta device), a layer is quantized, ``model`` was optimized
+            before, or without ``inplace`` it is wrapped by ``DistributedDataParallel`` or ``fully_shard``.
 
-    Nothing is changed where an error is raised. :func:`restore` brings torch's layers back. Call it before
-    ``torch.compile``, ``DistributedDataParallel`` or ``fully_shard`` wrap the model.
+    Nothing is changed where an error is raised. :func:`restore` brings the layers of before back.
     """
-    _check(model)
-    if any(_RECORD in layer.__dict__ for layer in model.modules()):
-        raise ValueError(f"optimize: model ({type(model).__name__}) must not be optimized already")
-    replaced = [layer for layer in model.modules() if why_left(layer) is None]
-    fusions = plan_fusions(model, _fusible(model, replaced)) if fuse else []
-    made = {id(layer): layer for layer in model.modules()}
-    if not inplace:
-        made = _twins(model)
-    for layer in replaced:
-        _convert(made[id(layer)])
+    _check(model, inplace)
+    counterparts = {}
+    for layer in model.modules():
+        try:
+            found = counterpart_of(layer)
+        except Left:
+            continue
+        if found is not None:
+            counterparts[id(layer)] = found
+    why_single = _why_single(model, counterparts)
+    fusions: list[Fusion] = []
+    failures: dict[int, str] = {}
+    if fuse:
+        fusions, failures = plan_fusions(model, _parts(model, counterparts, why_single))
+    made = {id(layer): layer for layer in model.modules()} if inplace else _twins(model)
+    for key, counterpart in counterparts.items():
+        _convert(made[key], counterpart, why_single.get(key, ""))
+    for key, why in failures.items():
+        made[key].__dict__[_RECORD] = Record(why=why)
     for fusion in fusions:
         _fuse(fusion, made)
     return made[id(model)]
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """``model``, which :func:`optimize` returned, with the classes that its modules had before, in place."""
+    """``model``, which :func:`optimize` returned, with the classes that its modules had before, in place.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"restore: model ({type(model).__name__}) must be a torch.nn.Module")
     for layer in model.modules():
         record = layer.__dict__.pop(_RECORD, None)
-        if record is not None:
-            layer.__class__ = record.original
-            for name in record.added:
-                layer.__dict__.pop(name, None)
+        if record is None or record.original is None:
+            continue
+        layer.__class__ = record.original
+        for name in record.added:
+            layer.__dict__.pop(name, None)
+        if isinstance(layer, torch.nn.LSTM):
+            layer._init_flat_weights()  # which this package's layer does not keep
     return model
 
 
 def record_of(layer: torch.nn.Module) -> Record | None:
     """What :func:`optimize` did to this module."""
     return layer.__dict__.get(_RECORD)
-
-
-def why_left(layer: torch.nn.Module) -> str | None:
-    """Why a layer of a known kind is not converted, or ``None``: it is. ``"unknown"`` of any other module."""
-    kind = type(layer)
-    if kind not in COUNTERPARTS:
-        known = next((k for k in COUNTERPARTS if isinstance(layer, k)), None)
-        if known is None or isinstance(layer, COUNTERPARTS[known].layer):
-            return "unknown"
-        if torch.nn.utils.parametrize.is_parametrized(layer):
-            return "its weight is parametrized"
-        return f"a class of its own ({kind.__module__}.{kind.__qualname__})"
-    if {"forward", "_conv_forward"} & layer.__dict__.keys():
-        return "its forward was replaced"
-    if "weight" not in layer._parameters:
-        return "its weight is no parameter: pruned, or normalized by a hook"
-    return None
 
 
 def summary(model: torch.nn.Module) -> dict[str, Any]:
@@ -136,24 +122,51 @@ def summary(model: torch.nn.Module) -> dict[str, Any]:
         record = record_of(layer)
         if record is None:
             why = why_left(layer)
-            if why != "unknown":
-                left[name] = why or "optimize was not called"
+            if why is not None:
+                left[name] = why
         elif record.fused:
             prefix = f"{name}." if name else ""
             fused += [prefix + " + ".join(names) for names in record.fused]
-        elif not record.part:
+        elif record.original is not None and not record.part:
             replaced.append(name)
     return {"fused": fused, "replaced": replaced, "left": left}
 
 
-def _check(model: Any) -> None:
+def notes(model: torch.nn.Module) -> dict[str, list[str]]:
+    """By the name of a module what :func:`optimize` did to it, or why it did not, for those who read it."""
+    found = {}
+    for name, layer in model.named_modules():
+        record = record_of(layer)
+        if record is None:
+            why = why_left(layer)
+            found[name] = [] if why is None else [f"left as it was: {why}"]
+            continue
+        found[name] = [f"one op: {' + '.join(names)}" for names in record.fused]
+        if record.original is not None and record.added:
+            found[name].append(f"was {qualified_name(record.original)}")
+        if record.why:
+            found[name].append(f"not fused: {record.why}")
+    return found
+
+
+def why_left(layer: torch.nn.Module) -> str | None:
+    """Why a layer of a known kind is as it was; ``None`` of any other module."""
+    try:
+        return None if counterpart_of(layer) is None else "optimize was not called"
+    except Left as reason:
+        return str(reason)
+
+
+def _check(model: Any, inplace: bool) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"optimize: model ({type(model).__name__}) must be a torch.nn.Module")
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TypeError("optimize: model (torch.compile's) must be optimized before it is compiled")
     for name, layer in model.named_modules():
         if isinstance(layer, torch.jit.ScriptModule):
             raise TypeError(f"optimize: model ({name or 'itself'}) must not be scripted or traced")
+        if _RECORD in layer.__dict__:
+            raise ValueError(f"optimize: model ({name or 'itself'}) must not be optimized already")
+        if not inplace:
+            _check_wrapper(name, layer)
         if ".quantized" in type(layer).__module__:
             raise ValueError(f"optimize: model ({name or 'itself'}) must not be quantized")
         for key, t in (*layer._parameters.items(), *layer._buffers.items()):
@@ -164,18 +177,54 @@ def _check(model: Any) -> None:
                 )
 
 
-def _fusible(model: torch.nn.Module, replaced: list[torch.nn.Module]) -> set[int]:
-    """Of the converted layers those that nothing watches and that stand in one place only, and all activations so."""
+def _check_wrapper(name: str, layer: torch.nn.Module) -> None:
+    """Raises for what holds on to the modules that it was made for: a new tree of modules would not be its."""
+    place = f"optimize: model ({name or 'itself'})"
+    if isinstance(layer, torch._dynamo.OptimizedModule) or layer._compiled_call_impl is not None:
+        raise TypeError(f"{place} must be optimized before it is compiled, or with inplace=True")
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by whoever uses it
+    wrappers = (
+        torch.nn.parallel.DistributedDataParallel,
+        *(getattr(fsdp, kind) for kind in ("FSDPModule", "FullyShardedDataParallel") if fsdp),
+    )
+    if isinstance(layer, wrappers):
+        raise ValueError(
+            f"{place} must be optimized before {type(layer).__name__} wraps it, or with inplace=True"
+        )
+
+
+def _why_single(model: torch.nn.Module, counterparts: dict[int, Counterpart]) -> dict[int, str]:
+    """By id of a converted layer why no forward may run it together with others."""
     places = Counter(id(layer) for _, layer in model.named_modules(remove_duplicate=False))
-    counted = {id(layer) for layer in replaced}
-    return {
-        id(layer)
-        for layer in model.modules()
-        if places[id(layer)] == 1 or id(layer) not in counted
-        if not (layer._forward_hooks or layer._forward_pre_hooks)
-        if not (layer._backward_hooks or layer._backward_pre_hooks)
-        if id(layer) in counted or type(layer).__module__ == "torch.nn.modules.activation"
-    }
+    reasons = {}
+    for layer in model.modules():
+        if id(layer) in counterparts:
+            if is_watched(layer):
+                reasons[id(layer)] = "it has hooks"
+            elif places[id(layer)] > 1:
+                reasons[id(layer)] = "it stands in two places"
+    return reasons
+
+
+def _parts(
+    model: torch.nn.Module,
+    counterparts: dict[int, Counterpart],
+    why_single: dict[int, str],
+) -> Parts:
+    layers: dict[int, tuple[type[torch.nn.Module], str | None]] = {}
+    for key, found in counterparts.items():
+        if key not in why_single and issubclass(found.layer, (*CONVOLUTIONS, *NORMS)):
+            act = own_activation(found)
+            layers[key] = found.layer, None if act == IDENTITY else act.name
+    activations = set()
+    for layer in model.modules():
+        if not is_watched(layer) and not isinstance(layer, torch.nn.Identity):
+            try:
+                resolve_activation("optimize", layer)
+            except TypeError:
+                continue
+            activations.add(id(layer))
+    return Parts(layers, activations)
 
 
 def _twins(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
@@ -196,9 +245,8 @@ def _twins(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
     return twins
 
 
-def _convert(layer: torch.nn.Module) -> None:
-    counterpart = COUNTERPARTS[type(layer)]
-    layer.__dict__[_RECORD] = Record(type(layer), tuple(counterpart.attributes))
+def _convert(layer: torch.nn.Module, counterpart: Counterpart, why: str) -> None:
+    layer.__dict__[_RECORD] = Record(type(layer), tuple(counterpart.attributes), why=why)
     layer.__dict__.update(counterpart.attributes)
     layer.__class__ = counterpart.layer
 
@@ -207,11 +255,8 @@ def _fuse(fusion: Fusion, made: dict[int, torch.nn.Module]) -> None:
     owner = made[id(fusion.owner)]
     names = tuple(tuple(group.names) for group in fusion.groups)
     owner.__dict__[_RECORD] = Record(type(owner), fused=names)
-    owner.__class__ = fused_class(original_class(owner), fusion.source, fusion.names)
+    owner.__class__ = fused_class(type(owner), fusion.source, fusion.names)
     for group in fusion.groups:
         for layer in group.layers:
-            twin = made[id(layer)]
-            record = twin.__dict__[_RECORD]
-            twin.__dict__[_RECORD] = record._replace(part=True)
-        # The last layer carries the activation.
-        made[id(group.layers[-1])].__dict__["act"] = group.act
+            twin = made[id(layer)].__dict__
+            twin[_RECORD] = twin[_RECORD]._replace(part=True)

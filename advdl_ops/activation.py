@@ -54,6 +54,24 @@ _MODULES: dict[type, str] = {
     torch.nn.Tanh: "tanh",
     torch.nn.Hardswish: "hardswish",
 }
+# timm's own classes, which take `inplace` where torch's do not; by name, as it is not imported.
+_TIMM = {
+    f"timm.layers.activations{kind}": name
+    for kind, name in {
+        ".Swish": "silu",
+        ".Sigmoid": "sigmoid",
+        ".Tanh": "tanh",
+        ".HardSwish": "hardswish",
+        ".GELU": "gelu",
+        ".GELUTanh": "gelu_tanh",
+        "_me.SwishMe": "silu",
+        "_me.HardSwishMe": "hardswish",
+    }.items()
+}
+
+
+def qualified_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def resolve_activation(function: str, act: str | Activation | torch.nn.Module | None) -> Activation:
@@ -82,8 +100,9 @@ def resolve_activation(function: str, act: str | Activation | torch.nn.Module | 
     if isinstance(act, Activation):
         return act
     kind = type(act)
-    if kind in _MODULES:
-        return ACTIVATIONS[_MODULES[kind]]
+    name = _MODULES.get(kind) or _TIMM.get(qualified_name(kind))
+    if name is not None:
+        return ACTIVATIONS[name]
     if kind is torch.nn.Identity:
         return IDENTITY
     if kind is torch.nn.LeakyReLU:

@@ -122,7 +122,7 @@ class Norm(NamedTuple):
         mean, var, weight, bias, _, _, residual, _ = self
         return (
             unwatched(mean, var, weight, bias, residual)
-            and (residual is None or residual.dtype == _result_dtype(x))
+            and (residual is None or residual.dtype == result_dtype(x))
             # What the kernel refuses to write, or writes from a copy, is left to it.
             and all(t is None or (t.is_contiguous() and not t.requires_grad) for t in (mean, var))
         )
@@ -144,7 +144,7 @@ def may_give_statistics(x: Tensor, weight: Tensor, bias: Tensor | None, groups: 
         and weight.dim() == 4
         and unwatched(x, weight, bias)
         and not _is_depthwise(x, weight, groups)
-        and _result_dtype(x) in _conv2d_cuda.TRITON_DTYPES
+        and result_dtype(x) in _conv2d_cuda.TRITON_DTYPES
         and serves_native(_NAME, x)
         and _conv2d_cuda.has_triton()
     )
@@ -187,7 +187,7 @@ def folds(
     """
     if not _evaluates(x, weight, residual, *parameters):
         return False
-    dtype = _result_dtype(x)
+    dtype = result_dtype(x)
     if x.is_cpu and dtype != torch.float32 and not _is_depthwise(x, weight, groups):
         # Its scale would be a pass behind the convolution, which the norm is as well.
         return False
@@ -198,7 +198,7 @@ def _evaluates(x: Tensor, *others: Tensor | None) -> bool:
     return not needs_grad(x, *others) and get_backend() == "fused" and not transformed()
 
 
-def _result_dtype(x: Tensor) -> torch.dtype:
+def result_dtype(x: Tensor) -> torch.dtype:
     """Of a convolution of ``x``: autocast leaves fp64."""
     dtype = autocast_dtype(x)
     return x.dtype if dtype is None or x.dtype == torch.float64 else dtype

@@ -223,7 +223,7 @@ def lstm(
         dtype = _autocast_dtype(x)
         if dtype is not None:
             x, hx, params = _cast(x, dtype), _cast_pair(hx, dtype), _cast_all(params, dtype)
-        sequences = _Sequences(_as_tensor(lengths), batch_sizes)
+        sequences = _Sequences(as_lengths(_SEQUENCE, lengths), batch_sizes)
         # As for one step the operator checks shapes and dtypes of plain tensors, and `_check` names what it refused;
         # but no mask may be drawn for what it will refuse.
         if (
@@ -240,7 +240,9 @@ def lstm(
     except _REFUSALS:
         if not torch.compiler.is_compiling():
             _raise_named(
-                lambda: _check(x, hx, params, _Sequences(_as_tensor(lengths), batch_sizes), kind)
+                lambda: _check(
+                    x, hx, params, _Sequences(as_lengths(_SEQUENCE, lengths), batch_sizes), kind
+                )
             )
         raise
 
@@ -549,16 +551,17 @@ def _grouped(params: Sequence[Tensor], kind: _Kind) -> list[_Weights]:
     return groups
 
 
-def _as_tensor(lengths: Any) -> _Optional:
+def as_lengths(function: str, lengths: Any) -> _Optional:
+    """``lengths`` as a tensor, of a list of integers too."""
     if lengths is None or isinstance(lengths, Tensor):
         return lengths
     if not isinstance(lengths, list | tuple):
         raise TypeError(
-            f"{_SEQUENCE}: lengths ({type(lengths).__name__}) must be a Tensor or a list of integers"
+            f"{function}: lengths ({type(lengths).__name__}) must be a Tensor or a list of integers"
         )
     for i, n in enumerate(lengths):
         if isinstance(n, bool) or not isinstance(n, int | torch.SymInt):
-            raise TypeError(f"{_SEQUENCE}: lengths[{i}] ({n!r}) must be an integer")
+            raise TypeError(f"{function}: lengths[{i}] ({n!r}) must be an integer")
     return torch.tensor(lengths, dtype=torch.int64)
 
 
@@ -717,7 +720,7 @@ def _check(x: Tensor, hx: Any, params: Any, sequences: _Sequences, kind: _Kind) 
         if steps == 0:
             raise RuntimeError(f"{_SEQUENCE}: x (shape {tuple(x.shape)}) must have a step at least")
         if lengths is not None:
-            _check_lengths(lengths, steps, batch)
+            check_lengths(_SEQUENCE, lengths, steps, batch)
     else:
         batch = _check_batch_sizes(batch_sizes, x.shape[0])
     _check_states(_SEQUENCE, hx)
@@ -729,35 +732,36 @@ def _check(x: Tensor, hx: Any, params: Any, sequences: _Sequences, kind: _Kind) 
             _check_shape(_SEQUENCE, f"hx[{i}]", state, (len(cells), rows, units))
 
 
-def _check_integers(name: str, t: Tensor) -> list[int] | None:
+def _check_integers(function: str, name: str, t: Tensor) -> list[int] | None:
     """A vector of int64 on the CPU; returns its values, ``None`` where they are not known, as under compile."""
     if t.dtype != torch.int64:
-        raise RuntimeError(f"{_SEQUENCE}: {name} (dtype {t.dtype}) must be of int64")
+        raise RuntimeError(f"{function}: {name} (dtype {t.dtype}) must be of int64")
     if t.dim() != 1:
-        raise RuntimeError(f"{_SEQUENCE}: {name} (shape {tuple(t.shape)}) must have one dimension")
+        raise RuntimeError(f"{function}: {name} (shape {tuple(t.shape)}) must have one dimension")
     if t.device.type != "cpu":
-        raise RuntimeError(f"{_SEQUENCE}: {name} (device {t.device}) must be on the CPU")
+        raise RuntimeError(f"{function}: {name} (device {t.device}) must be on the CPU")
     return None if torch.compiler.is_compiling() or type(t) is not Tensor else t.tolist()
 
 
-def _check_lengths(lengths: Tensor, steps: int, batch: int) -> None:
-    values = _check_integers("lengths", lengths)
+def check_lengths(function: str, lengths: Tensor, steps: int, batch: int, of: str = "x") -> None:
+    """``of`` is the argument that has the ``batch`` sequences."""
+    values = _check_integers(function, "lengths", lengths)
     if lengths.shape[0] != batch:
         raise RuntimeError(
-            f"{_SEQUENCE}: lengths ({lengths.shape[0]} values) must have one for each of the {batch} sequences of x"
+            f"{function}: lengths ({lengths.shape[0]} values) must have one for each of the {batch} sequences of {of}"
         )
     for i, n in enumerate(values or ()):
         if n < 1:
-            raise RuntimeError(f"{_SEQUENCE}: lengths[{i}] ({n}) must be at least 1")
+            raise RuntimeError(f"{function}: lengths[{i}] ({n}) must be at least 1")
         if n > steps:
             raise RuntimeError(
-                f"{_SEQUENCE}: lengths[{i}] ({n}) must be at most the {steps} steps of x"
+                f"{function}: lengths[{i}] ({n}) must be at most the {steps} steps of {of}"
             )
 
 
 def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> int | None:
     """Returns the number of sequences, ``None`` where it is not known, as under compile."""
-    values = _check_integers("batch_sizes", batch_sizes)
+    values = _check_integers(_SEQUENCE, "batch_sizes", batch_sizes)
     if batch_sizes.shape[0] == 0:
         raise RuntimeError(f"{_SEQUENCE}: batch_sizes (shape (0,)) must have a step at least")
     if values is None:

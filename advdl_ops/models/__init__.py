@@ -2,8 +2,13 @@
 
 from advdl_ops.models._registry import create_model, list_models, register_model
 from advdl_ops.models._weights import load_weights
+from advdl_ops.models.convnet import ConvNet, convnet
 from advdl_ops.models.deeplabv3 import DeepLabV3, deeplabv3_resnet50, deeplabv3_resnet101
 from advdl_ops.models.fcn import FCN, fcn_resnet50
+from advdl_ops.models.fcn_dilated import FCNDilated, fcn_dilated
+from advdl_ops.models.lstm_classifier import LSTMClassifier, lstm_classifier
+from advdl_ops.models.lstm_lm import LSTMLM, lstm_lm
+from advdl_ops.models.lstm_tagger import LSTMTagger, lstm_tagger
 from advdl_ops.models.resnet import (
     BasicBlock,
     Bottleneck,
@@ -22,17 +27,27 @@ from advdl_ops.models.unet_resnet import UNetResNet, unet_resnet18, unet_resnet3
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "ConvNet",
     "DeepLabV3",
     "FCN",
+    "FCNDilated",
+    "LSTMClassifier",
+    "LSTMLM",
+    "LSTMTagger",
     "ResNet",
     "UNet",
     "UNetResNet",
+    "convnet",
     "create_model",
     "deeplabv3_resnet101",
     "deeplabv3_resnet50",
+    "fcn_dilated",
     "fcn_resnet50",
     "list_models",
     "load_weights",
+    "lstm_classifier",
+    "lstm_lm",
+    "lstm_tagger",
     "register_model",
     "resnet101",
     "resnet152",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Collection
-from typing import Any
+import os
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from advdl_ops import nn
 from advdl_ops._schemas import conv2d_format
 from advdl_ops.functional.conv_bn_act import prefers_channels_last
+from advdl_ops.models._weights import load_weights
 
 NormFactory = Callable[[int, str | None], torch.nn.Module]
 
@@ -56,10 +58,21 @@ def conv_norm(
 
 
 class ConvNorm(torch.nn.Sequential):
-    """`conv_norm` of two layers; their keys are `0` and `1`."""
+    """`conv`, and norm with its activation; its keys are `0` and `1`."""
 
-    def __init__(self, conv: torch.nn.Module, norm: torch.nn.Module) -> None:
-        super().__init__(conv, norm)
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        size: int,
+        norm: NormFactory,
+        act: str | None = "relu",
+        stride: int = 1,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__(
+            conv(channels, out_channels, size, stride, dilation=dilation), norm(out_channels, act)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return conv_norm(self[0], self[1], x)
@@ -84,11 +97,26 @@ def from_fast_format(out: Tensor, x: Tensor) -> Tensor:
     return out.contiguous(memory_format=conv2d_format(x))
 
 
+def init_convolutions(model: torch.nn.Module) -> None:
+    """By He et al. 2015 (https://arxiv.org/abs/1502.01852). Norms start at weight 1 and bias 0 by themselves."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 def check_counts(name: str, **counts: Any) -> None:
     """Raises ValueError unless each option is an integer from 1 on."""
     for label, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: {label} ({value!r}) must be a positive integer")
+
+
+def check_entries(name: str, **sequences: Sequence[Any]) -> None:
+    """Raises ValueError unless each option has an entry at least, and all are integers from 1 on."""
+    for label, values in sequences.items():
+        if len(values) == 0:
+            raise ValueError(f"{name}: {label} ({values!r}) must have an entry at least")
+        check_counts(name, **{f"{label}[{index}]": value for index, value in enumerate(values)})
 
 
 def check_image(name: str, x: Tensor, in_channels: int) -> None:
@@ -103,24 +131,65 @@ def check_image(name: str, x: Tensor, in_channels: int) -> None:
         raise RuntimeError(f"{name}: input dtype {x.dtype} must be floating point")
 
 
-def refuse_one_value(name: str, x: Tensor, part: torch.nn.Module, needed: str) -> None:
-    """Raises if batch norm trains in `part`, where `x` leaves it one value per channel; `x` must have `needed`.
-
-    The norm would raise itself, but after the statistics before it have moved.
-    """
-    if any(isinstance(m, torch.nn.BatchNorm2d) and m.training for m in part.modules()):
-        raise ValueError(
-            f"{name}: input shape {list(x.shape)} leaves one value per channel in training; it must have {needed}"
-        )
-
-
-def check_options(
-    name: str, model: type[torch.nn.Module], options: dict[str, Any], fixed: Collection[str] = ()
+def check_values_per_channel(
+    name: str, x: Tensor, stage: torch.nn.Module, largest: int | None
 ) -> None:
-    """Raises TypeError for an option that the constructor of `model` does not have, or that `name` fixes."""
-    known = inspect.signature(model).parameters.keys() - {"name", *fixed}
+    """Raises ValueError for an image that leaves a batch norm of `stage` one value per channel in training.
+
+    The norm would raise itself, but after the statistics of those before it have moved.
+
+    Args:
+        largest: the largest side of `x` that is one pixel there; None where any is.
+    """
+    if x.shape[0] == 1 and (largest is None or max(x.shape[2:]) <= largest):
+        norms = (m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        if any(norm.training for norm in norms):
+            side = "" if largest is None else f" or a side over {largest}"
+            raise ValueError(
+                f"{name}: input shape {list(x.shape)} leaves one value per channel in training; "
+                f"it must have a batch over 1{side}"
+            )
+
+
+_Model = TypeVar("_Model", bound=torch.nn.Module)
+
+
+def build(
+    name: str,
+    model: type[_Model],
+    weights: str | os.PathLike[str] | None,
+    options: dict[str, Any],
+    /,
+    without: Collection[str] = (),
+    **fixed: Any,
+) -> _Model:
+    """`model(**options, **fixed)` with the weights of a file, for `create_model`.
+
+    Args:
+        without: keywords of a base class that `model` gives it itself.
+
+    Raises:
+        TypeError: an option that the constructor does not have, or that is among `fixed` or `without`.
+    """
+    known = _keywords(model) - {"name", *fixed, *without}
     unknown = sorted(options.keys() - known)
     if unknown:
         raise TypeError(
             f"{name}: option {unknown[0]!r} must be one of {', '.join(sorted(known))}, weights"
         )
+    made = model(**options, **fixed)
+    if weights is not None:
+        load_weights(made, weights, caller=name)
+    return made
+
+
+def _keywords(model: type[torch.nn.Module]) -> set[str]:
+    """Of the constructor and, where it hands its `**options` up, of those above it."""
+    known: set[str] = set()
+    for kind in model.__mro__:
+        if "__init__" in vars(kind):
+            parameters = inspect.signature(kind).parameters.values()
+            known.update(p.name for p in parameters if p.kind != p.VAR_KEYWORD)
+            if all(p.kind != p.VAR_KEYWORD for p in parameters):
+                break
+    return known

@@ -10,18 +10,17 @@ from typing import Any, TypeVar
 
 import torch
 
-from advdl_ops.models._layers import check_options
 from advdl_ops.models._weights import load_weights
 
 _Builder = TypeVar("_Builder", bound=Callable[..., torch.nn.Module])
-_Model = TypeVar("_Model", bound=torch.nn.Module)
 _BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {}
 
 
 def register_model(builder: _Builder) -> _Builder:
     """Decorator: makes `builder` known to `create_model` under its own name.
 
-    The builder takes `num_classes`, `in_channels`, `weights` and the model's options as keywords.
+    The builder takes `num_classes`, `weights` and the model's options as keywords; `in_channels`, with a default, where
+    its input are images.
 
     Raises:
         ValueError: another builder has this name.
@@ -33,21 +32,6 @@ def register_model(builder: _Builder) -> _Builder:
         raise ValueError(f"register_model: {name!r} is taken by {known.__module__}")
     _BUILDERS[name] = builder
     return builder
-
-
-def build(
-    model_class: type[_Model],
-    name: str,
-    weights: str | os.PathLike[str] | None,
-    options: dict[str, Any],
-    **fixed: Any,
-) -> _Model:
-    """What a builder returns: the model `name` of the user's `options` and of what `name` stands for, `fixed`."""
-    check_options(name, model_class, options, fixed)
-    model = model_class(name=name, **options, **fixed)
-    if weights is not None:
-        load_weights(model, weights, caller=name)
-    return model
 
 
 def list_models(pattern: str | None = None) -> list[str]:
@@ -67,7 +51,7 @@ def create_model(
     name: str,
     *,
     num_classes: int = 1000,
-    in_channels: int = 3,
+    in_channels: int | None = None,
     weights: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> torch.nn.Module:
@@ -75,8 +59,9 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        num_classes: outputs of the last layer.
-        in_channels: channels of the input, 3 for RGB.
+        num_classes: outputs of the last layer; of a language model its vocabulary.
+        in_channels: channels of images, the model's own default (3, for RGB) if left out. Models of tokens have no
+            such option.
         weights: a local `.pth`, `.pt` or `.safetensors` file; see `load_weights`. Nothing is downloaded.
         options: the model's own keywords, such as `zero_init_residual` of `ResNet`.
 
@@ -94,7 +79,9 @@ def create_model(
         near = _nearest(name.lower()) if isinstance(name, str) else []
         hint = f"did you mean {' or '.join(near)}?" if near else "list_models() has the names"
         raise ValueError(f"create_model: unknown model {name!r}; {hint}")
-    model = builder(num_classes=num_classes, in_channels=in_channels, **options)
+    if in_channels is not None:
+        options["in_channels"] = in_channels
+    model = builder(num_classes=num_classes, **options)
     if weights is not None:
         load_weights(model, weights, caller="create_model")
     return model

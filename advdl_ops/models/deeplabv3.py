@@ -17,8 +17,15 @@ from torch import Tensor
 
 from advdl_ops import nn
 from advdl_ops._schemas import conv2d_format
-from advdl_ops.models._layers import ConvNorm, NormFactory, conv, conv_norm, refuse_one_value
-from advdl_ops.models._registry import build, register_model
+from advdl_ops.models._layers import (
+    ConvNorm,
+    NormFactory,
+    build,
+    check_values_per_channel,
+    conv,
+    conv_norm,
+)
+from advdl_ops.models._registry import register_model
 from advdl_ops.models._segmentation import SegmentationModel
 
 
@@ -53,10 +60,10 @@ class ASPP(torch.nn.Module):
         self, channels: int, rates: Sequence[int], norm: NormFactory, out_channels: int = 256
     ) -> None:
         super().__init__()
-        convolutions = [conv(channels, out_channels, 1)]
-        convolutions += [conv(channels, out_channels, 3, dilation=rate) for rate in rates]
-        branches = [ConvNorm(each, norm(out_channels, "relu")) for each in convolutions]
-        self.convs = torch.nn.ModuleList([*branches, ImagePooling(channels, out_channels, norm)])
+        self.convs = torch.nn.ModuleList([ConvNorm(channels, out_channels, 1, norm)])
+        for rate in rates:
+            self.convs.append(ConvNorm(channels, out_channels, 3, norm, dilation=rate))
+        self.convs.append(ImagePooling(channels, out_channels, norm))
         self.project = torch.nn.Sequential(
             conv(len(self.convs) * out_channels, out_channels, 1),
             norm(out_channels, "relu"),
@@ -92,10 +99,10 @@ class DeepLabV3(SegmentationModel):
     head = DeepLabHead
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        if self.training and x.dim() == 4 and x.shape[0] == 1:
+        if self.training and x.dim() == 4:
             for part in self.classifier.modules():
                 if isinstance(part, ImagePooling):
-                    refuse_one_value(self.name, x, part, "a batch over 1")
+                    check_values_per_channel(self.name, x, part, None)
         return super().forward(x)
 
 
@@ -104,7 +111,8 @@ def deeplabv3_resnet50(
     *, weights: str | os.PathLike[str] | None = None, **options: Any
 ) -> DeepLabV3:
     """DeepLabV3 on ResNet-50; `weights` as in `create_model`, options as in `DeepLabV3`."""
-    return build(DeepLabV3, "deeplabv3_resnet50", weights, options, layers=(3, 4, 6, 3))
+    name = "deeplabv3_resnet50"
+    return build(name, DeepLabV3, weights, options, layers=(3, 4, 6, 3), name=name)
 
 
 @register_model
@@ -112,4 +120,5 @@ def deeplabv3_resnet101(
     *, weights: str | os.PathLike[str] | None = None, **options: Any
 ) -> DeepLabV3:
     """DeepLabV3 on ResNet-101; `weights` as in `create_model`, options as in `DeepLabV3`."""
-    return build(DeepLabV3, "deeplabv3_resnet101", weights, options, layers=(3, 4, 23, 3))
+    name = "deeplabv3_resnet101"
+    return build(name, DeepLabV3, weights, options, layers=(3, 4, 23, 3), name=name)

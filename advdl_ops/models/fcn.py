@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from advdl_ops.models._registry import build, register_model
+from advdl_ops.models._layers import build
+from advdl_ops.models._registry import register_model
 from advdl_ops.models._segmentation import FCNHead, SegmentationModel
 
 
@@ -22,4 +23,5 @@ class FCN(SegmentationModel):
 @register_model
 def fcn_resnet50(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> FCN:
     """FCN on ResNet-50; `weights` as in `create_model`, options as in `FCN`."""
-    return build(FCN, "fcn_resnet50", weights, options, layers=(3, 4, 6, 3))
+    name = "fcn_resnet50"
+    return build(name, FCN, weights, options, layers=(3, 4, 6, 3), name=name)

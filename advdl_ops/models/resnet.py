@@ -24,15 +24,17 @@ from torch import Tensor
 from advdl_ops.models._layers import (
     ConvNorm,
     NormFactory,
+    build,
     check_counts,
     check_image,
+    check_values_per_channel,
     conv,
     conv_norm,
+    init_convolutions,
     norm_factory,
-    refuse_one_value,
     to_fast_format,
 )
-from advdl_ops.models._registry import build, register_model
+from advdl_ops.models._registry import register_model
 
 
 class BasicBlock(torch.nn.Module):
@@ -191,9 +193,7 @@ class ResNet(torch.nn.Module):
                 downsample = None
                 if first and (stride != 1 or channels != out_channels):
                     # Built before its block, although its keys come after: the order of the random numbers.
-                    downsample = ConvNorm(
-                        conv(channels, out_channels, 1, stride), make_norm(out_channels, None)
-                    )
+                    downsample = ConvNorm(channels, out_channels, 1, make_norm, None, stride)
                 blocks.append(
                     block(
                         channels,
@@ -214,10 +214,7 @@ class ResNet(torch.nn.Module):
         self._init_weights(zero_init_residual)
 
     def _init_weights(self, zero_init_residual: bool) -> None:
-        # Norms start at weight 1 and bias 0 by themselves.
-        for module in self.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
         if zero_init_residual:
             for module in self.modules():
                 if isinstance(module, BasicBlock | Bottleneck):
@@ -225,10 +222,9 @@ class ResNet(torch.nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         check_image(self.name, x, self.in_channels)
-        # Each stride of 2 halves a size rounding up, so stage 4 has one pixel from _stride pixels down.
-        if self.training and x.shape[0] == 1 and max(x.shape[2:]) <= self._stride:
-            needed = f"a batch over 1 or a side over {self._stride}"
-            refuse_one_value(self.name, x, self.layer4, needed)
+        # Each stride of 2 halves a size rounding up, so it is one pixel from _stride pixels down.
+        if self.training:
+            check_values_per_channel(self.name, x, self.layer4, self._stride)
 
     def _stem(self, x: Tensor) -> Tensor:
         """The input, which is checked here -> what goes into `maxpool`, in the format for all that follows."""
@@ -271,60 +267,58 @@ class ResNetEncoder(ResNet):
         return features
 
 
+def _resnet(
+    name: str,
+    block: type[BasicBlock | Bottleneck],
+    layers: Sequence[int],
+    weights: str | os.PathLike[str] | None,
+    options: dict[str, Any],
+    **fixed: Any,
+) -> ResNet:
+    return build(name, ResNet, weights, options, block=block, layers=layers, name=name, **fixed)
+
+
 @register_model
 def resnet18(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNet-18; `weights` as in `create_model`, options as in `ResNet`."""
-    return build(ResNet, "resnet18", weights, options, block=BasicBlock, layers=(2, 2, 2, 2))
+    return _resnet("resnet18", BasicBlock, (2, 2, 2, 2), weights, options)
 
 
 @register_model
 def resnet34(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNet-34; `weights` as in `create_model`, options as in `ResNet`."""
-    return build(ResNet, "resnet34", weights, options, block=BasicBlock, layers=(3, 4, 6, 3))
+    return _resnet("resnet34", BasicBlock, (3, 4, 6, 3), weights, options)
 
 
 @register_model
 def resnet50(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNet-50; `weights` as in `create_model`, options as in `ResNet`."""
-    return build(ResNet, "resnet50", weights, options, block=Bottleneck, layers=(3, 4, 6, 3))
+    return _resnet("resnet50", Bottleneck, (3, 4, 6, 3), weights, options)
 
 
 @register_model
 def resnet101(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNet-101; `weights` as in `create_model`, options as in `ResNet`."""
-    return build(ResNet, "resnet101", weights, options, block=Bottleneck, layers=(3, 4, 23, 3))
+    return _resnet("resnet101", Bottleneck, (3, 4, 23, 3), weights, options)
 
 
 @register_model
 def resnet152(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNet-152; `weights` as in `create_model`, options as in `ResNet`."""
-    return build(ResNet, "resnet152", weights, options, block=Bottleneck, layers=(3, 8, 36, 3))
+    return _resnet("resnet152", Bottleneck, (3, 8, 36, 3), weights, options)
 
 
 @register_model
 def wide_resnet50_2(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNet-50 with 3x3 convolutions twice as wide; `weights` as in `create_model`, options as in `ResNet`."""
-    return build(
-        ResNet,
-        "wide_resnet50_2",
-        weights,
-        options,
-        block=Bottleneck,
-        layers=(3, 4, 6, 3),
-        width_per_group=128,
+    return _resnet(
+        "wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, options, width_per_group=128
     )
 
 
 @register_model
 def resnext50_32x4d(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
     """ResNeXt-50 with 32 groups of width 4; `weights` as in `create_model`, options as in `ResNet`."""
-    return build(
-        ResNet,
-        "resnext50_32x4d",
-        weights,
-        options,
-        block=Bottleneck,
-        layers=(3, 4, 6, 3),
-        groups=32,
-        width_per_group=4,
+    return _resnet(
+        "resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, options, groups=32, width_per_group=4
     )

@@ -22,16 +22,17 @@ from advdl_ops import nn
 from advdl_ops.backend import is_traced
 from advdl_ops.models._layers import (
     NormFactory,
+    build,
     check_counts,
     check_image,
+    check_values_per_channel,
     conv,
     conv_norm,
     from_fast_format,
     norm_factory,
-    refuse_one_value,
     to_fast_format,
 )
-from advdl_ops.models._registry import build, register_model
+from advdl_ops.models._registry import register_model
 
 
 class DoubleConv(torch.nn.Module):
@@ -192,9 +193,9 @@ class UNet(torch.nn.Module):
                 f"{self.name}: input shape {list(x.shape)} must have sides of at least {stride}, which depth "
                 f"({self.depth}) halves to 1"
             )
-        if self.training and x.shape[0] == 1 and max(x.shape[2:]) < 2 * stride:
-            needed = f"a batch over 1 or a side of at least {2 * stride}"
-            refuse_one_value(self.name, x, self.get_submodule(f"down{self.depth}"), needed)
+        if self.training:
+            last = self.get_submodule(f"down{self.depth}")
+            check_values_per_channel(self.name, x, last, 2 * stride - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
@@ -222,4 +223,4 @@ def _bottleneck(channels: int, rates: Sequence[int]) -> torch.nn.Module:
 @register_model
 def unet(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNet:
     """U-Net; `weights` as in `create_model`, options as in `UNet`."""
-    return build(UNet, "unet", weights, options)
+    return build("unet", UNet, weights, options)

@@ -19,12 +19,13 @@ from advdl_ops import nn
 from advdl_ops.models._layers import (
     ConvNorm,
     NormFactory,
+    build,
     check_counts,
-    conv,
+    check_entries,
     from_fast_format,
     norm_factory,
 )
-from advdl_ops.models._registry import build, register_model
+from advdl_ops.models._registry import register_model
 from advdl_ops.models.resnet import BasicBlock, Bottleneck, ResNetEncoder
 
 
@@ -40,10 +41,8 @@ class DecoderBlock(torch.nn.Module):
         self, channels: int, skip_channels: int, out_channels: int, norm: NormFactory
     ) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(
-            conv(channels + skip_channels, out_channels, 3), norm(out_channels, "relu")
-        )
-        self.conv2 = ConvNorm(conv(out_channels, out_channels, 3), norm(out_channels, "relu"))
+        self.conv1 = ConvNorm(channels + skip_channels, out_channels, 3, norm)
+        self.conv2 = ConvNorm(out_channels, out_channels, 3, norm)
 
     def forward(self, x: Tensor, skip: Tensor | None, size: Sequence[int]) -> Tensor:
         """`x` [N, channels, h, w], `skip` [N, skip_channels, *size] -> [N, out_channels, *size]."""
@@ -110,8 +109,7 @@ class UNetResNet(torch.nn.Module):
             raise ValueError(
                 f"{name}: decoder_channels ({tuple(decoder_channels)}) must have 5 entries"
             )
-        for index, channels in enumerate(decoder_channels):
-            check_counts(name, **{f"decoder_channels[{index}]": channels})
+        check_entries(name, decoder_channels=decoder_channels)
         self.name = name
         self.encoder = ResNetEncoder(block, layers, in_channels=in_channels, norm=norm, name=name)
         stages = [64, *((64 << stage) * block.expansion for stage in range(4))]
@@ -134,25 +132,29 @@ class UNetResNet(torch.nn.Module):
         return from_fast_format(out, x)
 
 
+def _unet_resnet(
+    name: str,
+    block: type[BasicBlock | Bottleneck],
+    layers: Sequence[int],
+    weights: str | os.PathLike[str] | None,
+    options: dict[str, Any],
+) -> UNetResNet:
+    return build(name, UNetResNet, weights, options, block=block, layers=layers, name=name)
+
+
 @register_model
 def unet_resnet18(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNetResNet:
     """U-Net on ResNet-18; `weights` as in `create_model`, options as in `UNetResNet`."""
-    return build(
-        UNetResNet, "unet_resnet18", weights, options, block=BasicBlock, layers=(2, 2, 2, 2)
-    )
+    return _unet_resnet("unet_resnet18", BasicBlock, (2, 2, 2, 2), weights, options)
 
 
 @register_model
 def unet_resnet34(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNetResNet:
     """U-Net on ResNet-34; `weights` as in `create_model`, options as in `UNetResNet`."""
-    return build(
-        UNetResNet, "unet_resnet34", weights, options, block=BasicBlock, layers=(3, 4, 6, 3)
-    )
+    return _unet_resnet("unet_resnet34", BasicBlock, (3, 4, 6, 3), weights, options)
 
 
 @register_model
 def unet_resnet50(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNetResNet:
     """U-Net on ResNet-50; `weights` as in `create_model`, options as in `UNetResNet`."""
-    return build(
-        UNetResNet, "unet_resnet50", weights, options, block=Bottleneck, layers=(3, 4, 6, 3)
-    )
+    return _unet_resnet("unet_resnet50", Bottleneck, (3, 4, 6, 3), weights, options)

@@ -12,6 +12,8 @@ from ..activation import Activation, act_repr, resolve_activation
 from ..functional.batch_norm_act import batch_norm_act
 from ..reference.batch_norm_act import acc_dtype
 
+_Act = str | Activation | torch.nn.Module | None
+
 
 class BatchNormAct2d(torch.nn.BatchNorm2d):
     """``act(batch_norm(x) + residual)`` over ``[N, C, H, W]``.
@@ -36,7 +38,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        act: str | Activation | torch.nn.Module | None = None,
+        act: _Act = None,
     ) -> None:
         self.act = resolve_activation(type(self).__name__, act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -58,13 +60,20 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "folded": None}
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x``, ``residual`` ``[N, C, H, W]`` -> ``[N, C, H, W]``; errors as :func:`.batch_norm_act`."""
-        return self.forward_by(batch_norm_act, x, residual)
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, act: _Act = None) -> Tensor:
+        """``input``, ``residual`` ``[N, C, H, W]`` -> ``[N, C, H, W]``; errors as :func:`.batch_norm_act`.
 
-    def forward_by(self, norm: Callable[..., Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
+        Args:
+            act: in place of the layer's own.
+        """
+        return self.forward_by(batch_norm_act, input, residual, act)
+
+    def forward_by(
+        self, norm: Callable[..., Tensor], x: Tensor, residual: Tensor | None, act: _Act = None
+    ) -> Tensor:
         """:meth:`forward` with ``norm`` in place of :func:`.batch_norm_act`: ``ConvBNAct`` has one that convolves."""
         self._check_input_dim(x)
+        act = self.act if act is None else act
         # Through the dicts: Module.__getattr__ costs more than the kernel of a small input.
         buffers, parameters = self._buffers, self._parameters
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -73,7 +82,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         training = self.training
         tracks = training and self.track_running_stats
         if tracks and momentum is None and mean is not None and counter is not None:
-            return self._forward_cumulative(x, residual, norm)
+            return self._forward_cumulative(x, residual, act, norm)
         if training and not tracks:
             mean = var = None
         out = norm(
@@ -87,7 +96,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             0.0 if momentum is None else momentum,
             self.eps,
             residual=residual,
-            act=self.act,
+            act=act,
         )
         if tracks and counter is not None:
             # Counted after the op, so that an error leaves the module as it was.
@@ -95,7 +104,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         return out
 
     def _forward_cumulative(
-        self, x: Tensor, residual: Tensor | None, norm: Callable[..., Tensor]
+        self, x: Tensor, residual: Tensor | None, act: _Act, norm: Callable[..., Tensor]
     ) -> Tensor:
         """``momentum=None``: the running statistics are the plain mean over all batches."""
         running_mean, running_var, counter = (
@@ -119,7 +128,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             1.0,
             self.eps,
             residual=residual,
-            act=self.act,
+            act=act,
         )
         counter.add_(1)
         if x.numel() > 0:

@@ -51,19 +51,28 @@ class Conv2d(torch.nn.Conv2d):
             padding_mode, device, dtype,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x`` and ``residual`` (of the output's shape) -> ``[N, C_out, H_out, W_out]``; errors as :func:`.conv2d`."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, act: _Act = None) -> Tensor:
+        """``input``, ``residual`` (of the output's shape) -> ``[N, C_out, H_out, W_out]``; errors as :func:`.conv2d`.
+
+        Args:
+            act: in place of the layer's own.
+        """
         # By torch's hook for subclasses, whose own may know of no residual.
-        further = () if residual is None else (residual,)
-        return self._conv_forward(x, self.weight, self.bias, *further)
+        further = () if residual is None and act is None else (residual, act)
+        return self._conv_forward(input, self.weight, self.bias, *further)
 
     def _conv_forward(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None = None,
+        act: _Act = None,
     ) -> Tensor:
         x, padding = padded_input(self, input)
         return conv2d(
             x, weight, bias, self.stride, padding, self.dilation, self.groups,
-            act=self.act, residual=residual,
+            act=self.act if act is None else act, residual=residual,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -106,7 +106,12 @@ class ConvBNReLU(ConvBNAct):
 
 
 def conv_bn_act(
-    conv: torch.nn.Conv2d, bn: BatchNormAct2d, x: Tensor, residual: Tensor | None = None
+    conv: torch.nn.Conv2d,
+    bn: BatchNormAct2d,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    act: str | Activation | torch.nn.Module | None = None,
 ) -> Tensor:
     """``bn(conv(x), residual)`` for sibling layers; in evaluation without gradients, one convolution.
 
@@ -115,7 +120,9 @@ def conv_bn_act(
             after the other.
         x: ``[N, C_in, H, W]``.
         residual: of the output's shape, or ``None``.
+        act: in place of ``bn``'s own.
     """
+    activation = resolve_activation("conv_bn_act", bn.act if act is None else act)
     if (
         (bn.training or bn.running_mean is None)
         and isinstance(conv, Conv2d)
@@ -123,7 +130,7 @@ def conv_bn_act(
         and may_give_statistics(x, conv.weight, conv.bias, conv.groups)
     ):
         bn.folded = None
-        return bn.forward_by(functools.partial(_convolved_and_normalized, conv), x, residual)
+        return bn.forward_by(functools.partial(_convolved_and_normalized, conv), x, residual, act)
     source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
     if (
         bn.training
@@ -133,18 +140,20 @@ def conv_bn_act(
         or not folds(x, conv.weight, conv.groups, residual, *source)
     ):
         bn.folded = None
-        return bn(conv(x), residual)
+        # A layer of another class put here, which knows no activation, has none to pass over.
+        further = {} if act is None else {"act": activation}
+        return bn(conv(x), residual, **further)
     x, options = _padded(conv, x)
     if not _packs(conv, x, options):
         return functional_conv_bn_act(
             x, conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, bias=conv.bias,
-            **options._asdict(), eps=bn.eps, residual=residual, act=bn.act,
+            **options._asdict(), eps=bn.eps, residual=residual, act=activation,
         )  # fmt: skip
     # Read once: another thread may drop it meanwhile.
     folded = bn.folded
     if folded is None or not folded.serves(x, source, bn.eps, options):
         bn.folded = folded = FoldedConv(x, source, bn.eps, options)
-    return folded(x, residual, bn.act)
+    return folded(x, residual, activation)
 
 
 def _padded(conv: torch.nn.Conv2d, x: Tensor) -> tuple[Tensor, Conv]:

@@ -50,21 +50,23 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
 
     def forward(
         self,
-        x: Tensor,
+        input: Tensor,
         output_size: Sequence[int] | None = None,
         *,
         match: Tensor | Sequence[int] | None = None,
+        act: str | Activation | torch.nn.Module | None = None,
     ) -> Tensor:
-        """``x`` ``[N, C_in, H, W]`` or ``[C_in, H, W]`` -> the same with ``C_out`` channels and ``H_out``, ``W_out``.
+        """``input`` ``[N, C_in, H, W]``, ``[C_in, H, W]`` -> the same with ``C_out`` channels and ``H_out``, ``W_out``.
 
         Args:
             output_size: height and width of the output, or its whole shape, as :class:`torch.nn.ConvTranspose2d`: of
                 the sizes that the layer can give by some output padding less than the stride.
-            match: a tensor of ``x``'s rank whose height and width the output is to have, such as the feature of an
+            match: a tensor of ``input``'s rank whose height and width the output is to have, such as the feature of an
                 encoder that the output is joined with, or that height and width. Any size is reached: by output
                 padding where that can; beyond its range the output is cut, or zeros are added to it (after the
                 activation), at the bottom and on the right. There, because position 0 of a convolution's output and
                 of its transposed one belong together: what an encoder that rounds down leaves out lies at the end.
+            act: in place of the layer's own.
 
         ``output_size`` and ``match`` stand in place of the layer's ``output_padding``; one of them may be given.
 
@@ -75,7 +77,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
 
         And as :func:`.conv_transpose2d`.
         """
-        output_padding, more = self.output_padding, (0, 0)
+        x, output_padding, more = input, self.output_padding, (0, 0)
         if match is not None:
             if output_size is not None:
                 raise ValueError(
@@ -93,7 +95,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             output_padding,
             self.groups,
             self.dilation,
-            act=self.act,
+            act=self.act if act is None else act,
         )
         # A negative number of zeros cuts. Both keep the memory format.
         return out if more == (0, 0) else F.pad(out, (0, more[1], 0, more[0]))

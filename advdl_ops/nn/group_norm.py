@@ -41,18 +41,22 @@ class GroupNorm(torch.nn.GroupNorm):
         if not bias:  # an argument of torch from 2.13 on
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x``, ``residual`` ``[N, C, ...]`` -> ``[N, C, ...]``; errors as :func:`.group_norm`."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, act: _Act = None) -> Tensor:
+        """``input``, ``residual`` ``[N, C, ...]`` -> ``[N, C, ...]``; errors as :func:`.group_norm`.
+
+        Args:
+            act: in place of the layer's own.
+        """
         # Through the dict: Module.__getattr__ costs as much as the kernel of a small input.
         parameters = self._parameters
         return group_norm(
-            x,
+            input,
             self.num_groups,
             # Not in the dict where the weight is parametrized.
             parameters["weight"] if "weight" in parameters else self.weight,  # noqa: SIM401
             parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401
             self.eps,
-            act=self.act,
+            act=self.act if act is None else act,
             residual=residual,
         )
 
@@ -92,13 +96,25 @@ class LayerNorm2d(torch.nn.LayerNorm):
                 f"LayerNorm2d: normalized_shape ({tuple(self.normalized_shape)}) must be the number of channels"
             )
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x``, ``residual`` ``[N, C, ...]`` -> ``[N, C, ...]``; errors as :func:`.layer_norm_2d`."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, act: _Act = None) -> Tensor:
+        """``input``, ``residual`` ``[N, C, ...]`` -> ``[N, C, ...]``; errors as :func:`.layer_norm_2d`.
+
+        Args:
+            act: in place of the layer's own.
+        """
+        x = input
         if x.dim() > 1 and x.shape[1] != self.normalized_shape[0]:
             raise RuntimeError(
                 f"LayerNorm2d: x (shape {tuple(x.shape)}) must have {self.normalized_shape[0]} channels"
             )
-        return layer_norm_2d(x, self.weight, self.bias, self.eps, act=self.act, residual=residual)
+        return layer_norm_2d(
+            x,
+            self.weight,
+            self.bias,
+            self.eps,
+            act=self.act if act is None else act,
+            residual=residual,
+        )
 
     def extra_repr(self) -> str:
         return super().extra_repr() + act_repr(self.act)
@@ -125,8 +141,13 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
         if not bias:  # an argument of torch from 2.13 on
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``x``, ``residual`` ``[N, C, ...]`` or ``[C, ...]`` -> the same; errors as :func:`.instance_norm`."""
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, act: _Act = None) -> Tensor:
+        """``input``, ``residual`` ``[N, C, ...]`` or ``[C, ...]`` -> the same; errors as :func:`.instance_norm`.
+
+        Args:
+            act: in place of the layer's own.
+        """
+        x = input
         self._check_input_dim(x)
         unbatched = x.dim() == self._get_no_batch_dim()
         channels = x.shape[0 if unbatched else 1]
@@ -142,10 +163,10 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
             )
         if unbatched:
             added = None if residual is None else residual.unsqueeze(0)
-            return self._normalize(x.unsqueeze(0), added).squeeze(0)
-        return self._normalize(x, residual)
+            return self._normalize(x.unsqueeze(0), added, act).squeeze(0)
+        return self._normalize(x, residual, act)
 
-    def _normalize(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _normalize(self, x: Tensor, residual: Tensor | None, act: _Act) -> Tensor:
         return instance_norm(
             x,
             self.running_mean,
@@ -155,7 +176,7 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
             self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum,
             self.eps,
-            act=self.act,
+            act=self.act if act is None else act,
             residual=residual,
         )
 

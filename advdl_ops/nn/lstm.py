@@ -45,12 +45,13 @@ class LSTMCell(torch.nn.LSTMCell):
         if self.forget_bias is not None:
             _set_forget_bias(self.bias_ih, self.bias_hh, self.forget_bias)
 
-    def forward(self, x: Tensor, hx: _States | None = None) -> _States:
-        """``x`` ``[N, I]`` and states ``[N, H]``, or ``[I]`` and ``[H]`` -> ``(h, c)``; errors as :func:`.lstm_cell`.
+    def forward(self, input: Tensor, hx: _States | None = None) -> _States:
+        """``input`` ``[N, I]``, states ``[N, H]``, or ``[I]``, ``[H]`` -> ``(h, c)``; errors as :func:`.lstm_cell`.
 
         Raises:
-            ValueError: ``x`` or a state has neither one nor two dimensions.
+            ValueError: ``input`` or a state has neither one nor two dimensions.
         """
+        x = input
         # Through the dict: Module.__getattr__ costs as much as a part of the kernel.
         own = self._parameters
         weights: tuple[Any, ...]
@@ -187,23 +188,24 @@ class LSTM(torch.nn.RNNBase):
         """Does nothing: no kernel needs the weights in one piece of memory."""
 
     def forward(
-        self, x: Any, hx: _States | None = None, *, lengths: Tensor | list[int] | None = None
+        self, input: Any, hx: _States | None = None, *, lengths: Tensor | list[int] | None = None
     ) -> tuple[Any, _States]:
         """As :class:`torch.nn.LSTM`, and with ``lengths`` over padded sequences; errors as :func:`.lstm`.
 
         Args:
-            x: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a ``PackedSequence``.
+            input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a ``PackedSequence``.
             hx: ``(h_0, c_0)``, ``[num_layers * D, B, R]`` and ``[num_layers * D, B, H]``, unbatched without ``B``; with
                 a ``PackedSequence`` in the order of its batch.
-            lengths: of each sequence of a padded ``x``, see :func:`.lstm`.
+            lengths: of each sequence of a padded ``input``, see :func:`.lstm`.
 
         Returns:
-            ``y, (h_n, c_n)``; ``y`` ``[T, B, D * R]`` in the form of ``x``.
+            ``y, (h_n, c_n)``; ``y`` ``[T, B, D * R]`` in the form of ``input``.
 
         Raises:
-            ValueError: ``x`` has neither two nor three dimensions, is of another dtype than the weights outside of
+            ValueError: ``input`` has neither two nor three dimensions, is of another dtype than the weights outside of
                 autocast; ``lengths`` beside a ``PackedSequence``.
         """
+        x = input
         if isinstance(x, PackedSequence):
             return self._forward_packed(x, hx, lengths)
         batched = not isinstance(x, Tensor) or x.dim() == 3

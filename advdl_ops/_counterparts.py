@@ -1,0 +1,117 @@
+"""The layers of torch, torchvision and timm that this package has a class for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from . import nn
+from .activation import IDENTITY, Activation, qualified_name, resolve_activation
+
+
+class Left(Exception):
+    """Why a layer of a known kind stays as it is, as ``explain`` tells it."""
+
+
+class Counterpart(NamedTuple):
+    """What a layer becomes.
+
+    Attributes:
+        layer: its class.
+        attributes: those that it has beyond the ones that it brings.
+    """
+
+    layer: type[torch.nn.Module]
+    attributes: dict[str, Any]
+
+
+def counterpart_of(layer: torch.nn.Module) -> Counterpart | None:
+    """What ``layer`` becomes; ``None`` for what is of no known kind.
+
+    Raises:
+        Left: it is of one, but does, or may do, something else.
+    """
+    kind = type(layer)
+    make = _TORCH.get(kind) or _OTHERS.get(qualified_name(kind))
+    if make is None:
+        if not isinstance(layer, tuple(_TORCH)) or isinstance(layer, _OURS):
+            return None
+        if torch.nn.utils.parametrize.is_parametrized(layer):
+            raise Left("its weight is parametrized")
+        raise Left(f"a class of its own ({qualified_name(kind)})")
+    if {"forward", "_conv_forward"} & layer.__dict__.keys():
+        raise Left("its forward was replaced")
+    for name in getattr(layer, "_flat_weights_names", _WEIGHTS.get(kind, ("weight",))):
+        if name not in layer._parameters:
+            raise Left(f"its {name} is no parameter: pruned, or normalized by a hook")
+        parameter = layer._parameters[name]
+        # Sharded ones (DTensor, whose module only its users import) are gathered for the call.
+        if type(parameter).__name__ not in ("NoneType", "Parameter", "DTensor"):
+            raise Left(f"its {name} is a {type(parameter).__name__}")
+    return make(layer)
+
+
+def own_activation(counterpart: Counterpart) -> Activation:
+    """What the layer applies by itself."""
+    return counterpart.attributes.get("act", IDENTITY)
+
+
+def _plain(layer: type[torch.nn.Module], **attributes: Any) -> Callable[..., Counterpart]:
+    counterpart = Counterpart(layer, attributes)
+    return lambda _: counterpart
+
+
+def _timm_norm(layer: type[torch.nn.Module], **attributes: Any) -> Callable[..., Counterpart]:
+    """timm's norms, which may have dropout and an activation behind them."""
+
+    def make(norm: Any) -> Counterpart:
+        if getattr(norm, "_fast_norm", False):
+            raise Left("timm's fast norm is on: it may compute in another dtype")
+        if type(getattr(norm, "drop", None)) not in (type(None), torch.nn.Identity):
+            raise Left(f"it drops out by {type(norm.drop).__name__}")
+        try:
+            act = resolve_activation("optimize", getattr(norm, "act", None))
+        except TypeError:
+            raise Left(
+                f"its activation ({type(norm.act).__name__}) is none of the kernels'"
+            ) from None
+        return Counterpart(layer, {**attributes, "act": act})
+
+    return make
+
+
+_ACT = {"act": IDENTITY}
+_NORM = {**_ACT, "folded": None}
+_TORCH: dict[type[torch.nn.Module], Callable[..., Counterpart]] = {
+    torch.nn.Conv2d: _plain(nn.Conv2d, **_ACT),
+    torch.nn.ConvTranspose2d: _plain(nn.ConvTranspose2d, **_ACT),
+    torch.nn.BatchNorm2d: _plain(nn.BatchNormAct2d, **_NORM),
+    torch.nn.GroupNorm: _plain(nn.GroupNorm, **_ACT),
+    torch.nn.InstanceNorm1d: _plain(nn.InstanceNorm1d, **_ACT),
+    torch.nn.InstanceNorm2d: _plain(nn.InstanceNorm2d, **_ACT),
+    torch.nn.InstanceNorm3d: _plain(nn.InstanceNorm3d, **_ACT),
+    torch.nn.LSTM: _plain(
+        nn.LSTM, layer_norm=False, zoneout=0.0, recurrent_dropout=0.0, forget_bias=None
+    ),
+    torch.nn.LSTMCell: _plain(nn.LSTMCell, forget_bias=None),
+}
+# By name: none of these packages is imported.
+_OTHERS: dict[str, Callable[..., Counterpart]] = {
+    "torchvision.models.convnext.LayerNorm2d": _plain(nn.LayerNorm2d, **_ACT),
+    "timm.layers.norm.LayerNorm2d": _timm_norm(nn.LayerNorm2d),
+    "timm.layers.norm.GroupNorm": _timm_norm(nn.GroupNorm),
+    "timm.layers.norm.GroupNorm1": _timm_norm(nn.GroupNorm),
+    "timm.layers.norm_act.BatchNormAct2d": _timm_norm(nn.BatchNormAct2d, folded=None),
+    "timm.layers.norm_act.GroupNormAct": _timm_norm(nn.GroupNorm),
+    "timm.layers.norm_act.GroupNorm1Act": _timm_norm(nn.GroupNorm),
+    "timm.layers.norm_act.LayerNormAct2d": _timm_norm(nn.LayerNorm2d),
+}
+_OURS = (
+    nn.Conv2d, nn.ConvTranspose2d, nn.BatchNormAct2d, nn.GroupNorm, nn.InstanceNorm1d,
+    nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LSTM, nn.LSTMCell,
+)  # fmt: skip
+_WEIGHTS: dict[type[torch.nn.Module], tuple[str, ...]] = {
+    torch.nn.LSTMCell: ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+}

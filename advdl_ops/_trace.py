@@ -1,0 +1,354 @@
+"""A module's own ``forward`` as ``torch.fx`` graphs, and the class whose ``forward`` runs what was made of them.
+
+Every submodule stays a single call, so that nothing but the module's own code is traced. A graph holds for some calls
+only: for a mode, where the two differ, for optional arguments given or not, for the attributes that the code has looked
+at. Each such variant is guarded by what it was made from; a call that none of them is for gets the forward of before.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import linecache
+import math
+import operator
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+_Module = torch.nn.Module
+
+
+class Untraceable(Exception):
+    """Why a forward has no graph, as ``explain`` tells it.
+
+    Attributes:
+        asked: whether the code asked what an argument is.
+    """
+
+    asked = False
+
+
+class Variant(NamedTuple):
+    """A graph and the calls that it is for.
+
+    Attributes:
+        graph: of the arguments ``arguments``, in order.
+        guards: Python expressions over the names of the arguments and ``self``; all must hold.
+        arguments: names of those that the graph takes.
+    """
+
+    graph: fx.Graph
+    guards: tuple[str, ...]
+    arguments: tuple[str, ...]
+
+
+def variants_of(owner: _Module) -> list[Variant]:
+    """Graphs of the module's own forward.
+
+    Raises:
+        Untraceable: it has none.
+    """
+    forward = type(owner).forward
+    if "forward" in owner.__dict__ or not inspect.isfunction(forward):
+        raise Untraceable("its forward was replaced")
+    if {"is_grad_enabled", "is_tracing"} & set(forward.__code__.co_names):
+        raise Untraceable("its forward asks how it is called")
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    found: list[Variant] = []
+    why: Untraceable | None = None
+    for given in _calls(parameters):
+        # Where the code asks what its input is, another graph may serve what is no tensor.
+        for tensors in (True, False):
+            try:
+                traced = [_trace(owner, parameters, given, tensors, mode) for mode in (True, False)]
+            except Untraceable as error:
+                why, asked = why or error, error.asked
+            else:
+                asked = any(t.asked for t in traced)
+                guards = _argument_guards(parameters, given, tensors, asked)
+                found += _by_mode(traced, guards, given)
+            if not asked:
+                break
+    if not found:
+        assert why is not None
+        raise why
+    return found
+
+
+def _calls(parameters: list[inspect.Parameter]) -> Iterator[tuple[str, ...]]:
+    """Names of the arguments that are given: the required ones, and those with all that are ``None`` otherwise."""
+    named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    required = tuple(p.name for p in parameters if p.kind in named and p.default is p.empty)
+    further = tuple(p.name for p in parameters if p.kind in named and p.default is None)
+    if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
+        raise Untraceable("its forward takes arguments by position only")
+    yield required
+    if further:
+        yield tuple(p.name for p in parameters if p.name in required + further)
+
+
+def _argument_guards(
+    parameters: list[inspect.Parameter], given: tuple[str, ...], tensors: bool, asked: bool
+) -> list[str]:
+    guards = []
+    for p in parameters:
+        if p.name in given:
+            if asked:
+                guards.append(f"{'' if tensors else 'not '}isinstance({p.name}, Tensor)")
+            # A graph takes whatever is given for something, so None must not pass for it.
+            if not (asked and tensors) and len(parameters) > 1:
+                guards.append(f"{p.name} is not None")
+        elif p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            guards.append(f"not {p.name}")
+        else:
+            guards.append(f"{p.name} is {_default(p)}")
+    return guards
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    return f"default_of_{parameter.name}"
+
+
+# ---- one trace ----
+
+
+class _Traced(NamedTuple):
+    graph: fx.Graph
+    guards: tuple[str, ...]  # of the attributes that the code has looked at
+    asked: bool  # whether the code asked what an argument is
+
+
+def _by_mode(traced: list[_Traced], guards: list[str], given: tuple[str, ...]) -> list[Variant]:
+    """One variant for training and evaluation, or, where they differ, one for each."""
+    found = [Variant(t.graph, (*guards, *t.guards), given) for t in traced]
+    training, evaluation = (variant.graph.python_code("self").src for variant in found)
+    if training == evaluation:
+        # The guards may differ: of what was looked at in one of the modes alone.
+        return [found[0]._replace(guards=tuple(dict.fromkeys(found[0].guards + found[1].guards)))]
+    modes = "self.training", "not self.training"
+    return [v._replace(guards=(mode, *v.guards)) for v, mode in zip(found, modes, strict=True)]
+
+
+def _trace(
+    owner: _Module,
+    parameters: list[inspect.Parameter],
+    given: tuple[str, ...],
+    tensors: bool,
+    training: bool,
+) -> _Traced:
+    """The forward of a shadow of the module, where whatever it assigns stays."""
+    seen: dict[str, Any] = {}
+    cls = type(owner)
+
+    def recorded(name: str, value: Any) -> Any:
+        if name != "training" and not name.startswith("__") and _is_plain(value):
+            seen[name] = value
+        return value
+
+    class Shadow(cls):  # type: ignore[misc, valid-type]
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            own = super().__getattribute__("__dict__")
+            return recorded(name, value) if name in own else value
+
+        def __getattr__(self, name: str) -> Any:
+            return recorded(name, super().__getattr__(name))
+
+    Shadow.forward = _of_arguments(cls.forward, parameters, given)
+    shadow = Shadow.__new__(Shadow)
+    for name, value in owner.__dict__.items():
+        shadow.__dict__[name] = copy.copy(value) if isinstance(value, _CONTAINERS) else value
+    shadow.__dict__["training"] = training
+    before = {name: _items(value) for name, value in shadow.__dict__.items()}
+    tracer = _OwnCode(tensors)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = tracer.trace(shadow)
+        # What a graph holds of no module, or would leave undone.
+        after = {name: _items(value) for name, value in shadow.__dict__.items()}
+        if after != before:
+            changed = sorted(name for name in after if after[name] != before.get(name))
+            raise Untraceable(f"it assigns self.{changed[0]}, or makes a tensor of its own")
+    except Exception as error:  # whatever code that knows no proxies may raise
+        text = next(iter(str(error).splitlines()), "") or type(error).__name__
+        failure = Untraceable(f"its forward cannot be traced: {text}")
+        failure.asked = tracer.asked
+        raise failure from error
+    guards = tuple(
+        f"self.{name} is None" if value is None else f"self.{name} == {value!r}"
+        for name, value in sorted(seen.items())
+    )
+    return _Traced(graph, guards, tracer.asked)
+
+
+def _items(value: Any) -> Any:
+    """What tells whether an attribute was assigned, or something in it."""
+    if isinstance(value, dict):
+        return {name: id(item) for name, item in value.items()}
+    return [id(item) for item in value] if isinstance(value, _CONTAINERS) else id(value)
+
+
+_CONTAINERS = dict, list, set
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether its ``repr`` is it."""
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) in (tuple, list):
+        return all(_is_plain(item) for item in value)
+    return value is None or type(value) in (bool, int, str)
+
+
+def _of_arguments(
+    forward: Callable[..., Any], parameters: list[inspect.Parameter], given: tuple[str, ...]
+) -> Any:
+    """``forward`` as a function of these arguments alone; fx reads their names off its code."""
+    passed = ", ".join(f"{name}={name}" for name in given)
+    scope: dict[str, Any] = {"forward": forward}
+    exec(f"def call(self, {', '.join(given)}): return forward(self, {passed})", scope)
+    return scope["call"]
+
+
+class _Proxy(fx.Proxy):
+    """Tells ``x += y`` from ``x = x + y``, and who asks what it is."""
+
+    tracer: _OwnCode
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        asker = sys._getframe(1).f_globals.get("__name__", "")
+        if asker.partition(".")[0] == "torch":
+            return type(self)
+        if self.node.op == "placeholder":
+            self.tracer.asked = True
+            return Tensor if self.tracer.tensors else type(self)
+        raise Untraceable("it asks what something is")
+
+
+def _in_place(function: Any) -> Any:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+WRITING = {
+    name: getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+}  # fmt: skip
+for _name, _function in WRITING.items():
+    setattr(_Proxy, f"__{_name}__", _in_place(_function))
+
+
+class _OwnCode(fx.Tracer):
+    """Keeps every submodule whole.
+
+    Args:
+        tensors: what arguments are to code that asks.
+    """
+
+    proxy_buffer_attributes = True  # else a write to one would be made, and not recorded
+
+    def __init__(self, tensors: bool) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.asked = False
+        self.state = _state()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _state() != self.state:  # a graph knows no context
+            raise Untraceable("it switches gradients or autocast, or checkpoints")
+        return super().create_node(*args, **kwargs)
+
+    def is_leaf_module(self, m: _Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+def _state() -> tuple[Any, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+    )
+
+
+# ---- the class of a module whose forward is made anew ----
+
+
+def source_of(owner: _Module, variants: list[Variant]) -> tuple[str, dict[str, Any]]:
+    """Source of the new ``forward`` and the objects that it names, but for those that :func:`fused_class` knows."""
+    signature = inspect.signature(type(owner).forward)
+    texts, names = [], {}
+    tests = []
+    for number, variant in enumerate(variants):
+        code = variant.graph.python_code("self")
+        texts.append(code.src.replace("def forward(", f"def variant_{number}(", 1))
+        used = set(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", code.src))
+        names.update({name: value for name, value in code.globals.items() if name in used})
+        call = f"return variant_{number}(self, {', '.join(variant.arguments)})"
+        tests.append(f"    if {' and '.join(variant.guards) or 'True'}:\n        {call}\n")
+    parameters = list(signature.parameters.values())
+    heads: list[str] = []
+    passed: list[str] = []
+    stars: dict[Any, str] = {
+        inspect.Parameter.VAR_POSITIONAL: "*",
+        inspect.Parameter.VAR_KEYWORD: "**",
+    }
+    for p in parameters:
+        star = stars.get(p.kind, "")
+        if p.kind is p.KEYWORD_ONLY and not any("*" in head for head in heads):
+            heads.append("*")
+        heads.append(star + p.name + ("" if p.default is p.empty else f"={_default(p)}"))
+        keyword = p.kind is p.KEYWORD_ONLY
+        passed.append(f"{p.name}={p.name}" if keyword else star + p.name)
+    return (
+        "\n".join(texts)
+        + f"\ndef forward({', '.join(heads)}):\n"
+        + "".join(tests)
+        + f"    return before({', '.join(passed)})\n"
+    ), names
+
+
+_classes: dict[tuple[type, str], type[_Module]] = {}
+
+
+def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> type[_Module]:
+    """``original`` with the forward of this source; the same for all modules of the same source."""
+    found = _classes.get((original, source))
+    if found is not None:
+        return found
+    file = f"<advdl_ops.optimize {len(_classes)}: {original.__qualname__}>"
+    defaults = {
+        _default(p): p.default for p in inspect.signature(original.forward).parameters.values()
+    }
+    scope = {**names, **defaults, "before": original.forward, "Tensor": Tensor}
+    exec(compile(source, file, "exec"), scope)
+    linecache.cache[file] = (len(source), None, source.splitlines(True), file)
+
+    def reduce(self: _Module, protocol: Any) -> Any:
+        return _rebuilt, (original, source, names), self.__getstate__()
+
+    attributes = {
+        "forward": scope["forward"], "__reduce_ex__": reduce, "__module__": original.__module__,
+        "__qualname__": original.__qualname__, "__doc__": original.__doc__,
+    }  # fmt: skip
+    made = type(original.__name__, (original,), attributes)
+    _classes[original, source] = made
+    return made
+
+
+def _rebuilt(original: type[_Module], source: str, names: dict[str, Any]) -> Any:
+    made = fused_class(original, source, names)
+    return made.__new__(made)
