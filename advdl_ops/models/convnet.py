@@ -24,6 +24,7 @@ from advdl_ops.models._layers import (
     check_values_per_channel,
     init_convolutions,
     norm_factory,
+    to_fast_format,
 )
 from advdl_ops.models._registry import register_model
 from advdl_ops.models.resnet import BasicBlock
@@ -86,7 +87,8 @@ class ConvNet(torch.nn.Module):
         if self.training:
             last = len(self.stages) - 1
             check_values_per_channel(self.name, x, self.stages[last], 1 << last)
-        return self.fc(torch.flatten(self.pool(self.stages(self.stem(x))), 1))
+        x = to_fast_format(self, self.stem(to_fast_format(self, x)))
+        return self.fc(torch.flatten(self.pool(self.stages(x)), 1))
 
 
 @register_model

@@ -22,8 +22,10 @@ from advdl_ops.models._layers import (
     check_entries,
     check_image,
     check_values_per_channel,
+    from_fast_format,
     init_convolutions,
     norm_factory,
+    to_fast_format,
 )
 from advdl_ops.models._registry import register_model
 
@@ -78,7 +80,11 @@ class FCNDilated(torch.nn.Module):
         check_image(self.name, x, self.in_channels)
         if self.training:
             check_values_per_channel(self.name, x, self.layers, 1)
-        return self.head(self.layers(x))
+        first, *others = self.layers
+        out = to_fast_format(self, first(to_fast_format(self, x)))
+        for layer in others:
+            out = layer(out)
+        return from_fast_format(self.head(out), x)
 
 
 @register_model
