@@ -13,6 +13,7 @@ CASES = {
     "unet": (lambda **o: models.UNet(2, base_channels=4, depth=2, **o), "outc.conv"),
     "unet_bilinear": (lambda **o: models.UNet(2, True, base_channels=4, depth=2, **o), "outc.conv"),
     "unet_resnet": (lambda **o: _unet_resnet(**o), "segmentation_head.0"),
+    "fcn_dilated": (lambda **o: models.FCNDilated(2, width=8, **o), "head"),
     "fcn": (lambda **o: models.FCN((1, 1, 1, 1), 2, **o), "classifier.4"),
     "deeplabv3": (lambda **o: models.DeepLabV3((1, 1, 1, 1), 2, **o), "classifier.4"),
 }
