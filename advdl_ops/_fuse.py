@@ -6,12 +6,14 @@ cannot be traced, or depends on the mode, or on what it is called with, keeps it
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import linecache
 import operator
 import re
 import warnings
 from collections import Counter
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -315,8 +317,14 @@ def fused_class(
     exec(compile(source, file, "exec"), scope)
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
 
+    # Modules, as torch where the forward calls torch.flatten, cannot be pickled or copied: they go by name.
+    modules = {
+        name: value.__name__ for name, value in names.items() if isinstance(value, ModuleType)
+    }
+    others = {name: value for name, value in names.items() if name not in modules}
+
     def reduce(self: torch.nn.Module, protocol: Any) -> Any:
-        return _rebuilt, (original, source, names), self.__getstate__()
+        return _rebuilt, (original, source, others, modules), self.__getstate__()
 
     attributes = {
         "forward": scope["forward"], "__reduce_ex__": reduce, "__module__": original.__module__,
@@ -327,6 +335,9 @@ def fused_class(
     return made
 
 
-def _rebuilt(original: type[torch.nn.Module], source: str, names: dict[str, Any]) -> Any:
-    made = fused_class(original, source, names)
+def _rebuilt(
+    original: type[torch.nn.Module], source: str, others: dict[str, Any], modules: dict[str, str]
+) -> Any:
+    names = {name: importlib.import_module(module) for name, module in modules.items()}
+    made = fused_class(original, source, {**others, **names})
     return made.__new__(made)

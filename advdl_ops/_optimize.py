@@ -7,7 +7,7 @@ finds with every submodule left whole, its class becomes one of a ``forward`` th
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import Any, NamedTuple
 
 import torch
@@ -185,7 +185,10 @@ def _twins(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
         twin = layer.__class__.__new__(layer.__class__)
         twin.__dict__ = {
             # Dicts of its own: what is registered or assigned later is registered there alone.
-            name: value.copy() if name.startswith("_") and isinstance(value, dict) else value
+            # Not a class of its own, as the frozen dict of diffusers' configurations: its copy() may lose something.
+            name: value.copy()
+            if name.startswith("_") and type(value) in (dict, OrderedDict)
+            else value
             for name, value in layer.__dict__.items()
         }
         twins[id(layer)] = twin
