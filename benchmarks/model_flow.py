@@ -124,7 +124,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def models(subject: Subject, device: str, training: bool) -> dict[str, nn.Module]:
-    """The networks that compete; they have the same weights, and for inference statistics of the input."""
+    """The networks that compete: of the same weights, for inference also of the same statistics."""
     from advdl_ops import optimize
 
     found = {STOCK: subject.stock.to(device)}
@@ -133,7 +133,7 @@ def models(subject: Subject, device: str, training: bool) -> dict[str, nn.Module
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     if not training:
-        take_statistics(subject.stock, tuple(t.to(device) for t in subject.inputs))
+        take_statistics(subject.stock, subject.inputs[0].shape[1], device)
     if subject.zoo is not None:
         subject.zoo.load_state_dict(subject.stock.state_dict())
         found[OURS] = subject.zoo.to(device)
@@ -141,13 +141,15 @@ def models(subject: Subject, device: str, training: bool) -> dict[str, nn.Module
     return {name: model.train(training) for name, model in found.items()}
 
 
-def take_statistics(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Running statistics of every batch norm: those of the inputs."""
+def take_statistics(model: nn.Module, channels: int, device: str) -> None:
+    """Running statistics of every batch norm: of random images, more and larger than those of a test."""
     norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    if not norms:
+        return
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():
-        model.train()(*inputs)
+        model.train()(torch.randn(4, channels, 64, 64, device=device))
     for norm, momentum in norms.items():
         norm.momentum = momentum
 
