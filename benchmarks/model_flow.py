@@ -154,106 +154,121 @@ def take_statistics(model: nn.Module, channels: int, device: str) -> None:
         norm.momentum = momentum
 
 
-def networks(subject: Subject, session: Session) -> dict[str, Network]:
-    """Every provider of a case, unchecked and not yet compiled."""
-    case = session.case
-    training = bool(case.options["training"])
-    made = models(subject, case.device, training)
-    found: dict[str, Network] = {}
-    for base, model in made.items():
-        for suffix, layout in LAYOUTS.items():
-            for compiled in (False, True) if session.compiles else (False,):
-                name = base + suffix
-                if compiled:
-                    stock_name = f"{STOCK_COMPILED}{suffix}"
-                    name = stock_name if base == STOCK else f"{name} + {STOCK_COMPILED}"
-                if not session.settings.wants(name):
-                    continue
-                own = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
-                inputs = (t.to(case.device) for t in subject.inputs)
-                found[name] = Network(
-                    base,
-                    compiled,
-                    own,
-                    tuple(
-                        t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in inputs
-                    ),
-                    subject.target.to(case.device),
-                    subject.loss,
-                    own,
-                    torch.optim.SGD(own.parameters(), 1e-3, momentum=0.9, fused=True)
-                    if training
-                    else None,
-                    case.dtype == "bfloat16",
-                )
-    return found
+def new_network(
+    subject: Subject, case: Case, base: str, model: nn.Module, suffix: str, compiled: bool = False
+) -> Network:
+    """A copy of ``model`` in the layout that ``suffix`` names, and its inputs."""
+    layout, training = LAYOUTS[suffix], bool(case.options["training"])
+    own = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
+    call: Callable[..., Any] = own
+    if compiled:
+        options: Any = None if training else {"freezing": True}
+        call = torch.compile(own, dynamic=False, options=options)
+    inputs = (t.to(case.device) for t in subject.inputs)
+    return Network(
+        base,
+        compiled,
+        own,
+        tuple(t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in inputs),
+        subject.target.to(case.device),
+        subject.loss,
+        call,
+        torch.optim.SGD(own.parameters(), 1e-3, momentum=0.9, fused=True) if training else None,
+        case.dtype == "bfloat16",
+    )
 
 
-def choose_what_to_compile(found: dict[str, Network], device: torch.device) -> None:
-    """Of stock, and of ours, compile that one only which is the fastest uncompiled: a compilation costs minutes.
+def networks(subject: Subject, session: Session, made: dict[str, nn.Module]) -> dict[str, Network]:
+    """Every provider of a case that is not compiled, unchecked."""
+    return {
+        base + suffix: new_network(subject, session.case, base, model, suffix)
+        for base, model in made.items()
+        for suffix in LAYOUTS
+        if session.settings.wants(base + suffix)
+    }
 
-    Stock inference, which targets.md names, is compiled in both layouts.
+
+def compiled_name(name: str) -> str:
+    if name.startswith(STOCK):
+        return STOCK_COMPILED + name.removeprefix(STOCK)
+    return f"{name} + {STOCK_COMPILED}"
+
+
+def compiled_networks(
+    subject: Subject, session: Session, made: dict[str, nn.Module], found: dict[str, Network]
+) -> dict[str, Network]:
+    """Of stock, and of ours, that one compiled which is the fastest uncompiled: a compilation costs minutes.
+
+    Stock inference, which targets.md names, is compiled in both layouts. The first call and the seconds of the
+    compilation come with the check.
     """
+    if not session.compiles:
+        return {}
+    training = bool(session.case.options["training"])
+    chosen: list[str] = []
     for stock in (True, False):
         rivals = {
             name: network
             for name, network in found.items()
-            if network.compiled and (network.base == STOCK) == stock
+            if (network.base == STOCK) == stock and session.settings.wants(compiled_name(name))
         }
-        if len(rivals) < 2 or (stock and found[STOCK].optimizer is None):
-            continue
-        # No step: the weights must stay those that all providers start from.
-        calls = {
-            name: timing.Timed(network.values if network.optimizer else network.infer)
-            for name, network in rivals.items()
-        }
-        seconds = timing.measure(calls, device, 3, 0.0)
-        fastest = min(rivals, key=lambda name: statistics.median(seconds[name]))
-        for name in rivals:
-            if name != fastest:
-                del found[name]
-
-
-def compile_all(found: dict[str, Network], session: Session) -> None:
-    """Put torch.compile in place; its first call and the seconds it takes come with the check."""
-    training = bool(session.case.options["training"])
-    options: Any = {} if training else {"freezing": True}
-    for network in found.values():
-        if network.compiled:
-            network.call = torch.compile(network.model, dynamic=False, options=options or None)
-
-
-def _above_rounding(truth: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without gradients that are 0 but for rounding, as that of a bias of attention's keys: no two agree there."""
-    norms = {name: float(torch.linalg.vector_norm(value)) for name, value in truth.items()}
+        if len(rivals) > 1 and (training or not stock):
+            # No step: the weights must stay those that all providers start from.
+            calls = {n: timing.Timed(r.values if training else r.infer) for n, r in rivals.items()}
+            seconds = timing.measure(calls, torch.device(session.case.device), 3, 0.0)
+            chosen.append(min(rivals, key=lambda name: statistics.median(seconds[name])))
+        else:
+            chosen += rivals
     return {
-        name: value for name, value in truth.items() if norms[name] > 1e-12 * max(norms.values())
+        compiled_name(name): new_network(
+            subject, session.case, base, made[base], name.removeprefix(base), compiled=True
+        )
+        for name, base in ((name, found[name].base) for name in chosen)
     }
 
 
-def check(found: dict[str, Network], session: Session) -> None:
-    """Refuse every network whose output (or loss and gradients) is off the fp64 result."""
-    training = bool(session.case.options["training"])
-    session.progress("fp64 reference")
-    truth, stock = _above_rounding(found[STOCK].in_double().values()), found[STOCK].values()
-    slack = GRADIENT_SLACK if training else OUTPUT_SLACK
-    for name, network in list(found.items()):
+def _without_rounding(truth: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients that are 0 but for rounding, as that of a bias of attention's keys, made 0.
+
+    No two providers agree there relatively; an error from 0 counts as it is.
+    """
+    norms = {name: float(torch.linalg.vector_norm(value)) for name, value in truth.items()}
+    least = 1e-12 * max(norms.values())
+    return {n: value if norms[n] > least else torch.zeros_like(value) for n, value in truth.items()}
+
+
+def expected_values(stock: Network) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those of fp64, and of stock in the dtype that is timed."""
+    return _without_rounding(stock.in_double().values()), stock.values()
+
+
+def check(
+    found: dict[str, Network],
+    session: Session,
+    expected: tuple[dict[str, Tensor], dict[str, Tensor]],
+) -> dict[str, Network]:
+    """Those whose output (or loss and gradients) is that of fp64; the others are refused."""
+    truth, stock = expected
+    slack = GRADIENT_SLACK if session.case.options["training"] else OUTPUT_SLACK
+    right = {}
+    for name, network in found.items():
         session.progress(f"check {name}")
         begin = time.perf_counter()
         try:
             why = wrong_values(network.values(), stock, truth, slack, norm=2)
+            seconds = time.perf_counter() - begin
+            if why is None and network.base != STOCK and not network.compiled:
+                why = wrong_values(network.in_double().values(), truth, truth, EXACT_SLACK, norm=2)
+                why = why and f"in fp64, {why}"
         except Exception as failure:  # it is no competitor; the others still are
             why = in_one_line(failure)
         if network.compiled and why is None:
-            session.record(name, "compile", "time", "s", time.perf_counter() - begin)
-        if why is None and network.base != STOCK and not network.compiled:
-            why = wrong_values(network.in_double().values(), truth, truth, EXACT_SLACK, norm=2)
-            why = why and f"in fp64, {why}"
-        if why is not None:
+            session.record(name, "compile", "time", "s", seconds)
+        if why is None:
+            right[name] = network
+        else:
             session.refuse(name, why)
-            del found[name]
-    if not found:
-        raise Refused(f"{session.case.name}: no provider returned the right values")
+    return right
 
 
 def counted_flops(network: Network, training: bool) -> int:
@@ -300,11 +315,15 @@ def _measure(case: Case, session: Session, subject: Subject, device: torch.devic
     rates = ceilings.ceilings(device, dtype)
     session.record("machine", "-", "copy", "GB/s", rates[0] * 1e-9)
     session.record("machine", "-", "matmul", "GFLOP/s", rates[1] * 1e-9)
-    session.progress("choose what to compile")
-    found = networks(subject, session)
-    choose_what_to_compile(found, device)
-    compile_all(found, session)
-    check(found, session)
+    made = models(subject, case.device, training)
+    found = networks(subject, session, made)
+    session.progress("fp64 reference")
+    expected = expected_values(found[STOCK])
+    found = check(found, session, expected)
+    found |= check(compiled_networks(subject, session, made, found), session, expected)
+    if not found:
+        raise Refused(f"{case.name}: no provider returned the right values")
+    del made, expected
     flops = counted_flops(found[STOCK], training) if STOCK in found else None
     calls = {
         name: timing.Timed(network.step if training else network.infer)

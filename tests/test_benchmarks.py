@@ -129,12 +129,14 @@ def test_a_network_with_wrong_values_is_refused(kind: str, wrong: str) -> None:
     stream = io.StringIO()
     providers = ("eager channels_last", "advdl_ops optimize")
     session = Session(case, "models", Settings(smoke=True, providers=providers), stream)
-    found = model_flow.networks(resnet.subject(case), session)
+    subject = resnet.subject(case)
+    made = model_flow.models(subject, "cpu", kind == "train")
+    found = model_flow.networks(subject, session, made)
     # Small enough to pass among rounding errors of fp32 gradients; the comparison in fp64 sees it.
     with torch.no_grad():
         found[wrong].model.get_parameter("layer4.0.bn1.bias").add_(1e-3)
-    model_flow.check(found, session)
-    assert set(found) == {"eager", "advdl_ops", *providers} - {wrong}
+    right = model_flow.check(found, session, model_flow.expected_values(found["eager"]))
+    assert set(right) == {"eager", "advdl_ops", *providers} - {wrong}
     refused = [e for e in events(stream) if e["event"] == "refused"]
     assert [e["provider"] for e in refused] == [wrong]
 
@@ -183,9 +185,14 @@ def test_the_networks_are_measured(name: str, ours: set[str] | None, monkeypatch
     assert rivals == ({"eager", "advdl_ops optimize"} if ours == ZOO else {"eager"})
 
 
-def test_gradients_of_nothing_but_rounding_are_not_compared() -> None:
-    truth = {"loss": torch.ones(()), "zero": torch.full((4,), 1e-17), "none": torch.zeros(4)}
-    assert set(model_flow._above_rounding(truth)) == {"loss"}
+def test_a_gradient_of_nothing_but_rounding_is_compared_with_zero() -> None:
+    truth = model_flow._without_rounding(
+        {"loss": torch.ones((), dtype=torch.float64), "zero": torch.full((4,), 1e-17).double()}
+    )
+    noise = {"loss": truth["loss"], "zero": torch.full((4,), -3e-17).double()}
+    assert wrong_values(noise, truth, truth, model_flow.EXACT_SLACK) is None
+    noise["zero"] += 1e-3
+    assert wrong_values(noise, truth, truth, model_flow.EXACT_SLACK) is not None
 
 
 def test_a_shape_or_a_nan_is_never_within_the_bound() -> None:
