@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from . import ceilings, memory, timing
 from .check import wrong_values
@@ -271,9 +271,19 @@ def check(
     return right
 
 
+def conv_backward_flops(
+    grad: list[int], x: list[int], weight: list[int], bias: Any, stride: Any, padding: Any,
+    dilation: Any, transposed: bool, output_padding: Any, groups: int, wanted: list[bool],
+    out_shape: Any = None, **kwargs: Any,
+) -> int:  # fmt: skip
+    """Each gradient costs what the forward does; torch's count takes no groups from that of the weight."""
+    return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed)
+
+
 def counted_flops(network: Network, training: bool) -> int:
     """Flops of convolutions and matrix products, counted by torch while the stock network runs."""
-    with FlopCounterMode(display=False) as counter:
+    rules = {torch.ops.aten.convolution_backward: conv_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=rules) as counter:
         if training:
             network.step()
         else:

@@ -185,6 +185,23 @@ def test_the_networks_are_measured(name: str, ours: set[str] | None, monkeypatch
     assert rivals == ({"eager", "advdl_ops optimize"} if ours == ZOO else {"eager"})
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+def test_flops_of_a_training_step_are_three_times_those_of_inference(
+    kind: Any, groups: int
+) -> None:
+    model = kind(8, 8, 3, groups=groups)
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss = torch.nn.functional.mse_loss
+    target = torch.zeros_like(model(x))
+    network = model_flow.Network("eager", False, model, (x,), target, loss, model, optimizer)
+    inference = model_flow.counted_flops(network, False)
+    pixels = 36 if kind is torch.nn.ConvTranspose2d else 16
+    assert inference == 2 * 2 * pixels * 8 * 8 // groups * 9
+    assert model_flow.counted_flops(network, True) == 3 * inference
+
+
 def test_a_gradient_of_nothing_but_rounding_is_compared_with_zero() -> None:
     truth = model_flow._without_rounding(
         {"loss": torch.ones((), dtype=torch.float64), "zero": torch.full((4,), 1e-17).double()}
