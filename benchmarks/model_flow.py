@@ -179,12 +179,13 @@ def new_network(
 
 
 def networks(subject: Subject, session: Session, made: dict[str, nn.Module]) -> dict[str, Network]:
-    """Every provider of a case that is not compiled, unchecked."""
+    """Every provider of a case that is not compiled, unchecked; also those that are only wanted compiled."""
+    wants = session.settings.wants
     return {
         base + suffix: new_network(subject, session.case, base, model, suffix)
         for base, model in made.items()
         for suffix in LAYOUTS
-        if session.settings.wants(base + suffix)
+        if wants(base + suffix) or wants(compiled_name(base + suffix))
     }
 
 
