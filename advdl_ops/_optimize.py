@@ -15,7 +15,7 @@ import torch
 
 from ._counterparts import Counterpart, Left, counterpart_of, own_activation
 from ._fuse import CONVOLUTIONS, NORMS, Fusion, Parts, is_watched, plan_fusions
-from ._trace import fused_class
+from ._trace import CONTAINERS, fused_class
 from .activation import IDENTITY, qualified_name, resolve_activation
 
 __all__ = ["optimize", "restore"]
@@ -234,7 +234,7 @@ def _twins(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
         twin = object.__new__(type(layer))
         twin.__dict__ = {
             # Dicts of its own: what is registered or assigned later is registered there alone.
-            name: value.copy() if name.startswith("_") and isinstance(value, dict) else value
+            name: value.copy() if name.startswith("_") and type(value) in CONTAINERS else value
             for name, value in layer.__dict__.items()
         }
         twins[id(layer)] = twin

@@ -8,6 +8,7 @@ at. Each such variant is guarded by what it was made from; a call that none of t
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import linecache
 import math
@@ -15,7 +16,9 @@ import operator
 import re
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -163,7 +166,7 @@ def _trace(
     Shadow.forward = _of_arguments(cls.forward, parameters, given)
     shadow: Any = object.__new__(Shadow)  # fully_shard has a __new__ of its own
     for name, value in owner.__dict__.items():
-        shadow.__dict__[name] = copy.copy(value) if isinstance(value, _CONTAINERS) else value
+        shadow.__dict__[name] = copy.copy(value) if type(value) in CONTAINERS else value
     shadow.__dict__["training"] = training
     before = {name: _items(value) for name, value in shadow.__dict__.items()}
     tracer = _OwnCode(tensors)
@@ -190,12 +193,15 @@ def _trace(
 
 def _items(value: Any) -> Any:
     """What tells whether an attribute was assigned, or something in it."""
+    if type(value) not in CONTAINERS:
+        return id(value)
     if isinstance(value, dict):
         return {name: id(item) for name, item in value.items()}
-    return [id(item) for item in value] if isinstance(value, _CONTAINERS) else id(value)
+    return [id(item) for item in value]
 
 
-_CONTAINERS = dict, list, set
+# Not classes of their own, as the frozen dict of diffusers' configurations: their copy may lose something.
+CONTAINERS = dict, OrderedDict, list, set
 
 
 def _is_plain(value: Any) -> bool:
@@ -337,8 +343,12 @@ def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> 
     exec(compile(source, file, "exec"), scope)
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
 
+    # Modules, as torch where the forward calls torch.flatten, cannot be pickled or copied: they go by name.
+    modules = {name: m.__name__ for name, m in names.items() if isinstance(m, ModuleType)}
+    others = {name: value for name, value in names.items() if name not in modules}
+
     def reduce(self: _Module, protocol: Any) -> Any:
-        return _rebuilt, (original, source, names), self.__getstate__()
+        return _rebuilt, (original, source, others, modules), self.__getstate__()
 
     attributes = {
         "forward": scope["forward"], "__reduce_ex__": reduce, "__module__": original.__module__,
@@ -349,6 +359,9 @@ def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> 
     return made
 
 
-def _rebuilt(original: type[_Module], source: str, names: dict[str, Any]) -> Any:
-    made = fused_class(original, source, names)
+def _rebuilt(
+    original: type[_Module], source: str, others: dict[str, Any], modules: dict[str, str]
+) -> Any:
+    imported = {name: importlib.import_module(module) for name, module in modules.items()}
+    made = fused_class(original, source, {**others, **imported})
     return object.__new__(made)

@@ -33,7 +33,7 @@ def rows(
     found = []
     for key, old in before.items():
         new = after.get(key)
-        ours = old.provider.startswith("advdl_ops")
+        ours = old.provider.startswith(record.OURS)
         if new is not None and old.metric == "time" and (everything or ours):
             found.append((old.case, old.mode, old.provider, old, new))
     return found

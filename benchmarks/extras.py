@@ -5,7 +5,23 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-PACKAGES = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "torch": "torch"}
+from .peers import NEED_TORCHVISION, declare_torchvision_operators
+
+# Module -> what pip is given. torchvision and timm, which depends on it, must not replace torch by another build;
+# what timm needs besides is therefore named too.
+PACKAGES = {
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+    "torch": "torch",
+    "torchvision": "--no-deps torchvision",
+    "timm": "--no-deps timm",
+    "diffusers": "diffusers",
+    "huggingface_hub": "huggingface_hub",
+    "safetensors": "safetensors",
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+}
 
 
 class MissingExtra(RuntimeError):
@@ -14,12 +30,14 @@ class MissingExtra(RuntimeError):
 
 def require(module: str) -> ModuleType:
     try:
+        if module.split(".", 1)[0] in NEED_TORCHVISION:
+            declare_torchvision_operators()
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        top = module.split(".", 1)[0]
-        if error.name is None or error.name.split(".", 1)[0] != top:
+        missing = (error.name or "").split(".", 1)[0]
+        if missing not in PACKAGES:
             raise
-        package = PACKAGES[top]
+        package = PACKAGES[missing]
         raise MissingExtra(
-            f"this needs {package}, which is not installed: python -m pip install {package}"
+            f"this needs {package.split()[-1]}, which is not installed: python -m pip install {package}"
         ) from error

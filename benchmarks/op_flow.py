@@ -11,16 +11,10 @@ import torch
 
 from . import ceilings, memory, timing
 from .check import wrong_values
+from .record import FLOOR, OURS, OURS_COMPILED, STOCK, STOCK_COMPILED
 from .registry import Case
 from .session import Refused, Session, in_one_line
 
-OURS, OURS_COMPILED, STOCK, STOCK_COMPILED, FLOOR = (
-    "advdl_ops",
-    "advdl_ops + torch.compile",
-    "eager",
-    "torch.compile",
-    "floor",
-)
 Tensors = Mapping[str, torch.Tensor]
 Function = Callable[[Tensors, Tensors], torch.Tensor]
 

@@ -11,6 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Providers. A network's also run in channels_last (CHANNELS_LAST behind the name) and compiled.
+OURS, OPTIMIZED, OURS_COMPILED, STOCK, STOCK_COMPILED, FLOOR = (
+    "advdl_ops",
+    "advdl_ops optimize",
+    "advdl_ops + torch.compile",
+    "eager",
+    "torch.compile",
+    "floor",
+)
+CHANNELS_LAST = " channels_last"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -22,7 +33,7 @@ class Record:
     dtype: str
     layout: str
     shape: list[int]
-    metric: str  # time, speedup, bandwidth, copy_share, throughput, matmul_share, held, peak, ...
+    metric: str  # time, speedup, over_stock, bandwidth, copy_share, throughput, matmul_share, held, peak, ...
     unit: str
     p20: float
     p50: float
@@ -40,6 +51,10 @@ class Record:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Record))
+
+
+def is_stock(provider: str) -> bool:
+    return provider.startswith((STOCK, STOCK_COMPILED))
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:

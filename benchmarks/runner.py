@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import environment, record, registry
-from .extras import require
+from .extras import MissingExtra, require
 from .session import Settings
 
 Event = dict[str, Any]
@@ -131,6 +131,24 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def without_missing_extras(cases: list[registry.Case]) -> list[registry.Case]:
+    """The cases whose modules are installed; what the others need is said on stderr, or raised if there are no more."""
+    kept = []
+    missing: dict[str, list[str]] = {}
+    for case in cases:
+        try:
+            for module in case.extras:
+                require(module)
+            kept.append(case)
+        except MissingExtra as why:
+            missing.setdefault(str(why), []).append(case.name)
+    if not kept:
+        raise MissingExtra("; ".join(missing))
+    for reason, names in missing.items():
+        print(f"left out: {', '.join(names)}: {reason}", file=sys.stderr)
+    return kept
+
+
 def run(arguments: argparse.Namespace) -> int:
     """``benchmarks run``. Exit status 1 if a case failed or a provider returned wrong values."""
     from . import table
@@ -147,10 +165,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     saves = not (arguments.no_save or arguments.smoke)
     # What is missing is said before minutes are spent.
-    for module in {name for case in cases for name in case.extras} | (
-        {"matplotlib"} if saves else set()
-    ):
-        require(module)
+    if saves:
+        require("matplotlib")
+    cases = without_missing_extras(cases)
     settings = Settings(
         rounds=arguments.rounds,
         smoke=arguments.smoke,
@@ -192,7 +209,7 @@ def tell(cases: list[registry.Case], found: Collector) -> int:
         print(f"refused: {case}: {provider}: {why}", file=sys.stderr)
     for name, why in found.failed.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
-    ours = [p for _, p, _ in found.refused if not p.startswith(("eager", "torch.compile"))]
+    ours = [provider for _, provider, _ in found.refused if not record.is_stock(provider)]
     return 1 if found.failed or ours else 0
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from advdl_ops import models
 from benchmarks import (
     environment,
+    extras,
     model_flow,
     norms,
     op_flow,
@@ -24,7 +26,7 @@ from benchmarks import (
     runner,
     timing,
 )
-from benchmarks.cases import batch_norm_act, digits, group_norm, lstm
+from benchmarks.cases import batch_norm_act, digits, group_norm, lstm, resnet
 from benchmarks.check import wrong_values
 from benchmarks.memory import held_and_peak
 from benchmarks.session import Session, Settings, run_cases
@@ -120,19 +122,94 @@ def test_a_right_provider_is_timed_in_every_mode() -> None:
     assert held["eager"] == held["advdl_ops"] > 0
 
 
+@pytest.mark.parametrize("wrong", ["advdl_ops", "advdl_ops optimize"])
 @pytest.mark.parametrize("kind", ["train", "inference"])
-def test_a_network_with_wrong_values_is_refused(kind: str) -> None:
+def test_a_network_with_wrong_values_is_refused(kind: str, wrong: str) -> None:
     case = registry.all_cases()[f"resnet18/{kind}/2x3x32x32/float32/cpu"]
     stream = io.StringIO()
-    session = Session(case, "models", Settings(smoke=True), stream)
-    found, compiled = model_flow.networks(case, session)
+    providers = ("eager channels_last", "advdl_ops optimize")
+    session = Session(case, "models", Settings(smoke=True, providers=providers), stream)
+    subject = resnet.subject(case)
+    made = model_flow.models(subject, "cpu", kind == "train")
+    found = model_flow.networks(subject, session, made)
     # Small enough to pass among rounding errors of fp32 gradients; the comparison in fp64 sees it.
     with torch.no_grad():
-        found["advdl_ops"].model.get_parameter("layer4.0.bn1.bias").add_(1e-3)
-    model_flow.check(found, compiled, session)
-    assert set(found) == {"eager", "eager channels_last", "advdl_ops channels_last"}
+        found[wrong].model.get_parameter("layer4.0.bn1.bias").add_(1e-3)
+    right = model_flow.check(found, session, model_flow.expected_values(found["eager"]))
+    assert set(right) == {"eager", "advdl_ops", *providers} - {wrong}
     refused = [e for e in events(stream) if e["event"] == "refused"]
-    assert [e["provider"] for e in refused] == ["advdl_ops"]
+    assert [e["provider"] for e in refused] == [wrong]
+
+
+ZOO, NO_ZOO = {"advdl_ops", "advdl_ops optimize"}, {"advdl_ops optimize"}
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("torchvision_resnet18/inference/2x3x32x32", ZOO),
+        ("unet/train/2x3x35x35", ZOO),
+        ("unet/inference/2x3x35x35", ZOO),
+        ("ddpm_unet/train/2x3x16x16", NO_ZOO),
+        ("ddpm_unet/inference/2x3x16x16", NO_ZOO),
+        ("efficientnet_b0/inference/4x3x64x64", NO_ZOO),
+        ("deeplabv3_resnet50/inference/2x3x33x33", None),
+        pytest.param("torchvision_resnet18/train/2x3x32x32", ZOO, marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0/train/4x3x64x64", NO_ZOO, marks=pytest.mark.slow),
+        pytest.param("deeplabv3_resnet50/train/4x3x33x33", None, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("one_thread")
+def test_the_networks_are_measured(name: str, ours: set[str] | None, monkeypatch: Any) -> None:
+    """Of every builder one small case: whatever competes has the right values and all that is reported."""
+    case = registry.all_cases()[f"{name}/float32/cpu"]
+    try:
+        for module in case.extras:
+            extras.require(module)
+    except extras.MissingExtra as missing:
+        pytest.skip(str(missing))
+    monkeypatch.setattr(model_flow.ceilings, "ceilings", lambda *arguments: (1.0, 1.0))
+    stream = io.StringIO()
+    settings = Settings(smoke=True, providers=("advdl_ops optimize",))
+    assert run_cases([case.name], "models", settings, stream) == 0, stream.getvalue()
+    found = events(stream)
+    assert not [e for e in found if e["event"] == "refused"]
+    records = [record.from_dict(e["record"]) for e in found if e["event"] == "record"]
+    if ours is None:
+        ours = ZOO if "deeplabv3_resnet50" in models.list_models() else NO_ZOO
+    kinds = {"time", "over_stock", "peak"} | ({"held"} if "/train/" in name else set())
+    for provider in {"eager", *ours}:
+        assert kinds <= {r.metric for r in records if r.provider == provider}
+    # The ratios are over the zoo's network, or over the optimized one where there is none.
+    rivals = {r.provider for r in records if r.metric == "speedup"}
+    assert rivals == ({"eager", "advdl_ops optimize"} if ours == ZOO else {"eager"})
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+def test_flops_of_a_training_step_are_three_times_those_of_inference(
+    kind: Any, groups: int
+) -> None:
+    model = kind(8, 8, 3, groups=groups)
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss = torch.nn.functional.mse_loss
+    target = torch.zeros_like(model(x))
+    network = model_flow.Network("eager", False, model, (x,), target, loss, model, optimizer)
+    inference = model_flow.counted_flops(network, False)
+    pixels = 36 if kind is torch.nn.ConvTranspose2d else 16
+    assert inference == 2 * 2 * pixels * 8 * 8 // groups * 9
+    assert model_flow.counted_flops(network, True) == 3 * inference
+
+
+def test_a_gradient_of_nothing_but_rounding_is_compared_with_zero() -> None:
+    truth = model_flow._without_rounding(
+        {"loss": torch.ones((), dtype=torch.float64), "zero": torch.full((4,), 1e-17).double()}
+    )
+    noise = {"loss": truth["loss"], "zero": torch.full((4,), -3e-17).double()}
+    assert wrong_values(noise, truth, truth, model_flow.EXACT_SLACK) is None
+    noise["zero"] += 1e-3
+    assert wrong_values(noise, truth, truth, model_flow.EXACT_SLACK) is not None
 
 
 def test_a_shape_or_a_nan_is_never_within_the_bound() -> None:
@@ -258,6 +335,46 @@ def test_best_stock_is_the_fastest_stock_provider() -> None:
     assert (best.provider, best.p50) == ("torch.compile", 2.0)
 
 
+def test_the_report_tells_the_zoo_from_the_optimized_network() -> None:
+    session, stream = tiny_session()
+    times = {
+        "eager": [3.0],
+        "torch.compile channels_last": [2.0],
+        "advdl_ops": [1.0],
+        "advdl_ops channels_last": [0.5],
+        "advdl_ops optimize": [4.0],
+        "advdl_ops optimize + torch.compile": [0.1],
+    }
+    op_flow.report_times(session, "fwd", times, "advdl_ops channels_last")
+    before = [record.from_dict(e["record"]) for e in events(stream)]
+    # As networks were recorded before optimize competed.
+    assert report.summary([i for i in before if "optimize" not in i.provider]) == (
+        "fwd 4.00x (4.00-4.00) vs torch.compile channels_last"
+    )
+    model_flow.report_over_stock(session, "fwd", times)
+    items = [record.from_dict(e["record"]) for e in events(stream)]
+    assert report.summary(items) == (
+        "fwd 4.00x (4.00-4.00) vs torch.compile channels_last; "
+        "fwd optimize 0.50x (0.50-0.50) vs torch.compile channels_last"
+    )
+    # Without the zoo's.
+    assert report.summary([i for i in items if not i.provider.startswith("advdl_ops")]) == "-"
+    alone = [i for i in items if i.provider not in ("advdl_ops", "advdl_ops channels_last")]
+    assert report.summary(alone).startswith("fwd optimize 0.50x")
+
+
+def test_a_case_without_its_peer_is_left_out(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    cases = registry.all_cases()
+    other, needs = cases[TINY], cases["efficientnet_b0/inference/4x3x64x64/float32/cpu"]
+    needs = dataclasses.replace(needs, extras=("timm",))
+    assert runner.without_missing_extras([other, needs]) == [other]
+    said = "this needs timm, which is not installed: python -m pip install --no-deps timm"
+    assert capsys.readouterr().err == f"left out: {needs.name}: {said}\n"
+    with pytest.raises(extras.MissingExtra, match=said):
+        runner.without_missing_extras([needs])
+
+
 def test_a_failing_case_does_not_stop_the_next() -> None:
     def explode(case: Any, session: Any) -> None:
         raise RuntimeError("first line\nmany more")
@@ -344,7 +461,7 @@ def test_a_training_with_another_gradient_is_an_error(monkeypatch: Any) -> None:
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_the_stock_peer_is_the_same_network(name: str, stem: str) -> None:
-    from advdl_ops import models, use_backend
+    from advdl_ops import use_backend
 
     torch.manual_seed(0)
     ours = models.create_model(name, num_classes=5, in_channels=1, stem=stem)

@@ -99,8 +99,16 @@ def test_without_fusion():
     assert type(fast) is Block
 
 
-def test_copies_and_pickles():
-    block = Block(stock.BatchNorm2d, stock.ReLU()).double()
+class NamesTorch(Block):
+    """Its fused forward has the module `torch` among its names."""
+
+    def forward(self, x):
+        return torch.flatten(self.act(self.norm1(self.conv1(x))), 1)
+
+
+@pytest.mark.parametrize("kind", [Block, NamesTorch])
+def test_copies_and_pickles(kind):
+    block = kind(stock.BatchNorm2d, stock.ReLU()).double()
     twin = copy.deepcopy(block)
     fast = advdl_ops.optimize(block)
     file = io.BytesIO()
@@ -478,6 +486,16 @@ def test_the_given_tree_is_left_as_it_is():
     for (_, a), (_, b) in zip(after, before, strict=True):
         assert a.keys() == b.keys() and all(a[k] is b[k] for k in a)
     assert block.training and not block.conv1._forward_hooks
+
+
+class Frozen(dict):
+    """As diffusers has it: a copy() of it is none of its kind."""
+
+
+def test_attributes_that_are_dicts_of_their_own_kind_are_shared():
+    block = Block(stock.BatchNorm2d, stock.ReLU())
+    block._config = Frozen(channels=8)
+    assert advdl_ops.optimize(block)._config is block._config
 
 
 def test_optimizers_go_on():

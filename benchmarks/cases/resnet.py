@@ -1,68 +1,63 @@
-"""ResNet inference and training steps of targets.md: torchvision's architecture in plain PyTorch against the zoo."""
+"""ResNet of targets.md: torchvision's architecture in plain PyTorch, which needs no torchvision, against the zoo.
+
+That `optimize` also serves torchvision's own class is what the hidden cases of `torchvision_resnet18` run.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..registry import Case, register
+from ..networks import add
+from ..registry import Case
 
 if TYPE_CHECKING:
-    from ..session import Session
+    from ..model_flow import Subject
 
 
-def run(case: Case, session: Session) -> None:
-    from ..model_flow import measure_model
+def subject(case: Case) -> Subject:
+    from ..extras import require
+    from ..model_flow import Subject, from_zoo, random_images, random_labels
+    from ..stock_resnet import stock_resnet
 
-    measure_model(case, session)
-
-
-def add(
-    model: str,
-    batch: int,
-    pixels: int,
-    *,
-    training: bool,
-    device: str = "cpu",
-    dtype: str = "float32",
-    target: str = "",
-    rounds: int = 7,
-    memory_only: bool = False,
-    compile: bool = True,
-    hidden: bool = False,
-) -> None:
-    kind = "memory" if memory_only else "train" if training else "inference"
-    register(
-        Case(
-            name=f"{model}/{kind}/{batch}x3x{pixels}x{pixels}/{dtype}/{device}",
-            suites=("models",),
-            op=f"{model} {kind}",
-            modes=("full",) if training else ("fwd",),
-            dtype=dtype,
-            layout="either",
-            shape=(batch, 3, pixels, pixels),
-            device=device,
-            run=run,
-            target=target,
-            rounds=rounds,
-            compile=compile,
-            hidden=hidden,
-            options={"model": model, "training": training, "memory_only": memory_only},
-        )
-    )
+    name = str(case.options["model"])
+    if name.startswith("torchvision_"):
+        name = name.removeprefix("torchvision_")
+        stock, zoo = getattr(require("torchvision.models"), name)(), from_zoo(name)
+    else:
+        stock, zoo = stock_resnet(name), from_zoo(name)
+        assert zoo is not None
+        stock.load_state_dict(zoo.state_dict())  # the plain one has no first weights of its own
+    return Subject(stock, zoo, (random_images(case),), random_labels(1000, case.shape[:1]))
 
 
-add("resnet50", 8, 224, training=False, target=">= 1.0x compile with freezing, >= 1.2x best eager")
-add("resnet18", 16, 112, training=True, target=">= 1.1x best stock")
 add(
-    "resnet50", 8, 112, training=True, memory_only=True, compile=False, target="held <= 0.80x stock"
+    "resnet50",
+    subject,
+    8,
+    224,
+    training=False,
+    target=">= 1.0x compile with freezing, >= 1.2x best eager",
 )
-add("resnet18", 2, 32, training=True, compile=False, hidden=True)
-add("resnet18", 2, 32, training=False, compile=False, hidden=True)
+add("resnet50", subject, 8, 112, training=True, target="held <= 0.80x stock")
+add("resnet18", subject, 8, 224, training=False)
+add("resnet18", subject, 16, 112, training=True, target=">= 1.1x best stock")
+for _training in (False, True):
+    add("resnet18", subject, 2, 32, training=_training, hidden=True)
+    add(
+        "torchvision_resnet18",
+        subject,
+        2,
+        32,
+        training=_training,
+        hidden=True,
+        extras=("torchvision",),
+    )
 
 # targets.md, CUDA
 for _dtype in ("bfloat16", "float32"):
     add(
         "resnet50",
+        subject,
         256,
         224,
         training=True,
@@ -70,4 +65,6 @@ for _dtype in ("bfloat16", "float32"):
         dtype=_dtype,
         target=">= 1.3x eager, >= 1.1x compile",
     )
-    add("resnet50", 128, 224, training=False, device="cuda", dtype=_dtype)
+    add("resnet50", subject, 128, 224, training=False, device="cuda", dtype=_dtype)
+add("resnet18", subject, 256, 224, training=True, device="cuda", dtype="bfloat16")
+add("resnet18", subject, 128, 224, training=False, device="cuda", dtype="bfloat16")

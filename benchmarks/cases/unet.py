@@ -1,0 +1,43 @@
+"""milesial's U-Net of targets.md, restated in plain PyTorch, against the zoo's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..networks import add
+from ..registry import Case
+
+if TYPE_CHECKING:
+    from ..model_flow import Subject
+
+
+def subject(case: Case) -> Subject:
+    from ..model_flow import Subject, from_zoo, random_images, random_labels
+    from ..stock_unet import StockUNet
+
+    width = 4 if case.hidden else 64
+    return Subject(
+        StockUNet(3, 2, width),
+        from_zoo("unet", num_classes=2, base_channels=width),
+        (random_images(case),),
+        random_labels(2, (case.shape[0], *case.shape[2:])),
+    )
+
+
+add("unet", subject, 1, 256, training=False)
+add("unet", subject, 2, 128, training=True)
+add("unet", subject, 2, 35, training=False, hidden=True)
+add("unet", subject, 2, 35, training=True, hidden=True)
+
+# targets.md, CUDA
+add(
+    "unet",
+    subject,
+    8,
+    512,
+    training=True,
+    device="cuda",
+    dtype="bfloat16",
+    target=">= 1.25x eager, >= 1.1x compile",
+)
+add("unet", subject, 8, 512, training=False, device="cuda", dtype="bfloat16")
