@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -238,11 +239,23 @@ def _twins(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
             for name, value in layer.__dict__.items()
         }
         twins[id(layer)] = twin
-    for layer in model.modules():
-        children = twins[id(layer)]._modules
-        for name, child in layer._modules.items():
-            children[name] = None if child is None else twins[id(child)]
+    for twin in twins.values():
+        own = twin.__dict__
+        for name, value in own.items():
+            own[name] = _of_twins(value, twins)
+        own["_modules"].update({k: _of_twins(child, twins) for k, child in twin._modules.items()})
     return twins
+
+
+def _of_twins(value: Any, twins: dict[int, torch.nn.Module]) -> Any:
+    """An attribute, with the twins in place of modules that it holds beside ``_modules``, and of its method's."""
+    if isinstance(value, torch.nn.Module):
+        return twins.get(id(value), value)
+    if type(value) in (list, tuple) and any(isinstance(item, torch.nn.Module) for item in value):
+        return type(value)(_of_twins(item, twins) for item in value)
+    if isinstance(value, MethodType) and id(value.__self__) in twins:
+        return MethodType(value.__func__, twins[id(value.__self__)])
+    return value
 
 
 def _convert(layer: torch.nn.Module, counterpart: Counterpart, why: str) -> None:

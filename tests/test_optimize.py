@@ -488,6 +488,33 @@ def test_the_given_tree_is_left_as_it_is():
     assert block.training and not block.conv1._forward_hooks
 
 
+class Holds(Block):
+    """Its layers under other names, and a method, beside what is registered."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.layers = [self.conv1, self.norm1]
+        object.__setattr__(self, "last", self.norm2)
+        self.run = self.body
+
+    def body(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(self.conv2(x))
+
+    def forward(self, x):
+        return self.run(x) if x.sum() > 0 else self.run(-x)
+
+
+def test_attributes_that_hold_modules_hold_the_new_ones():
+    block = made(Holds)
+    twin, fast = copy.deepcopy(block), advdl_ops.optimize(block)
+    assert fast.layers[0] is fast.conv1 and fast.last is fast.norm2
+    assert block.layers[0] is block.conv1 and block.last is block.norm2
+    check_as(twin, fast, X)
+    assert not fast.norm1.training and block.norm1.training
+
+
 class Frozen(dict):
     """As diffusers has it: a copy() of it is none of its kind."""
 
