@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from . import nn
 from ._schemas import conv2d_shape
-from ._trace import WRITING, Untraceable, Variant, source_of, variants_of
+from ._trace import Variant, writes
 from .activation import ACTIVATIONS, IDENTITY, Activation, resolve_activation
 from .functional.conv_bn_act import result_dtype
 from .reference.activation import activate
@@ -62,14 +62,12 @@ class Fusion(NamedTuple):
     Attributes:
         owner: the module.
         groups: what it runs as one op each.
-        source: of the function ``forward``.
-        names: the objects that the source names.
+        variants: of its forward, with the groups in place.
     """
 
     owner: torch.nn.Module
     groups: list[Group]
-    source: str
-    names: dict[str, Any]
+    variants: list[Variant]
 
 
 class Parts(NamedTuple):
@@ -84,26 +82,21 @@ class Parts(NamedTuple):
     activations: set[int]
 
 
-def plan_fusions(model: torch.nn.Module, parts: Parts) -> tuple[list[Fusion], dict[int, str]]:
-    """What can be fused in ``model``, which stays as it is; by id of a module why its forward has no graph."""
-    fusions, failures = [], {}
-    for owner in model.modules():
-        children = list(owner.children())
-        # Containers that hold and never call.
-        inert = type(owner).forward in (
-            torch.nn.Module.forward, torch.nn.ModuleList.forward, torch.nn.ModuleDict.forward,
-        )  # fmt: skip
-        if len(children) < 2 or inert or not any(id(child) in parts.layers for child in children):
-            continue
-        try:
-            variants = variants_of(owner)
-        except Untraceable as error:
-            failures[id(owner)] = str(error)
-            continue
-        fusion = _plan(owner, variants, parts)
-        if fusion is not None:
-            fusions.append(fusion)
-    return fusions, failures
+def plan_fusions(
+    model: torch.nn.Module, parts: Parts, graphs: dict[int, list[Variant]]
+) -> list[Fusion]:
+    """What can be fused in ``model``; the graphs, by id of their modules, are written anew, ``model`` is not."""
+    found = (
+        _plan(owner, graphs[id(owner)], parts)
+        for owner in model.modules()
+        if id(owner) in graphs and has_parts(owner, parts)
+    )
+    return [fusion for fusion in found if fusion is not None]
+
+
+def has_parts(owner: torch.nn.Module, parts: Parts) -> bool:
+    children = list(owner.children())
+    return len(children) > 1 and any(id(child) in parts.layers for child in children)
 
 
 def _plan(owner: torch.nn.Module, variants: list[Variant], parts: Parts) -> Fusion | None:
@@ -119,7 +112,7 @@ def _plan(owner: torch.nn.Module, variants: list[Variant], parts: Parts) -> Fusi
             changed.append(variant)
     if not changed:
         return None
-    return Fusion(owner, list(found.values()), *source_of(owner, changed))
+    return Fusion(owner, list(found.values()), changed)
 
 
 class _Search:
@@ -202,8 +195,8 @@ class _Search:
         if following in self.taken:
             return None
         between = self.nodes[self.nodes.index(nodes[0]) + 1 : self.nodes.index(following)]
-        writes = any(_writes(node, self.owner) for node in between if node not in nodes)
-        return None if writes else following
+        written = any(writes(node, self.owner) for node in between if node not in nodes)
+        return None if written else following
 
 
 def _join_silu(graph: fx.Graph, owner: torch.nn.Module) -> None:
@@ -217,13 +210,13 @@ def _join_silu(graph: fx.Graph, owner: torch.nn.Module) -> None:
             continue
         between = list(graph.nodes)
         between = between[between.index(x) + 1 : between.index(node)]
-        if any(_writes(n, owner) for n in between) or (
-            _writes(node, owner) and x is not node.args[0]
+        if any(writes(n, owner) for n in between) or (
+            writes(node, owner) and x is not node.args[0]
         ):
             continue
         with graph.inserting_before(node):
             made = graph.call_function(
-                F.silu, (x,), {"inplace": True} if _writes(node, owner) else {}
+                F.silu, (x,), {"inplace": True} if writes(node, owner) else {}
             )
         node.replace_all_uses_with(made)
         graph.erase_node(node)
@@ -255,19 +248,6 @@ def _added(node: fx.Node, term: fx.Node) -> fx.Node | None:
     # In place it would write what others still read.
     writes = node.target in (operator.iadd, "add_") and left is other
     return None if writes and (len(other.users) > 1 or other.op == "placeholder") else other
-
-
-def _writes(node: fx.Node, owner: torch.nn.Module) -> bool:
-    """Whether the node writes one of its inputs; of a module that says so by ``inplace``."""
-    if node.op == "call_module":
-        return bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    named = getattr(node.target, "__name__", "")
-    return bool(
-        node.kwargs.get("inplace") or node.kwargs.get("out") or named.endswith("_")
-        or node.target in WRITING.values()
-    )  # fmt: skip
 
 
 def _rewrite(graph: fx.Graph, group: Group) -> None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Collection
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 
 from ._counterparts import Counterpart, Left, counterpart_of, own_activation
-from ._fuse import CONVOLUTIONS, NORMS, Fusion, Parts, is_watched, plan_fusions
-from ._trace import CONTAINERS, fused_class
+from ._fuse import CONVOLUTIONS, NORMS, Fusion, Parts, has_parts, is_watched, plan_fusions
+from ._layout import Inside, in_fast_format
+from ._trace import CONTAINERS, fused_class, graphs_of, source_of
 from .activation import IDENTITY, qualified_name, resolve_activation
 
 __all__ = ["optimize", "restore"]
@@ -32,14 +34,14 @@ class Record(NamedTuple):
         added: attributes that it has got.
         fused: names of the layers of each group that its forward runs as one op, where that was made anew.
         part: whether its parent runs it in such a group.
-        why: a layer takes part in no group, or no forward was made for it.
+        notes: what else there is to tell, as why it is not fused.
     """
 
     original: type | None = None
     added: tuple[str, ...] = ()
     fused: tuple[tuple[str, ...], ...] = ()
     part: bool = False
-    why: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def optimize(
@@ -74,18 +76,34 @@ def optimize(
             continue
         if found is not None:
             counterparts[id(layer)] = found
-    why_single = _why_single(model, counterparts)
+    notes = {key: [f"not fused: {why}"] for key, why in _why_single(model, counterparts).items()}
     fusions: list[Fusion] = []
-    failures: dict[int, str] = {}
+    fast_format = False
     if fuse:
-        fusions, failures = plan_fusions(model, _parts(model, counterparts, why_single))
+        parts = _parts(model, counterparts, notes.keys())
+        graphs, failures = graphs_of(model, counterparts.keys())
+        for owner in model.modules():
+            if id(owner) in failures and has_parts(owner, parts):
+                notes[id(owner)] = [f"not fused: {failures[id(owner)]}"]
+        if id(model) not in counterparts and any(
+            issubclass(found.layer, CONVOLUTIONS) for found in counterparts.values()
+        ):
+            inner = {key: [v.graph for v in variants] for key, variants in graphs.items()}
+            why = Inside(model, counterparts.keys(), inner).why_not
+            fast_format = why is None
+            told = "channels_last in evaluation on CPU, whatever it is given"
+            notes.setdefault(id(model), []).append(told if why is None else f"not in {told}: {why}")
+        fusions = plan_fusions(model, parts, graphs)
+        if fast_format and not any(fusion.owner is model for fusion in fusions):
+            fusions.append(Fusion(model, [], []))
     made = {id(layer): layer for layer in model.modules()} if inplace else _twins(model)
     for key, counterpart in counterparts.items():
-        _convert(made[key], counterpart, why_single.get(key, ""))
-    for key, why in failures.items():
-        made[key].__dict__[_RECORD] = Record(why=why)
+        _convert(made[key], counterpart)
     for fusion in fusions:
-        _fuse(fusion, made)
+        _fuse(fusion, made, fast_format and fusion.owner is model)
+    for key, texts in notes.items():
+        own = made[key].__dict__
+        own[_RECORD] = own.get(_RECORD, Record())._replace(notes=tuple(texts))
     return made[id(model)]
 
 
@@ -128,7 +146,7 @@ def summary(model: torch.nn.Module) -> dict[str, Any]:
         elif record.fused:
             prefix = f"{name}." if name else ""
             fused += [prefix + " + ".join(names) for names in record.fused]
-        elif record.original is not None and not record.part:
+        elif record.added and not record.part:
             replaced.append(name)
     return {"fused": fused, "replaced": replaced, "left": left}
 
@@ -145,8 +163,7 @@ def notes(model: torch.nn.Module) -> dict[str, list[str]]:
         found[name] = [f"one op: {' + '.join(names)}" for names in record.fused]
         if record.original is not None and record.added:
             found[name].append(f"was {qualified_name(record.original)}")
-        if record.why:
-            found[name].append(f"not fused: {record.why}")
+        found[name] += record.notes
     return found
 
 
@@ -210,11 +227,11 @@ def _why_single(model: torch.nn.Module, counterparts: dict[int, Counterpart]) ->
 def _parts(
     model: torch.nn.Module,
     counterparts: dict[int, Counterpart],
-    why_single: dict[int, str],
+    single: Collection[int],
 ) -> Parts:
     layers: dict[int, tuple[type[torch.nn.Module], str | None]] = {}
     for key, found in counterparts.items():
-        if key not in why_single and issubclass(found.layer, (*CONVOLUTIONS, *NORMS)):
+        if key not in single and issubclass(found.layer, (*CONVOLUTIONS, *NORMS)):
             act = own_activation(found)
             layers[key] = found.layer, None if act == IDENTITY else act.name
     activations = set()
@@ -258,17 +275,20 @@ def _of_twins(value: Any, twins: dict[int, torch.nn.Module]) -> Any:
     return value
 
 
-def _convert(layer: torch.nn.Module, counterpart: Counterpart, why: str) -> None:
-    layer.__dict__[_RECORD] = Record(type(layer), tuple(counterpart.attributes), why=why)
+def _convert(layer: torch.nn.Module, counterpart: Counterpart) -> None:
+    layer.__dict__[_RECORD] = Record(type(layer), tuple(counterpart.attributes))
     layer.__dict__.update(counterpart.attributes)
     layer.__class__ = counterpart.layer
 
 
-def _fuse(fusion: Fusion, made: dict[int, torch.nn.Module]) -> None:
+def _fuse(fusion: Fusion, made: dict[int, torch.nn.Module], fast_format: bool) -> None:
     owner = made[id(fusion.owner)]
     names = tuple(tuple(group.names) for group in fusion.groups)
     owner.__dict__[_RECORD] = Record(type(owner), fused=names)
-    owner.__class__ = fused_class(type(owner), fusion.source, fusion.names)
+    source, objects = source_of(owner, fusion.variants, "in_fast_format" if fast_format else "")
+    if fast_format:
+        objects["in_fast_format"] = in_fast_format
+    owner.__class__ = fused_class(type(owner), source, objects)
     for group in fusion.groups:
         for layer in group.layers:
             twin = made[id(layer)].__dict__

@@ -17,7 +17,7 @@ import re
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -49,6 +49,32 @@ class Variant(NamedTuple):
     graph: fx.Graph
     guards: tuple[str, ...]
     arguments: tuple[str, ...]
+
+
+def graphs_of(
+    model: _Module, known: Collection[int]
+) -> tuple[dict[int, list[Variant]], dict[int, str]]:
+    """By id of a module the graphs of its own forward, or why it has none.
+
+    Args:
+        known: ids of layers that nobody has to look into; nor of those of torch, but for what calls others in order.
+    """
+    graphs, failures = {}, {}
+    for owner in model.modules():
+        in_order = type(owner).forward is torch.nn.Sequential.forward
+        if id(owner) in known or (is_torchs(owner) and not in_order):
+            continue
+        try:
+            graphs[id(owner)] = variants_of(owner)
+        except Untraceable as error:
+            failures[id(owner)] = str(error)
+    return graphs, failures
+
+
+def is_torchs(layer: torch.nn.Module) -> bool:
+    """Whether its forward is one of ``torch.nn``'s."""
+    module = getattr(type(layer).forward, "__module__", None) or ""
+    return module.startswith("torch.nn.modules.") and "forward" not in layer.__dict__
 
 
 def variants_of(owner: _Module) -> list[Variant]:
@@ -246,11 +272,11 @@ def _in_place(function: Any) -> Any:
     return record
 
 
-WRITING = {
+_WRITING = {
     name: getattr(operator, name)
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
 }  # fmt: skip
-for _name, _function in WRITING.items():
+for _name, _function in _WRITING.items():
     setattr(_Proxy, f"__{_name}__", _in_place(_function))
 
 
@@ -290,14 +316,34 @@ def _state() -> tuple[Any, ...]:
     )
 
 
+def writes(node: fx.Node, owner: torch.nn.Module) -> bool:
+    """Whether the node writes one of its inputs; of a module that says so by ``inplace``."""
+    if node.op == "call_module":
+        return bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    named = getattr(node.target, "__name__", "")
+    return bool(
+        node.kwargs.get("inplace") or node.kwargs.get("out") or named.endswith("_")
+        or node.target in _WRITING.values()
+    )  # fmt: skip
+
+
 # ---- the class of a module whose forward is made anew ----
 
 
-def source_of(owner: _Module, variants: list[Variant]) -> tuple[str, dict[str, Any]]:
-    """Source of the new ``forward`` and the objects that it names, but for those that :func:`fused_class` knows."""
-    signature = inspect.signature(type(owner).forward)
-    texts, names = [], {}
-    tests = []
+def source_of(
+    owner: _Module, variants: list[Variant], through: str = ""
+) -> tuple[str, dict[str, Any]]:
+    """Source of the new ``forward`` and the objects that it names, but for those that :func:`fused_class` knows.
+
+    Args:
+        through: the name of a function (module, forward, args, kwargs) that calls it.
+    """
+    called = "inside" if through else "forward"
+    texts: list[str] = []
+    names: dict[str, Any] = {}
+    tests: list[str] = []
     for number, variant in enumerate(variants):
         code = variant.graph.python_code("self")
         texts.append(code.src.replace("def forward(", f"def variant_{number}(", 1))
@@ -305,26 +351,31 @@ def source_of(owner: _Module, variants: list[Variant]) -> tuple[str, dict[str, A
         names.update({name: value for name, value in code.globals.items() if name in used})
         call = f"return variant_{number}(self, {', '.join(variant.arguments)})"
         tests.append(f"    if {' and '.join(variant.guards) or 'True'}:\n        {call}\n")
-    parameters = list(signature.parameters.values())
-    heads: list[str] = []
-    passed: list[str] = []
     stars: dict[Any, str] = {
         inspect.Parameter.VAR_POSITIONAL: "*",
         inspect.Parameter.VAR_KEYWORD: "**",
     }
-    for p in parameters:
-        star = stars.get(p.kind, "")
+    heads: list[str] = []
+    positional: list[str] = []
+    by_name: list[str] = []
+    for p in inspect.signature(type(owner).forward).parameters.values():
         if p.kind is p.KEYWORD_ONLY and not any("*" in head for head in heads):
             heads.append("*")
+        star = stars.get(p.kind, "")
         heads.append(star + p.name + ("" if p.default is p.empty else f"={_default(p)}"))
-        keyword = p.kind is p.KEYWORD_ONLY
-        passed.append(f"{p.name}={p.name}" if keyword else star + p.name)
-    return (
-        "\n".join(texts)
-        + f"\ndef forward({', '.join(heads)}):\n"
-        + "".join(tests)
-        + f"    return before({', '.join(passed)})\n"
-    ), names
+        if p.kind is p.KEYWORD_ONLY:
+            by_name.append(f"{p.name}={p.name}")
+        else:
+            (by_name if star == "**" else positional).append(star + p.name)
+    head, passed = ", ".join(heads), ", ".join(positional + by_name)
+    texts.append(f"def {called}({head}):\n{''.join(tests)}    return before({passed})\n")
+    if through:
+        args, kwargs = ", ".join(positional[1:]), ", ".join(by_name)
+        texts.append(
+            f"def forward({head}):\n"
+            f"    return {through}(self, {called}, [{args}], dict({kwargs}))\n"
+        )
+    return "\n".join(texts), names
 
 
 _classes: dict[tuple[type, str], type[_Module]] = {}

@@ -71,4 +71,6 @@ def check_as(reference, model, x, steps=2):
     expected = scores(reference(x)).detach()
     same(scores(model(x)).detach(), expected)
     with torch.no_grad():
-        same(scores(model(x)), expected)
+        found = scores(model(x))
+    same(found, expected)
+    assert found.is_contiguous() == expected.is_contiguous()

@@ -590,6 +590,114 @@ def test_nothing_to_do():
     assert counts(advdl_ops.optimize(ours)) == (0, 0, 0)
 
 
+# ---- channels_last inside ----
+
+
+class Chain(stock.Module):
+    """Two convolutions and something between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first = stock.Conv2d(8, 8, 3)
+        self.between = between
+        self.last = stock.Conv2d(8, 8, 3)
+
+    def forward(self, x, *, y=None):
+        x = self.last(self.between(self.first(x)))
+        return {"x": x, "y": y, "rows": x.flatten(2)}
+
+
+class Views(stock.Module):
+    def forward(self, x):
+        return x.view(x.shape[0], -1).view(x.shape)
+
+
+class Shifts(stock.Module):
+    """Of contiguous memory, what it is given."""
+
+    def forward(self, x):
+        y = x.flatten(1)
+        y += 1
+        return x
+
+
+class ShiftsAll(stock.Module):
+    def forward(self, x):
+        x += 1
+        return x
+
+
+class ShiftsItsInput(Chain):
+    def forward(self, x):
+        return self.last(self.between(x))
+
+
+class Halves(stock.Module):
+    def forward(self, x):
+        return x.mul(0.5)
+
+
+def formats_of_last(fast):
+    seen = []
+    fast.last.register_forward_pre_hook(
+        lambda _, x: seen.append(x[0].is_contiguous(memory_format=torch.channels_last)) and None
+    )
+    return seen
+
+
+@pytest.mark.parametrize("between", [stock.Identity(), stock.ReLU(True), Halves(), ShiftsAll()])
+def test_evaluation_in_channels_last(between):
+    model = Chain(copy.deepcopy(between)).double().eval()
+    twin, fast = copy.deepcopy(model), advdl_ops.optimize(model)
+    assert "\n    channels_last in evaluation" in str(advdl_ops.explain(fast))
+    seen = formats_of_last(fast)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            expected, found = twin(X, y=X), fast(X, y=X)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            same(found[name], value)
+            assert found[name].stride() == value.stride()
+    fast.train()(X)
+    with torch.no_grad():
+        fast.train()(X)
+        fast.eval()(X)
+    assert seen == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Chain(Views()), "between: it calls view"),
+        (Chain(Shifts()), "between: it writes what may be a view or a copy"),
+        (ShiftsItsInput(ShiftsAll()), "it may write what it is given"),
+        (ShiftsItsInput(stock.Sequential(stock.Dropout(), stock.ReLU(True))), "it may write what"),
+        (Chain(Holds(group_norm, stock.ReLU())), "between: its forward has no graph"),
+    ],
+)
+def test_what_forbids_channels_last(model, why):
+    model = model.double().eval()
+    twin, fast = copy.deepcopy(model), advdl_ops.optimize(model)
+    assert f"not in channels_last in evaluation on CPU, whatever it is given: {why}" in str(
+        advdl_ops.explain(fast)
+    )
+    seen = formats_of_last(fast)
+    a, b = X.clone(), X.clone()
+    with torch.no_grad():
+        found, expected = fast(a), twin(b)
+    if isinstance(found, dict):
+        found, expected = found["x"], expected["x"]
+    same(found, expected)
+    same(a, b)
+    assert seen == [False]
+
+
+def test_hooks_forbid_channels_last():
+    model = Chain(stock.Identity()).eval()
+    model.between.register_forward_hook(lambda *_: None)
+    assert "between: it has hooks" in str(advdl_ops.explain(advdl_ops.optimize(model)))
+
+
 # ---- recurrent layers ----
 
 

@@ -225,6 +225,6 @@ def scale_and_shift(
     return scale, torch.addcmul(bn_bias.to(acc), running_mean.to(acc), scale, value=-1)
 
 
-def prefers_channels_last(x: Tensor, *parameters: Tensor) -> bool:
+def prefers_channels_last(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether a network should run this input in channels_last, which its convolutions on CPU are faster in."""
     return x.is_cpu and _evaluates(x, *parameters) and not is_traced()
