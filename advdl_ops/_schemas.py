@@ -49,8 +49,8 @@ _library.define(
     "conv2d(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, "
     f"{_CONV2D_OPTIONS}, int act, float act_param) -> Tensor"
 )
-# dz is the gradient of conv2d(x, weight), dbias its sum. dweight and dbias are in fp32 at least; what is not needed is
-# empty.
+# dz is the gradient of conv2d(x, weight), dbias its sum. dweight and dbias are in fp32 at least, dweight in the memory
+# format of the weight (autograd would copy another one into it); what is not needed is empty.
 _library.define(
     f"conv2d_backward(Tensor dz, Tensor x, Tensor weight, {_CONV2D_OPTIONS}, "
     "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
@@ -190,7 +190,9 @@ def _fake_conv2d(x, weight, stride, padding, dilation):
 def _fake_conv2d_backward(x, weight, need_dx, need_dweight, need_dbias):
     return (
         torch.empty_like(x, memory_format=conv2d_format(x)) if need_dx else x.new_empty(0),
-        x.new_empty(weight.shape if need_dweight else 0, dtype=_acc(x)),
+        torch.empty_like(weight, dtype=_acc(x), memory_format=conv2d_format(weight))
+        if need_dweight
+        else x.new_empty(0, dtype=_acc(x)),
         x.new_empty(weight.shape[0] if need_dbias else 0, dtype=_acc(x)),
     )
 

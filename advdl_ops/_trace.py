@@ -7,6 +7,8 @@ at. Each such variant is guarded by what it was made from; a call that none of t
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import copy
 import importlib
 import inspect
@@ -15,6 +17,7 @@ import math
 import operator
 import re
 import sys
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
@@ -60,15 +63,19 @@ def graphs_of(
         known: ids of layers that nobody has to look into; nor of those of torch, but for what calls others in order.
     """
     graphs, failures = {}, {}
-    for owner in model.modules():
-        in_order = type(owner).forward is torch.nn.Sequential.forward
-        if id(owner) in known or (is_torchs(owner) and not in_order):
-            continue
-        try:
-            graphs[id(owner)] = variants_of(owner)
-        except Untraceable as error:
-            failures[id(owner)] = str(error)
+    with _lock:
+        for owner in model.modules():
+            in_order = type(owner).forward is torch.nn.Sequential.forward
+            if id(owner) in known or (is_torchs(owner) and not in_order):
+                continue
+            try:
+                graphs[id(owner)] = variants_of(owner)
+            except Untraceable as error:
+                failures[id(owner)] = str(error)
     return graphs, failures
+
+
+_lock = threading.RLock()  # tracing puts functions of its own in the place of global ones
 
 
 def is_torchs(layer: torch.nn.Module) -> bool:
@@ -197,7 +204,7 @@ def _trace(
     before = {name: _items(value) for name, value in shadow.__dict__.items()}
     tracer = _OwnCode(tensors)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _answering(tracer):
             warnings.simplefilter("ignore")
             graph = tracer.trace(shadow)
         # What a graph holds of no module, or would leave undone.
@@ -250,19 +257,33 @@ def _of_arguments(
 
 
 class _Proxy(fx.Proxy):
-    """Tells ``x += y`` from ``x = x + y``, and who asks what it is."""
+    """Tells ``x += y`` from ``x = x + y``."""
 
-    tracer: _OwnCode
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
+@contextlib.contextmanager
+def _answering(tracer: _OwnCode) -> Iterator[None]:
+    """Code that asks what a proxy is gets the answer for what it stands for.
+
+    Not by ``__class__``, which torch's C++ would believe, too.
+    """
+    before = builtins.isinstance
+
+    def answered(value: Any, kinds: Any) -> bool:
+        if type(value) is not _Proxy:
+            return before(value, kinds)
         asker = sys._getframe(1).f_globals.get("__name__", "")
         if asker.partition(".")[0] == "torch":
-            return type(self)
-        if self.node.op == "placeholder":
-            self.tracer.asked = True
-            return Tensor if self.tracer.tensors else type(self)
-        raise Untraceable("it asks what something is")
+            return before(value, kinds)
+        if value.node.op != "placeholder":
+            raise Untraceable("it asks what something is")
+        tracer.asked = True
+        return tracer.tensors and issubclass(Tensor, kinds)
+
+    builtins.isinstance = answered
+    try:
+        yield
+    finally:
+        builtins.isinstance = before
 
 
 def _in_place(function: Any) -> Any:

@@ -260,6 +260,14 @@ class CheckpointedReentrant(Checkpointed):
     reentrant = True
 
 
+class OfSizes(Block):
+    """What takes sizes in C++ must not take a proxy for a tensor."""
+
+    def forward(self, x):
+        sizes = x.shape if isinstance(x, torch.Tensor) else x
+        return torch.relu(self.norm1(self.conv1(torch.ones(sizes, dtype=torch.float64))))
+
+
 class OwnConstant(Block):
     def forward(self, x):
         y = torch.relu(self.norm1(self.conv1(x)))
@@ -323,6 +331,13 @@ def test_what_a_graph_would_not_hold_keeps_its_forward(kind, why):
     assert why in str(advdl_ops.explain(fast)).splitlines()[1]
     assert block.__dict__.get("kept", {}) == {}
     check_as(twin, fast, X.clone().requires_grad_())
+
+
+def test_sizes():
+    block = made(OfSizes).eval()
+    twin, fast = copy.deepcopy(block), advdl_ops.optimize(block)
+    for x in (X, list(X.shape)):
+        same(fast(x), twin(x))
 
 
 def test_constants_of_its_own():

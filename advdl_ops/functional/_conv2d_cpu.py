@@ -87,7 +87,7 @@ def conv2d_backward(
     if not (need_dx or need_dweight):
         return dx, dweight, dbias
     given_format = conv2d_format(x)
-    fast = compute_format(x, dilation)
+    fast, weight_format = compute_format(x, dilation), conv2d_format(weight)
     if only_contiguous(x, dilation, groups):
         fast, weight = torch.contiguous_format, weight.contiguous()
     found = torch.ops.aten.convolution_backward(
@@ -106,7 +106,7 @@ def conv2d_backward(
     if need_dx:
         dx = convert(found[0], given_format)
     if need_dweight:
-        dweight = convert(found[1], torch.contiguous_format).to(acc)
+        dweight = convert(found[1], weight_format).to(acc)
     return dx, dweight, dbias
 
 

@@ -207,7 +207,7 @@ def _backward(
             dweight = _native_backward(*tensors, conv, [False, True, False])[1]
         else:
             dweight = _launchers(family).weight_gradient(dz, x, weight.shape, **options, config=how)
-        return convert(dweight, torch.contiguous_format).to(acc)
+        return convert(dweight, conv2d_format(weight)).to(acc)
 
     layout = f"{_layout(x)}, {_layout(dz)}"
     dx, dweight, dbias = x.new_empty(0), x.new_empty(0, dtype=acc), x.new_empty(0, dtype=acc)
