@@ -200,6 +200,20 @@ def test_saved_for_backward(name, act, scale, residual):
     assert size * (1 + needs_z) <= held < size * (1.1 + needs_z)
 
 
+@pytest.mark.parametrize("of_weight", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("of_x", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("dtype", "dilation"), [(torch.float32, 1), (torch.float32, 8), (torch.bfloat16, 1)]
+)
+def test_the_weights_gradient_has_its_memory_format(of_x, of_weight, dtype, dilation):
+    """Autograd would copy another one into it, which for ResNet-18 takes some percent of a step."""
+    x = torch.randn(2, 4, 20, 20, dtype=dtype).contiguous(memory_format=of_x)
+    weight = torch.randn(6, 4, 3, 3, dtype=dtype).contiguous(memory_format=of_weight)
+    weight.requires_grad_()
+    (gradient,) = torch.autograd.grad(conv2d(x, weight, dilation=dilation).sum(), weight)
+    assert gradient.stride() == weight.stride()
+
+
 def test_input_may_not_change_before_backward():
     weight = torch.randn(4, 4, 3, 3, requires_grad=True)
     y = torch.randn(2, 4, 5, 5).requires_grad_() * 1
