@@ -80,6 +80,20 @@ def test_other_sizes_and_layouts_from_the_same_cache(kind):
         assert_fresh(layer, other.contiguous(memory_format=torch.channels_last))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_call_copies_nothing_of_the_weights_size(memory_format):
+    """To look for changes takes a few values: in channels_last it once copied every weight, 8 % of a ResNet-50."""
+    layer, x = make()
+    layer.to(memory_format=memory_format)
+    x = x.contiguous(memory_format=memory_format)
+    fill(layer, x)
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        layer(x)
+    weight = list(layer.conv.weight.shape)
+    copied = [e for e in profile.events() if e.name in ("aten::copy_", "aten::clone")]
+    assert not [e for e in copied if weight in e.input_shapes]
+
+
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_padding_by_name_is_kept_too(padding):
     layer, x = make(padding=padding, dilation=2)

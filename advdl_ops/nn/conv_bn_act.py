@@ -285,7 +285,9 @@ def _version(t: Tensor) -> Any:
 def _sample(source: tuple[Tensor | None, ...]) -> Tensor:
     weight = source[0]
     assert weight is not None
-    middle = weight.flatten(1)[:, weight[0].numel() // 2]
+    # By its indices: to flatten a weight in channels_last would copy all of it.
+    channel, row, column = (size // 2 for size in weight.shape[1:])
+    middle = weight[:, channel, row, column]
     return torch.cat([middle, *(t for t in source[1:] if t is not None)])
 
 
