@@ -36,7 +36,7 @@ def counterpart_of(layer: torch.nn.Module) -> Counterpart | None:
     kind = type(layer)
     make = _TORCH.get(kind) or _OTHERS.get(qualified_name(kind))
     if make is None:
-        if not isinstance(layer, tuple(_TORCH)) or isinstance(layer, _OURS):
+        if not isinstance(layer, tuple(_TORCH)) or isinstance(layer, OURS):
             return None
         if torch.nn.utils.parametrize.is_parametrized(layer):
             raise Left("its weight is parametrized")
@@ -50,6 +50,8 @@ def counterpart_of(layer: torch.nn.Module) -> Counterpart | None:
         # Sharded ones (DTensor, whose module only its users import) are gathered for the call.
         if type(parameter).__name__ not in ("NoneType", "Parameter", "DTensor"):
             raise Left(f"its {name} is a {type(parameter).__name__}")
+        if parameter is not None and not parameter.is_floating_point():
+            raise Left(f"its {name} is {parameter.dtype}")
     return make(layer)
 
 
@@ -108,8 +110,9 @@ _OTHERS: dict[str, Callable[..., Counterpart]] = {
     "timm.layers.norm_act.GroupNorm1Act": _timm_norm(nn.GroupNorm),
     "timm.layers.norm_act.LayerNormAct2d": _timm_norm(nn.LayerNorm2d),
 }
-_OURS = (
-    nn.Conv2d, nn.ConvTranspose2d, nn.BatchNormAct2d, nn.GroupNorm, nn.InstanceNorm1d,
+# What a layer may become.
+OURS = (
+    nn.Conv2d, nn.ConvTranspose2d, nn.BatchNormAct2d, nn.GroupNorm, nn.LayerNorm2d, nn.InstanceNorm1d,
     nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LSTM, nn.LSTMCell,
 )  # fmt: skip
 _WEIGHTS: dict[type[torch.nn.Module], tuple[str, ...]] = {

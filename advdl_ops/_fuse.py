@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ NORMS = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
-_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
+_ADDITIONS = {operator.add, torch.add, "add", *_ADDITIONS_IN_PLACE}
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 _SIGMOIDS = {torch.sigmoid, F.sigmoid, "sigmoid"}
 # Functions and methods that are an activation without arguments of their own.
@@ -46,6 +48,7 @@ class Group(NamedTuple):
         names: of the layers, and of what else is fused.
         nodes: of the graph, first to last.
         residual: the node that is added, or ``None``.
+        in_place: whether it is added in place, which keeps the dtype.
         act: the name of the activation, or the node of its module; ``None`` if none follows.
     """
 
@@ -53,6 +56,7 @@ class Group(NamedTuple):
     names: list[str]
     nodes: list[fx.Node]
     residual: fx.Node | None
+    in_place: bool
     act: str | fx.Node | None
 
 
@@ -76,10 +80,12 @@ class Parts(NamedTuple):
     Attributes:
         layers: by id the class that a convolution or norm becomes, and the name of its own activation, if any.
         activations: ids of modules that are an activation.
+        known: ids of all layers that are converted.
     """
 
     layers: dict[int, tuple[type[torch.nn.Module], str | None]]
     activations: set[int]
+    known: Collection[int]
 
 
 def plan_fusions(
@@ -104,8 +110,9 @@ def _plan(owner: torch.nn.Module, variants: list[Variant], parts: Parts) -> Fusi
     changed = []
     for variant in variants:
         groups = _Search(variant.graph, owner, parts).groups()
+        made: dict[fx.Node, fx.Node] = {}
         for group in groups:
-            _rewrite(variant.graph, group)
+            _rewrite(variant.graph, group, made)
             found.setdefault(tuple(group.names), group)
         if groups:
             variant.graph.lint()
@@ -119,10 +126,11 @@ class _Search:
     """Looks for groups in a graph of ``owner``'s forward."""
 
     def __init__(self, graph: fx.Graph, owner: torch.nn.Module, parts: Parts) -> None:
-        _join_silu(graph, owner)
+        _join_silu(graph, owner, parts.known)
         self.nodes = list(graph.nodes)
         self.owner = owner
         self.activations = parts.activations
+        self.known = parts.known
         calls = {n: owner.get_submodule(str(n.target)) for n in self.nodes if n.op == "call_module"}
         times = Counter(id(layer) for layer in calls.values())
         self.modules = calls
@@ -147,7 +155,7 @@ class _Search:
         """The longest group that begins with ``node``."""
         layer, kind, own_act = self.layers[node]
         nodes, members, names = [node], [layer], [str(node.target)]
-        residual, act = None, None
+        residual, in_place, act = None, False, None
         following = self.next_of(nodes)
         if following is not None and issubclass(kind, nn.Conv2d) and following in self.layers:
             norm, norm_kind, norm_act = self.layers[following]
@@ -158,19 +166,20 @@ class _Search:
                 own_act = norm_act
                 following = self.next_of(nodes)
         if own_act is not None:
-            return Group(members, [*names, own_act], nodes, None, None)
+            return Group(members, [*names, own_act], nodes, None, False, None)
         if following is not None and not issubclass(kind, nn.ConvTranspose2d):
             residual = _added(following, nodes[-1])
             if residual is not None:
                 nodes.append(following)
                 names.append("add")
+                in_place = following.target in _ADDITIONS_IN_PLACE
                 following = self.next_of(nodes)
         if following is not None:
             act = self.activation(following, nodes[-1])
             if act is not None:
                 nodes.append(following)
                 names.append(act if isinstance(act, str) else str(following.target))
-        return Group(members, names, nodes, residual, act)
+        return Group(members, names, nodes, residual, in_place, act)
 
     def activation(self, node: fx.Node, of: fx.Node) -> str | fx.Node | None:
         """What ``node`` applies to ``of``: the name of an activation, or the node itself, of a module."""
@@ -187,7 +196,8 @@ class _Search:
     def next_of(self, nodes: list[fx.Node]) -> fx.Node | None:
         """The only reader of the last node, if the first one might as well be run where that stands.
 
-        What is written in between might be what the first one reads, by another name too.
+        What is written in between might be what the first one reads, by another name too; what is read, a norm's
+        statistics.
         """
         if len(nodes[-1].users) != 1:
             return None
@@ -195,14 +205,22 @@ class _Search:
         if following in self.taken:
             return None
         between = self.nodes[self.nodes.index(nodes[0]) + 1 : self.nodes.index(following)]
-        written = any(writes(node, self.owner) for node in between if node not in nodes)
-        return None if written else following
+        others = [node for node in between if node not in nodes]
+        if any(writes(node, self.owner, self.known) or _is_of(node, nodes) for node in others):
+            return None
+        return following
 
 
-def _join_silu(graph: fx.Graph, owner: torch.nn.Module) -> None:
+def _is_of(node: fx.Node, layers: list[fx.Node]) -> bool:
+    """Whether the node is a parameter or buffer of one of the layers."""
+    own = tuple(f"{layer.target}." for layer in layers if layer.op == "call_module")
+    return node.op == "get_attr" and str(node.target).startswith(own)
+
+
+def _join_silu(graph: fx.Graph, owner: torch.nn.Module, known: Collection[int]) -> None:
     """``x * sigmoid(x)`` as ``silu(x)``, in values the same but for rounding."""
     for node in list(graph.nodes):
-        gate = next((n for n in node.all_input_nodes if _is_sigmoid(n, owner)), None)
+        gate = next((n for n in node.all_input_nodes if _is_sigmoid(n)), None)
         if gate is None or node.target not in _PRODUCTS or len(gate.users) != 1:
             continue
         x = gate.args[0]
@@ -210,25 +228,23 @@ def _join_silu(graph: fx.Graph, owner: torch.nn.Module) -> None:
             continue
         between = list(graph.nodes)
         between = between[between.index(x) + 1 : between.index(node)]
-        if any(writes(n, owner) for n in between) or (
-            writes(node, owner) and x is not node.args[0]
-        ):
+        in_place = writes(node, owner, known)
+        if any(writes(n, owner, known) for n in between) or (in_place and x is not node.args[0]):
             continue
         with graph.inserting_before(node):
-            made = graph.call_function(
-                F.silu, (x,), {"inplace": True} if writes(node, owner) else {}
-            )
+            made = graph.call_function(F.silu, (x,), {"inplace": True} if in_place else {})
         node.replace_all_uses_with(made)
         graph.erase_node(node)
         graph.erase_node(gate)
 
 
-def _is_sigmoid(node: fx.Node, owner: torch.nn.Module) -> bool:
-    if not _one_argument(node):
-        return False
-    if node.op == "call_module":
-        return type(owner.get_submodule(str(node.target))) is torch.nn.Sigmoid
-    return node.op in ("call_function", "call_method") and node.target in _SIGMOIDS
+def _is_sigmoid(node: fx.Node) -> bool:
+    """Of a function; a module's forward, hooks and successor are its own."""
+    return (
+        _one_argument(node)
+        and node.op in ("call_function", "call_method")
+        and node.target in _SIGMOIDS
+    )
 
 
 def _one_argument(node: fx.Node) -> bool:
@@ -245,48 +261,61 @@ def _added(node: fx.Node, term: fx.Node) -> fx.Node | None:
     other = right if left is term else left
     if not isinstance(other, fx.Node) or other is term:
         return None
-    # In place it would write what others still read.
-    writes = node.target in (operator.iadd, "add_") and left is other
-    return None if writes and (len(other.users) > 1 or other.op == "placeholder") else other
+    # Into the other one, which may be an input, a buffer, or a view of either.
+    return None if node.target in _ADDITIONS_IN_PLACE and left is other else other
 
 
-def _rewrite(graph: fx.Graph, group: Group) -> None:
+def _rewrite(graph: fx.Graph, group: Group, made: dict[fx.Node, fx.Node]) -> None:
+    """Puts one call in the place of the group; ``made``: such calls by the last node that each stands for."""
     first, last = group.nodes[0], group.nodes[-1]
+    given: list[Any] = [first.args[0], group.residual]
+    x, residual = (made.get(node, node) for node in given)
     with graph.inserting_before(last), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         modules = [graph.get_attr(str(node.target)) for node in group.nodes[: len(group.layers)]]
         act = group.act
         if isinstance(act, fx.Node):
             act = graph.get_attr(str(act.target))
-        arguments = first.args[0], group.residual, act, *modules
-        made = graph.call_function(run_as_one, arguments)
-    last.replace_all_uses_with(made)
+        call = graph.call_function(run_as_one, (x, residual, group.in_place, act, *modules))
+    made[last] = call
+    last.replace_all_uses_with(call)
     for node in reversed(group.nodes):
         graph.erase_node(node)
 
 
 def run_as_one(
-    x: Tensor, residual: Tensor | None, act: str | torch.nn.Module | None, *layers: torch.nn.Module
+    x: Tensor,
+    residual: Tensor | None,
+    in_place: bool,
+    act: str | torch.nn.Module | None,
+    *layers: torch.nn.Module,
 ) -> Tensor:
-    """``act(norm(conv(x)) + residual)``, where the layers are a convolution, a norm, or both in this order."""
+    """``act(norm(conv(x)) + residual)``, where the layers are a convolution, a norm, or both in this order.
+
+    Args:
+        in_place: ``+=``.
+    """
     activation = IDENTITY if act is None else _resolved(act)
     first, last = layers[0], layers[-1]
-    if activation is None or any(is_watched(layer) for layer in layers):
-        pass
-    elif residual is not None and not _fits(residual, x, first):
-        x, layers = run_as_one(x, None, None, *layers), ()
-    elif len(layers) == 2:
-        if isinstance(first, nn.Conv2d) and isinstance(last, nn.BatchNormAct2d):
-            return nn.conv_bn_act(first, last, x, residual, act=None if act is None else activation)
-    elif isinstance(first, (nn.Conv2d, *NORMS)):
-        return first(x, residual, act=None if act is None else activation)
-    elif isinstance(first, nn.ConvTranspose2d):
-        return first(x, act=activation)
-    # Something else was put in the place of one of them, or is to be called behind it.
+    if activation is not None and all(_takes(layer, act) for layer in layers):
+        own = None if act is None else activation
+        if residual is not None and not _fits(residual, x, first):
+            x, layers = run_as_one(x, None, False, None, *layers), ()
+        elif len(layers) == 2:
+            if type(first) is nn.Conv2d and type(last) is nn.BatchNormAct2d:
+                return nn.conv_bn_act(first, last, x, residual, act=own)
+        elif type(first) is nn.ConvTranspose2d:
+            return first(x, act=own)
+        else:
+            return first(x, residual, act=own)
+    # Something else was put in the place of one of them, or is to be called between them.
     for layer in layers:
         x = layer(x)
     if residual is not None:
-        x = x + residual
+        if in_place:
+            x += residual
+        else:
+            x = x + residual
     if isinstance(act, torch.nn.Module):
         return act(x)
     return x if act is None else activate(x, ACTIVATIONS[act])
@@ -302,17 +331,25 @@ def _resolved(act: str | torch.nn.Module) -> Activation | None:
         return None
 
 
+def _takes(layer: Any, act: Any) -> bool:
+    """Whether ``layer`` is as it was converted, and applies ``act`` in place of nothing."""
+    ours = type(layer) in CONVOLUTIONS or type(layer) in NORMS
+    return ours and not is_watched(layer) and (act is None or layer.act == IDENTITY)
+
+
 def is_watched(layer: torch.nn.Module) -> bool:
-    """Whether it has hooks."""
+    """Whether something else is to be called with it, or in place of its forward."""
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+        or "_conv_forward" in layer.__dict__
     )
 
 
-def _fits(residual: Any, x: Tensor, first: torch.nn.Module) -> bool:
+def _fits(residual: Any, x: Tensor, first: Any) -> bool:
     """Whether a sum with what the layers make of ``x`` neither broadcasts nor changes the dtype."""
     if not isinstance(residual, Tensor) or residual.dtype != result_dtype(x):
         return False
@@ -320,8 +357,11 @@ def _fits(residual: Any, x: Tensor, first: torch.nn.Module) -> bool:
         return residual.shape == x.shape
     if x.dim() != 4:
         return False
-    options: Any = first.stride, _paddings(first), first.dilation
-    return residual.shape == conv2d_shape(x, first.weight, *options)
+    # Not from the weight, which may be made anew each time that it is read.
+    weight_shape = (first.out_channels, 0, *first.kernel_size)
+    return residual.shape == conv2d_shape(
+        x, weight_shape, first.stride, _paddings(first), first.dilation
+    )
 
 
 def _paddings(conv: nn.Conv2d) -> Any:

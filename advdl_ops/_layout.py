@@ -71,12 +71,17 @@ class Inside:
                     return f"it calls {node.target}"
                 if node.op == "call_function" and not _is_indifferent(node):
                     return f"it calls {getattr(node.target, '__name__', node.target)}"
-                if writes(node, layer) and _written(node) in either:
+                if self._writes(node, layer) and _written(node) in either:
                     return "it writes what may be a view or a copy"
                 of_either = not either.isdisjoint(node.all_input_nodes)
                 if node.target in _VIEW_OR_COPY or (of_either and node.target not in _NEW):
                     either.add(node)
         return None
+
+    def _writes(self, node: fx.Node, layer: torch.nn.Module) -> bool:
+        if node.op == "call_module":
+            return self._effects_of(layer.get_submodule(str(node.target))).writes
+        return writes(node, layer, self.known)
 
     def _effects_of(self, layer: torch.nn.Module) -> _Effects:
         key = id(layer)
@@ -108,7 +113,7 @@ class Inside:
                 if of_given and effects.returns:
                     given.add(node)
             elif of_given:
-                written |= writes(node, layer) and _written(node) in of_given
+                written |= self._writes(node, layer) and _written(node) in of_given
                 if node.target not in _NEW:
                     given.add(node)
         return _Effects(written, returned)

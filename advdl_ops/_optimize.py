@@ -10,15 +10,15 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Collection
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 
-from ._counterparts import Counterpart, Left, counterpart_of, own_activation
+from ._counterparts import OURS, Counterpart, Left, counterpart_of, own_activation
 from ._fuse import CONVOLUTIONS, NORMS, Fusion, Parts, has_parts, is_watched, plan_fusions
 from ._layout import Inside, in_fast_format
-from ._trace import CONTAINERS, fused_class, graphs_of, source_of
+from ._trace import fused_class, graphs_of, source_of
+from ._twins import twins_of
 from .activation import IDENTITY, qualified_name, resolve_activation
 
 __all__ = ["optimize", "restore"]
@@ -96,7 +96,7 @@ def optimize(
         fusions = plan_fusions(model, parts, graphs)
         if fast_format and not any(fusion.owner is model for fusion in fusions):
             fusions.append(Fusion(model, [], []))
-    made = {id(layer): layer for layer in model.modules()} if inplace else _twins(model)
+    made = {id(layer): layer for layer in model.modules()} if inplace else twins_of(model)
     for key, counterpart in counterparts.items():
         _convert(made[key], counterpart)
     for fusion in fusions:
@@ -112,14 +112,23 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
+        ValueError: a layer got another class since, as by ``parametrize`` or ``fully_shard``. Nothing is changed then.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"restore: model ({type(model).__name__}) must be a torch.nn.Module")
+    for name, layer in model.named_modules():
+        record = record_of(layer)
+        made = type(layer) in OURS or "_advdl_made" in vars(type(layer))
+        if record is not None and record.original is not None and not made:
+            raise ValueError(
+                f"restore: model ({name or 'itself'}) must be of the class that optimize gave it, "
+                f"not {qualified_name(type(layer))}"
+            )
     for layer in model.modules():
         record = layer.__dict__.pop(_RECORD, None)
         if record is None or record.original is None:
             continue
-        layer.__class__ = record.original
+        object.__setattr__(layer, "__class__", record.original)
         for name in record.added:
             layer.__dict__.pop(name, None)
         if isinstance(layer, torch.nn.LSTM):
@@ -242,43 +251,13 @@ def _parts(
             except TypeError:
                 continue
             activations.add(id(layer))
-    return Parts(layers, activations)
-
-
-def _twins(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-    """By the id of each module of ``model`` a new one with the same attributes, whose children are such too."""
-    twins: dict[int, torch.nn.Module] = {}
-    for layer in model.modules():
-        twin = object.__new__(type(layer))
-        twin.__dict__ = {
-            # Dicts of its own: what is registered or assigned later is registered there alone.
-            name: value.copy() if name.startswith("_") and type(value) in CONTAINERS else value
-            for name, value in layer.__dict__.items()
-        }
-        twins[id(layer)] = twin
-    for twin in twins.values():
-        own = twin.__dict__
-        for name, value in own.items():
-            own[name] = _of_twins(value, twins)
-        own["_modules"].update({k: _of_twins(child, twins) for k, child in twin._modules.items()})
-    return twins
-
-
-def _of_twins(value: Any, twins: dict[int, torch.nn.Module]) -> Any:
-    """An attribute, with the twins in place of modules that it holds beside ``_modules``, and of its method's."""
-    if isinstance(value, torch.nn.Module):
-        return twins.get(id(value), value)
-    if type(value) in (list, tuple) and any(isinstance(item, torch.nn.Module) for item in value):
-        return type(value)(_of_twins(item, twins) for item in value)
-    if isinstance(value, MethodType) and id(value.__self__) in twins:
-        return MethodType(value.__func__, twins[id(value.__self__)])
-    return value
+    return Parts(layers, activations, counterparts.keys())
 
 
 def _convert(layer: torch.nn.Module, counterpart: Counterpart) -> None:
     layer.__dict__[_RECORD] = Record(type(layer), tuple(counterpart.attributes))
     layer.__dict__.update(counterpart.attributes)
-    layer.__class__ = counterpart.layer
+    object.__setattr__(layer, "__class__", counterpart.layer)
 
 
 def _fuse(fusion: Fusion, made: dict[int, torch.nn.Module], fast_format: bool) -> None:
@@ -288,7 +267,7 @@ def _fuse(fusion: Fusion, made: dict[int, torch.nn.Module], fast_format: bool) -
     source, objects = source_of(owner, fusion.variants, "in_fast_format" if fast_format else "")
     if fast_format:
         objects["in_fast_format"] = in_fast_format
-    owner.__class__ = fused_class(type(owner), source, objects)
+    object.__setattr__(owner, "__class__", fused_class(type(owner), source, objects))
     for group in fusion.groups:
         for layer in group.layers:
             twin = made[id(layer)].__dict__

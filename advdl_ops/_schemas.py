@@ -7,6 +7,7 @@ for CPU and CUDA; what they compute stands in ``csrc/common/<family>.h``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -180,7 +181,7 @@ def _(x, channels_last):
 
 def _fake_conv2d(x, weight, stride, padding, dilation):
     return torch.empty(
-        conv2d_shape(x, weight, stride, padding, dilation),
+        conv2d_shape(x, weight.shape, stride, padding, dilation),
         dtype=x.dtype,
         device=x.device,
         memory_format=conv2d_format(x),
@@ -198,11 +199,11 @@ def _fake_conv2d_backward(x, weight, need_dx, need_dweight, need_dbias):
 
 
 def conv2d_shape(
-    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
+    x: Tensor, weight_shape: Sequence[int], stride: Any, padding: Any, dilation: Any
 ) -> tuple[int, ...]:
     """The shape ``[N, C_out, H_out, W_out]`` of a convolution of ``x`` ``[N, C_in, H, W]``; options are pairs."""
     batch, _, height, width = x.shape
-    outputs, _, kernel_h, kernel_w = weight.shape
+    outputs, _, kernel_h, kernel_w = weight_shape
     return (
         batch,
         outputs,

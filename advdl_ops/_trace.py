@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import copy
+import dis
 import importlib
 import inspect
 import linecache
 import math
 import operator
+import random
 import re
 import sys
 import threading
@@ -26,6 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+
+from ._twins import CONTAINERS, twins_of
 
 _Module = torch.nn.Module
 
@@ -95,20 +98,26 @@ def variants_of(owner: _Module) -> list[Variant]:
         raise Untraceable("its forward was replaced")
     if {"is_grad_enabled", "is_tracing"} & set(forward.__code__.co_names):
         raise Untraceable("its forward asks how it is called")
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    if any(i.opname == "STORE_GLOBAL" for i in dis.get_instructions(forward)):
+        raise Untraceable("its forward assigns a global")
+    own, *parameters = inspect.signature(forward).parameters.values()
+    if own.name != "self" or any(p.name in _NAMES for p in parameters):
+        raise Untraceable("its forward has an argument of a name that is taken")
     found: list[Variant] = []
     why: Untraceable | None = None
     for given in _calls(parameters):
         # Where the code asks what its input is, another graph may serve what is no tensor.
         for tensors in (True, False):
+            call = _Call(parameters, given, tensors)
             try:
-                traced = [_trace(owner, parameters, given, tensors, mode) for mode in (True, False)]
+                traced = _traced(owner, call)
             except Untraceable as error:
                 why, asked = why or error, error.asked
             else:
                 asked = any(t.asked for t in traced)
-                guards = _argument_guards(parameters, given, tensors, asked)
-                found += _by_mode(traced, guards, given)
+                found += _by_mode(
+                    traced, [*_argument_guards(call, asked), *_structure(owner)], given
+                )
             if not asked:
                 break
     if not found:
@@ -129,16 +138,28 @@ def _calls(parameters: list[inspect.Parameter]) -> Iterator[tuple[str, ...]]:
         yield tuple(p.name for p in parameters if p.name in required + further)
 
 
-def _argument_guards(
-    parameters: list[inspect.Parameter], given: tuple[str, ...], tensors: bool, asked: bool
-) -> list[str]:
+class _Call(NamedTuple):
+    """The arguments of a call.
+
+    Attributes:
+        parameters: of the forward.
+        given: names of those that are given, and not by their default.
+        tensors: whether these are tensors, to code that asks.
+    """
+
+    parameters: list[inspect.Parameter]
+    given: tuple[str, ...]
+    tensors: bool
+
+
+def _argument_guards(call: _Call, asked: bool) -> list[str]:
     guards = []
-    for p in parameters:
-        if p.name in given:
+    for p in call.parameters:
+        if p.name in call.given:
             if asked:
-                guards.append(f"{'' if tensors else 'not '}isinstance({p.name}, Tensor)")
+                guards.append(f"{'' if call.tensors else 'not '}isinstance({p.name}, Tensor)")
             # A graph takes whatever is given for something, so None must not pass for it.
-            if not (asked and tensors) and len(parameters) > 1:
+            if not (asked and call.tensors) and len(call.parameters) > 1:
                 guards.append(f"{p.name} is not None")
         elif p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             guards.append(f"not {p.name}")
@@ -147,8 +168,28 @@ def _argument_guards(
     return guards
 
 
+def _structure(owner: _Module, name: str = "self") -> Iterator[str]:
+    """Guards of which children there are, also in containers, which a forward walks over."""
+    yield f"children_of({name}) == {children_of(owner)}"
+    for key, child in owner._modules.items():
+        if child is not None and type(child).forward in _INERT and key.isidentifier():
+            yield from _structure(child, f"{name}.{key}")
+
+
+# Of containers, which hold and never call.
+_INERT = torch.nn.Module.forward, torch.nn.ModuleList.forward, torch.nn.ModuleDict.forward
+
+
+def children_of(module: _Module) -> tuple[str, ...]:
+    return tuple(name for name, child in module._modules.items() if child is not None)
+
+
 def _default(parameter: inspect.Parameter) -> str:
     return f"default_of_{parameter.name}"
+
+
+# What the source of a new forward names beside its arguments.
+_NAMES = {"before", "children_of", "inside", "in_fast_format", "Tensor"}
 
 
 # ---- one trace ----
@@ -171,70 +212,142 @@ def _by_mode(traced: list[_Traced], guards: list[str], given: tuple[str, ...]) -
     return [v._replace(guards=(mode, *v.guards)) for v, mode in zip(found, modes, strict=True)]
 
 
-def _trace(
-    owner: _Module,
-    parameters: list[inspect.Parameter],
-    given: tuple[str, ...],
-    tensors: bool,
-    training: bool,
-) -> _Traced:
-    """The forward of a shadow of the module, where whatever it assigns stays."""
-    seen: dict[str, Any] = {}
-    cls = type(owner)
+def _traced(owner: _Module, call: _Call) -> list[_Traced]:
+    """The graphs of training and of evaluation."""
+    # Each under other circumstances, so that a context that the code enters is seen in one of them.
+    training, evaluation = _trace(owner, call, True, True), _trace(owner, call, False, False)
+    if not _same(training.graph, evaluation.graph) and not _same(
+        training.graph, _trace(owner, call, True, False).graph
+    ):
+        raise Untraceable("it asks how it is called")
+    return [training, evaluation]
 
-    def recorded(name: str, value: Any) -> Any:
-        if name != "training" and not name.startswith("__") and _is_plain(value):
-            seen[name] = value
-        return value
 
-    class Shadow(cls):  # type: ignore[misc, valid-type]
-        def __getattribute__(self, name: str) -> Any:
-            value = super().__getattribute__(name)
-            own = super().__getattribute__("__dict__")
-            return recorded(name, value) if name in own else value
+def _same(a: fx.Graph, b: fx.Graph) -> bool:
+    return a.python_code("self").src == b.python_code("self").src
 
-        def __getattr__(self, name: str) -> Any:
-            return recorded(name, super().__getattr__(name))
 
-    Shadow.forward = _of_arguments(cls.forward, parameters, given)
-    shadow: Any = object.__new__(Shadow)  # fully_shard has a __new__ of its own
-    for name, value in owner.__dict__.items():
-        shadow.__dict__[name] = copy.copy(value) if type(value) in CONTAINERS else value
-    shadow.__dict__["training"] = training
-    before = {name: _items(value) for name, value in shadow.__dict__.items()}
-    tracer = _OwnCode(tensors)
+def _trace(owner: _Module, call: _Call, training: bool, recording: bool) -> _Traced:
+    """The forward of a shadow of the module over twins of its children, where whatever it assigns stays.
+
+    Args:
+        training: the mode of all of them.
+        recording: with gradients and without autocast, or the other way around.
+    """
+    tracer = _OwnCode(call.tensors)
     try:
-        with warnings.catch_warnings(), _answering(tracer):
+        twins = twins_of(owner)
+        for twin in twins.values():
+            own = twin.__dict__
+            own["training"] = training
+            for name, value in own.items():
+                if type(value) in CONTAINERS:
+                    own[name] = value.copy()
+                elif isinstance(value, Tensor):  # neither parameter nor buffer
+                    own[name] = value.detach().clone()
+        shadow, seen = _shadow(owner, call, twins[id(owner)])
+        before = [_items(twin) for twin in twins.values()]
+        random = _random_states()
+        with warnings.catch_warnings(), _answering(tracer), _circumstances(recording):
             warnings.simplefilter("ignore")
+            tracer.state = _state()
             graph = tracer.trace(shadow)
-        # What a graph holds of no module, or would leave undone.
-        after = {name: _items(value) for name, value in shadow.__dict__.items()}
-        if after != before:
-            changed = sorted(name for name in after if after[name] != before.get(name))
-            raise Untraceable(f"it assigns self.{changed[0]}, or makes a tensor of its own")
+        # What a graph would leave undone, or holds of no module.
+        if _random_states() != random:
+            _restore_random(random)
+            raise Untraceable("it draws random numbers")
+        for earlier, twin in zip(before, twins.values(), strict=True):
+            later = _items(twin)
+            if later != earlier:
+                changed = sorted(name for name in later if later[name] != earlier.get(name))
+                raise Untraceable(
+                    f"it assigns self.{(changed or ['?'])[0]}, or makes a tensor of its own"
+                )
     except Exception as error:  # whatever code that knows no proxies may raise
         text = next(iter(str(error).splitlines()), "") or type(error).__name__
         failure = Untraceable(f"its forward cannot be traced: {text}")
         failure.asked = tracer.asked
         raise failure from error
-    guards = tuple(
-        f"self.{name} is None" if value is None else f"self.{name} == {value!r}"
-        for name, value in sorted(seen.items())
-    )
-    return _Traced(graph, guards, tracer.asked)
+    return _Traced(graph, tuple(_guard(name, seen[name]) for name in sorted(seen)), tracer.asked)
 
 
-def _items(value: Any) -> Any:
+_MISSING = object()
+
+
+def _shadow(owner: _Module, call: _Call, twin: _Module) -> tuple[_Module, dict[str, Any]]:
+    """The twin in a class that remembers what was looked at."""
+    seen: dict[str, Any] = {}
+    cls = type(owner)
+
+    def recorded(name: str, value: Any) -> Any:
+        own = name != "training" and not name.startswith("__") and not hasattr(_Module, name)
+        if own and _is_plain(value):
+            seen[name] = value
+        return value
+
+    class Shadow(cls):  # type: ignore[misc, valid-type]
+        def __getattribute__(self, name: str) -> Any:
+            return recorded(name, super().__getattribute__(name))
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return recorded(name, super().__getattr__(name))
+            except AttributeError:
+                if not name.startswith("__"):
+                    seen[name] = _MISSING
+                raise
+
+    Shadow.__name__, Shadow.__qualname__ = cls.__name__, cls.__qualname__
+    Shadow.forward = _of_arguments(cls.forward, call)
+    object.__setattr__(twin, "__class__", Shadow)
+    return twin, seen
+
+
+def _guard(name: str, value: Any) -> str:
+    if value is _MISSING:
+        return f"not hasattr(self, {name!r})"
+    if value is None:
+        return f"self.{name} is None"
+    # A parameter or an array that equals a number is something else.
+    return f"type(self.{name}) is {type(value).__name__} and self.{name} == {value!r}"
+
+
+@contextlib.contextmanager
+def _circumstances(recording: bool) -> Iterator[None]:
+    devices = "cpu", "cuda"
+    before = [torch.is_autocast_enabled(device) for device in devices]
+    with torch.set_grad_enabled(recording):
+        for device in devices:
+            torch.set_autocast_enabled(device, not recording)
+        try:
+            yield
+        finally:
+            for device, enabled in zip(devices, before, strict=True):
+                torch.set_autocast_enabled(device, enabled)
+
+
+def _random_states() -> tuple[Any, ...]:
+    return torch.get_rng_state().numpy().tobytes(), random.getstate()
+
+
+def _restore_random(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray(states[0]), dtype=torch.uint8))
+    random.setstate(states[1])
+
+
+def _items(module: _Module) -> dict[str, Any]:
     """What tells whether an attribute was assigned, or something in it."""
-    if type(value) not in CONTAINERS:
-        return id(value)
-    if isinstance(value, dict):
-        return {name: id(item) for name, item in value.items()}
-    return [id(item) for item in value]
 
+    def item(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return id(value), value._version
+        if type(value) not in CONTAINERS:
+            return id(value)
+        if isinstance(value, dict):
+            return {name: id(part) for name, part in value.items()}
+        return [id(part) for part in value]
 
-# Not classes of their own, as the frozen dict of diffusers' configurations: their copy may lose something.
-CONTAINERS = dict, OrderedDict, list, set
+    return {name: item(value) for name, value in module.__dict__.items()}
 
 
 def _is_plain(value: Any) -> bool:
@@ -243,21 +356,61 @@ def _is_plain(value: Any) -> bool:
         return math.isfinite(value)
     if type(value) in (tuple, list):
         return all(_is_plain(item) for item in value)
+    if type(value) is dict:
+        return all(_is_plain(item) for pair in value.items() for item in pair)
     return value is None or type(value) in (bool, int, str)
 
 
-def _of_arguments(
-    forward: Callable[..., Any], parameters: list[inspect.Parameter], given: tuple[str, ...]
-) -> Any:
-    """``forward`` as a function of these arguments alone; fx reads their names off its code."""
-    passed = ", ".join(f"{name}={name}" for name in given)
-    scope: dict[str, Any] = {"forward": forward}
-    exec(f"def call(self, {', '.join(given)}): return forward(self, {passed})", scope)
+def _of_arguments(forward: Callable[..., Any], call: _Call) -> Any:
+    """``forward`` as a function of the given arguments alone; fx reads their names off its code."""
+    passed = ", ".join(f"{name}={name}" for name in call.given)
+    scope: dict[str, Any] = {"forward": forward, "returned": _returned}
+    source = f"def call(self, {', '.join(call.given)}): return returned(forward(self, {passed}))"
+    exec(source, scope)
     return scope["call"]
 
 
+def _returned(value: Any) -> Any:
+    """What a forward returns as a graph may return it: it knows no dicts or lists but Python's own."""
+    if isinstance(value, fx.Proxy):
+        return value
+    if isinstance(value, dict):
+        items = {key: _returned(item) for key, item in value.items()}
+        if type(value) is dict:
+            return items
+        proxies = [item for item in items.values() if isinstance(item, fx.Proxy)]
+        if type(value) is not OrderedDict or not proxies:
+            raise Untraceable(f"it returns a {type(value).__name__}")
+        return proxies[0].tracer.create_proxy(
+            "call_function", OrderedDict, (list(items.items()),), {}
+        )
+    if isinstance(value, list):
+        if type(value) is not list:
+            raise Untraceable(f"it returns a {type(value).__name__}")
+        return [_returned(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_returned(item) for item in value)
+    return value
+
+
 class _Proxy(fx.Proxy):
-    """Tells ``x += y`` from ``x = x + y``."""
+    """Tells ``x += y`` from ``x = x + y``, and refuses what a graph would not hold."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise Untraceable(f"it assigns {name} of a tensor")
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("get", "items", "keys", "pop", "values"):
+            raise Untraceable("it takes a dict apart")
+        return super().__getattr__(name)
+
+    def __iter__(self) -> Any:
+        # What is in it may be None.
+        if self.node.op == "placeholder":
+            raise Untraceable("it takes an argument apart")
+        return super().__iter__()
 
 
 @contextlib.contextmanager
@@ -271,13 +424,19 @@ def _answering(tracer: _OwnCode) -> Iterator[None]:
     def answered(value: Any, kinds: Any) -> bool:
         if type(value) is not _Proxy:
             return before(value, kinds)
-        asker = sys._getframe(1).f_globals.get("__name__", "")
-        if asker.partition(".")[0] == "torch":
+        frame = sys._getframe(1)
+        asker = frame.f_globals.get("__name__", "")
+        inside = asker == __name__ or asker.partition(".")[0] == "torch"
+        if inside and frame.f_code.co_name != "is_tensor":
             return before(value, kinds)
         if value.node.op != "placeholder":
             raise Untraceable("it asks what something is")
         tracer.asked = True
-        return tracer.tensors and issubclass(Tensor, kinds)
+        if tracer.tensors:
+            return issubclass(Tensor, kinds)
+        if kinds is not Tensor:  # which of those that are none, nobody knows
+            raise Untraceable("it asks what something is")
+        return False
 
     builtins.isinstance = answered
     try:
@@ -314,7 +473,7 @@ class _OwnCode(fx.Tracer):
         super().__init__()
         self.tensors = tensors
         self.asked = False
-        self.state = _state()
+        self.state: tuple[Any, ...] = ()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _state() != self.state:  # a graph knows no context
@@ -337,10 +496,18 @@ def _state() -> tuple[Any, ...]:
     )
 
 
-def writes(node: fx.Node, owner: torch.nn.Module) -> bool:
-    """Whether the node writes one of its inputs; of a module that says so by ``inplace``."""
+def writes(node: fx.Node, owner: torch.nn.Module, known: Collection[int]) -> bool:
+    """Whether the node may write one of its inputs.
+
+    Args:
+        known: ids of layers that do not; of others torch's alone are known, which say so by ``inplace``.
+    """
     if node.op == "call_module":
-        return bool(getattr(owner.get_submodule(str(node.target)), "inplace", False))
+        called = owner.get_submodule(str(node.target)).modules()
+        return any(
+            id(m) not in known and (getattr(m, "inplace", False) or not is_torchs(m))
+            for m in called
+        )
     if node.op == "call_method":
         return str(node.target).endswith("_")
     named = getattr(node.target, "__name__", "")
@@ -411,7 +578,9 @@ def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> 
     defaults = {
         _default(p): p.default for p in inspect.signature(original.forward).parameters.values()
     }
-    scope = {**names, **defaults, "before": original.forward, "Tensor": Tensor}
+    scope = {
+        **names, **defaults, "before": original.forward, "children_of": children_of, "Tensor": Tensor,
+    }  # fmt: skip
     exec(compile(source, file, "exec"), scope)
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
 
@@ -424,7 +593,7 @@ def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> 
 
     attributes = {
         "forward": scope["forward"], "__reduce_ex__": reduce, "__module__": original.__module__,
-        "__qualname__": original.__qualname__, "__doc__": original.__doc__,
+        "__qualname__": original.__qualname__, "__doc__": original.__doc__, "_advdl_made": True,
     }  # fmt: skip
     made = type(original.__name__, (original,), attributes)
     _classes[original, source] = made

@@ -483,7 +483,7 @@ def _check(
             f"{_NAME}: weight ({weight.dtype} on {weight.device}) must be of x's dtype and on its device "
             f"({x.dtype} on {x.device})"
         )
-    shape = conv2d_shape(x, weight, stride, padding, dilation)
+    shape = conv2d_shape(x, weight.shape, stride, padding, dilation)
     if shape[2] < 1 or shape[3] < 1:
         raise RuntimeError(
             f"{_NAME}: weight (shape {tuple(weight.shape)}, dilation {dilation}) must not be larger than the padded x "

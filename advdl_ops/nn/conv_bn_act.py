@@ -250,7 +250,7 @@ class FoldedConv:
         """
         if residual is not None:
             stride, padding, dilation = (pair(option) for option in self.options[:3])
-            shape = conv2d_shape(x, self.weight, stride, padding, dilation)
+            shape = conv2d_shape(x, self.weight.shape, stride, padding, dilation)
             check_residual("conv_bn_act", residual, shape, x.device)
         if self.packed:
             out = onednn_conv_act(x, self.weight, self.bias, self.options, residual, act)

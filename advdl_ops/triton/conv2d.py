@@ -140,7 +140,7 @@ def forward(
     x, weight = _channels_last(x), _channels_last(weight)
     batch, in_channels, in_h, in_w = x.shape
     out_channels, group_in, kh, kw = weight.shape
-    out_h, out_w = conv2d_shape(x, weight, stride, padding, dilation)[2:]
+    out_h, out_w = conv2d_shape(x, weight.shape, stride, padding, dilation)[2:]
     out = _empty_channels_last(x, (batch, out_channels, out_h, out_w))
     pixels = batch * out_h * out_w
     _check_pixels("conv2d", pixels)

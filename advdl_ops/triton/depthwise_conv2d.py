@@ -107,7 +107,7 @@ def forward(
     x = _channels_last(x)
     batch, channels, in_h, in_w = x.shape
     _, _, kh, kw = weight.shape
-    out_h, out_w = conv2d_shape(x, weight, stride, padding, dilation)[2:]
+    out_h, out_w = conv2d_shape(x, weight.shape, stride, padding, dilation)[2:]
     out = _empty_channels_last(x, (batch, channels, out_h, out_w))
     pixels = batch * out_h * out_w
     _check_pixels("depthwise_conv2d", pixels)
