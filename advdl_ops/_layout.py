@@ -161,19 +161,25 @@ def in_fast_format(
         return call(model, *args, **kwargs)
     # The first parameter stands for all: most often either all of them want gradients or none.
     parameter = next(model.parameters(), None)
-    changed = False
+    given: dict[int, Tensor] = {}  # by the id of what stands for it
 
     def convert(value: Any) -> Any:
-        nonlocal changed
         if not _is_contiguous_image(value) or not prefers_channels_last(value, parameter):
             return value
-        changed = True
-        return value.contiguous(memory_format=torch.channels_last)
+        converted = value.contiguous(memory_format=torch.channels_last)
+        given[id(converted)] = value
+        return converted
 
     args = [convert(value) for value in args]
     kwargs = {name: convert(value) for name, value in kwargs.items()}
     out = call(model, *args, **kwargs)
-    return pytree.tree_map_only(Tensor, Tensor.contiguous, out) if changed else out
+    if not given:
+        return out
+
+    def restore(value: Tensor) -> Tensor:
+        return given[id(value)] if id(value) in given else value.contiguous()
+
+    return pytree.tree_map_only(Tensor, restore, out)
 
 
 def _is_contiguous_image(value: Any) -> bool:
