@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from . import nn
+from ._effects import NEW_RESULTS, Effects
 from ._schemas import conv2d_shape
-from ._trace import Variant, writes
+from ._trace import Variant, is_torchs
 from .activation import ACTIVATIONS, IDENTITY, Activation, resolve_activation
 from .functional.conv_bn_act import result_dtype
 from .reference.activation import activate
@@ -81,11 +82,13 @@ class Parts(NamedTuple):
         layers: by id the class that a convolution or norm becomes, and the name of its own activation, if any.
         activations: ids of modules that are an activation.
         known: ids of all layers that are converted.
+        effects: of the model's modules.
     """
 
     layers: dict[int, tuple[type[torch.nn.Module], str | None]]
     activations: set[int]
     known: Collection[int]
+    effects: Effects
 
 
 def plan_fusions(
@@ -126,11 +129,12 @@ class _Search:
     """Looks for groups in a graph of ``owner``'s forward."""
 
     def __init__(self, graph: fx.Graph, owner: torch.nn.Module, parts: Parts) -> None:
-        _join_silu(graph, owner, parts.known)
+        _join_silu(graph, owner, parts.effects)
         self.nodes = list(graph.nodes)
         self.owner = owner
         self.activations = parts.activations
         self.known = parts.known
+        self.effects = parts.effects
         calls = {n: owner.get_submodule(str(n.target)) for n in self.nodes if n.op == "call_module"}
         times = Counter(id(layer) for layer in calls.values())
         self.modules = calls
@@ -168,7 +172,7 @@ class _Search:
         if own_act is not None:
             return Group(members, [*names, own_act], nodes, None, False, None)
         if following is not None and not issubclass(kind, nn.ConvTranspose2d):
-            residual = _added(following, nodes[-1])
+            residual = self.added(following, nodes[-1])
             if residual is not None:
                 nodes.append(following)
                 names.append("add")
@@ -180,6 +184,33 @@ class _Search:
                 nodes.append(following)
                 names.append(act if isinstance(act, str) else str(following.target))
         return Group(members, names, nodes, residual, in_place, act)
+
+    def added(self, node: fx.Node, term: fx.Node) -> fx.Node | None:
+        """What ``node`` adds to ``term``, where it does nothing else."""
+        if node.op not in ("call_function", "call_method") or node.target not in _ADDITIONS:
+            return None
+        if len(node.args) != 2 or node.kwargs:
+            return None
+        left, right = node.args
+        other = right if left is term else left
+        if not isinstance(other, fx.Node) or other is term:
+            return None
+        if node.target in _ADDITIONS_IN_PLACE and left is other:
+            # It may be an input, a buffer, or a view of either, and then has to be written.
+            return other if self.is_read_here_alone(other) else None
+        return other
+
+    def is_read_here_alone(self, node: fx.Node) -> bool:
+        """Whether the node's result is memory of its own, which nothing reads but its one user."""
+        if len(node.users) != 1:
+            return False
+        layer = self.modules.get(node)
+        if node.target in NEW_RESULTS or id(layer) in self.known:
+            return True
+        source = node.args[0] if node.args else None
+        # As nn.Identity, which hands it on.
+        handed_on = layer is not None and is_torchs(layer)
+        return handed_on and isinstance(source, fx.Node) and self.is_read_here_alone(source)
 
     def activation(self, node: fx.Node, of: fx.Node) -> str | fx.Node | None:
         """What ``node`` applies to ``of``: the name of an activation, or the node itself, of a module."""
@@ -206,7 +237,7 @@ class _Search:
             return None
         between = self.nodes[self.nodes.index(nodes[0]) + 1 : self.nodes.index(following)]
         others = [node for node in between if node not in nodes]
-        if any(writes(node, self.owner, self.known) or _is_of(node, nodes) for node in others):
+        if any(self.effects.writes(node, self.owner) or _is_of(node, nodes) for node in others):
             return None
         return following
 
@@ -217,7 +248,7 @@ def _is_of(node: fx.Node, layers: list[fx.Node]) -> bool:
     return node.op == "get_attr" and str(node.target).startswith(own)
 
 
-def _join_silu(graph: fx.Graph, owner: torch.nn.Module, known: Collection[int]) -> None:
+def _join_silu(graph: fx.Graph, owner: torch.nn.Module, effects: Effects) -> None:
     """``x * sigmoid(x)`` as ``silu(x)``, in values the same but for rounding."""
     for node in list(graph.nodes):
         gate = next((n for n in node.all_input_nodes if _is_sigmoid(n)), None)
@@ -228,8 +259,8 @@ def _join_silu(graph: fx.Graph, owner: torch.nn.Module, known: Collection[int]) 
             continue
         between = list(graph.nodes)
         between = between[between.index(x) + 1 : between.index(node)]
-        in_place = writes(node, owner, known)
-        if any(writes(n, owner, known) for n in between) or (in_place and x is not node.args[0]):
+        in_place = effects.writes(node, owner)
+        if any(effects.writes(n, owner) for n in between) or (in_place and x is not node.args[0]):
             continue
         with graph.inserting_before(node):
             made = graph.call_function(F.silu, (x,), {"inplace": True} if in_place else {})
@@ -249,20 +280,6 @@ def _is_sigmoid(node: fx.Node) -> bool:
 
 def _one_argument(node: fx.Node) -> bool:
     return len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
-
-
-def _added(node: fx.Node, term: fx.Node) -> fx.Node | None:
-    """What ``node`` adds to ``term``, where it does nothing else."""
-    if node.op not in ("call_function", "call_method") or node.target not in _ADDITIONS:
-        return None
-    if len(node.args) != 2 or node.kwargs:
-        return None
-    left, right = node.args
-    other = right if left is term else left
-    if not isinstance(other, fx.Node) or other is term:
-        return None
-    # Into the other one, which may be an input, a buffer, or a view of either.
-    return None if node.target in _ADDITIONS_IN_PLACE and left is other else other
 
 
 def _rewrite(graph: fx.Graph, group: Group, made: dict[fx.Node, fx.Node]) -> None:

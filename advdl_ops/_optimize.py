@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ._counterparts import OURS, Counterpart, Left, counterpart_of, own_activation
+from ._effects import Effects
 from ._fuse import CONVOLUTIONS, NORMS, Fusion, Parts, has_parts, is_watched, plan_fusions
-from ._layout import Inside, in_fast_format
+from ._layout import in_fast_format, why_not_inside
 from ._trace import fused_class, graphs_of, source_of
 from ._twins import twins_of
 from .activation import IDENTITY, qualified_name, resolve_activation
@@ -80,16 +81,17 @@ def optimize(
     fusions: list[Fusion] = []
     fast_format = False
     if fuse:
-        parts = _parts(model, counterparts, notes.keys())
         graphs, failures = graphs_of(model, counterparts.keys())
+        inner = {key: [v.graph for v in variants] for key, variants in graphs.items()}
+        effects = Effects(model, counterparts.keys(), inner)
+        parts = _parts(model, counterparts, notes.keys(), effects)
         for owner in model.modules():
             if id(owner) in failures and has_parts(owner, parts):
                 notes[id(owner)] = [f"not fused: {failures[id(owner)]}"]
         if id(model) not in counterparts and any(
             issubclass(found.layer, CONVOLUTIONS) for found in counterparts.values()
         ):
-            inner = {key: [v.graph for v in variants] for key, variants in graphs.items()}
-            why = Inside(model, counterparts.keys(), inner).why_not
+            why = why_not_inside(model, counterparts.keys(), inner, effects)
             fast_format = why is None
             told = "channels_last in evaluation on CPU, whatever it is given"
             notes.setdefault(id(model), []).append(told if why is None else f"not in {told}: {why}")
@@ -237,6 +239,7 @@ def _parts(
     model: torch.nn.Module,
     counterparts: dict[int, Counterpart],
     single: Collection[int],
+    effects: Effects,
 ) -> Parts:
     layers: dict[int, tuple[type[torch.nn.Module], str | None]] = {}
     for key, found in counterparts.items():
@@ -251,7 +254,7 @@ def _parts(
             except TypeError:
                 continue
             activations.add(id(layer))
-    return Parts(layers, activations, counterparts.keys())
+    return Parts(layers, activations, counterparts.keys(), effects)
 
 
 def _convert(layer: torch.nn.Module, counterpart: Counterpart) -> None:

@@ -458,6 +458,7 @@ _WRITING = {
 }  # fmt: skip
 for _name, _function in _WRITING.items():
     setattr(_Proxy, f"__{_name}__", _in_place(_function))
+IN_PLACE_OPERATORS = set(_WRITING.values())
 
 
 class _OwnCode(fx.Tracer):
@@ -494,27 +495,6 @@ def _state() -> tuple[Any, ...]:
         torch.is_autocast_enabled("cuda"),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
     )
-
-
-def writes(node: fx.Node, owner: torch.nn.Module, known: Collection[int]) -> bool:
-    """Whether the node may write one of its inputs.
-
-    Args:
-        known: ids of layers that do not; of others torch's alone are known, which say so by ``inplace``.
-    """
-    if node.op == "call_module":
-        called = owner.get_submodule(str(node.target)).modules()
-        return any(
-            id(m) not in known and (getattr(m, "inplace", False) or not is_torchs(m))
-            for m in called
-        )
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    named = getattr(node.target, "__name__", "")
-    return bool(
-        node.kwargs.get("inplace") or node.kwargs.get("out") or named.endswith("_")
-        or node.target in _WRITING.values()
-    )  # fmt: skip
 
 
 # ---- the class of a module whose forward is made anew ----
