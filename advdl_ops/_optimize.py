@@ -16,9 +16,10 @@ import torch
 
 from ._counterparts import OURS, Counterpart, Left, counterpart_of, own_activation
 from ._effects import Effects
+from ._forward import fused_class, source_of
 from ._fuse import CONVOLUTIONS, NORMS, Fusion, Parts, has_parts, is_watched, plan_fusions
 from ._layout import in_fast_format, why_not_inside
-from ._trace import fused_class, graphs_of, source_of
+from ._trace import graphs_of
 from ._twins import twins_of
 from .activation import IDENTITY, qualified_name, resolve_activation
 
