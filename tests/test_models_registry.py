@@ -49,13 +49,23 @@ def test_list_models():
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("resnet51", "resnet50"), ("ResNet18", "resnet18"), ("resnext50", "resnext50_32x4d")],
+    [
+        ("resnet51", "resnet50"),
+        ("ResNet18", "resnet18"),
+        ("resnext50", "resnext50_32x4d"),
+        ("net50", "deeplabv3_resnet50"),
+    ],
 )
 def test_unknown_name_gets_the_nearest(name, near):
     with pytest.raises(
         ValueError, match=rf"^create_model: unknown model '{name}'; did you mean .*{near}"
     ):
         models.create_model(name)
+
+
+def test_names_that_begin_alike_come_first():
+    with pytest.raises(ValueError, match=r"did you mean resnet101 or resnet152 or resnet18\?$"):
+        models.create_model("resnet")
 
 
 @pytest.mark.parametrize("name", ["zzz", "", None, 50])
@@ -94,6 +104,17 @@ def test_function_and_name_build_the_same():
     assert_same_state(by_name, state_of(direct))
     assert by_name.training
     assert by_name.name == "resnet18"
+
+
+@pytest.mark.parametrize("name", models.list_models())
+def test_defaults_are_the_functions(name):
+    with torch.device("meta"):
+        by_name, direct = models.create_model(name), getattr(models, name)()
+    shapes = [
+        {key: value.shape for key, value in model.state_dict().items()}
+        for model in (by_name, direct)
+    ]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize(
