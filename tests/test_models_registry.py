@@ -219,6 +219,17 @@ def test_half_precision_file_fills_float_model(tmp_path, donor):
     assert torch.equal(made.fc.weight, state["fc.weight"].float())
 
 
+def test_everything_halved_counters_included(tmp_path, donor):
+    state = {key: value.half() for key, value in donor.state_dict().items()}
+    made = models.create_model("resnet18", num_classes=5, weights=save(state, tmp_path / "w.pth"))
+    assert made.bn1.num_batches_tracked.dtype == torch.int64
+    assert made.bn1.num_batches_tracked == 7
+    for number in (7.5, float("inf"), float("nan")):
+        state["bn1.num_batches_tracked"] = torch.tensor(number)
+        path = save(state, tmp_path / "w.pth")
+        check_refused(path, "kinds of numbers: bn1.num_batches_tracked torch.float32")
+
+
 def check_refused(path, *messages, model=None):
     """`load_weights` raises with the messages and leaves the model as it was; `create_model` raises alike."""
     model = small() if model is None else model
@@ -309,6 +320,21 @@ def test_other_class_count_and_more_lists_all(tmp_path):
 )
 def test_file_without_state_dict(tmp_path, content, message):
     check_refused(save(content, tmp_path / "w.pth"), message)
+
+
+@pytest.mark.parametrize(
+    ("convert", "kind"),
+    [
+        (torch.Tensor.to_sparse, "torch.sparse_coo, cpu"),
+        (lambda weight: weight.to("meta"), "torch.strided, meta"),
+    ],
+)
+def test_tensors_that_cannot_be_copied(tmp_path, donor, convert, kind):
+    # `fc` is last: all others would have been copied before.
+    state = state_of(donor)
+    state["fc.weight"] = convert(state["fc.weight"])
+    path = save(state, tmp_path / "w.pth")
+    check_refused(path, f"must hold dense tensors with values: fc.weight ({kind})")
 
 
 def test_integer_weights(tmp_path, donor):

@@ -248,8 +248,23 @@ def test_weights_file(tmp_path):
     message = r"has 4 classes in classifier\.4\.weight, num_classes is 2: .* replace its "
     with pytest.raises(ValueError, match=message + r"'classifier\.4' and 'aux_classifier\.4'$"):
         models.load_weights(tiny(aux_loss=True), path)
-    with pytest.raises(ValueError, match=r"must fit tiny; unexpected keys \(8\): aux_classifier"):
+    # Torchvision's files have the auxiliary head, whoever asks for it.
+    with pytest.raises(
+        ValueError,
+        match=r"must fit tiny; unexpected keys \(8\): aux_classifier.*: create the model with aux_loss=True$",
+    ):
         models.load_weights(tiny(num_classes=4), path)
+    with pytest.raises(
+        ValueError,
+        match=r"num_classes is 2: create the model with num_classes=4 and aux_loss=True, then replace its "
+        r"'classifier\.4' and 'aux_classifier\.4'$",
+    ):
+        models.load_weights(tiny(), path)
+    with pytest.raises(
+        ValueError,
+        match=r"unexpected keys \(8\): aux_.*; other shapes \(1\): backbone\.conv1.*: create .* aux_loss=True$",
+    ):
+        models.load_weights(tiny(num_classes=4, in_channels=1), path)
     del donor.aux_classifier
     torch.save(donor.state_dict(), path)
     with pytest.raises(ValueError, match=message + r"'classifier\.4'$"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -66,6 +66,8 @@ class SegmentationModel(torch.nn.Module):
     head: ClassVar[type[torch.nn.Module]]  # of "out": (channels, num_classes, norm) -> module
     # Read by load_weights.
     last_layers: ClassVar[tuple[str, ...]] = ("classifier.4", "aux_classifier.4")
+    # Read there, too: the option without which a file has too many keys. Torchvision's files all have this part.
+    parts_of_options: ClassVar[Mapping[str, str]] = {"aux_classifier.": "aux_loss=True"}
 
     def __init__(
         self,
