@@ -339,3 +339,6 @@ def test_one_value_per_channel_in_training():
     assert model(torch.randn(1, 3, 32, 32))["out"].isfinite().all()
     assert tiny(models.DeepLabV3, norm="group")(torch.randn(1, 3, 1, 1))["out"].isfinite().all()
     assert model.eval()(torch.randn(1, 3, 1, 1))["out"].isfinite().all()
+    # And the other way round.
+    model.classifier.train()
+    assert_refused(model, torch.randn(1, 3, 32, 32), ValueError, message + "batch over 1$")

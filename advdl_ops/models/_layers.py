@@ -141,14 +141,17 @@ def check_values_per_channel(
     Args:
         largest: the largest side of `x` that is one pixel there; None where any is.
     """
-    if x.shape[0] == 1 and (largest is None or max(x.shape[2:]) <= largest):
-        norms = (m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
-        if any(norm.training for norm in norms):
-            side = "" if largest is None else f" or a side over {largest}"
-            raise ValueError(
-                f"{name}: input shape {list(x.shape)} leaves one value per channel in training; "
-                f"it must have a batch over 1{side}"
-            )
+    if x.shape[0] != 1:
+        return
+    # Each norm's own flag: a part may train within a model in eval mode, and the other way round. Asked before the
+    # sides, so that a compiled model in eval mode has no guard on them.
+    norms = (m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    if any(norm.training for norm in norms) and (largest is None or max(x.shape[2:]) <= largest):
+        side = "" if largest is None else f" or a side over {largest}"
+        raise ValueError(
+            f"{name}: input shape {list(x.shape)} leaves one value per channel in training; "
+            f"it must have a batch over 1{side}"
+        )
 
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)

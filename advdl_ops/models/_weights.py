@@ -150,7 +150,7 @@ def _check(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -
 
 
 def _is_whole(counter: torch.Tensor) -> bool:
-    # Whoever halves every entry of a state_dict halves the counters, too. (Past 65504 they are infinite then: no count.)
+    # Whoever halves every entry of a state_dict halves the counters, too. (Past 65504 they are infinite: no count.)
     values = counter.double()
     return bool((values.isfinite() & (values == values.trunc())).all())
 

@@ -78,8 +78,7 @@ class FCNDilated(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(self.name, x, self.in_channels)
-        if self.training:
-            check_values_per_channel(self.name, x, self.layers, 1)
+        check_values_per_channel(self.name, x, self.layers, 1)
         first, *others = self.layers
         out = to_fast_format(self, first(to_fast_format(self, x)))
         for layer in others:

@@ -223,8 +223,7 @@ class ResNet(torch.nn.Module):
     def _check_input(self, x: Tensor) -> None:
         check_image(self.name, x, self.in_channels)
         # Each stride of 2 halves a size rounding up, so it is one pixel from _stride pixels down.
-        if self.training:
-            check_values_per_channel(self.name, x, self.layer4, self._stride)
+        check_values_per_channel(self.name, x, self.layer4, self._stride)
 
     def _stem(self, x: Tensor) -> Tensor:
         """The input, which is checked here -> what goes into `maxpool`, in the format for all that follows."""

@@ -193,9 +193,8 @@ class UNet(torch.nn.Module):
                 f"{self.name}: input shape {list(x.shape)} must have sides of at least {stride}, which depth "
                 f"({self.depth}) halves to 1"
             )
-        if self.training:
-            last = self.get_submodule(f"down{self.depth}")
-            check_values_per_channel(self.name, x, last, 2 * stride - 1)
+        last = self.get_submodule(f"down{self.depth}")
+        check_values_per_channel(self.name, x, last, 2 * stride - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
