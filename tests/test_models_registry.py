@@ -126,15 +126,44 @@ def test_defaults_are_the_functions(name):
         ({"in_channels": -1}, "in_channels (-1) must be a positive integer"),
         ({"norm": "layer"}, 'norm (\'layer\') must be "batch" or "group"'),
         ({"stem": "tiny"}, 'stem (\'tiny\') must be "imagenet" or "small"'),
+        ({"zero_init_residual": 1}, "zero_init_residual (1) must be True or False"),
+        ({"groups": 0}, "groups (0) must be a positive integer"),
+        ({"width_per_group": -64}, "width_per_group (-64) must be a positive integer"),
         (
             {"replace_stride_with_dilation": [True]},
-            "replace_stride_with_dilation ((True,)) must have 3 entries, for stages 2 to 4",
+            "replace_stride_with_dilation ([True]) must have 3 entries",
+        ),
+        (
+            {"replace_stride_with_dilation": 3},
+            "replace_stride_with_dilation (3) must be a sequence",
+        ),
+        (
+            {"replace_stride_with_dilation": "abc"},
+            "replace_stride_with_dilation ('abc') must be a sequence",
+        ),
+        (
+            {"replace_stride_with_dilation": (False, "no", True)},
+            "replace_stride_with_dilation[1] ('no') must be True or False",
         ),
     ],
 )
 def test_bad_option_value(options, message):
     with pytest.raises(ValueError, match=r"^resnet50: " + re.escape(message)):
         models.create_model("resnet50", **options)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (2, "layers (2) must be a sequence"),
+        ((1, 1, 1), "layers ((1, 1, 1)) must have 4 entries"),
+        ((1, 0, 1, 1), "layers[1] (0) must be a positive integer"),
+        ((1, 1, 1, -2), "layers[3] (-2) must be a positive integer"),
+    ],
+)
+def test_bad_layers(layers, message):
+    with pytest.raises(ValueError, match="^" + re.escape(f"resnet: {message}")):
+        models.ResNet(models.Bottleneck, layers)
 
 
 def test_unknown_option():

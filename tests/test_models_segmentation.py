@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 from models_base import ModelTester, random_input, randomize, relative_error
-from test_models_unet import assert_refused
+from test_models_unet import assert_refused, check_no_images
 from torchvision_stub import torchvision_models
 
 from advdl_ops import models, nn
@@ -295,6 +295,7 @@ def test_backbone_takes_a_classifiers_file(tmp_path):
     [
         ({"num_classes": 0}, "num_classes (0) must be a positive integer"),
         ({"in_channels": 1.0}, "in_channels (1.0) must be a positive integer"),
+        ({"aux_loss": "no"}, "aux_loss ('no') must be True or False"),
         ({"norm": "layer"}, 'norm (\'layer\') must be "batch" or "group"'),
     ],
 )
@@ -319,6 +320,7 @@ def test_bad_input(kind, train):
     assert_refused(model, torch.zeros(2, 4, 32, 32), RuntimeError, r"^tiny: input shape .* \[N, 3")
     integers = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     assert_refused(model, integers, RuntimeError, r"^tiny: input dtype torch\.uint8 must be ")
+    check_no_images(model)
 
 
 def test_one_value_per_channel_in_training():

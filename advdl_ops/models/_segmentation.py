@@ -14,6 +14,7 @@ from advdl_ops import nn
 from advdl_ops.models._layers import (
     NormFactory,
     check_counts,
+    check_flags,
     conv,
     conv_norm,
     from_fast_format,
@@ -59,8 +60,8 @@ class SegmentationModel(torch.nn.Module):
         name: what error messages call the model.
 
     Raises:
-        ValueError, RuntimeError: as `ResNet`; ValueError also where `DeepLabV3` gets a batch of 1 in training: its mean
-            over the image leaves batch norm one value per channel.
+        ValueError, RuntimeError, TypeError: as `ResNet`; ValueError also where `DeepLabV3` gets a batch of 1 in
+            training: its mean over the image leaves batch norm one value per channel.
     """
 
     head: ClassVar[type[torch.nn.Module]]  # of "out": (channels, num_classes, norm) -> module
@@ -81,7 +82,9 @@ class SegmentationModel(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_counts(name, num_classes=num_classes)
+        check_flags(name, aux_loss=aux_loss)
         self.name = name
+        self.in_channels = in_channels
         make_norm = norm_factory(name, norm)
         self.backbone = ResNetEncoder(
             Bottleneck,

@@ -21,6 +21,7 @@ from advdl_ops.models._layers import (
     ConvNorm,
     NormFactory,
     build,
+    check_image,
     check_values_per_channel,
     conv,
     conv_norm,
@@ -99,8 +100,10 @@ class DeepLabV3(SegmentationModel):
     head = DeepLabHead
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        # What is no image at all, the backbone says.
-        if isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] == 1:
+        check_image(
+            self.name, x, self.in_channels
+        )  # the backbone's, too, but what follows reads the shape
+        if x.shape[0] == 1:
             for part in self.classifier.modules():
                 if isinstance(part, ImagePooling):
                     check_values_per_channel(self.name, x, part, None)
