@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models_base import ModelTester, randomize
-from test_models_unet import ImageTester, assert_refused, assert_same, group_norms
+from test_models_unet import ImageTester, assert_refused, assert_same, check_no_images, group_norms
 
 from advdl_ops import models, nn
 
@@ -251,6 +251,9 @@ def test_bad_options(name, options, message):
     [
         ("convnet", {"widths": ()}, "widths (()) must have an entry at least"),
         ("convnet", {"widths": (8, 0)}, "widths[1] (0) must be a positive integer"),
+        ("convnet", {"widths": 16}, "widths (16) must be a sequence"),
+        ("fcn_dilated", {"rates": 2}, "rates (2) must be a sequence"),
+        ("fcn_dilated", {"rates": "12"}, "rates ('12') must be a sequence"),
         ("convnet", {"blocks": 0}, "blocks (0) must be a positive integer"),
         ("fcn_dilated", {"rates": []}, "rates ([]) must have an entry at least"),
         ("fcn_dilated", {"rates": (1, 2.0)}, "rates[1] (2.0) must be a positive integer"),
@@ -283,6 +286,7 @@ def test_bad_input(name, train):
     assert_refused(model, torch.zeros(2, 4, 8, 8), RuntimeError, rf"^{name}: input shape ")
     integers = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     assert_refused(model, integers, RuntimeError, rf"^{name}: input dtype torch\.uint8 must be ")
+    check_no_images(model)
 
 
 @pytest.mark.parametrize(("name", "side"), [("convnet", 4), ("fcn_dilated", 1)])

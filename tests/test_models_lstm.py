@@ -473,6 +473,8 @@ def test_weights_that_do_not_fit(tmp_path):
         ({"embedding_dim": 1.0}, ValueError, "embedding_dim (1.0) must be a positive integer"),
         ({"hidden_size": -1}, ValueError, "hidden_size (-1) must be a positive integer"),
         ({"num_layers": 0}, ValueError, "num_layers (0) must be a positive integer"),
+        ({"batch_first": 1}, ValueError, "batch_first (1) must be True or False"),
+        ({"layer_norm": "no"}, ValueError, "layer_norm ('no') must be True or False"),
         ({"dropout": 1.5}, ValueError, "dropout (1.5) must be within 0 and 1"),
         ({"dropout": None}, TypeError, "dropout (None) must be a number"),
         ({"num_classes": 5, "padding_idx": -1}, ValueError, "padding_idx (-1) must be a token, 0 "),
@@ -494,6 +496,10 @@ def test_bad_options_of_one():
         ValueError, match=r"^lstm_lm: embedding_dim \(4\) must be hidden_size \(5\)"
     ):
         models.lstm_lm(num_classes=3, embedding_dim=4, hidden_size=5, tie_weights=True)
+    with pytest.raises(ValueError, match=r"^lstm_lm: tie_weights \(None\) must be True or False"):
+        models.lstm_lm(tie_weights=None)
+    with pytest.raises(ValueError, match=r"^lstm_tagger: bidirectional \(2\) must be True or Fal"):
+        models.lstm_tagger(bidirectional=2)
     with pytest.raises(ValueError, match=r"^lstm_tagger: vocabulary \(0\) must be a positive"):
         models.lstm_tagger(vocabulary=0)
     with pytest.raises(

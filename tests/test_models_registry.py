@@ -49,13 +49,23 @@ def test_list_models():
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("resnet51", "resnet50"), ("ResNet18", "resnet18"), ("resnext50", "resnext50_32x4d")],
+    [
+        ("resnet51", "resnet50"),
+        ("ResNet18", "resnet18"),
+        ("resnext50", "resnext50_32x4d"),
+        ("net50", "deeplabv3_resnet50"),
+    ],
 )
 def test_unknown_name_gets_the_nearest(name, near):
     with pytest.raises(
         ValueError, match=rf"^create_model: unknown model '{name}'; did you mean .*{near}"
     ):
         models.create_model(name)
+
+
+def test_names_that_begin_alike_come_first():
+    with pytest.raises(ValueError, match=r"did you mean resnet101 or resnet152 or resnet18\?$"):
+        models.create_model("resnet")
 
 
 @pytest.mark.parametrize("name", ["zzz", "", None, 50])
@@ -96,6 +106,17 @@ def test_function_and_name_build_the_same():
     assert by_name.name == "resnet18"
 
 
+@pytest.mark.parametrize("name", models.list_models())
+def test_defaults_are_the_functions(name):
+    with torch.device("meta"):
+        by_name, direct = models.create_model(name), getattr(models, name)()
+    shapes = [
+        {key: value.shape for key, value in model.state_dict().items()}
+        for model in (by_name, direct)
+    ]
+    assert shapes[0] == shapes[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -105,15 +126,44 @@ def test_function_and_name_build_the_same():
         ({"in_channels": -1}, "in_channels (-1) must be a positive integer"),
         ({"norm": "layer"}, 'norm (\'layer\') must be "batch" or "group"'),
         ({"stem": "tiny"}, 'stem (\'tiny\') must be "imagenet" or "small"'),
+        ({"zero_init_residual": 1}, "zero_init_residual (1) must be True or False"),
+        ({"groups": 0}, "groups (0) must be a positive integer"),
+        ({"width_per_group": -64}, "width_per_group (-64) must be a positive integer"),
         (
             {"replace_stride_with_dilation": [True]},
-            "replace_stride_with_dilation ((True,)) must have 3 entries, for stages 2 to 4",
+            "replace_stride_with_dilation ([True]) must have 3 entries",
+        ),
+        (
+            {"replace_stride_with_dilation": 3},
+            "replace_stride_with_dilation (3) must be a sequence",
+        ),
+        (
+            {"replace_stride_with_dilation": "abc"},
+            "replace_stride_with_dilation ('abc') must be a sequence",
+        ),
+        (
+            {"replace_stride_with_dilation": (False, "no", True)},
+            "replace_stride_with_dilation[1] ('no') must be True or False",
         ),
     ],
 )
 def test_bad_option_value(options, message):
     with pytest.raises(ValueError, match=r"^resnet50: " + re.escape(message)):
         models.create_model("resnet50", **options)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (2, "layers (2) must be a sequence"),
+        ((1, 1, 1), "layers ((1, 1, 1)) must have 4 entries"),
+        ((1, 0, 1, 1), "layers[1] (0) must be a positive integer"),
+        ((1, 1, 1, -2), "layers[3] (-2) must be a positive integer"),
+    ],
+)
+def test_bad_layers(layers, message):
+    with pytest.raises(ValueError, match="^" + re.escape(f"resnet: {message}")):
+        models.ResNet(models.Bottleneck, layers)
 
 
 def test_unknown_option():
@@ -196,6 +246,17 @@ def test_half_precision_file_fills_float_model(tmp_path, donor):
     made = models.create_model("resnet18", num_classes=5, weights=save(state, tmp_path / "w.pth"))
     assert made.fc.weight.dtype == torch.float32
     assert torch.equal(made.fc.weight, state["fc.weight"].float())
+
+
+def test_everything_halved_counters_included(tmp_path, donor):
+    state = {key: value.half() for key, value in donor.state_dict().items()}
+    made = models.create_model("resnet18", num_classes=5, weights=save(state, tmp_path / "w.pth"))
+    assert made.bn1.num_batches_tracked.dtype == torch.int64
+    assert made.bn1.num_batches_tracked == 7
+    for number in (7.5, float("inf"), float("nan")):
+        state["bn1.num_batches_tracked"] = torch.tensor(number)
+        path = save(state, tmp_path / "w.pth")
+        check_refused(path, "kinds of numbers: bn1.num_batches_tracked torch.float32")
 
 
 def check_refused(path, *messages, model=None):
@@ -288,6 +349,21 @@ def test_other_class_count_and_more_lists_all(tmp_path):
 )
 def test_file_without_state_dict(tmp_path, content, message):
     check_refused(save(content, tmp_path / "w.pth"), message)
+
+
+@pytest.mark.parametrize(
+    ("convert", "kind"),
+    [
+        (torch.Tensor.to_sparse, "torch.sparse_coo, cpu"),
+        (lambda weight: weight.to("meta"), "torch.strided, meta"),
+    ],
+)
+def test_tensors_that_cannot_be_copied(tmp_path, donor, convert, kind):
+    # `fc` is last: all others would have been copied before.
+    state = state_of(donor)
+    state["fc.weight"] = convert(state["fc.weight"])
+    path = save(state, tmp_path / "w.pth")
+    check_refused(path, f"must hold dense tensors with values: fc.weight ({kind})")
 
 
 def test_integer_weights(tmp_path, donor):

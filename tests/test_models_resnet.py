@@ -272,6 +272,13 @@ def test_one_value_per_channel_in_training(options, side):
     for shape in ((1, 3, side + 1, 1), (1, 3, 2, side + 1), (2, 3, 1, 1)):
         assert model(torch.randn(shape)).isfinite().all()
     assert model.eval()(torch.randn(1, 3, 1, 1)).isfinite().all()
+    # A part that trains within a model in eval mode.
+    model.layer3.train(), model.layer4.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^tiny: .* one value per channel in training"):
+        model(torch.randn(1, 3, side, side))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
 
 
 def test_a_norm_without_activation_in_place_of_ours_does_not_pass_silently():

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 from models_base import ModelTester, random_input, randomize, relative_error
-from test_models_unet import assert_refused
+from test_models_unet import assert_refused, check_no_images
 from torchvision_stub import torchvision_models
 
 from advdl_ops import models, nn
@@ -248,8 +248,23 @@ def test_weights_file(tmp_path):
     message = r"has 4 classes in classifier\.4\.weight, num_classes is 2: .* replace its "
     with pytest.raises(ValueError, match=message + r"'classifier\.4' and 'aux_classifier\.4'$"):
         models.load_weights(tiny(aux_loss=True), path)
-    with pytest.raises(ValueError, match=r"must fit tiny; unexpected keys \(8\): aux_classifier"):
+    # Torchvision's files have the auxiliary head, whoever asks for it.
+    with pytest.raises(
+        ValueError,
+        match=r"must fit tiny; unexpected keys \(8\): aux_classifier.*: create the model with aux_loss=True$",
+    ):
         models.load_weights(tiny(num_classes=4), path)
+    with pytest.raises(
+        ValueError,
+        match=r"num_classes is 2: create the model with num_classes=4 and aux_loss=True, then replace its "
+        r"'classifier\.4' and 'aux_classifier\.4'$",
+    ):
+        models.load_weights(tiny(), path)
+    with pytest.raises(
+        ValueError,
+        match=r"unexpected keys \(8\): aux_.*; other shapes \(1\): backbone\.conv1.*: create .* aux_loss=True$",
+    ):
+        models.load_weights(tiny(num_classes=4, in_channels=1), path)
     del donor.aux_classifier
     torch.save(donor.state_dict(), path)
     with pytest.raises(ValueError, match=message + r"'classifier\.4'$"):
@@ -280,6 +295,7 @@ def test_backbone_takes_a_classifiers_file(tmp_path):
     [
         ({"num_classes": 0}, "num_classes (0) must be a positive integer"),
         ({"in_channels": 1.0}, "in_channels (1.0) must be a positive integer"),
+        ({"aux_loss": "no"}, "aux_loss ('no') must be True or False"),
         ({"norm": "layer"}, 'norm (\'layer\') must be "batch" or "group"'),
     ],
 )
@@ -304,6 +320,7 @@ def test_bad_input(kind, train):
     assert_refused(model, torch.zeros(2, 4, 32, 32), RuntimeError, r"^tiny: input shape .* \[N, 3")
     integers = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     assert_refused(model, integers, RuntimeError, r"^tiny: input dtype torch\.uint8 must be ")
+    check_no_images(model)
 
 
 def test_one_value_per_channel_in_training():
@@ -324,3 +341,6 @@ def test_one_value_per_channel_in_training():
     assert model(torch.randn(1, 3, 32, 32))["out"].isfinite().all()
     assert tiny(models.DeepLabV3, norm="group")(torch.randn(1, 3, 1, 1))["out"].isfinite().all()
     assert model.eval()(torch.randn(1, 3, 1, 1))["out"].isfinite().all()
+    # And the other way round.
+    model.classifier.train()
+    assert_refused(model, torch.randn(1, 3, 32, 32), ValueError, message + "batch over 1$")

@@ -304,6 +304,9 @@ def test_weights_of_milesials_training_script(tmp_path):
         ({"in_channels": 1.0}, "in_channels (1.0) must be a positive integer"),
         ({"base_channels": -1}, "base_channels (-1) must be a positive integer"),
         ({"depth": 0}, "depth (0) must be a positive integer"),
+        ({"bilinear": 1}, "bilinear (1) must be True or False"),
+        ({"dilated_bottleneck": None}, "dilated_bottleneck (None) must be True or False"),
+        ({"rates": 2}, "rates (2) must be a sequence"),
         ({"norm": "layer"}, 'norm (\'layer\') must be "batch" or "group"'),
     ],
 )
@@ -325,6 +328,15 @@ def assert_refused(model, x, error, message):
         assert torch.equal(value, before[key]), key
 
 
+def check_no_images(model):
+    for x in (None, [[1.0]]):
+        name = type(x).__name__
+        assert_refused(model, x, TypeError, rf"^{model.name}: input \({name}\) must be a Tensor$")
+    for shape in ((2, 3, 0, 32), (1, 3, 32, 0), (2, 3, 0, 0)):
+        message = rf"^{model.name}: input shape .* must have a pixel at least$"
+        assert_refused(model, torch.zeros(shape), ValueError, message)
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_bad_input(train):
     model = models.unet(num_classes=2, base_channels=2).train(train)
@@ -332,6 +344,7 @@ def test_bad_input(train):
     assert_refused(model, torch.zeros(2, 4, 32, 32), RuntimeError, r"^unet: input shape ")
     integers = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     assert_refused(model, integers, RuntimeError, r"^unet: input dtype torch\.uint8 must be ")
+    check_no_images(model)
     for shape in ((2, 3, 15, 32), (2, 3, 32, 15)):
         assert_refused(model, torch.zeros(shape), ValueError, r"must have sides of at least 16")
 

@@ -94,6 +94,8 @@ def test_group_norm():
 def test_errors():
     with pytest.raises(ValueError, match=r"^unet_resnet18: decoder_channels \(\(8, 4\)\) must hav"):
         models.unet_resnet18(decoder_channels=(8, 4))
+    with pytest.raises(ValueError, match=r"^unet_resnet18: decoder_channels \(5\) must be a seq"):
+        models.unet_resnet18(decoder_channels=5)
     with pytest.raises(ValueError, match=r"^unet_resnet18: decoder_channels\[1\] \(0\) must be a"):
         models.unet_resnet18(decoder_channels=(8, 0, 8, 8, 8))
     with pytest.raises(TypeError, match=r"^unet_resnet50: option 'stem' must be one of decoder_ch"):

@@ -111,22 +111,46 @@ def check_counts(name: str, **counts: Any) -> None:
             raise ValueError(f"{name}: {label} ({value!r}) must be a positive integer")
 
 
-def check_entries(name: str, **sequences: Sequence[Any]) -> None:
-    """Raises ValueError unless each option has an entry at least, and all are integers from 1 on."""
+def check_flags(name: str, **flags: Any) -> None:
+    """Raises ValueError unless each option is a bool: "no" would count as True."""
+    for label, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: {label} ({value!r}) must be True or False")
+
+
+def check_entries(
+    name: str,
+    length: int | None = None,
+    check: Callable[..., None] = check_counts,
+    /,
+    **sequences: Any,
+) -> None:
+    """Raises ValueError unless each option is a sequence of `length` entries that `check` passes.
+
+    Args:
+        length: any from 1 on if None.
+    """
     for label, values in sequences.items():
-        if len(values) == 0:
-            raise ValueError(f"{name}: {label} ({values!r}) must have an entry at least")
-        check_counts(name, **{f"{label}[{index}]": value for index, value in enumerate(values)})
+        if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+            raise ValueError(f"{name}: {label} ({values!r}) must be a sequence")
+        if len(values) == 0 if length is None else len(values) != length:
+            number = "an entry at least" if length is None else f"{length} entries"
+            raise ValueError(f"{name}: {label} ({values!r}) must have {number}")
+        check(name, **{f"{label}[{index}]": value for index, value in enumerate(values)})
 
 
 def check_image(name: str, x: Tensor, in_channels: int) -> None:
-    """Raises unless `x` is floating point, [N, in_channels, H, W]."""
+    """Raises unless `x` is floating point, [N, in_channels, H, W] with a pixel at least."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: input ({type(x).__name__}) must be a Tensor")
     # The types that torch's own layers raise for the same mistakes.
     shape = f"{name}: input shape {list(x.shape)} must be [N, {in_channels}, H, W]"
     if x.dim() != 4:
         raise ValueError(shape)
     if x.shape[1] != in_channels:
         raise RuntimeError(shape)
+    if 0 in x.shape[2:]:
+        raise ValueError(f"{name}: input shape {list(x.shape)} must have a pixel at least")
     if not x.is_floating_point():
         raise RuntimeError(f"{name}: input dtype {x.dtype} must be floating point")
 
@@ -141,14 +165,17 @@ def check_values_per_channel(
     Args:
         largest: the largest side of `x` that is one pixel there; None where any is.
     """
-    if x.shape[0] == 1 and (largest is None or max(x.shape[2:]) <= largest):
-        norms = (m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
-        if any(norm.training for norm in norms):
-            side = "" if largest is None else f" or a side over {largest}"
-            raise ValueError(
-                f"{name}: input shape {list(x.shape)} leaves one value per channel in training; "
-                f"it must have a batch over 1{side}"
-            )
+    if x.shape[0] != 1:
+        return
+    # Each norm's own flag: a part may train within a model in eval mode, and the other way round. Asked before the
+    # sides, so that a compiled model in eval mode has no guard on them.
+    norms = (m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    if any(norm.training for norm in norms) and (largest is None or max(x.shape[2:]) <= largest):
+        side = "" if largest is None else f" or a side over {largest}"
+        raise ValueError(
+            f"{name}: input shape {list(x.shape)} leaves one value per channel in training; "
+            f"it must have a batch over 1{side}"
+        )
 
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)

@@ -19,8 +19,8 @@ _BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {}
 def register_model(builder: _Builder) -> _Builder:
     """Decorator: makes `builder` known to `create_model` under its own name.
 
-    The builder takes `num_classes`, `weights` and the model's options as keywords; `in_channels`, with a default, where
-    its input are images.
+    The builder takes `weights` and the model's options as keywords, each with a default: `num_classes` among them, and
+    `in_channels` where its input are images.
 
     Raises:
         ValueError: another builder has this name.
@@ -41,8 +41,9 @@ def list_models(pattern: str | None = None) -> list[str]:
 
 
 def _nearest(name: str) -> list[str]:
-    # A name that was cut short ("resnext50") is nearer than one of few changed letters.
-    longer = list_models(f"*{name}*") if name else []
+    # A name that was cut short ("resnext50") is nearer than one of few changed letters, at its end more so than within.
+    longer = [known for known in list_models() if name and name in known]
+    longer.sort(key=lambda known: not known.startswith(name))
     close = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
     return list(dict.fromkeys(longer + close))[:3]
 
@@ -50,7 +51,7 @@ def _nearest(name: str) -> list[str]:
 def create_model(
     name: str,
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     in_channels: int | None = None,
     weights: str | os.PathLike[str] | None = None,
     **options: Any,
@@ -59,7 +60,7 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        num_classes: outputs of the last layer; of a language model its vocabulary.
+        num_classes: outputs of the last layer, of a language model its vocabulary; the model's own default if left out.
         in_channels: channels of images, the model's own default (3, for RGB) if left out. Models of tokens have no
             such option.
         weights: a local `.pth`, `.pt` or `.safetensors` file; see `load_weights`. Nothing is downloaded.
@@ -79,9 +80,10 @@ def create_model(
         near = _nearest(name.lower()) if isinstance(name, str) else []
         hint = f"did you mean {' or '.join(near)}?" if near else "list_models() has the names"
         raise ValueError(f"create_model: unknown model {name!r}; {hint}")
-    if in_channels is not None:
-        options["in_channels"] = in_channels
-    model = builder(num_classes=num_classes, **options)
+    # What is left out is not passed on: the defaults are the builder's.
+    given = {"num_classes": num_classes, "in_channels": in_channels}
+    options.update({key: value for key, value in given.items() if value is not None})
+    model = builder(**options)
     if weights is not None:
         load_weights(model, weights, caller="create_model")
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from advdl_ops import nn
 from advdl_ops.models._layers import (
     NormFactory,
     check_counts,
+    check_flags,
     conv,
     conv_norm,
     from_fast_format,
@@ -59,13 +60,15 @@ class SegmentationModel(torch.nn.Module):
         name: what error messages call the model.
 
     Raises:
-        ValueError, RuntimeError: as `ResNet`; ValueError also where `DeepLabV3` gets a batch of 1 in training: its mean
-            over the image leaves batch norm one value per channel.
+        ValueError, RuntimeError, TypeError: as `ResNet`; ValueError also where `DeepLabV3` gets a batch of 1 in
+            training: its mean over the image leaves batch norm one value per channel.
     """
 
     head: ClassVar[type[torch.nn.Module]]  # of "out": (channels, num_classes, norm) -> module
     # Read by load_weights.
     last_layers: ClassVar[tuple[str, ...]] = ("classifier.4", "aux_classifier.4")
+    # Read there, too: the option without which a file has too many keys. Torchvision's files all have this part.
+    parts_of_options: ClassVar[Mapping[str, str]] = {"aux_classifier.": "aux_loss=True"}
 
     def __init__(
         self,
@@ -79,7 +82,9 @@ class SegmentationModel(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_counts(name, num_classes=num_classes)
+        check_flags(name, aux_loss=aux_loss)
         self.name = name
+        self.in_channels = in_channels
         make_norm = norm_factory(name, norm)
         self.backbone = ResNetEncoder(
             Bottleneck,

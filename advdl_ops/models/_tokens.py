@@ -10,7 +10,7 @@ from torch import Tensor
 
 from advdl_ops import nn
 from advdl_ops.functional.lstm import as_lengths, check_lengths, check_rate
-from advdl_ops.models._layers import check_counts
+from advdl_ops.models._layers import check_counts, check_flags
 
 States = tuple[Tensor, Tensor]
 Lengths = Tensor | Sequence[int] | None
@@ -68,6 +68,12 @@ class TokenModel(torch.nn.Module):
             embedding_dim=embedding_dim,
             hidden_size=hidden_size,
             num_layers=num_layers,
+        )
+        check_flags(
+            self.name,
+            bidirectional=bidirectional,
+            batch_first=batch_first,
+            layer_norm=layer_norm,
         )
         check_rate(self.name, "dropout", dropout)
         if padding_idx is not None and padding_idx not in range(vocabulary):

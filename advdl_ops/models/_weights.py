@@ -32,7 +32,7 @@ def load_weights(
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: a `.safetensors` file, and safetensors is not installed.
-        ValueError: the file cannot be read, or its keys or shapes differ from the model's.
+        ValueError: the file cannot be read, or its keys, shapes or kinds of tensors differ from the model's.
         TypeError: `path` is no path.
     """
     if not isinstance(path, str | os.PathLike):
@@ -89,6 +89,14 @@ def _unwrap(state: Any, where: str, ignored: Collection[str] = ()) -> dict[str, 
         raise ValueError(
             f"{where} must hold tensors only; these are none: {_shorten(map(str, odd))}"
         )
+    # Copying one of these fails, when others have been copied already.
+    odd = [
+        f"{key} ({value.layout}, {value.device.type})"
+        for key, value in state.items()
+        if value.layout != torch.strided or value.is_nested or value.is_meta
+    ]
+    if odd:
+        raise ValueError(f"{where} must hold dense tensors with values: {_shorten(odd)}")
     keys = dict(zip(state, map(str, state), strict=True))
     while prefix := next(
         (p for p in _PREFIXES if all(k.startswith(p) for k in keys.values())), None
@@ -110,8 +118,14 @@ def _check(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -
         for key in own
         if key in state and state[key].shape != own[key].shape
     }
-    head = _classifier_mismatch(model, state, own, where)
-    if head and not missing and not unexpected and all(key.startswith(head[0]) for key in shapes):
+    options = {
+        option: tuple(key for key in unexpected if key.startswith(prefix))
+        for prefix, option in getattr(model, "parts_of_options", {}).items()
+    }
+    options = {option: keys for option, keys in options.items() if keys}
+    others = set(unexpected).difference(*options.values())
+    head = _classifier_mismatch(model, state, own, where, list(options))
+    if head and not missing and not others and all(key.startswith(head[0]) for key in shapes):
         raise ValueError(head[1])
     problems = [
         f"{title} ({len(found)}): {_shorten(found)}"
@@ -123,14 +137,22 @@ def _check(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -
         if found
     ]
     if problems:
-        raise ValueError(f"{where} must fit {_name(model)}; {'; '.join(problems)}")
+        hint = f": create the model with {' and '.join(options)}" if options else ""
+        raise ValueError(f"{where} must fit {_name(model)}; {'; '.join(problems)}{hint}")
     kinds = [
         f"{key} {state[key].dtype}"
         for key in own
         if own[key].is_floating_point() != state[key].is_floating_point()
+        and not (key.endswith(_COUNTER) and _is_whole(state[key]))
     ]
     if kinds:
         raise ValueError(f"{where} must hold the model's kinds of numbers: {_shorten(kinds)}")
+
+
+def _is_whole(counter: torch.Tensor) -> bool:
+    # Whoever halves every entry of a state_dict halves the counters, too. (Past 65504 they are infinite: no count.)
+    values = counter.double()
+    return bool((values.isfinite() & (values == values.trunc())).all())
 
 
 def _classifier_mismatch(
@@ -138,24 +160,26 @@ def _classifier_mismatch(
     state: dict[str, torch.Tensor],
     own: dict[str, torch.Tensor],
     where: str,
+    options: list[str],
 ) -> tuple[tuple[str, ...], str] | None:
     """(key prefixes, message) where the last layers differ by their number of classes only.
 
     `model.last_layers` names them: the classifier, and others that have its number of classes. (Not `classifier`: that
-    is a layer in some models.)
+    is a layer in some models.) `options` are those that the file's model was created with besides.
     """
-    layers = [name for name in getattr(model, "last_layers", ()) if f"{name}.weight" in own]
+    known = own.keys() | state.keys()
+    layers = [name for name in getattr(model, "last_layers", ()) if f"{name}.weight" in known]
     if not layers:
         return None
     key = f"{layers[0]}.weight"
-    if key not in state or own[key].shape[1:] != state[key].shape[1:]:
+    if key not in state or key not in own or own[key].shape[1:] != state[key].shape[1:]:
         return None
     ours, theirs = own[key].shape[0], state[key].shape[0]
     if ours == theirs:
         return None
     return tuple(f"{layer}." for layer in layers), (
         f"{where} has {theirs} classes in {key}, num_classes is {ours}: create the model with "
-        f"num_classes={theirs}, then replace its {' and '.join(map(repr, layers))}"
+        f"{' and '.join([f'num_classes={theirs}', *options])}, then replace its {' and '.join(map(repr, layers))}"
     )
 
 

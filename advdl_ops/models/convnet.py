@@ -33,7 +33,8 @@ from advdl_ops.models.resnet import BasicBlock
 class ConvNet(torch.nn.Module):
     """Stem, stages of residual blocks, global average pooling, linear: [N, in_channels, H, W] -> [N, num_classes].
 
-    Any height and width from 1 on; contiguous or channels_last.
+    Any height and width from 1 on; contiguous or channels_last. But group norm raises, in eval mode, too, where one
+    image leaves it one pixel and a group is one channel.
 
     Args:
         num_classes: outputs of `fc`.
@@ -43,9 +44,10 @@ class ConvNet(torch.nn.Module):
         norm: "batch", or "group" (32 groups, or the largest power of two that divides the channels).
 
     Raises:
-        ValueError: when built, an option out of range; in `forward`, an input of another rank, and one value per
-            channel in training (before any statistic changes), or per group of group norm.
+        ValueError: when built, an option out of range; in `forward`, an input of another rank or without a pixel,
+            and one value per channel in training (before any statistic changes), or per group of group norm.
         RuntimeError: in `forward`, another channel count, and integers.
+        TypeError: in `forward`, what is no tensor.
     """
 
     name: ClassVar[str] = "convnet"  # what error messages call the model
@@ -84,9 +86,8 @@ class ConvNet(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(self.name, x, self.in_channels)
-        if self.training:
-            last = len(self.stages) - 1
-            check_values_per_channel(self.name, x, self.stages[last], 1 << last)
+        last = len(self.stages) - 1
+        check_values_per_channel(self.name, x, self.stages[last], 1 << last)
         x = to_fast_format(self, self.stem(to_fast_format(self, x)))
         return self.fc(torch.flatten(self.pool(self.stages(x)), 1))
 

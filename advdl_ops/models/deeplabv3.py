@@ -21,6 +21,7 @@ from advdl_ops.models._layers import (
     ConvNorm,
     NormFactory,
     build,
+    check_image,
     check_values_per_channel,
     conv,
     conv_norm,
@@ -99,7 +100,10 @@ class DeepLabV3(SegmentationModel):
     head = DeepLabHead
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        if self.training and x.dim() == 4:
+        check_image(
+            self.name, x, self.in_channels
+        )  # the backbone's, too, but what follows reads the shape
+        if x.shape[0] == 1:
             for part in self.classifier.modules():
                 if isinstance(part, ImagePooling):
                     check_values_per_channel(self.name, x, part, None)

@@ -34,7 +34,8 @@ class FCNDilated(torch.nn.Module):
     """3x3 convolutions with norm and ReLU, then 1x1: [N, in_channels, H, W] -> [N, num_classes, H, W], scores before
     softmax or sigmoid.
 
-    Any height and width from 1 on; contiguous or channels_last. A score depends on the `1 + 2 * sum(rates)` pixels
+    Any height and width from 1 on; contiguous or channels_last. But group norm raises, in eval mode, too, where one
+    image leaves it one pixel and a group is one channel. A score depends on the `1 + 2 * sum(rates)` pixels
     around it, both ways.
 
     Args:
@@ -45,9 +46,10 @@ class FCNDilated(torch.nn.Module):
         norm: "batch", or "group" (32 groups, or the largest power of two that divides the channels).
 
     Raises:
-        ValueError: when built, an option out of range; in `forward`, an input of another rank, and one value per
-            channel in training (before any statistic changes), or per group of group norm.
+        ValueError: when built, an option out of range; in `forward`, an input of another rank or without a pixel,
+            and one value per channel in training (before any statistic changes), or per group of group norm.
         RuntimeError: in `forward`, another channel count, and integers.
+        TypeError: in `forward`, what is no tensor.
     """
 
     name: ClassVar[str] = "fcn_dilated"  # what error messages call the model
@@ -78,8 +80,7 @@ class FCNDilated(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(self.name, x, self.in_channels)
-        if self.training:
-            check_values_per_channel(self.name, x, self.layers, 1)
+        check_values_per_channel(self.name, x, self.layers, 1)
         first, *others = self.layers
         out = to_fast_format(self, first(to_fast_format(self, x)))
         for layer in others:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from advdl_ops.models._layers import build
+from advdl_ops.models._layers import build, check_flags
 from advdl_ops.models._registry import register_model
 from advdl_ops.models._tokens import Lengths, States, TokenModel
 
@@ -26,7 +26,8 @@ class LSTMLM(TokenModel):
     Args:
         num_classes: the vocabulary, of what is read as of what is predicted.
         tie_weights: `linear` has the embedding's weight (and no key `linear.weight`), for which `embedding_dim` and
-            `hidden_size` must be equal.
+            `hidden_size` must be equal. `linear.weight` itself is None then: what initializes every `torch.nn.Linear`
+            must skip it.
         embedding_dim, hidden_size, num_layers, options: as in `TokenModel`, without `vocabulary` and `bidirectional`.
 
     Raises:
@@ -45,6 +46,7 @@ class LSTMLM(TokenModel):
         num_layers: int = 2,
         **options: Any,
     ) -> None:
+        check_flags(self.name, tie_weights=tie_weights)
         super().__init__(
             num_classes,
             vocabulary=num_classes,

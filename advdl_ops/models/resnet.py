@@ -26,6 +26,8 @@ from advdl_ops.models._layers import (
     NormFactory,
     build,
     check_counts,
+    check_entries,
+    check_flags,
     check_image,
     check_values_per_channel,
     conv,
@@ -136,8 +138,8 @@ class ResNet(torch.nn.Module):
 
     Raises:
         ValueError, NotImplementedError: when built, an option out of range; in `forward`, ValueError for an input of
-            another rank and for one value per channel in training, before any statistic changes; RuntimeError for
-            another channel count and for integers.
+            another rank or without a pixel and for one value per channel in training, before any statistic changes;
+            RuntimeError for another channel count and for integers; TypeError for what is no tensor.
     """
 
     last_layers: ClassVar[tuple[str, ...]] = ("fc",)  # read by load_weights
@@ -158,14 +160,20 @@ class ResNet(torch.nn.Module):
         name: str = "resnet",
     ) -> None:
         super().__init__()
-        dilate = tuple(replace_stride_with_dilation or (False, False, False))
-        if len(dilate) != 3:
-            raise ValueError(
-                f"{name}: replace_stride_with_dilation ({dilate}) must have 3 entries, for stages 2 to 4"
-            )
-        if len(layers) != 4:
-            raise ValueError(f"{name}: layers ({tuple(layers)}) must have 4 entries")
-        check_counts(name, num_classes=num_classes, in_channels=in_channels)
+        if replace_stride_with_dilation is None:
+            replace_stride_with_dilation = (False, False, False)
+        check_entries(
+            name, 3, check_flags, replace_stride_with_dilation=replace_stride_with_dilation
+        )
+        check_entries(name, 4, layers=layers)
+        check_counts(
+            name,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            groups=groups,
+            width_per_group=width_per_group,
+        )
+        check_flags(name, zero_init_residual=zero_init_residual)
         if stem not in ("imagenet", "small"):
             raise ValueError(f'{name}: stem ({stem!r}) must be "imagenet" or "small"')
         self.name = name
@@ -182,7 +190,7 @@ class ResNet(torch.nn.Module):
         for stage in range(4):
             width = 64 << stage
             stride, first_dilation = (1 if stage == 0 else 2), dilation
-            if stage > 0 and dilate[stage - 1]:
+            if stage > 0 and replace_stride_with_dilation[stage - 1]:
                 # The first block still sees the old grid: dilation grows from its successor on.
                 dilation, stride = dilation * stride, 1
             self._stride *= stride
@@ -223,8 +231,7 @@ class ResNet(torch.nn.Module):
     def _check_input(self, x: Tensor) -> None:
         check_image(self.name, x, self.in_channels)
         # Each stride of 2 halves a size rounding up, so it is one pixel from _stride pixels down.
-        if self.training:
-            check_values_per_channel(self.name, x, self.layer4, self._stride)
+        check_values_per_channel(self.name, x, self.layer4, self._stride)
 
     def _stem(self, x: Tensor) -> Tensor:
         """The input, which is checked here -> what goes into `maxpool`, in the format for all that follows."""

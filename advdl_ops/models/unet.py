@@ -24,6 +24,8 @@ from advdl_ops.models._layers import (
     NormFactory,
     build,
     check_counts,
+    check_entries,
+    check_flags,
     check_image,
     check_values_per_channel,
     conv,
@@ -120,8 +122,9 @@ def _padded(x: Tensor, skip: Tensor) -> Tensor:
 class UNet(torch.nn.Module):
     """U-Net: [N, in_channels, H, W] -> [N, num_classes, H, W], scores before softmax or sigmoid.
 
-    Any height and width from 2**depth on; contiguous or channels_last, and the output alike. From one seed it has the
-    very weights that milesial's model has.
+    Any height and width from 2**depth on; contiguous or channels_last, and the output alike. But group norm raises, in
+    eval mode, too, where one image leaves it one pixel and a group is one channel. From one seed the model has the very
+    weights that milesial's has.
 
     Args:
         num_classes: channels of the output.
@@ -139,6 +142,7 @@ class UNet(torch.nn.Module):
         ValueError: when built, an option out of range; in `forward`, an input of another rank, a side below 2**depth,
             and one value per channel in training (before any statistic changes), or per group of group norm.
         RuntimeError: in `forward`, another channel count, and integers.
+        TypeError: in `forward`, what is no tensor.
     """
 
     last_layers: ClassVar[tuple[str, ...]] = ("outc.conv",)  # read by load_weights
@@ -166,6 +170,8 @@ class UNet(torch.nn.Module):
             base_channels=base_channels,
             depth=depth,
         )
+        check_flags(name, bilinear=bilinear, dilated_bottleneck=dilated_bottleneck)
+        check_entries(name, rates=rates)
         self.name = name
         self.in_channels = in_channels
         self.depth = depth
@@ -193,9 +199,8 @@ class UNet(torch.nn.Module):
                 f"{self.name}: input shape {list(x.shape)} must have sides of at least {stride}, which depth "
                 f"({self.depth}) halves to 1"
             )
-        if self.training:
-            last = self.get_submodule(f"down{self.depth}")
-            check_values_per_channel(self.name, x, last, 2 * stride - 1)
+        last = self.get_submodule(f"down{self.depth}")
+        check_values_per_channel(self.name, x, last, 2 * stride - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)

@@ -76,7 +76,8 @@ class UNetResNet(torch.nn.Module):
     """U-Net on a ResNet: [N, in_channels, H, W] -> [N, num_classes, H, W], scores before softmax or sigmoid.
 
     Any height and width from 1 on: each upsampling goes to the size of the feature it is joined with. Contiguous or
-    channels_last, and the output alike.
+    channels_last, and the output alike. But group norm raises, in eval mode, too, where one image leaves it one pixel
+    and a group is one channel.
 
     Args:
         block, layers: of the encoder, as in `ResNet`.
@@ -87,7 +88,7 @@ class UNetResNet(torch.nn.Module):
         name: what error messages call the model.
 
     Raises:
-        ValueError, RuntimeError: as `ResNet`.
+        ValueError, RuntimeError, TypeError: as `ResNet`.
     """
 
     last_layers: ClassVar[tuple[str, ...]] = ("segmentation_head.0",)  # read by load_weights
@@ -105,11 +106,7 @@ class UNetResNet(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_counts(name, num_classes=num_classes)
-        if len(decoder_channels) != 5:
-            raise ValueError(
-                f"{name}: decoder_channels ({tuple(decoder_channels)}) must have 5 entries"
-            )
-        check_entries(name, decoder_channels=decoder_channels)
+        check_entries(name, 5, decoder_channels=decoder_channels)
         self.name = name
         self.encoder = ResNetEncoder(block, layers, in_channels=in_channels, norm=norm, name=name)
         stages = [64, *((64 << stage) * block.expansion for stage in range(4))]
