@@ -69,6 +69,10 @@ class Layer:
     served_by: str
     choices: tuple[Measured, ...] = ()
 
+    def __str__(self) -> str:
+        lines = [f"{self.name or '(the module itself)'}  {self.kind}: {self.served_by}"]
+        return "\n".join([*lines, *(f"    {choice}" for choice in self.choices)])
+
 
 @dataclass(frozen=True)
 class Explanation:

@@ -230,7 +230,7 @@ def test_raw_operator_checks_its_arguments():
         {"eps": -1e-5},
         {"eps": 0.0, "training": True},
         {"x": x[:1, :, :1], "training": True},
-        {"act": 10},
+        {"act": 11},
         {"act": -1},
     ):
         for op in FORWARD:

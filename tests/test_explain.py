@@ -69,9 +69,10 @@ def test_layers_by_name_and_no_others() -> None:
     ]
     assert len(explanation) == 6
     lines = str(explanation).splitlines()
-    assert len(lines) == 7 and lines[2].startswith("1.bn  BatchNormAct2d: CPU C++ kernel")
-    assert lines[6] == "left as it was: 0: optimize was not called"
-    assert "in evaluation one convolution" in lines[0]
+    assert lines[:3] == ["Sequential", "  0  Conv2d", "      left as it was: optimize was not called"]
+    assert lines[3].startswith("  1  ConvBNReLU: in training its two layers; in evaluation one con")
+    assert lines[5].startswith("    bn  BatchNormAct2d: CPU C++ kernel")
+    assert lines[6] == "  3  HybridDilatedConv" and len(lines) == 10
 
 
 def test_a_model_without_our_layers() -> None:

@@ -233,7 +233,7 @@ def test_raw_operator_checks_its_arguments():
         {"weight": torch.zeros(4, device="meta")},
         {"eps": -1e-5},
         {"eps": float("nan")},
-        {"act": 10},
+        {"act": 11},
         {"act": -1},
     ):
         with pytest.raises(RuntimeError, match="group_norm"):

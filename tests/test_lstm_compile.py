@@ -253,7 +253,7 @@ def test_export(name):
     dim = 0 if module.batch_first else 1
     batch = torch.export.Dim("batch", min=2, max=64)
     x = sequence(4, 3, module.batch_first, mark=False).detach()
-    other = exported(copy.deepcopy(module), (x,), dynamic_shapes={"x": {dim: batch}})
+    other = exported(copy.deepcopy(module), (x,), dynamic_shapes={"input": {dim: batch}})
     for n in (3, 5):
         x = sequence(4, n, module.batch_first, mark=False).detach()
         torch.testing.assert_close(other(x), module(x))
