@@ -139,8 +139,8 @@ FORWARD = {
     "match of floats": ({"match": (10.0, 12.0)}, TypeError, "match"),
     "match of nothing": ({"match": (0, 12)}, ValueError, "match"),
     "match of a negative size": ({"match": (10, -3)}, ValueError, "match"),
-    "x of rank 2": ({"x": torch.randn(4, 6), "match": torch.randn(4, 6)}, RuntimeError, "x"),
-    "x of rank 2, sizes": ({"x": torch.randn(4, 6), "match": (4, 6)}, RuntimeError, "x"),
+    "x of rank 2": ({"input": torch.randn(4, 6), "match": torch.randn(4, 6)}, RuntimeError, "x"),
+    "x of rank 2, sizes": ({"input": torch.randn(4, 6), "match": (4, 6)}, RuntimeError, "x"),
 }
 # What torch refuses too.
 OUTPUT_SIZES = [
@@ -154,7 +154,7 @@ def test_forward(name):
     given, expected, argument = FORWARD[name]
     layer = ConvTranspose2d(4, 6, 3, 2, act="relu")
     pattern = rf"ConvTranspose2d: {argument} \(.+\) must "
-    found = refused(lambda: layer(**{"x": torch.randn(X), **given}), expected, pattern)
+    found = refused(lambda: layer(**{"input": torch.randn(X), **given}), expected, pattern)
     assert found is expected
 
 
