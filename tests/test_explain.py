@@ -69,7 +69,11 @@ def test_layers_by_name_and_no_others() -> None:
     ]
     assert len(explanation) == 6
     lines = str(explanation).splitlines()
-    assert lines[:3] == ["Sequential", "  0  Conv2d", "      left as it was: optimize was not called"]
+    assert lines[:3] == [
+        "Sequential",
+        "  0  Conv2d",
+        "      left as it was: optimize was not called",
+    ]
     assert lines[3].startswith("  1  ConvBNReLU: in training its two layers; in evaluation one con")
     assert lines[5].startswith("    bn  BatchNormAct2d: CPU C++ kernel")
     assert lines[6] == "  3  HybridDilatedConv" and len(lines) == 10
