@@ -82,7 +82,7 @@ def _is_indifferent(node: fx.Node) -> bool:
     if function is builtins.getattr:
         return node.args[1] not in _ATTRIBUTES
     if isinstance(function, type):
-        return issubclass(function, tuple)
+        return issubclass(function, (tuple, dict))
     module = getattr(function, "__module__", None) or "torch"
     known = module.partition(".")[0] in _PACKAGES or module in _FUNCTIONS
     return known and getattr(function, "__name__", "") not in _METHODS
