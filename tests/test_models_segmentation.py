@@ -127,7 +127,7 @@ SHALLOW = (1, 1, 2, 2)
     [
         ("fcn_resnet50", True, SHALLOW),
         ("deeplabv3_resnet50", False, SHALLOW),
-        pytest.param("fcn_resnet50", False, SHALLOW, marks=pytest.mark.slow),
+        pytest.param("fcn_resnet50", False, SHALLOW, marks=pytest.mark.extra),
         pytest.param("fcn_resnet50", True, None, marks=pytest.mark.slow),
         pytest.param("deeplabv3_resnet101", True, None, marks=pytest.mark.slow),
     ],
@@ -221,7 +221,7 @@ def test_layers_are_replaced_as_torchvisions():
     assert {key: out.shape for key, out in output.items()} == {"out": (2, 7, 16, 16)}
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_export_with_other_sizes():
     model = randomize(tiny(models.DeepLabV3)).double().eval()
     rows, columns = (torch.export.Dim(name, min=9, max=256) for name in ("rows", "columns"))

@@ -15,7 +15,7 @@ CLASSES = 7
 FAST = ["resnet18", "resnet50", "resnext50_32x4d"]
 SLOW = ["resnet34", "resnet101", "resnet152", "wide_resnet50_2"]
 ALL = FAST + SLOW
-TRAINED = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+TRAINED = [*FAST, *(pytest.param(name, marks=pytest.mark.extra) for name in SLOW)]
 
 
 def pair(name, **options):
