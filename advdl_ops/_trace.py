@@ -247,15 +247,16 @@ def _trace(owner: _Module, call: _Call, training: bool, recording: bool) -> _Tra
                     own[name] = value.detach().clone()
         shadow, seen = _shadow(owner, call, twins[id(owner)])
         before = [_items(twin) for twin in twins.values()]
-        random = _random_states()
-        with warnings.catch_warnings(), _answering(tracer), _circumstances(recording):
+        with (
+            warnings.catch_warnings(),
+            _answering(tracer),
+            _circumstances(recording),
+            _no_random_numbers(),
+        ):
             warnings.simplefilter("ignore")
             tracer.state = _state()
             graph = tracer.trace(shadow)
         # What a graph would leave undone, or holds of no module.
-        if _random_states() != random:
-            _restore_random(random)
-            raise Untraceable("it draws random numbers")
         for earlier, twin in zip(before, twins.values(), strict=True):
             later = _items(twin)
             if later != earlier:
@@ -326,13 +327,19 @@ def _circumstances(recording: bool) -> Iterator[None]:
                 torch.set_autocast_enabled(device, enabled)
 
 
-def _random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate()
-
-
-def _restore_random(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray(states[0]), dtype=torch.uint8))
-    random.setstate(states[1])
+@contextlib.contextmanager
+def _no_random_numbers() -> Iterator[None]:
+    """Where some are drawn, the generators are as before, also behind an error."""
+    ours, pythons = torch.get_rng_state(), random.getstate()
+    try:
+        yield
+    finally:
+        drawn = not torch.equal(torch.get_rng_state(), ours) or random.getstate() != pythons
+        if drawn:
+            torch.set_rng_state(ours)
+            random.setstate(pythons)
+    if drawn:
+        raise Untraceable("it draws random numbers")
 
 
 def _items(module: _Module) -> dict[str, Any]:

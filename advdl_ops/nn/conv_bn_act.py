@@ -130,7 +130,9 @@ def conv_bn_act(
         and may_give_statistics(x, conv.weight, conv.bias, conv.groups)
     ):
         bn.folded = None
-        return bn.forward_by(functools.partial(_convolved_and_normalized, conv), x, residual, act)
+        return bn.forward_by(
+            functools.partial(_convolved_and_normalized, conv), x, residual, activation
+        )
     source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
     if (
         bn.training
