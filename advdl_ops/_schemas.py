@@ -65,6 +65,16 @@ _library.define(
     "depthwise_conv2d_backward(Tensor dz, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
     "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
+# The same for groups = 1 in fp32 or fp64 and up to 64 taps, on CPU alone: conv2d hands on what it serves best. In the
+# memory formats of x and of the weight.
+_library.define(
+    "dense_conv2d(Tensor x, Tensor weight, Tensor? shift, Tensor? residual, "
+    "int[2] stride, int[2] padding, int[2] dilation, int act, float act_param) -> Tensor"
+)
+_library.define(
+    "dense_conv2d_backward(Tensor dz, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
+    "bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)"
+)
 # A copy of x [N, C, H, W] in the other memory format.
 _library.define("convert_layout(Tensor x, bool channels_last) -> Tensor")
 # One step of torch's LSTM cell; the gates [N, 4H] are for backward, empty unless `save`.
@@ -170,6 +180,16 @@ def _(x, weight, scale, shift, residual, stride, padding, dilation, act, act_par
 @torch.library.register_fake("advdl_ops::depthwise_conv2d_backward", lib=_library)
 def _(dz, x, weight, stride, padding, dilation, need_dx, need_dweight, need_dbias):
     return _fake_conv2d_backward(x, weight, need_dx, need_dweight, need_dbias)
+
+
+@torch.library.register_fake("advdl_ops::dense_conv2d", lib=_library)
+def _(x, weight, shift, residual, stride, padding, dilation, act, act_param):
+    return _fake_conv2d(x, weight, stride, padding, dilation)
+
+
+@torch.library.register_fake("advdl_ops::dense_conv2d_backward", lib=_library)
+def _(dz, x, weight, stride, padding, dilation, need_dx, need_dweight):
+    return _fake_conv2d_backward(x, weight, need_dx, need_dweight, False)[:2]
 
 
 @torch.library.register_fake("advdl_ops::convert_layout", lib=_library)

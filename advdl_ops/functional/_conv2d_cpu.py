@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._library import native
-from .._schemas import _library, conv2d_format
+from .._schemas import _library, conv2d_format, conv2d_shape
 from ..activation import IDENTITY, Activation, activation_of
 from ..backend import is_traced
 from ..reference.activation import activate
@@ -56,6 +56,11 @@ def conv2d(
         if scale is not None:
             weight = weight * scale.view(-1, 1, 1, 1)
         scale = shift = None
+    if outweighs(weight, x, conv):
+        out = torch.ops.advdl_ops.dense_conv2d(
+            x, weight, bias, residual, stride, padding, dilation, act, act_param
+        )
+        return convert(out, given_format)
     if x.numel() > max(_SMALL, weight.numel()) and uses_onednn(x, weight, conv):
         # oneDNN's relu and relu6 would hide a NaN from whoever trains; a pass in place costs 0.3 % of a 3x3 convolution
         # of 64 channels, 4 % of a 1x1.
@@ -87,6 +92,12 @@ def conv2d_backward(
     if not (need_dx or need_dweight):
         return dx, dweight, dbias
     given_format = conv2d_format(x)
+    if outweighs(weight, x, Conv(stride, padding, dilation, groups)):
+        wanted = need_dx, need_dweight
+        found = torch.ops.advdl_ops.dense_conv2d_backward(
+            dz, x, weight, stride, padding, dilation, *wanted
+        )
+        return *found, dbias
     fast, weight_format = compute_format(x, dilation), conv2d_format(weight)
     if only_contiguous(x, dilation, groups):
         fast, weight = torch.contiguous_format, weight.contiguous()
@@ -118,6 +129,31 @@ _library.impl("conv2d_backward", conv2d_backward, "CPU")
 # done with 1x1 of 1x64x16x16 or 3x3 of 1x8x4x4 (7 us). So too where the weight is larger than x: oneDNN's call orders
 # it anew as it lies, 1x1 of 1x512x7x7 to 2048 channels in channels_last takes 2.4 ms of which torch's takes 1.2.
 _SMALL = 8192
+
+# The kernel's own filters and panels: fewer channels leave lanes empty, fewer pixels read a packed weight too seldom.
+_FEW_CHANNELS, _FEW_PIXELS, _MOST_TAPS = 32, 64, 64
+
+
+def outweighs(weight: Tensor, x: Tensor, conv: Conv) -> bool:
+    """Whether the weight is larger than both images, or with a stride than half of them: csrc/cpu/dense_conv2d.cpp is faster then.
+
+    oneDNN orders the weight anew in every call, and its gradient back (docs/performance.md).
+    """
+    outputs, channels, kernel_h, kernel_w = weight.shape
+    if (
+        conv.groups != 1
+        or x.dtype != torch.float32
+        or min(outputs, channels) < _FEW_CHANNELS
+        or kernel_h * kernel_w > _MOST_TAPS
+        or not native("cpu")
+    ):
+        return False
+    shape = conv2d_shape(x, weight.shape, conv.stride, conv.padding, conv.dilation)
+    pixels = shape[0] * shape[2] * shape[3]
+    images = x.numel() + pixels * outputs
+    bound = images if max(conv.stride) == 1 else images // 2
+    return pixels >= _FEW_PIXELS and weight.numel() >= bound
+
 
 # From this dilation on oneDNN's convolution is faster in channels_last, by more than the two conversions take; below,
 # and without dilation, it is as fast in either format. Forward, contiguous -> by way of channels_last, in ms on one

@@ -1,7 +1,7 @@
 // Depthwise convolution: one filter of kernel_h x kernel_w for each channel, with its epilogue, and its gradients.
 //
 // csrc/cpu implements these functions in depthwise_conv2d (channels_first) and depthwise_conv2d_last (channels_last);
-// csrc/bindings/conv2d.cpp checks, allocates and fills the structs. On CUDA the family is Triton's
+// csrc/bindings/depthwise_conv2d.cpp checks, allocates and fills the structs. On CUDA the family is Triton's
 // (advdl_ops/triton). No pointer aliases another one.
 // "acc" is float, or double where `dtype` is f64.
 #pragma once
@@ -9,16 +9,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "conv2d_axis.h"
 #include "tensor_types.h"
 
 namespace advdl_ops {
-
-struct Conv2dAxis {
-  int64_t in = 0, out = 0;  // sizes of the image before and after
-  int64_t kernel = 1, stride = 1, padding = 0, dilation = 1;
-
-  int64_t reach() const { return (kernel - 1) * dilation; }
-};
 
 struct DepthwiseConv2dShape {
   int64_t n = 0, c = 0;

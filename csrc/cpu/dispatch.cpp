@@ -13,6 +13,7 @@ namespace advdl_ops {
   namespace capability {                                   \
   void add_batch_norm_act(cpu::KernelTable& table);        \
   void add_convert_layout(cpu::KernelTable& table);        \
+  void add_dense_conv2d(cpu::KernelTable& table);          \
   void add_depthwise_conv2d(cpu::KernelTable& table);      \
   void add_depthwise_conv2d_last(cpu::KernelTable& table); \
   void add_group_norm(cpu::KernelTable& table);            \
@@ -24,6 +25,7 @@ namespace advdl_ops {
     table.name = name;                                     \
     add_batch_norm_act(table);                             \
     add_convert_layout(table);                             \
+    add_dense_conv2d(table);                               \
     add_depthwise_conv2d(table);                           \
     add_depthwise_conv2d_last(table);                      \
     add_group_norm(table);                                 \
@@ -135,6 +137,7 @@ int thread_count() { return pool_threads(); }
     table().family##_backward(p, workspace);                           \
   }
 ADVDL_DEFINE_FAMILY(batch_norm_act, BatchNormAct)
+ADVDL_DEFINE_FAMILY(dense_conv2d, DenseConv2d)
 ADVDL_DEFINE_FAMILY(depthwise_conv2d, DepthwiseConv2d)
 ADVDL_DEFINE_FAMILY(depthwise_conv2d_last, DepthwiseConv2d)
 ADVDL_DEFINE_FAMILY(group_norm, GroupNorm)

@@ -3,6 +3,7 @@
 
 #include "../common/batch_norm_act.h"
 #include "../common/convert_layout.h"
+#include "../common/dense_conv2d.h"
 #include "../common/depthwise_conv2d.h"
 #include "../common/group_norm.h"
 #include "../common/lstm.h"
@@ -17,6 +18,11 @@ struct KernelTable {
   void (*batch_norm_act_backward)(const BatchNormActBackward&, void*);
 
   void (*convert_layout)(const ConvertLayout&);
+
+  size_t (*dense_conv2d_forward_workspace)(const DenseConv2dForward&);
+  size_t (*dense_conv2d_backward_workspace)(const DenseConv2dBackward&);
+  void (*dense_conv2d_forward)(const DenseConv2dForward&, void*);
+  void (*dense_conv2d_backward)(const DenseConv2dBackward&, void*);
 
   size_t (*depthwise_conv2d_forward_workspace)(const DepthwiseConv2dForward&);
   size_t (*depthwise_conv2d_backward_workspace)(const DepthwiseConv2dBackward&);

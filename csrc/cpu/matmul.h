@@ -185,6 +185,12 @@ ADVDL_INLINE void pack_columns(int64_t columns, int64_t depth, A* panel, Row&& r
   constexpr int64_t lanes = Simd<A>::lanes;
   for (int64_t k = 0; k < depth; ++k, panel += kPanel<A>) {
     const auto* values = row(k);
+    if (columns == kPanel<A>) {
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kPanelVectors; ++v)
+        store(panel + v * lanes, load(values + v * lanes));
+      continue;
+    }
     for (int64_t v = 0; v < kPanelVectors; ++v) {
       store(panel + v * lanes, typename Simd<A>::Vec{});
       with_lanes<A>(columns - v * lanes,

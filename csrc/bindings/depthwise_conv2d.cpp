@@ -1,63 +1,17 @@
 // torch.ops.advdl_ops.depthwise_conv2d, its backward and convert_layout on CPU: argument checks, allocation, registration.
-// On CUDA, and for dense convolutions, these operators are registered from Python (advdl_ops/functional/_conv2d_*.py).
+// On CUDA these operators are registered from Python (advdl_ops/functional/_conv2d_cuda.py).
 #if !defined(USE_CUDA)
 
 #include <tuple>
 #include <vector>
 
-#include "../common/convert_layout.h"
 #include "../common/depthwise_conv2d.h"
-#include "norm.h"
+#include "conv2d.h"
 
 namespace advdl_ops {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-
-constexpr const char *kName = "depthwise_conv2d", *kBackwardName = "depthwise_conv2d_backward",
-                     *kConvertName = "convert_layout";
-
-// channels_last for what is that alone (advdl_ops/_schemas.py, conv2d_format).
-Layout format_of(const Tensor& x) {
-  return is_channels_last(x) && !x.is_contiguous() ? Layout::channels_last : Layout::channels_first;
-}
-
-Tensor allocate_image(const Tensor& like, Layout layout, int64_t n, int64_t c, int64_t h,
-                      int64_t w) {
-  const int64_t sizes[] = {n, c, h, w};
-  const auto at_least_one = [](int64_t size) { return size > 0 ? size : 1; };
-  c = at_least_one(c), h = at_least_one(h), w = at_least_one(w);
-  const int64_t first[] = {c * h * w, h * w, w, 1}, last[] = {h * w * c, 1, w * c, c};
-  return allocate(like, sizes, layout == Layout::channels_last ? last : first, 4,
-                  like.scalar_type());
-}
-
-Tensor convert(Tensor x, bool channels_last) {
-  check(x.dim() == 4, kConvertName, "x must have 4 dimensions");
-  const Layout layout = channels_last ? Layout::channels_last : Layout::channels_first;
-  ConvertLayout p;
-  p.element_bytes = x.element_size();
-  const bool is_other = channels_last ? x.is_contiguous() : is_channels_last(x);
-  const int64_t n = x.size(0), c = x.size(1), s = x.size(2) * x.size(3);
-  Tensor out = allocate_image(x, layout, n, c, x.size(2), x.size(3));
-  if (!is_other || (p.element_bytes != 2 && p.element_bytes != 4 && p.element_bytes != 8)) {
-    torch::stable::copy_(out, x);
-    return out;
-  }
-  p.n = n;
-  p.rows = channels_last ? c : s;
-  p.columns = channels_last ? s : c;
-  p.from = data(x);
-  p.to = data(out);
-  cpu::convert_layout(p);
-  return out;
-}
-
-// `t` [N, C, H, W] in this format: itself or a copy.
-Tensor in_format(const Tensor& t, Layout layout) {
-  const bool is_last = layout == Layout::channels_last;
-  return (is_last ? is_channels_last(t) : t.is_contiguous()) ? t : convert(t, is_last);
-}
+constexpr const char *kName = "depthwise_conv2d", *kBackwardName = "depthwise_conv2d_backward";
 
 // The kernel of channels_last, conversions included, is the faster one for strides, whose columns channels_first sorts one by
 // one; of stride 2 as long as what is converted stays in a cache. And channels_first copies the whole reach of a filter, of which
@@ -72,27 +26,6 @@ Layout fastest_layout(const DepthwiseConv2dShape& s, int64_t element_bytes) {
   const bool reaches_far = s.h.reach() > 4 * s.h.in || s.w.reach() > 4 * s.w.in ||
                            s.h.reach() + 4 > kLargeReach / (s.w.reach() + s.w.out);
   return strided || reaches_far ? Layout::channels_last : s.layout;
-}
-
-Conv2dAxis axis(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
-                const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int i,
-                const char* function) {
-  Conv2dAxis a;
-  a.in = x.size(2 + i);
-  a.kernel = weight.size(2 + i);
-  a.stride = stride[i];
-  a.padding = padding[i];
-  a.dilation = dilation[i];
-  check(a.stride > 0 && a.dilation > 0 && a.padding >= 0 && a.kernel > 0, function,
-        "stride, dilation and the kernel must be positive, padding not negative");
-  constexpr int64_t kLargest = int64_t{1} << 40;  // no sum of them overflows
-  check(a.stride < kLargest && a.padding < kLargest && a.dilation < kLargest / a.kernel, function,
-        "stride, padding and the filter's reach must be less than 2^40");
-  const int64_t room = a.in + 2 * a.padding - a.reach() - 1;
-  check(room >= 0, function, "the kernel must not be larger than the padded input");
-  a.out = room / a.stride + 1;
-  if (a.out == 1) a.stride = 1;  // nothing is stepped over: no kernel need care for a large one
-  return a;
 }
 
 DepthwiseConv2dShape shape_of(const Tensor& x, const Tensor& weight,
@@ -205,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
 STABLE_TORCH_LIBRARY_IMPL(advdl_ops, CPU, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&advdl_ops::forward));
   m.impl("depthwise_conv2d_backward", TORCH_BOX(&advdl_ops::backward));
-  m.impl("convert_layout", TORCH_BOX(&advdl_ops::convert));
+  m.impl("convert_layout", TORCH_BOX(&advdl_ops::convert_layout));
 }
 
 #endif  // !USE_CUDA

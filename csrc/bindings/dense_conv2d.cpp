@@ -1,0 +1,116 @@
+// torch.ops.advdl_ops.dense_conv2d and its backward, on CPU alone: argument checks, allocation, registration. Which convolutions
+// they serve, advdl_ops/functional/_conv2d_cpu.py chooses.
+#if !defined(USE_CUDA)
+
+#include "../common/dense_conv2d.h"
+
+#include <tuple>
+#include <vector>
+
+#include "conv2d.h"
+
+namespace advdl_ops {
+namespace {
+
+constexpr const char *kName = "dense_conv2d", *kBackwardName = "dense_conv2d_backward";
+constexpr int64_t kMostTaps = 64;
+
+DenseConv2dShape shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
+                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                          const char* function) {
+  check(x.dim() == 4 && weight.dim() == 4, function, "x and weight must have 4 dimensions");
+  check(weight.size(1) == x.size(1), function,
+        "weight must be [C_out, C_in, kH, kW] with the channels of x");
+  check(weight.scalar_type() == x.scalar_type() && weight.device() == x.device(), function,
+        "weight must have the dtype and device of x");
+  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, function,
+        "stride, padding and dilation must be of two numbers each");
+  DenseConv2dShape s;
+  s.n = x.size(0);
+  s.c_in = x.size(1);
+  s.c_out = weight.size(0);
+  s.h = axis(x, weight, stride, padding, dilation, 0, function);
+  s.w = axis(x, weight, stride, padding, dilation, 1, function);
+  check(s.h.kernel <= kMostTaps / s.w.kernel, function, "the kernel must have at most 64 taps");
+  s.dtype = dtype_of(x, function);
+  check(s.dtype == DType::f32 || s.dtype == DType::f64, function,
+        "dtype must be float32 or float64");
+  s.weight_layout = format_of(weight);
+  return s;
+}
+
+bool is_output(const Tensor& t, const Tensor& x, const DenseConv2dShape& s) {
+  return t.dim() == 4 && t.size(0) == s.n && t.size(1) == s.c_out && t.size(2) == s.h.out &&
+         t.size(3) == s.w.out && t.scalar_type() == x.scalar_type() && t.device() == x.device();
+}
+
+Tensor forward(Tensor x, Tensor weight, OptionalTensor shift, OptionalTensor residual,
+               std::vector<int64_t> stride, std::vector<int64_t> padding,
+               std::vector<int64_t> dilation, int64_t act, double act_param) {
+  DenseConv2dForward p;
+  p.shape = shape_of(x, weight, stride, padding, dilation, kName);
+  const DenseConv2dShape& s = p.shape;
+  check(!shift.has_value() ||
+            (shift->dim() == 1 && shift->size(0) == s.c_out &&
+             shift->scalar_type() == x.scalar_type() && shift->device() == x.device()),
+        kName, "shift must have one value per output channel, of x's dtype and on its device");
+  check(!residual.has_value() || is_output(*residual, x, s), kName,
+        "residual must have the shape of the output and x's dtype and device");
+  check(act >= 0 && act < kActivationCount, kName, "unknown activation code");
+  const Layout given = format_of(x);
+  x = in_format(x, Layout::channels_last);
+  weight = in_format(weight, s.weight_layout);
+  shift = contiguous(shift);
+  if (residual.has_value()) residual = in_format(*residual, Layout::channels_last);
+  Tensor out = allocate_image(x, Layout::channels_last, s.n, s.c_out, s.h.out, s.w.out);
+  p.act = static_cast<Activation>(act);
+  p.act_param = act_param;
+  p.x = data(x);
+  p.weight = data(weight);
+  p.shift = data(shift);
+  p.residual = data(residual);
+  p.out = data(out);
+  Launch(x, [&] {
+    return cpu::dense_conv2d_forward_workspace(p);
+  }).run(cpu::dense_conv2d_forward, p);
+  return in_format(out, given);
+}
+
+std::tuple<Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight, std::vector<int64_t> stride,
+                                    std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                    bool need_dx, bool need_dweight) {
+  DenseConv2dBackward p;
+  p.shape = shape_of(x, weight, stride, padding, dilation, kBackwardName);
+  const DenseConv2dShape& s = p.shape;
+  check(is_output(dz, x, s), kBackwardName,
+        "dz must have the shape of the output and x's dtype and device");
+  const Layout given = format_of(x);
+  // Of x only the sizes and the format count where the weight needs no gradient, and the other way around.
+  if (need_dweight) x = in_format(x, Layout::channels_last);
+  if (need_dx) weight = in_format(weight, s.weight_layout);
+  dz = in_format(dz, Layout::channels_last);
+  Tensor dx = need_dx ? allocate_image(x, Layout::channels_last, s.n, s.c_in, s.h.in, s.w.in)
+                      : allocate_vector(x, 0, x.scalar_type());
+  Tensor dweight = need_dweight
+                       ? allocate_image(x, s.weight_layout, s.c_out, s.c_in, s.h.kernel, s.w.kernel)
+                       : allocate_vector(x, 0, x.scalar_type());
+  p.dz = data(dz);
+  p.x = data(x);
+  p.weight = data(weight);
+  p.dx = data_or_null(dx, need_dx);
+  p.dweight = data_or_null(dweight, need_dweight);
+  Launch(x, [&] {
+    return cpu::dense_conv2d_backward_workspace(p);
+  }).run(cpu::dense_conv2d_backward, p);
+  return {need_dx ? in_format(dx, given) : dx, dweight};
+}
+
+}  // namespace
+}  // namespace advdl_ops
+
+STABLE_TORCH_LIBRARY_IMPL(advdl_ops, CPU, m) {
+  m.impl("dense_conv2d", TORCH_BOX(&advdl_ops::forward));
+  m.impl("dense_conv2d_backward", TORCH_BOX(&advdl_ops::backward));
+}
+
+#endif  // !USE_CUDA
