@@ -56,7 +56,7 @@ def conv2d(
         if scale is not None:
             weight = weight * scale.view(-1, 1, 1, 1)
         scale = shift = None
-    if outweighs(weight, x, conv):
+    if own_kernel(x, weight, conv).out:
         out = torch.ops.advdl_ops.dense_conv2d(
             x, weight, bias, residual, stride, padding, dilation, act, act_param
         )
@@ -92,16 +92,21 @@ def conv2d_backward(
     if not (need_dx or need_dweight):
         return dx, dweight, dbias
     given_format = conv2d_format(x)
-    if outweighs(weight, x, Conv(stride, padding, dilation, groups)):
-        wanted = need_dx, need_dweight
-        found = torch.ops.advdl_ops.dense_conv2d_backward(
-            dz, x, weight, stride, padding, dilation, *wanted
-        )
-        return *found, dbias
     fast, weight_format = compute_format(x, dilation), conv2d_format(weight)
+    own = own_kernel(x, weight, Conv(stride, padding, dilation, groups))
+    own_dx, own_dweight = need_dx and own.dx, need_dweight and own.dweight
+    if own_dx or own_dweight:
+        found = torch.ops.advdl_ops.dense_conv2d_backward(
+            dz, x, weight, stride, padding, dilation, own_dx, own_dweight
+        )
+        dx = found[0] if own_dx else dx
+        dweight = found[1] if own_dweight else dweight
+        need_dx, need_dweight = need_dx and not own_dx, need_dweight and not own_dweight
+        if not (need_dx or need_dweight):
+            return dx, dweight, dbias
     if only_contiguous(x, dilation, groups):
         fast, weight = torch.contiguous_format, weight.contiguous()
-    found = torch.ops.aten.convolution_backward(
+    rest = torch.ops.aten.convolution_backward(
         convert(dz, fast),
         convert(x, fast),
         weight,
@@ -115,9 +120,9 @@ def conv2d_backward(
         [need_dx, need_dweight, False],
     )
     if need_dx:
-        dx = convert(found[0], given_format)
+        dx = convert(rest[0], given_format)
     if need_dweight:
-        dweight = convert(found[1], weight_format).to(acc)
+        dweight = convert(rest[1], weight_format).to(acc)
     return dx, dweight, dbias
 
 
@@ -130,15 +135,29 @@ _library.impl("conv2d_backward", conv2d_backward, "CPU")
 # it anew as it lies, 1x1 of 1x512x7x7 to 2048 channels in channels_last takes 2.4 ms of which torch's takes 1.2.
 _SMALL = 8192
 
-# The kernel's own filters and panels: fewer channels leave lanes empty, fewer pixels read a packed weight too seldom.
-_FEW_CHANNELS, _FEW_PIXELS, _MOST_TAPS = 32, 64, 64
+class Own(NamedTuple):
+    """Which of a convolution's results csrc/cpu/dense_conv2d.cpp computes faster than oneDNN."""
+
+    out: bool = False
+    dx: bool = False
+    dweight: bool = False
 
 
-def outweighs(weight: Tensor, x: Tensor, conv: Conv) -> bool:
-    """Whether the weight is larger than both images, or with a stride than half of them: csrc/cpu/dense_conv2d.cpp is faster then.
+# Fewer channels leave lanes of that kernel empty, fewer pixels use a packed weight too seldom.
+_FEW_CHANNELS, _FEW_PIXELS, _MOST_TAPS = 32, 48, 64
 
-    oneDNN orders the weight anew in every call, and its gradient back (docs/performance.md).
-    """
+# Up to so many pixels of the output the kernel is faster: oneDNN orders the whole weight anew in every call, and its
+# gradient back, which the products of a few pixels do not outweigh; in channels_last more than in contiguous memory. More
+# of a strided gradient of x, for which oneDNN multiplies zeros, and of the gradient of a weight, unless it has few
+# channels. Measured: docs/performance.md.
+_PIXELS, _PIXELS_STRIDED, _PIXELS_DWEIGHT, _PIXELS_DWEIGHT_CONTIGUOUS = 256, 800, 800, 512
+_MANY_CHANNELS = 128
+# Of a dilation for which channels_last is chosen: oneDNN takes up to nine times as long for the gradient of the weight.
+_PIXELS_DWEIGHT_DILATED = 2048
+
+
+def own_kernel(x: Tensor, weight: Tensor, conv: Conv) -> Own:
+    """What of the convolution of ``x`` is left to the own kernel."""
     outputs, channels, kernel_h, kernel_w = weight.shape
     if (
         conv.groups != 1
@@ -147,12 +166,19 @@ def outweighs(weight: Tensor, x: Tensor, conv: Conv) -> bool:
         or kernel_h * kernel_w > _MOST_TAPS
         or not native("cpu")
     ):
-        return False
-    shape = conv2d_shape(x, weight.shape, conv.stride, conv.padding, conv.dilation)
-    pixels = shape[0] * shape[2] * shape[3]
-    images = x.numel() + pixels * outputs
-    bound = images if max(conv.stride) == 1 else images // 2
-    return pixels >= _FEW_PIXELS and weight.numel() >= bound
+        return Own()
+    n, _, height, width = conv2d_shape(x, weight.shape, conv.stride, conv.padding, conv.dilation)
+    pixels = n * height * width
+    if pixels < _FEW_PIXELS or x.numel() == 0:
+        return Own()
+    dweight = _PIXELS
+    if max(conv.dilation) >= _LARGE_DILATION:
+        dweight = _PIXELS_DWEIGHT_DILATED
+    elif min(outputs, channels) >= _MANY_CHANNELS:
+        is_last = conv2d_format(x) == torch.channels_last
+        dweight = _PIXELS_DWEIGHT if is_last else _PIXELS_DWEIGHT_CONTIGUOUS
+    dx = _PIXELS if max(conv.stride) == 1 else _PIXELS_STRIDED
+    return Own(pixels <= _PIXELS, pixels <= dx, pixels <= dweight)
 
 
 # From this dilation on oneDNN's convolution is faster in channels_last, by more than the two conversions take; below,

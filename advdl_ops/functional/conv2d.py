@@ -281,7 +281,7 @@ def _torch_derives_as_well(
         and _conv2d_cpu.has_format(x, torch.contiguous_format)
         and _conv2d_cpu.has_format(weight, torch.contiguous_format)
         and _conv2d_cpu.compute_format(x, options[2]) == torch.contiguous_format
-        and not _conv2d_cpu.outweighs(weight, x, Conv(*options[:4]))
+        and not any(_conv2d_cpu.own_kernel(x, weight, Conv(*options[:4])))
     )
 
 

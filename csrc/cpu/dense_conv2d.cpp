@@ -16,15 +16,14 @@ namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 namespace {
 
-// A panel of packed weights of this depth stays in the first-level cache (32 KB) while the tiles of a block pass by.
-constexpr int64_t kConvDepth = 128;
-// Pixels, or rows of a gradient, whose sums one thread keeps in the second-level cache at a time.
 constexpr int64_t kMaxTaps = 64;  // of a filter
-constexpr int64_t kBlockTiles = 16, kBlockRows = kBlockTiles * kTileRows;
-
-struct Image {
-  int64_t n, h, w;
-};
+// Rows of weights that are packed at a time, of all taps, which stay in the second-level cache; of one tap at most kTapRows,
+// which stay in the first-level one.
+constexpr int64_t kPackedRows = 576, kTapRows = 128;
+// Pixels whose sums one thread keeps in the second-level cache meanwhile.
+constexpr int64_t kBlockTiles = 44, kBlockPixels = kBlockTiles * kTileRows;
+// Rows of a gradient of weights, times taps, that it keeps there.
+constexpr int64_t kGradientRows = 864;
 
 // A tap of the filter as the pixel that it reads, relative to the one that is written, and its place in the weight.
 struct Tap {
@@ -37,85 +36,127 @@ struct GridAxis {
   int64_t first, step, count, stride;
 };
 
-// ---- out[p] = sum over taps of from[p * stride + offset] times the matrix of the tap ----
-
-template <class A>
-struct PixelProduct {
-  const A* from;  // [N, from.h, from.w, depth]
-  Image image;    // of from
-  int64_t depth;
-  GridAxis h, w;  // of out
-  const Tap* taps;
-  int64_t tap_count;
-  const A*
-      panels;    // [panels][rows][panel]: the k-th row of a tap is tap * tap_step + k * depth_step
-  int64_t rows;  // depth times the taps of the filter
-  int64_t tap_step, depth_step;
-  int64_t columns;  // of out
-  const A* zeros;   // [depth]
-
-  int64_t pixels() const { return image.n * h.count * w.count; }
-};
+// `count` in equal parts of at most `most`: a short last one would cost as much to pack, or to load and store, as a long one.
+ADVDL_INLINE int64_t even_part(int64_t count, int64_t most) {
+  return ceil_div(count, max_of(1, ceil_div(count, most)));
+}
 
 template <class A>
 void clear(A* sums, int64_t rows) {
   for (int64_t i = 0; i < rows * kPanel<A>; ++i) sums[i] = 0;
 }
 
-// tile[rows][panel] of the rows pixels from `first` on.
+// ---- out[p] = sum over taps of from[p * stride + offset] times the matrix of the tap ----
+
 template <class A>
-void multiply_pixels(const PixelProduct<A>& p, int64_t first, int64_t rows, const A* panel,
-                     A* tile) {
-  int64_t at_n[kBlockRows], at_h[kBlockRows], at_w[kBlockRows];
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t pixel = first + i, in_image = p.h.count * p.w.count;
-    at_n[i] = pixel / in_image;
-    at_h[i] = pixel % in_image / p.w.count * p.h.stride;
-    at_w[i] = pixel % p.w.count * p.w.stride;
-  }
-  const A* from[kBlockRows];
-  for (int64_t t = 0; t < p.tap_count; ++t) {
-    const Tap tap = p.taps[t];
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t y = at_h[i] + tap.h, x = at_w[i] + tap.w;
-      const bool inside = y >= 0 && y < p.image.h && x >= 0 && x < p.image.w;
-      from[i] = inside ? p.from + ((at_n[i] * p.image.h + y) * p.image.w + x) * p.depth : p.zeros;
-    }
-    const A* matrix = panel + tap.index * p.tap_step * kPanel<A>;
-    const int64_t step = p.depth_step * kPanel<A>;
-    for (int64_t k = 0; k < p.depth; k += kConvDepth) {
-      const int64_t depth = min_of(kConvDepth, p.depth - k);
-      for (int64_t i = 0; i < rows; i += kTileRows) {
-        const A* row[kTileRows];
-        const int64_t height = min_of(kTileRows, rows - i);
-        for (int64_t j = 0; j < height; ++j) row[j] = from[i + j] + k;
-        multiply_tile<1>(height, row, matrix + k * step, step, depth, tile + i * kPanel<A>,
-                         kPanel<A>, t > 0 || k > 0);
+struct PixelProduct {
+  const A* from;  // [N, height, width, depth]
+  int64_t n, height, width, depth;
+  GridAxis h, w;    // of out
+  int64_t columns;  // of out
+  const A* zeros;   // [depth]
+  int64_t tap_count = 0;
+  Tap taps[kMaxTaps] = {};
+
+  int64_t pixels() const { return n * h.count * w.count; }
+
+  // Of the taps tap_h x tap_w, which the first pixels read at from_h, from_w, those by which any pixel reads inside of the image.
+  void add_taps(const int64_t* tap_h, const int64_t* from_h, int64_t count_h, const int64_t* tap_w,
+                const int64_t* from_w, int64_t count_w, int64_t filter_width) {
+    const auto reaches = [](const GridAxis& grid, int64_t offset, int64_t size) {
+      return offset < size && offset + (grid.count - 1) * grid.stride >= 0;
+    };
+    for (int64_t a = 0; a < count_h; ++a) {
+      for (int64_t b = 0; b < count_w; ++b) {
+        if (reaches(h, from_h[a], height) && reaches(w, from_w[b], width))
+          taps[tap_count++] = {from_h[a], from_w[b], tap_h[a] * filter_width + tap_w[b]};
       }
+    }
+  }
+};
+
+// The pixels of one block: where they read of `from`.
+template <class A>
+class Block {
+ public:
+  Block(const PixelProduct<A>& p, int64_t first, int64_t rows) : p_(p), rows_(rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t pixel = first + i, image = pixel / (p.h.count * p.w.count);
+      y_[i] = pixel / p.w.count % p.h.count * p.h.stride;
+      x_[i] = pixel % p.w.count * p.w.stride;
+      at_[i] = ((image * p.height + y_[i]) * p.width + x_[i]) * p.depth;
+    }
+  }
+
+  // rows[i] = what tap t reads from depth k on
+  void find(const Tap& t, int64_t k, const A** rows) const {
+    const int64_t offset = (t.h * p_.width + t.w) * p_.depth + k;
+    for (int64_t i = 0; i < rows_; ++i) {
+      const uint64_t y = y_[i] + t.h, x = x_[i] + t.w;
+      const bool inside =
+          (y < static_cast<uint64_t>(p_.height)) & (x < static_cast<uint64_t>(p_.width));
+      rows[i] = inside ? p_.from + (at_[i] + offset) : p_.zeros;
+    }
+  }
+
+ private:
+  const PixelProduct<A>& p_;
+  int64_t rows_;
+  int64_t y_[kBlockPixels], x_[kBlockPixels], at_[kBlockPixels];
+};
+
+// sums[count][panel] = rows[count][depth] times panel[depth][panel], or += it. Of rows that are all beside the image, as most are
+// of a dilation as large as it, nothing is multiplied.
+template <class A>
+void multiply_block(const A* const* rows, int64_t count, const A* zeros, const A* panel,
+                    int64_t depth, A* sums, bool adds) {
+  for (int64_t i = 0; i < count; i += kTileRows) {
+    const int64_t height = min_of(kTileRows, count - i);
+    bool inside = false;
+    for (int64_t j = 0; j < height; ++j) inside |= rows[i + j] != zeros;
+    A* tile = sums + i * kPanel<A>;
+    if (inside) {
+      multiply_tile<1>(height, rows + i, panel, kPanel<A>, depth, tile, kPanel<A>, adds);
+    } else if (!adds) {
+      clear(tile, height);
     }
   }
 }
 
-// finish(pixel of the grid, its image, row, column of out, first column of the panel, sums[panel])
-template <class A, class Finish>
-void multiply_image(const PixelProduct<A>& p, Finish&& finish) {
+// pack(first column, k, depth, target): rows [k, k + depth) of every tap's matrix as [taps][depth][panel]; and
+// finish(image, row and column of out, first column of the panel, sums[panel]).
+template <class A, class Pack, class Finish>
+void multiply_image(const PixelProduct<A>& p, Pack&& pack, Finish&& finish) {
   const int64_t panels = ceil_div(p.columns, kPanel<A>);
   const int64_t tiles = ceil_div(p.pixels(), kTileRows);
+  const int64_t most = max_of(1, min_of(kTapRows, kPackedRows / max_of(1, p.tap_count)));
+  const int64_t part = even_part(p.depth, most);
   const int64_t work = kTileRows * kPanel<A> * (p.tap_count * p.depth / 16 + 1);
   cpu::parallel_ranges(panels * tiles, work, [&](int64_t begin, int64_t end) {
-    alignas(64) A sums[kBlockRows * kPanel<A>];
+    alignas(64) A sums[kBlockPixels * kPanel<A>];
+    alignas(64) A packed[kPackedRows * kPanel<A>];
+    const A* rows[kBlockPixels];
     while (begin < end) {
-      const int64_t panel = begin / tiles, tile = begin % tiles;
-      const int64_t count = min_of(min_of(end - begin, tiles - tile), kBlockTiles);
+      const int64_t column = begin / tiles * kPanel<A>, tile = begin % tiles;
+      const int64_t count = even_part(min_of(end - begin, tiles - tile), kBlockTiles);
       const int64_t first = tile * kTileRows;
-      const int64_t rows = min_of(count * kTileRows, p.pixels() - first);
-      if (p.tap_count * p.depth == 0) clear(sums, rows);
-      multiply_pixels(p, first, rows, p.panels + panel * p.rows * kPanel<A>, sums);
-      const int64_t in_image = p.h.count * p.w.count;
-      for (int64_t i = 0; i < rows; ++i) {
+      const int64_t pixels = min_of(count * kTileRows, p.pixels() - first);
+      const Block<A> block(p, first, pixels);
+      if (p.tap_count * p.depth == 0) clear(sums, pixels);
+      for (int64_t k = 0; k < p.depth; k += part) {
+        const int64_t depth = min_of(part, p.depth - k);
+        if (p.tap_count > 0) pack(column, k, depth, packed);
+        for (int64_t t = 0; t < p.tap_count; ++t) {
+          block.find(p.taps[t], k, rows);
+          multiply_block(rows, pixels, p.zeros, packed + t * depth * kPanel<A>, depth, sums,
+                         t > 0 || k > 0);
+        }
+      }
+      for (int64_t i = 0; i < pixels; ++i) {
         const int64_t pixel = first + i;
-        finish(pixel / in_image, p.h.first + pixel % in_image / p.w.count * p.h.step,
-               p.w.first + pixel % p.w.count * p.w.step, panel * kPanel<A>, sums + i * kPanel<A>);
+        finish(pixel / (p.h.count * p.w.count),
+               p.h.first + pixel / p.w.count % p.h.count * p.h.step,
+               p.w.first + pixel % p.w.count * p.w.step, column, sums + i * kPanel<A>);
       }
       begin += count;
     }
@@ -124,67 +165,68 @@ void multiply_image(const PixelProduct<A>& p, Finish&& finish) {
 
 // ---- forward ----
 
-// [C_out][depth], the depth as it lies, as panels of columns [panels][depth][panel].
+// block[i] = a vector of row i < rows, the rows `stride` apart.
+template <class A, class Part>
+ADVDL_INLINE void load_block(const A* from, int64_t stride, int64_t rows, const Part& part,
+                             typename Simd<A>::Vec (&block)[Simd<A>::lanes]) {
+  if (rows == Simd<A>::lanes) {
+    for (int64_t i = 0; i < Simd<A>::lanes; ++i) block[i] = part.read(from + i * stride);
+  } else {
+    for (int64_t i = 0; i < rows; ++i) block[i] = part.read(from + i * stride);
+  }
+}
+
+// Where the taps of a product are among the all of the filter; -1: nowhere.
+struct Slots {
+  int64_t of_tap[kMaxTaps];
+  Slots(const Tap* taps, int64_t count, int64_t all) {
+    for (int64_t tap = 0; tap < all; ++tap) of_tap[tap] = -1;
+    for (int64_t t = 0; t < count; ++t) of_tap[taps[t].index] = t;
+  }
+};
+
+// weight[o][k][tap] of the channels [k, k + depth) and the columns, which are outputs, from `column` on, as [taps][depth][panel].
 template <class A>
-void pack_forward(const DenseConv2dShape& s, const A* weight, A* panels) {
-  const int64_t depth = s.taps() * s.c_in, count = ceil_div(s.c_out, kPanel<A>);
+void pack_forward(const DenseConv2dShape& s, const A* weight, const Tap* taps, int64_t count,
+                  int64_t column, int64_t k, int64_t depth, A* packed) {
   constexpr int64_t lanes = Simd<A>::lanes;
-  // In pieces of depth, as there may be fewer panels than threads.
-  const int64_t pieces = ceil_div(depth, kConvDepth);
-  cpu::parallel_ranges(count * pieces, kConvDepth * kPanel<A>, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) {
-      const int64_t panel = begin / pieces, first = begin % pieces * kConvDepth;
-      const int64_t row = panel * kPanel<A>;
-      A* target = panels + (panel * depth + first) * kPanel<A>;
-      const int64_t part = min_of(kConvDepth, depth - first);
-      for (int64_t v = 0; v < kPanelVectors; ++v) {
-        const int64_t rows = max_of(0, min_of(lanes, s.c_out - row - v * lanes));
-        const A* source = weight + (row + v * lanes) * depth + first;
-        for_vectors<A, 1, false>(part, [&](int64_t k, auto loaded, auto) {
-          typename Simd<A>::Vec block[lanes] = {};
-          if (rows == lanes) {
-            for (int64_t i = 0; i < lanes; ++i) block[i] = loaded.read(source + i * depth + k);
-          } else {
-            for (int64_t i = 0; i < rows; ++i) block[i] = loaded.read(source + i * depth + k);
-          }
-          transpose<decltype(block[0] < block[0])>(block);
-          for (int64_t i = 0; i < loaded.count(lanes); ++i)
-            store(target + (k + i) * kPanel<A> + v * lanes, block[i]);
-        });
-      }
+  const int64_t all = s.taps(), of_output = all * s.c_in;
+  const Slots slots(taps, count, all);
+  // Runs of memory: the channels of a tap, or all taps of all these channels.
+  const bool is_last = s.weight_layout == Layout::channels_last;
+  const int64_t runs = is_last ? count : 1, length = is_last ? depth : all * depth;
+  for (int64_t v = 0; v < kPanelVectors; ++v) {
+    const int64_t outputs = max_of(0, min_of(lanes, s.c_out - column - v * lanes));
+    for (int64_t run = 0; run < runs; ++run) {
+      const A* source = weight + (column + v * lanes) * of_output +
+                        (is_last ? taps[run].index * s.c_in + k : k * all);
+      int64_t tap = 0, channel = 0;
+      for_vectors<A, 1, false>(length, [&](int64_t i, auto part, auto) {
+        typename Simd<A>::Vec block[lanes] = {};
+        load_block<A>(source + i, of_output, outputs, part, block);
+        transpose<decltype(block[0] < block[0])>(block);
+        for (int64_t j = 0; j < part.count(lanes); ++j) {
+          const int64_t t = is_last ? run : slots.of_tap[tap];
+          if (t >= 0) store(packed + (t * depth + channel) * kPanel<A> + v * lanes, block[j]);
+          if (is_last || ++tap == all) tap = 0, ++channel;
+        }
+      });
     }
-  });
+  }
 }
 
 template <class A>
 void forward(const DenseConv2dForward& p, void* workspace) {
   const DenseConv2dShape& s = p.shape;
-  A* panels = static_cast<A*>(workspace);
-  A* zeros = panels + round_up(s.c_out, kPanel<A>) * s.taps() * s.c_in;
+  A* zeros = static_cast<A*>(workspace);
   for (int64_t i = 0; i < s.c_in; ++i) zeros[i] = 0;
-  pack_forward(s, static_cast<const A*>(p.weight), panels);
-  Tap taps[kMaxTaps];
-  for (int64_t a = 0; a < s.h.kernel; ++a) {
-    for (int64_t b = 0; b < s.w.kernel; ++b) {
-      const int64_t index = a * s.w.kernel + b;
-      taps[index] = {a * s.h.dilation - s.h.padding, b * s.w.dilation - s.w.padding, index};
-    }
-  }
-  const GridAxis h{0, 1, s.h.out, s.h.stride}, w{0, 1, s.w.out, s.w.stride};
-  const bool is_last = s.weight_layout == Layout::channels_last;
-  const PixelProduct<A> product{static_cast<const A*>(p.x),
-                                {s.n, s.h.in, s.w.in},
-                                s.c_in,
-                                h,
-                                w,
-                                taps,
-                                s.taps(),
-                                panels,
-                                s.taps() * s.c_in,
-                                is_last ? s.c_in : 1,
-                                is_last ? 1 : s.taps(),
-                                s.c_out,
-                                zeros};
+  int64_t tap_h[kMaxTaps], tap_w[kMaxTaps], from_h[kMaxTaps], from_w[kMaxTaps];
+  for (int64_t a = 0; a < s.h.kernel; ++a) tap_h[a] = a, from_h[a] = a * s.h.dilation - s.h.padding;
+  for (int64_t b = 0; b < s.w.kernel; ++b) tap_w[b] = b, from_w[b] = b * s.w.dilation - s.w.padding;
+  PixelProduct<A> product{
+      static_cast<const A*>(p.x),  s.n,     s.h.in, s.w.in, s.c_in, {0, 1, s.h.out, s.h.stride},
+      {0, 1, s.w.out, s.w.stride}, s.c_out, zeros};
+  product.add_taps(tap_h, from_h, s.h.kernel, tap_w, from_w, s.w.kernel, s.w.kernel);
   const A* shift = static_cast<const A*>(p.shift);
   const Epilogue<A> epilogue{nullptr,
                              shift,
@@ -194,100 +236,112 @@ void forward(const DenseConv2dForward& p, void* workspace) {
                              static_cast<A>(p.act_param),
                              shift != nullptr};
   const typename Simd<A>::Vec one = broadcast(A{1}), none{};
-  multiply_image(product, [&](int64_t n, int64_t y, int64_t x, int64_t column, const A* sums) {
-    const int64_t at = ((n * s.h.out + y) * s.w.out + x) * s.c_out + column;
-    const int64_t count = min_of(kPanel<A>, s.c_out - column);
-    for_vectors<A, 1, false>(count, [&](int64_t j, auto part, auto) {
-      typename Simd<A>::Vec sum[1] = {load(sums + j)};
-      epilogue.finish(sum, one, shift == nullptr ? none : part.read(shift + column + j), at + j, 1,
-                      part);
-    });
-  });
+  multiply_image(
+      product,
+      [&](int64_t column, int64_t k, int64_t depth, A* packed) {
+        pack_forward(s, static_cast<const A*>(p.weight), product.taps, product.tap_count, column, k,
+                     depth, packed);
+      },
+      [&](int64_t n, int64_t y, int64_t x, int64_t column, const A* sums) {
+        const int64_t at = ((n * s.h.out + y) * s.w.out + x) * s.c_out + column;
+        for_vectors<A, 1, false>(
+            min_of(kPanel<A>, s.c_out - column), [&](int64_t j, auto part, auto) {
+              typename Simd<A>::Vec sum[1] = {load(sums + j)};
+              epilogue.finish(sum, one, shift == nullptr ? none : part.read(shift + column + j),
+                              at + j, 1, part);
+            });
+      });
 }
 
 // ---- backward ----
 
-// The weight as panels of columns [panels][taps][C_out][panel].
+// weight[k][c][tap] of the outputs [k, k + depth) and the columns, which are channels, from `column` on, as [taps][depth][panel].
 template <class A>
-void pack_backward(const DenseConv2dShape& s, const A* weight, A* panels) {
-  constexpr int64_t kRows = 8;
-  const int64_t count = ceil_div(s.c_in, kPanel<A>), taps = s.taps();
-  const int64_t pieces = ceil_div(s.c_out, kRows);
-  const int64_t work = kRows * taps * kPanel<A>;
-  cpu::parallel_ranges(count * pieces, work, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) {
-      const int64_t column = begin / pieces * kPanel<A>, first = begin % pieces * kRows;
-      const int64_t width = min_of(kPanel<A>, s.c_in - column);
-      const int64_t rows = min_of(kRows, s.c_out - first);
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        A* target = panels + ((begin / pieces * taps + tap) * s.c_out + first) * kPanel<A>;
-        if (s.weight_layout == Layout::channels_last) {
-          pack_columns(width, rows, target, [&](int64_t k) {
-            return weight + ((first + k) * taps + tap) * s.c_in + column;
-          });
-          continue;
-        }
-        for (int64_t k = 0; k < rows; ++k, target += kPanel<A>) {
-          const A* source = weight + ((first + k) * s.c_in + column) * taps + tap;
-          for (int64_t j = 0; j < width; ++j) target[j] = source[j * taps];
-          for (int64_t j = width; j < kPanel<A>; ++j) target[j] = 0;
-        }
+void pack_backward(const DenseConv2dShape& s, const A* weight, const Tap* taps, int64_t count,
+                   int64_t column, int64_t k, int64_t depth, A* packed) {
+  const int64_t all = s.taps(), width = min_of(kPanel<A>, s.c_in - column);
+  if (s.weight_layout == Layout::channels_last || all == 1) {
+    for (int64_t t = 0; t < count; ++t)
+      pack_columns(width, depth, packed + t * depth * kPanel<A>, [&](int64_t i) {
+        return weight + ((k + i) * all + taps[t].index) * s.c_in + column;
+      });
+    return;
+  }
+  if (2 * count < all) {  // a phase of a stride: few of the taps that lie together
+    for (int64_t i = 0; i < depth; ++i) {
+      const A* source = weight + ((k + i) * s.c_in + column) * all;
+      for (int64_t t = 0; t < count; ++t) {
+        A* target = packed + (t * depth + i) * kPanel<A>;
+        for (int64_t c = 0; c < width; ++c) target[c] = source[c * all + taps[t].index];
+        for (int64_t c = width; c < kPanel<A>; ++c) target[c] = 0;
       }
     }
-  });
+    return;
+  }
+  constexpr int64_t lanes = Simd<A>::lanes;
+  const Slots slots(taps, count, all);
+  for (int64_t i = 0; i < depth; ++i) {
+    for (int64_t v = 0; v < kPanelVectors; ++v) {
+      const int64_t channels = max_of(0, min_of(lanes, width - v * lanes));
+      const A* source = weight + ((k + i) * s.c_in + column + v * lanes) * all;
+      for_vectors<A, 1, false>(all, [&](int64_t tap, auto part, auto) {
+        typename Simd<A>::Vec block[lanes] = {};
+        load_block<A>(source + tap, all, channels, part, block);
+        transpose<decltype(block[0] < block[0])>(block);
+        for (int64_t j = 0; j < part.count(lanes); ++j) {
+          const int64_t t = slots.of_tap[tap + j];
+          if (t >= 0) store(packed + (t * depth + i) * kPanel<A> + v * lanes, block[j]);
+        }
+      });
+    }
+  }
 }
 
-// Pixels first, first + stride ... of dx along one axis, and the taps [0, kernel) that reach them: from[tap] is what the first
-// one reads of dz, and the next ones read the next.
-int64_t taps_of_phase(const Conv2dAxis& a, int64_t first, int64_t* from, int64_t* tap) {
+// Along one axis the taps [0, kernel) that reach the pixels first, first + stride ... of dx, and what the first one of these reads
+// of dz by them; the next ones read the next.
+int64_t taps_of_phase(const Conv2dAxis& a, int64_t first, int64_t* taps, int64_t* from) {
   int64_t count = 0;
   for (int64_t k = 0; k < a.kernel; ++k) {
     const int64_t at = first + a.padding - k * a.dilation;
     if (floor_div(at, a.stride) * a.stride != at) continue;
     from[count] = floor_div(at, a.stride);
-    tap[count++] = k;
+    taps[count++] = k;
   }
   return count;
 }
 
 template <class A>
-void backward_input(const DenseConv2dBackward& p, A* workspace) {
+void backward_input(const DenseConv2dBackward& p, A* zeros) {
   const DenseConv2dShape& s = p.shape;
-  A* zeros = workspace + round_up(s.c_in, kPanel<A>) * s.taps() * s.c_out;
   for (int64_t i = 0; i < s.c_out; ++i) zeros[i] = 0;
-  pack_backward(s, static_cast<const A*>(p.weight), workspace);
   A* dx = static_cast<A*>(p.dx);
   for (int64_t y = 0; y < min_of(s.h.stride, s.h.in); ++y) {
     for (int64_t x = 0; x < min_of(s.w.stride, s.w.in); ++x) {
-      int64_t rows[kMaxTaps], columns[kMaxTaps], tap_h[kMaxTaps], tap_w[kMaxTaps];
-      const int64_t height = taps_of_phase(s.h, y, rows, tap_h);
-      const int64_t width = taps_of_phase(s.w, x, columns, tap_w);
-      Tap taps[kMaxTaps];
-      for (int64_t a = 0; a < height; ++a) {
-        for (int64_t b = 0; b < width; ++b)
-          taps[a * width + b] = {rows[a], columns[b], tap_h[a] * s.w.kernel + tap_w[b]};
-      }
-      const GridAxis h{y, s.h.stride, ceil_div(s.h.in - y, s.h.stride), 1};
-      const GridAxis w{x, s.w.stride, ceil_div(s.w.in - x, s.w.stride), 1};
-      const PixelProduct<A> product{static_cast<const A*>(p.dz),
-                                    {s.n, s.h.out, s.w.out},
-                                    s.c_out,
-                                    h,
-                                    w,
-                                    taps,
-                                    height * width,
-                                    workspace,
-                                    s.taps() * s.c_out,
-                                    s.c_out,
-                                    1,
-                                    s.c_in,
-                                    zeros};
-      multiply_image(product, [&](int64_t n, int64_t i, int64_t j, int64_t column, const A* sums) {
-        A* to = dx + ((n * s.h.in + i) * s.w.in + j) * s.c_in + column;
-        for_vectors<A, 1, false>(
-            min_of(kPanel<A>, s.c_in - column),
-            [&](int64_t k, auto part, auto) { part.write(to + k, load(sums + k)); });
-      });
+      int64_t tap_h[kMaxTaps], tap_w[kMaxTaps], from_h[kMaxTaps], from_w[kMaxTaps];
+      const int64_t height = taps_of_phase(s.h, y, tap_h, from_h);
+      const int64_t width = taps_of_phase(s.w, x, tap_w, from_w);
+      PixelProduct<A> product{static_cast<const A*>(p.dz),
+                              s.n,
+                              s.h.out,
+                              s.w.out,
+                              s.c_out,
+                              {y, s.h.stride, ceil_div(s.h.in - y, s.h.stride), 1},
+                              {x, s.w.stride, ceil_div(s.w.in - x, s.w.stride), 1},
+                              s.c_in,
+                              zeros};
+      product.add_taps(tap_h, from_h, height, tap_w, from_w, width, s.w.kernel);
+      multiply_image(
+          product,
+          [&](int64_t column, int64_t k, int64_t depth, A* packed) {
+            pack_backward(s, static_cast<const A*>(p.weight), product.taps, product.tap_count,
+                          column, k, depth, packed);
+          },
+          [&](int64_t n, int64_t i, int64_t j, int64_t column, const A* sums) {
+            A* to = dx + ((n * s.h.in + i) * s.w.in + j) * s.c_in + column;
+            for_vectors<A, 1, false>(
+                min_of(kPanel<A>, s.c_in - column),
+                [&](int64_t k, auto part, auto) { part.write(to + k, load(sums + k)); });
+          });
     }
   }
 }
@@ -312,105 +366,123 @@ void pack_gradient(const A* dz, int64_t pixels, int64_t channels, A* to) {
       });
 }
 
+// Rows of x that the pixels of the output, in their order, read at one tap.
+template <class A>
+class TapReader {
+ public:
+  TapReader(const DenseConv2dShape& s, const A* x, const A* zeros, int64_t tap)
+      : s_(s),
+        x_(x),
+        zeros_(zeros),
+        offset_h_(tap / s.w.kernel * s.h.dilation - s.h.padding),
+        offset_w_(tap % s.w.kernel * s.w.dilation - s.w.padding) {}
+
+  const A* next() {
+    const int64_t y = i_ * s_.h.stride + offset_h_, x = j_ * s_.w.stride + offset_w_;
+    const bool inside = y >= 0 && y < s_.h.in && x >= 0 && x < s_.w.in;
+    const A* row = inside ? x_ + ((n_ * s_.h.in + y) * s_.w.in + x) * s_.c_in : zeros_;
+    if (++j_ == s_.w.out) {
+      j_ = 0;
+      if (++i_ == s_.h.out) i_ = 0, ++n_;
+    }
+    return row;
+  }
+
+ private:
+  const DenseConv2dShape& s_;
+  const A *x_, *zeros_;
+  int64_t offset_h_, offset_w_;
+  int64_t n_ = 0, i_ = 0, j_ = 0;
+};
+
 template <class A>
 void backward_weight(const DenseConv2dBackward& p, A* workspace) {
   const DenseConv2dShape& s = p.shape;
   const int64_t pixels = s.n * s.h.out * s.w.out, taps = s.taps();
   const A* x = static_cast<const A*>(p.x);
   A* zeros = workspace + round_up(s.c_out, kTileRows) * pixels;
-  const bool converts = s.weight_layout == Layout::channels_first && taps > 1;
-  A* found = converts ? zeros + s.c_in : static_cast<A*>(p.dweight);  // [C_out][taps][C_in]
   for (int64_t i = 0; i < s.c_in; ++i) zeros[i] = 0;
   pack_gradient(static_cast<const A*>(p.dz), pixels, s.c_out, workspace);
   const int64_t panels = ceil_div(s.c_in, kPanel<A>), tiles = ceil_div(s.c_out, kTileRows);
-  const int64_t work = kTileRows * kPanel<A> * (pixels / 16 + 1);
-  cpu::parallel_ranges(taps * panels * tiles, work, [&](int64_t begin, int64_t end) {
-    alignas(64) A sums[kBlockRows * kPanel<A>];
-    alignas(64) A panel[kConvDepth * kPanel<A>];
+  const int64_t most = max_of(1, min_of(16, kGradientRows / taps / kTileRows));
+  const int64_t work = kTileRows * kPanel<A> * taps * (pixels / 16 + 1);
+  cpu::parallel_ranges(panels * tiles, work, [&](int64_t begin, int64_t end) {
+    alignas(64) A sums[kGradientRows * kPanel<A>];  // [taps][rows][panel]
+    alignas(64) A panel[kTapRows * kPanel<A>];
     while (begin < end) {
-      const int64_t of_tap = begin / tiles, tile = begin % tiles;
-      const int64_t count = min_of(min_of(end - begin, tiles - tile), kBlockTiles);
+      const int64_t column = begin / tiles * kPanel<A>, tile = begin % tiles;
+      const int64_t count = even_part(min_of(end - begin, tiles - tile), most);
       const int64_t first = tile * kTileRows, rows = min_of(count * kTileRows, s.c_out - first);
-      const int64_t tap = of_tap / panels, column = of_tap % panels * kPanel<A>;
       const int64_t width = min_of(kPanel<A>, s.c_in - column);
-      const int64_t offset_h = tap / s.w.kernel * s.h.dilation - s.h.padding;
-      const int64_t offset_w = tap % s.w.kernel * s.w.dilation - s.w.padding;
-      if (pixels == 0) clear(sums, rows);
-      int64_t n = 0, i = 0, j = 0;  // of the next pixel
-      for (int64_t k = 0; k < pixels; k += kConvDepth) {
-        const int64_t depth = min_of(kConvDepth, pixels - k);
-        pack_columns(width, depth, panel, [&](int64_t) {
-          const int64_t y = i * s.h.stride + offset_h, at = j * s.w.stride + offset_w;
-          const bool inside = y >= 0 && y < s.h.in && at >= 0 && at < s.w.in;
-          const A* row = inside ? x + ((n * s.h.in + y) * s.w.in + at) * s.c_in + column : zeros;
-          if (++j == s.w.out) {
-            j = 0;
-            if (++i == s.h.out) i = 0, ++n;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        A* const of_tap = sums + tap * rows * kPanel<A>;
+        TapReader<A> reader(s, x + column, zeros, tap);
+        bool adds = false;
+        for (int64_t k = 0; k < pixels;) {
+          // From one pixel that reads inside of the image to the last such one in reach.
+          const A* from[kTapRows];
+          from[0] = reader.next();
+          if (from[0] == zeros) {
+            ++k;
+            continue;
           }
-          return row;
-        });
-        for (int64_t r = 0; r < rows; r += kTileRows) {
-          const A* row[kTileRows];
-          const int64_t height = min_of(kTileRows, rows - r);
-          for (int64_t q = 0; q < height; ++q)
-            row[q] = workspace + (first + r) * pixels + k * kTileRows + q;
-          multiply_tile<kTileRows>(height, row, panel, kPanel<A>, depth, sums + r * kPanel<A>,
-                                   kPanel<A>, k > 0);
+          const int64_t most_pixels = min_of(kTapRows, pixels - k);
+          int64_t depth = 1;
+          for (int64_t i = 1; i < most_pixels; ++i) {
+            from[i] = reader.next();
+            if (from[i] != zeros) depth = i + 1;
+          }
+          pack_columns(width, depth, panel, [&](int64_t i) { return from[i]; });
+          for (int64_t r = 0; r < rows; r += kTileRows) {
+            const A* row[kTileRows];
+            for (int64_t q = 0; q < kTileRows; ++q)
+              row[q] = workspace + (first + r) * pixels + k * kTileRows + q;
+            multiply_tile<kTileRows>(min_of(kTileRows, rows - r), row, panel, kPanel<A>, depth,
+                                     of_tap + r * kPanel<A>, kPanel<A>, adds);
+          }
+          adds = true;
+          k += most_pixels;
         }
+        if (!adds) clear(of_tap, rows);
       }
       for (int64_t r = 0; r < rows; ++r) {
-        A* to = found + ((first + r) * taps + tap) * s.c_in + column;
-        for_vectors<A, 1, false>(width, [&](int64_t c, auto part, auto) {
-          part.write(to + c, load(sums + r * kPanel<A> + c));
-        });
+        A* to = static_cast<A*>(p.dweight) + (first + r) * taps * s.c_in;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const A* found = sums + (tap * rows + r) * kPanel<A>;
+          if (s.weight_layout == Layout::channels_last) {
+            for_vectors<A, 1, false>(width, [&](int64_t c, auto part, auto) {
+              part.write(to + tap * s.c_in + column + c, load(found + c));
+            });
+          } else {
+            for (int64_t c = 0; c < width; ++c) to[(column + c) * taps + tap] = found[c];
+          }
+        }
       }
       begin += count;
     }
   });
-  if (!converts) return;
-  cpu::parallel_ranges(s.c_out, taps * s.c_in, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) {
-      const A* from = found + begin * taps * s.c_in;
-      A* to = static_cast<A*>(p.dweight) + begin * taps * s.c_in;
-      for (int64_t c = 0; c < s.c_in; ++c) {
-        for (int64_t t = 0; t < taps; ++t) to[c * taps + t] = from[t * s.c_in + c];
-      }
-    }
-  });
 }
 
-template <class A>
-size_t forward_elements(const DenseConv2dShape& s) {
-  return round_up(s.c_out, kPanel<A>) * s.taps() * s.c_in + s.c_in;
-}
-
-template <class A>
-size_t backward_elements(const DenseConv2dBackward& p) {
-  const DenseConv2dShape& s = p.shape;
-  const int64_t of_dx = round_up(s.c_in, kPanel<A>) * s.taps() * s.c_out + s.c_out;
-  const int64_t of_dweight =
-      round_up(s.c_out, kTileRows) * s.n * s.h.out * s.w.out + s.c_in + s.c_out * s.taps() * s.c_in;
-  return max_of(p.dx == nullptr ? 0 : of_dx, p.dweight == nullptr ? 0 : of_dweight);
-}
+size_t element_bytes(const DenseConv2dShape& s) { return s.dtype == DType::f64 ? 8 : 4; }
 
 size_t forward_workspace(const DenseConv2dForward& p) {
-  const DenseConv2dShape& s = p.shape;
-  return s.dtype == DType::f64 ? forward_elements<double>(s) * 8 : forward_elements<float>(s) * 4;
+  return p.shape.c_in * element_bytes(p.shape);
 }
 size_t backward_workspace(const DenseConv2dBackward& p) {
-  return p.shape.dtype == DType::f64 ? backward_elements<double>(p) * 8
-                                     : backward_elements<float>(p) * 4;
-}
-
-void run_forward(const DenseConv2dForward& p, void* workspace) {
-  if (p.shape.dtype == DType::f64) return forward<double>(p, workspace);
-  forward<float>(p, workspace);
+  const DenseConv2dShape& s = p.shape;
+  const int64_t packed = round_up(s.c_out, kTileRows) * s.n * s.h.out * s.w.out;
+  return (p.dweight == nullptr ? s.c_out : max_of(s.c_out, packed + s.c_in)) * element_bytes(s);
 }
 
 template <class A>
 void backward(const DenseConv2dBackward& p, void* workspace) {
   if (p.dx != nullptr) backward_input(p, static_cast<A*>(workspace));
   if (p.dweight != nullptr) backward_weight(p, static_cast<A*>(workspace));
+}
+
+void run_forward(const DenseConv2dForward& p, void* workspace) {
+  if (p.shape.dtype == DType::f64) return forward<double>(p, workspace);
+  forward<float>(p, workspace);
 }
 void run_backward(const DenseConv2dBackward& p, void* workspace) {
   if (p.shape.dtype == DType::f64) return backward<double>(p, workspace);
