@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ._effects import NEW_RESULTS, Effects, written_by
 from ._trace import is_torchs
+from .functional._norm import needs_grad
 from .functional.conv_bn_act import prefers_channels_last
 
 # What shows, or depends on, how a tensor lies in memory.
@@ -88,18 +90,71 @@ def _is_indifferent(node: fx.Node) -> bool:
     return known and getattr(function, "__name__", "") not in _METHODS
 
 
+# Of torch's, what draws a random number for each element, in the order in which they lie.
+_RANDOM_LAYERS = torch.nn.Dropout, torch.nn.AlphaDropout, torch.nn.RReLU
+_RANDOM = {
+    "alpha_dropout", "bernoulli", "bernoulli_", "dropout", "exponential_", "feature_alpha_dropout", "gumbel_softmax",
+    "normal_", "rand_like", "randint_like", "randn_like", "random_", "rrelu", "uniform_",
+}  # fmt: skip
+
+
+def draws(graphs: Mapping[int, Sequence[fx.Graph]]) -> bool:
+    """Whether a forward draws random numbers, which in another memory format would fall on other elements."""
+    nodes = (node for found in graphs.values() for graph in found for node in graph.nodes)
+    return any(
+        node.op in ("call_function", "call_method")
+        and getattr(node.target, "__name__", node.target) in _RANDOM
+        for node in nodes
+    )
+
+
+def _layers_draw(model: torch.nn.Module) -> bool:
+    """The same of its layers, now: a linear layer behind dropout shows that it gets no images."""
+    of_vectors = {
+        id(layer)
+        for parent in model.modules()
+        if type(parent) is torch.nn.Sequential
+        for layer, following in itertools.pairwise(parent)
+        if isinstance(following, torch.nn.Linear)
+    }
+    return any(
+        isinstance(layer, _RANDOM_LAYERS)
+        and getattr(layer, "p", 1) > 0
+        and layer.training
+        and id(layer) not in of_vectors
+        for layer in model.modules()
+    )
+
+
 def in_fast_format(
     model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
 ) -> Any:
     """``call(model, ...)`` with images in channels_last where that is faster; what it returns is contiguous then."""
+    if model.training and _layers_draw(model):
+        return call(model, *args, **kwargs)
+    return _converted(model, call, args, kwargs)
+
+
+def evaluated_in_fast_format(
+    model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
+) -> Any:
+    """The same in evaluation alone."""
     if model.training:
         return call(model, *args, **kwargs)
+    return _converted(model, call, args, kwargs)
+
+
+def _converted(
+    model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
+) -> Any:
     # The first parameter stands for all: most often either all of them want gradients or none.
     parameter = next(model.parameters(), None)
     given: dict[int, Tensor] = {}  # by the id of what stands for it
 
     def convert(value: Any) -> Any:
-        if not _is_contiguous_image(value) or not prefers_channels_last(value, parameter):
+        if not _is_contiguous_image(value):
+            return value
+        if not prefers_channels_last(value, model.training or needs_grad(value, parameter)):
             return value
         converted = value.contiguous(memory_format=torch.channels_last)
         given[id(converted)] = value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from ._counterparts import OURS, Counterpart, Left, counterpart_of, own_activati
 from ._effects import Effects
 from ._forward import fused_class, source_of
 from ._fuse import CONVOLUTIONS, NORMS, Fusion, Parts, has_parts, is_watched, plan_fusions
-from ._layout import in_fast_format, why_not_inside
+from ._layout import draws, evaluated_in_fast_format, in_fast_format, why_not_inside
 from ._trace import graphs_of
 from ._twins import twins_of
 from .activation import IDENTITY, qualified_name, resolve_activation
@@ -80,7 +80,7 @@ def optimize(
             counterparts[id(layer)] = found
     notes = {key: [f"not fused: {why}"] for key, why in _why_single(model, counterparts).items()}
     fusions: list[Fusion] = []
-    fast_format = False
+    through: Callable[..., Any] | None = None  # of the model's own forward
     if fuse:
         graphs, failures = graphs_of(model, counterparts.keys())
         inner = {key: [v.graph for v in variants] for key, variants in graphs.items()}
@@ -93,17 +93,20 @@ def optimize(
             issubclass(found.layer, CONVOLUTIONS) for found in counterparts.values()
         ):
             why = why_not_inside(model, counterparts.keys(), inner, effects)
-            fast_format = why is None
-            told = "channels_last in evaluation on CPU, whatever it is given"
+            told = "channels_last on CPU, whatever it is given"
+            if why is None:
+                through = evaluated_in_fast_format if draws(inner) else in_fast_format
+                if draws(inner):
+                    told += ", in evaluation: it draws random numbers"
             notes.setdefault(id(model), []).append(told if why is None else f"not in {told}: {why}")
         fusions = plan_fusions(model, parts, graphs)
-        if fast_format and not any(fusion.owner is model for fusion in fusions):
+        if through is not None and not any(fusion.owner is model for fusion in fusions):
             fusions.append(Fusion(model, [], []))
     made = {id(layer): layer for layer in model.modules()} if inplace else twins_of(model)
     for key, counterpart in counterparts.items():
         _convert(made[key], counterpart)
     for fusion in fusions:
-        _fuse(fusion, made, fast_format and fusion.owner is model)
+        _fuse(fusion, made, through if fusion.owner is model else None)
     for key, texts in notes.items():
         own = made[key].__dict__
         own[_RECORD] = own.get(_RECORD, Record())._replace(notes=tuple(texts))
@@ -264,13 +267,15 @@ def _convert(layer: torch.nn.Module, counterpart: Counterpart) -> None:
     object.__setattr__(layer, "__class__", counterpart.layer)
 
 
-def _fuse(fusion: Fusion, made: dict[int, torch.nn.Module], fast_format: bool) -> None:
+def _fuse(
+    fusion: Fusion, made: dict[int, torch.nn.Module], through: Callable[..., Any] | None
+) -> None:
     owner = made[id(fusion.owner)]
     names = tuple(tuple(group.names) for group in fusion.groups)
     owner.__dict__[_RECORD] = Record(type(owner), fused=names)
-    source, objects = source_of(owner, fusion.variants, "in_fast_format" if fast_format else "")
-    if fast_format:
-        objects["in_fast_format"] = in_fast_format
+    source, objects = source_of(owner, fusion.variants, through.__name__ if through else "")
+    if through:
+        objects[through.__name__] = through
     object.__setattr__(owner, "__class__", fused_class(type(owner), source, objects))
     for group in fusion.groups:
         for layer in group.layers:

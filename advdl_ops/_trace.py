@@ -189,7 +189,9 @@ def default_name(parameter: inspect.Parameter) -> str:
 
 
 # What the source of a new forward names beside its arguments.
-_NAMES = {"before", "children_of", "inside", "in_fast_format", "Tensor"}
+_NAMES = {
+    "before", "children_of", "evaluated_in_fast_format", "inside", "in_fast_format", "Tensor",
+}  # fmt: skip
 
 
 # ---- one trace ----

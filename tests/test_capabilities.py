@@ -27,7 +27,9 @@ def others():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["batch_norm_act", "depthwise_conv2d", "group_norm", "lstm"])
+@pytest.mark.parametrize(
+    "family", ["batch_norm_act", "dense_conv2d", "depthwise_conv2d", "group_norm", "lstm"]
+)
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_values(capability, family):
     if capability not in others():

@@ -664,7 +664,7 @@ def formats_of_last(fast):
 def test_evaluation_in_channels_last(between):
     model = Chain(copy.deepcopy(between)).double().eval()
     twin, fast = copy.deepcopy(model), advdl_ops.optimize(model)
-    assert "\n    channels_last in evaluation" in str(advdl_ops.explain(fast))
+    assert "\n    channels_last on CPU, whatever it is given\n" in str(advdl_ops.explain(fast))
     seen = formats_of_last(fast)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
@@ -694,7 +694,7 @@ def test_evaluation_in_channels_last(between):
 def test_what_forbids_channels_last(model, why):
     model = model.double().eval()
     twin, fast = copy.deepcopy(model), advdl_ops.optimize(model)
-    assert f"not in channels_last in evaluation on CPU, whatever it is given: {why}" in str(
+    assert f"not in channels_last on CPU, whatever it is given: {why}" in str(
         advdl_ops.explain(fast)
     )
     seen = formats_of_last(fast)
@@ -706,6 +706,76 @@ def test_what_forbids_channels_last(model, why):
     same(found, expected)
     same(a, b)
     assert seen == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_in_channels_last(dtype):
+    """In fp32, with the gradients of before, in the strides of the parameters."""
+    model = Chain(stock.ReLU()).to(dtype)
+    twin, fast = copy.deepcopy(model), advdl_ops.optimize(model)
+    seen = formats_of_last(fast)
+    x = X.to(dtype)
+    for training in (True, False):
+        outputs = []
+        for each in (twin, fast):
+            inputs = x.clone().requires_grad_()
+            out = each.train(training)(inputs, y=x)
+            out["x"].square().sum().backward()
+            outputs.append((out["x"], inputs.grad, *(p.grad for p in each.parameters())))
+            each.zero_grad()
+        for a, b in zip(*outputs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            assert a.stride() == b.stride()
+    assert seen == [dtype == torch.float32] * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        fast(X.to(torch.float32) if dtype == torch.float32 else x)
+    assert seen[2:] == [False]
+
+
+class Noise(stock.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x) if self.training else x
+
+
+class Drops(stock.Module):
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("between", [stock.Dropout(), stock.RReLU(), Noise(), Drops()])
+def test_random_numbers_fall_on_the_same_pixels(between):
+    model = Chain(between).train()
+    twin, fast = copy.deepcopy(model), advdl_ops.optimize(model)
+    seen = formats_of_last(fast)
+    x, outputs = X.float(), []
+    for each in (twin, fast):
+        torch.manual_seed(0)
+        outputs.append(each(x)["x"])
+    torch.testing.assert_close(*outputs)
+    with torch.no_grad():
+        fast.eval()(x)
+    # What torch's RReLU returns in evaluation is contiguous.
+    assert seen == [False, not isinstance(between, stock.RReLU)]
+
+
+class Classifier(Chain):
+    def __init__(self):
+        super().__init__(stock.Dropout(0.0))
+        self.head = stock.Sequential(stock.Dropout(), stock.Linear(8, 3))
+
+    def forward(self, x):
+        return self.head(self.last(self.between(self.first(x))).mean((2, 3)))
+
+
+def test_dropout_of_vectors_or_none_does_not_forbid_channels_last():
+    fast = advdl_ops.optimize(Classifier()).train()
+    seen = formats_of_last(fast)
+    fast(X.float())
+    fast.between.p = 0.5
+    fast(X.float())
+    fast.between.eval()
+    fast(X.float())
+    assert seen == [True, False, True]
 
 
 def test_hooks_forbid_channels_last():

@@ -135,6 +135,7 @@ _library.impl("conv2d_backward", conv2d_backward, "CPU")
 # it anew as it lies, 1x1 of 1x512x7x7 to 2048 channels in channels_last takes 2.4 ms of which torch's takes 1.2.
 _SMALL = 8192
 
+
 class Own(NamedTuple):
     """Which of a convolution's results csrc/cpu/dense_conv2d.cpp computes faster than oneDNN."""
 
@@ -147,9 +148,9 @@ class Own(NamedTuple):
 _FEW_CHANNELS, _FEW_PIXELS, _MOST_TAPS = 32, 48, 64
 
 # Up to so many pixels of the output the kernel is faster: oneDNN orders the whole weight anew in every call, and its
-# gradient back, which the products of a few pixels do not outweigh; in channels_last more than in contiguous memory. More
-# of a strided gradient of x, for which oneDNN multiplies zeros, and of the gradient of a weight, unless it has few
-# channels. Measured: docs/performance.md.
+# gradient back, which the products of a few pixels do not outweigh; in channels_last more than in contiguous memory.
+# More of a strided gradient of x, for which oneDNN multiplies zeros, and of the gradient of a weight, unless it has
+# few channels. Measured: docs/performance.md.
 _PIXELS, _PIXELS_STRIDED, _PIXELS_DWEIGHT, _PIXELS_DWEIGHT_CONTIGUOUS = 256, 800, 800, 512
 _MANY_CHANNELS = 128
 # Of a dilation for which channels_last is chosen: oneDNN takes up to nine times as long for the gradient of the weight.

@@ -225,6 +225,12 @@ def scale_and_shift(
     return scale, torch.addcmul(bn_bias.to(acc), running_mean.to(acc), scale, value=-1)
 
 
-def prefers_channels_last(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether a network should run this input in channels_last, which its convolutions on CPU are faster in."""
-    return x.is_cpu and _evaluates(x, *parameters) and not is_traced()
+def prefers_channels_last(x: Tensor, trains: bool) -> bool:
+    """Whether a network should run this input in channels_last, which its convolutions on CPU are faster in.
+
+    Args:
+        trains: in training, or with gradients: then in fp32 alone, as of other dtypes nothing was measured.
+    """
+    if not x.is_cpu or get_backend() != "fused" or transformed() or is_traced():
+        return False
+    return not trains or (x.dtype == torch.float32 and autocast_dtype(x) is None)

@@ -44,6 +44,12 @@ bool is_output(const Tensor& t, const Tensor& x, const DenseConv2dShape& s) {
          t.size(3) == s.w.out && t.scalar_type() == x.scalar_type() && t.device() == x.device();
 }
 
+// In channels_last memory, which may be contiguous as well: then with the strides of `given`.
+Tensor allocate_last(const Tensor& like, Layout given, int64_t n, int64_t c, int64_t h, int64_t w) {
+  const bool is_both = c == 1 || h * w == 1 || n * c * h * w == 0;
+  return allocate_image(like, is_both ? given : Layout::channels_last, n, c, h, w);
+}
+
 Tensor forward(Tensor x, Tensor weight, OptionalTensor shift, OptionalTensor residual,
                std::vector<int64_t> stride, std::vector<int64_t> padding,
                std::vector<int64_t> dilation, int64_t act, double act_param) {
@@ -62,7 +68,7 @@ Tensor forward(Tensor x, Tensor weight, OptionalTensor shift, OptionalTensor res
   weight = in_format(weight, s.weight_layout);
   shift = contiguous(shift);
   if (residual.has_value()) residual = in_format(*residual, Layout::channels_last);
-  Tensor out = allocate_image(x, Layout::channels_last, s.n, s.c_out, s.h.out, s.w.out);
+  Tensor out = allocate_last(x, given, s.n, s.c_out, s.h.out, s.w.out);
   p.act = static_cast<Activation>(act);
   p.act_param = act_param;
   p.x = data(x);
@@ -89,7 +95,7 @@ std::tuple<Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight, std::vec
   if (need_dweight) x = in_format(x, Layout::channels_last);
   if (need_dx) weight = in_format(weight, s.weight_layout);
   dz = in_format(dz, Layout::channels_last);
-  Tensor dx = need_dx ? allocate_image(x, Layout::channels_last, s.n, s.c_in, s.h.in, s.w.in)
+  Tensor dx = need_dx ? allocate_last(x, given, s.n, s.c_in, s.h.in, s.w.in)
                       : allocate_vector(x, 0, x.scalar_type());
   Tensor dweight = need_dweight
                        ? allocate_image(x, s.weight_layout, s.c_out, s.c_in, s.h.kernel, s.w.kernel)
