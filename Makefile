@@ -14,6 +14,8 @@ endif
 GPU_PYTHON := $(if $(filter file,$(origin VENV)),python3,$(PYTHON))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?=
+# As many at a time as there are cores, where the environment is ours.
+WORKERS := $(if $(READY),-n auto --dist worksteal)
 
 .PHONY: help build test bench lint format gpu-check clean
 
@@ -36,7 +38,7 @@ build: $(READY)
 	$(PYTHON) setup.py --quiet build_ext --inplace
 
 test: build
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+	$(PYTHON) -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 bench: build
 	$(PYTHON) -m benchmarks run --suite quick

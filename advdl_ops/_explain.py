@@ -196,7 +196,11 @@ def _layer(name: str, layer: torch.nn.Module, device: torch.device) -> Layer | N
         return Layer(name, kind, own)
     depthwise = layer.groups == layer.in_channels == layer.out_channels
     if device.type == "cpu":
-        return Layer(name, kind, own if depthwise else "oneDNN or torch's own")
+        if depthwise:
+            return Layer(name, kind, own)
+        few = layer.groups == 1 and not isinstance(layer, torch.nn.ConvTranspose2d)
+        also = f"; few pixels: {own}" if few else ""
+        return Layer(name, kind, f"oneDNN or torch's own{also}")
     return _measured_layer(name, layer, device)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ._code import why_layout_may_matter
 from ._effects import NEW_RESULTS, Effects, written_by
 from ._trace import is_torchs
 from .functional._norm import needs_grad
@@ -25,6 +26,13 @@ _ATTRIBUTES = {"data", "layout", "H", "T", "mH", "mT"}
 _PACKAGES = {"torch", "advdl_ops", "operator", "_operator", "builtins", "math"}
 # Traced as one call, though none of torch's.
 _FUNCTIONS = {"torchvision.ops.stochastic_depth"}
+
+# Of torch's, what draws a random number for each element, in the order in which they lie.
+_RANDOM_LAYERS = torch.nn.Dropout, torch.nn.AlphaDropout, torch.nn.RReLU
+_RANDOM = {
+    "alpha_dropout", "bernoulli", "bernoulli_", "dropout", "exponential_", "feature_alpha_dropout", "gumbel_softmax",
+    "normal_", "rand_like", "randint_like", "randn_like", "random_", "rrelu", "uniform_",
+}  # fmt: skip
 
 
 def why_not_inside(
@@ -56,7 +64,8 @@ def _why_not(
     layer: torch.nn.Module, graphs: Sequence[fx.Graph] | None, effects: Effects
 ) -> str | None:
     if graphs is None:
-        return "its forward has no graph"
+        why = why_layout_may_matter(layer, _SHOWING | _RANDOM)
+        return why if why is None else f"its forward has no graph, and {why}"
     for graph in graphs:
         either: set[fx.Node] = (
             set()
@@ -79,6 +88,10 @@ _VIEW_OR_COPY = {
 }  # fmt: skip
 
 
+# Names in code that has no graph.
+_SHOWING = _METHODS | _ATTRIBUTES | {v for v in _VIEW_OR_COPY if isinstance(v, str)}
+
+
 def _is_indifferent(node: fx.Node) -> bool:
     function: Any = node.target
     if function is builtins.getattr:
@@ -88,14 +101,6 @@ def _is_indifferent(node: fx.Node) -> bool:
     module = getattr(function, "__module__", None) or "torch"
     known = module.partition(".")[0] in _PACKAGES or module in _FUNCTIONS
     return known and getattr(function, "__name__", "") not in _METHODS
-
-
-# Of torch's, what draws a random number for each element, in the order in which they lie.
-_RANDOM_LAYERS = torch.nn.Dropout, torch.nn.AlphaDropout, torch.nn.RReLU
-_RANDOM = {
-    "alpha_dropout", "bernoulli", "bernoulli_", "dropout", "exponential_", "feature_alpha_dropout", "gumbel_softmax",
-    "normal_", "rand_like", "randint_like", "randn_like", "random_", "rrelu", "uniform_",
-}  # fmt: skip
 
 
 def draws(graphs: Mapping[int, Sequence[fx.Graph]]) -> bool:

@@ -4,6 +4,8 @@ import os
 
 # Before advdl_ops is imported: a test of kernels must never pass on the reference unnoticed.
 os.environ["ADVDL_OPS_REQUIRE_NATIVE"] = "1"
+# And before torch is: beside another worker (pytest-xdist) a thread that waits must leave its core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import sysconfig
 from collections.abc import Iterator

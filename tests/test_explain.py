@@ -47,7 +47,10 @@ def test_what_has_a_kernel_of_ours(layer: torch.nn.Module) -> None:
     ids=lambda layer: type(layer).__name__,
 )
 def test_what_torch_serves(layer: torch.nn.Module) -> None:
-    assert served_by(layer) == "oneDNN or torch's own"
+    own, _, few = served_by(layer).partition("; few pixels: ")
+    assert own == "oneDNN or torch's own"
+    dense = layer.groups == 1 and not isinstance(layer, torch.nn.ConvTranspose2d)
+    assert few.startswith("CPU C++ kernel") == dense
 
 
 def test_the_capability_is_told() -> None:

@@ -652,6 +652,30 @@ class Halves(stock.Module):
         return x.mul(0.5)
 
 
+class Fits(stock.Module):
+    """Control flow on sizes: no graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = stock.Conv2d(8, 8, 3, stride=2)
+        self.up = stock.ConvTranspose2d(8, 8, 2, stride=2)
+
+    def forward(self, x):
+        y = self.up(self.down(x))
+        rows, columns = x.size(2) - y.size(2), x.shape[3] - y.shape[3]
+        if rows or columns:
+            y = torch.nn.functional.pad(y, (0, columns, 0, rows))
+        return torch.cat([x, y], dim=1)[:, max(0, 4) : 12] * 2
+
+
+def branches(source):
+    """A layer whose forward has control flow on values, and then this."""
+    scope = {"torch": torch, "stock": stock, "F": torch.nn.functional, "same": same}
+    text = "".join(f"    {line}\n" for line in ("if x.sum() > 1e9: x = -x", *source.split("; ")))
+    exec(f"def forward(self, x):\n{text}    return x\n", scope)
+    return type("Branches", (stock.Module,), {"forward": scope["forward"], "helps": abs})()
+
+
 def formats_of_last(fast):
     seen = []
     fast.last.register_forward_pre_hook(
@@ -660,7 +684,9 @@ def formats_of_last(fast):
     return seen
 
 
-@pytest.mark.parametrize("between", [stock.Identity(), stock.ReLU(True), Halves(), ShiftsAll()])
+@pytest.mark.parametrize(
+    "between", [stock.Identity(), stock.ReLU(True), Halves(), ShiftsAll(), Fits(), branches("pass")]
+)
 def test_evaluation_in_channels_last(between):
     model = Chain(copy.deepcopy(between)).double().eval()
     twin, fast = copy.deepcopy(model), advdl_ops.optimize(model)
@@ -776,6 +802,32 @@ def test_dropout_of_vectors_or_none_does_not_forbid_channels_last():
     fast.between.eval()
     fast(X.float())
     assert seen == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("x = x.view(x.shape)", "uses view"),
+        ("x = x.flatten(1).unflatten(1, x.shape[1:])", "uses flatten"),
+        ("x = torch.reshape(x, x.shape)", "uses reshape"),
+        ("x = F.dropout(x, 0.0)", "uses dropout"),
+        ("x.add_(1)", "uses add_"),
+        ("x = F.relu(x, inplace=True)", "it may write what it is given"),
+        ("x += 1", "it may write what it is given"),
+        ("x[0] = 1", "it does a STORE_SUBSCR"),
+        ("self.y = 1", "it does a STORE_ATTR"),
+        ("self.helps(1)", "it calls its own helps"),
+        ("same(x, x)", "it calls same"),
+        ("print()", "it calls print"),
+        ("y = [v for v in x]", "it "),
+        ("import math", "it does a IMPORT_NAME"),
+    ],
+)
+def test_code_without_a_graph_that_forbids_channels_last(source, why):
+    fast = advdl_ops.optimize(Chain(branches(source)).eval())
+    assert f"between: its forward has no graph, and {why}" in str(advdl_ops.explain(fast)).replace(
+        "it uses", "uses"
+    )
 
 
 def test_hooks_forbid_channels_last():

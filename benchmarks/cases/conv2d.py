@@ -179,6 +179,9 @@ for _layout in LAYOUTS:
     # Where MobileNets halve the image, and where their images are small.
     add(Conv((16, 64, 112, 112), 64, stride=2, groups=64), _layout, epilogue=False, compile=False)
     add(Conv((16, 512, 14, 14), 512, groups=512), _layout, epilogue=False, compile=False)
+    # The last stages of a ResNet of small images: few pixels, large weights.
+    for _conv in (Conv((16, 512, 4, 4), 512), Conv((16, 256, 7, 7), 512, stride=2)):
+        add(_conv, _layout, epilogue=False, compile=False)
 
 # DeepLab: the dilated stages of its ResNet, and the branches of its pyramid (Chen et al. 2017, arXiv:1706.05587).
 DEEPLAB = (
