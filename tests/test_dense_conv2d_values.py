@@ -209,7 +209,10 @@ def test_errors():
 LAST = {"memory_format": torch.channels_last}
 SERVED = [
     # images, weight, stride, channels_last -> out, dx, dweight
-    ((16, 512, 4, 4), (512, 512, 3, 3), 1, False, (True, True, True)),
+    ((8, 512, 4, 4), (512, 512, 3, 3), 1, False, (True, True, True)),
+    ((16, 512, 4, 4), (512, 512, 3, 3), 1, False, (False, False, True)),
+    ((16, 512, 4, 4), (512, 512, 3, 3), 1, True, (True, True, True)),
+    ((200, 64, 1, 1), (64, 64, 1, 1), 1, False, (True, True, True)),
     ((4, 64, 8, 8), (64, 64, 3, 3), 1, True, (True, True, True)),
     ((4, 64, 8, 9), (64, 64, 3, 3), 1, True, (False, False, False)),
     ((4, 128, 8, 9), (128, 128, 3, 3), 1, True, (False, False, True)),

@@ -148,10 +148,11 @@ class Own(NamedTuple):
 _FEW_CHANNELS, _FEW_PIXELS, _MOST_TAPS = 32, 48, 64
 
 # Up to so many pixels of the output the kernel is faster: oneDNN orders the whole weight anew in every call, and its
-# gradient back, which the products of a few pixels do not outweigh; in channels_last more than in contiguous memory.
-# More of a strided gradient of x, for which oneDNN multiplies zeros, and of the gradient of a weight, unless it has
-# few channels. Measured: docs/performance.md.
-_PIXELS, _PIXELS_STRIDED, _PIXELS_DWEIGHT, _PIXELS_DWEIGHT_CONTIGUOUS = 256, 800, 800, 512
+# gradient back, which the products of a few pixels do not outweigh. More of a strided gradient of x, for which oneDNN
+# multiplies zeros, and of the gradient of a weight, unless it has few channels; fewer of contiguous images, which are
+# converted. Measured: docs/performance.md.
+_PIXELS, _PIXELS_CONTIGUOUS = 256, 128
+_PIXELS_STRIDED, _PIXELS_DWEIGHT, _PIXELS_DWEIGHT_CONTIGUOUS = 800, 800, 512
 _MANY_CHANNELS = 128
 # Of a dilation for which channels_last is chosen: oneDNN takes up to nine times as long for the gradient of the weight.
 _PIXELS_DWEIGHT_DILATED = 2048
@@ -172,14 +173,15 @@ def own_kernel(x: Tensor, weight: Tensor, conv: Conv) -> Own:
     pixels = n * height * width
     if pixels < _FEW_PIXELS or x.numel() == 0:
         return Own()
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
+    few = _PIXELS if is_last else _PIXELS_CONTIGUOUS
+    dx = few if max(conv.stride) == 1 else _PIXELS_STRIDED
     dweight = _PIXELS
     if max(conv.dilation) >= _LARGE_DILATION:
         dweight = _PIXELS_DWEIGHT_DILATED
     elif min(outputs, channels) >= _MANY_CHANNELS:
-        is_last = conv2d_format(x) == torch.channels_last
         dweight = _PIXELS_DWEIGHT if is_last else _PIXELS_DWEIGHT_CONTIGUOUS
-    dx = _PIXELS if max(conv.stride) == 1 else _PIXELS_STRIDED
-    return Own(pixels <= _PIXELS, pixels <= dx, pixels <= dweight)
+    return Own(pixels <= few, pixels <= dx, pixels <= dweight)
 
 
 # From this dilation on oneDNN's convolution is faster in channels_last, by more than the two conversions take; below,

@@ -75,16 +75,34 @@ struct PixelProduct {
   }
 };
 
+// Pixels in the order in which they lie: image, row and column.
+struct Pixel {
+  int64_t n, y, x;
+  int64_t height, width;
+
+  Pixel(int64_t index, int64_t height_, int64_t width_) : height(height_), width(width_) {
+    n = index / (height * width);
+    y = index / width % height;
+    x = index % width;
+  }
+  void next() {
+    if (++x < width) return;
+    x = 0;
+    if (++y < height) return;
+    y = 0, ++n;
+  }
+};
+
 // The pixels of one block: where they read of `from`.
 template <class A>
 class Block {
  public:
   Block(const PixelProduct<A>& p, int64_t first, int64_t rows) : p_(p), rows_(rows) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t pixel = first + i, image = pixel / (p.h.count * p.w.count);
-      y_[i] = pixel / p.w.count % p.h.count * p.h.stride;
-      x_[i] = pixel % p.w.count * p.w.stride;
-      at_[i] = ((image * p.height + y_[i]) * p.width + x_[i]) * p.depth;
+    Pixel pixel(first, p.h.count, p.w.count);
+    for (int64_t i = 0; i < rows; ++i, pixel.next()) {
+      y_[i] = pixel.y * p.h.stride;
+      x_[i] = pixel.x * p.w.stride;
+      at_[i] = ((pixel.n * p.height + y_[i]) * p.width + x_[i]) * p.depth;
     }
   }
 
@@ -152,12 +170,10 @@ void multiply_image(const PixelProduct<A>& p, Pack&& pack, Finish&& finish) {
                          t > 0 || k > 0);
         }
       }
-      for (int64_t i = 0; i < pixels; ++i) {
-        const int64_t pixel = first + i;
-        finish(pixel / (p.h.count * p.w.count),
-               p.h.first + pixel / p.w.count % p.h.count * p.h.step,
-               p.w.first + pixel % p.w.count * p.w.step, column, sums + i * kPanel<A>);
-      }
+      Pixel pixel(first, p.h.count, p.w.count);
+      for (int64_t i = 0; i < pixels; ++i, pixel.next())
+        finish(pixel.n, p.h.first + pixel.y * p.h.step, p.w.first + pixel.x * p.w.step, column,
+               sums + i * kPanel<A>);
       begin += count;
     }
   });
@@ -375,16 +391,14 @@ class TapReader {
         x_(x),
         zeros_(zeros),
         offset_h_(tap / s.w.kernel * s.h.dilation - s.h.padding),
-        offset_w_(tap % s.w.kernel * s.w.dilation - s.w.padding) {}
+        offset_w_(tap % s.w.kernel * s.w.dilation - s.w.padding),
+        pixel_(0, s.h.out, s.w.out) {}
 
   const A* next() {
-    const int64_t y = i_ * s_.h.stride + offset_h_, x = j_ * s_.w.stride + offset_w_;
+    const int64_t y = pixel_.y * s_.h.stride + offset_h_, x = pixel_.x * s_.w.stride + offset_w_;
     const bool inside = y >= 0 && y < s_.h.in && x >= 0 && x < s_.w.in;
-    const A* row = inside ? x_ + ((n_ * s_.h.in + y) * s_.w.in + x) * s_.c_in : zeros_;
-    if (++j_ == s_.w.out) {
-      j_ = 0;
-      if (++i_ == s_.h.out) i_ = 0, ++n_;
-    }
+    const A* row = inside ? x_ + ((pixel_.n * s_.h.in + y) * s_.w.in + x) * s_.c_in : zeros_;
+    pixel_.next();
     return row;
   }
 
@@ -392,7 +406,7 @@ class TapReader {
   const DenseConv2dShape& s_;
   const A *x_, *zeros_;
   int64_t offset_h_, offset_w_;
-  int64_t n_ = 0, i_ = 0, j_ = 0;
+  Pixel pixel_;
 };
 
 template <class A>
