@@ -1,4 +1,5 @@
-// What both layouts of the depthwise convolution share: parameters in the type of the arithmetic, and the epilogue.
+// What both layouts of the depthwise convolution share: parameters in the type of the arithmetic, and the epilogue, which is that
+// of the dense one as well.
 #pragma once
 
 #include "../common/depthwise_conv2d.h"
