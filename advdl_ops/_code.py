@@ -10,8 +10,8 @@ import builtins
 import dis
 import inspect
 import math
-from collections.abc import Collection, Iterator
-from types import CodeType, ModuleType
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -28,19 +28,19 @@ _BUILTINS = {
 _WRITING_KEYWORDS = {"inplace", "out"}
 
 
-def why_layout_may_matter(layer: torch.nn.Module, names: Collection[str]) -> str | None:
+def why_layout_may_matter(layer: torch.nn.Module, shows: Callable[[str], bool]) -> str | None:
     """Why the forward of ``layer`` may depend on a memory format; ``None``: it does not.
 
     Args:
-        names: of functions, methods and attributes that do.
+        shows: whether a function, method or attribute of this name does.
     """
     forward = type(layer).forward
     if "forward" in layer.__dict__ or not inspect.isfunction(forward):
         return "it was replaced"
-    return next(_reasons(layer, forward, names), None)
+    return next(_reasons(layer, forward, shows), None)
 
 
-def _reasons(layer: torch.nn.Module, forward: Any, names: Collection[str]) -> Iterator[str]:
+def _reasons(layer: torch.nn.Module, forward: Any, shows: Callable[[str], bool]) -> Iterator[str]:
     for constant in forward.__code__.co_consts:
         if isinstance(constant, CodeType):
             yield "it has functions of its own"
@@ -55,12 +55,12 @@ def _reasons(layer: torch.nn.Module, forward: Any, names: Collection[str]) -> It
         ):
             yield "it may write what it is given"
         if name == "LOAD_GLOBAL":
-            yield from _of_global(instruction.argval, forward.__globals__, names)
+            yield from _of_global(instruction.argval, forward.__globals__, shows)
         if name in ("LOAD_ATTR", "LOAD_METHOD"):
-            yield from _of_attribute(instruction.argval, layer, names)
+            yield from _of_attribute(instruction.argval, layer, shows)
 
 
-def _of_global(name: str, scope: dict[str, Any], names: Collection[str]) -> Iterator[str]:
+def _of_global(name: str, scope: dict[str, Any], shows: Callable[[str], bool]) -> Iterator[str]:
     value = scope.get(name, getattr(builtins, name, None))
     if isinstance(value, ModuleType):
         if value is not math and value.__name__.partition(".")[0] != "torch":
@@ -71,17 +71,42 @@ def _of_global(name: str, scope: dict[str, Any], names: Collection[str]) -> Iter
         if module == "builtins":
             known = own in _BUILTINS
         else:
-            known = module.partition(".")[0] == "torch" and not (own in names or own.endswith("_"))
+            known = (
+                module.partition(".")[0] == "torch"
+                and is_function(value)
+                and not (shows(own) or own.endswith("_"))
+            )
         if not known:
             yield f"it calls {name}"
     elif not isinstance(value, (bool, int, float, str, type(None))):
         yield f"it uses {name}"
 
 
-def _of_attribute(name: str, layer: torch.nn.Module, names: Collection[str]) -> Iterator[str]:
-    if name in names or name.endswith("_"):
+def _of_attribute(name: str, layer: torch.nn.Module, shows: Callable[[str], bool]) -> Iterator[str]:
+    if shows(name) or name.endswith("_"):
         yield f"it uses {name}"
-    elif hasattr(type(layer), name) and not hasattr(torch.nn.Module, name):
-        yield f"it calls its own {name}"
-    elif callable(layer.__dict__.get(name)):
-        yield f"it calls its {name}"
+    if name in layer._modules:
+        return
+    if any(hasattr(type(m), name) and not hasattr(torch.nn.Module, name) for m in layer.modules()):
+        yield f"it may call its own {name}"
+    if name in layer.__dict__:
+        if not _is_plain(layer.__dict__[name]):
+            yield f"it uses its {name}"
+    elif not any(hasattr(of, name) for of in (torch.Tensor, torch, torch.nn.functional, math)) and (
+        name not in layer._parameters and name not in layer._buffers and name != "nn"
+    ):
+        yield f"it uses {name}"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.Tensor))
+
+
+def is_function(value: Any) -> bool:
+    """Whether ``value`` is a function, and no user's operator or autograd function, which may name torch's modules."""
+    if not isinstance(value, (FunctionType, BuiltinFunctionType)):
+        return False
+    module = getattr(value, "__module__", None) or "torch"
+    return not module.startswith(("torch._ops", "torch._library", "torch.autograd", "torch.jit"))

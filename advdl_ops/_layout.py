@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import builtins
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ._code import why_layout_may_matter
+from ._code import is_function, why_layout_may_matter
 from ._effects import NEW_RESULTS, Effects, written_by
 from ._trace import is_torchs
 from .functional._norm import needs_grad
-from .functional.conv_bn_act import prefers_channels_last
+from .functional.conv_bn_act import in_channels_last, prefers_channels_last
 
 # What shows, or depends on, how a tensor lies in memory.
 _METHODS = {
     "as_strided", "data_ptr", "is_contiguous", "numpy", "resize_", "set_", "storage", "storage_offset",
-    "stride", "untyped_storage", "view", "view_as",
+    "stride", "untyped_storage", "view", "view_as", "view_as_complex",
 }  # fmt: skip
 _ATTRIBUTES = {"data", "layout", "H", "T", "mH", "mT"}
 _PACKAGES = {"torch", "advdl_ops", "operator", "_operator", "builtins", "math"}
@@ -29,10 +29,18 @@ _FUNCTIONS = {"torchvision.ops.stochastic_depth"}
 
 # Of torch's, what draws a random number for each element, in the order in which they lie.
 _RANDOM_LAYERS = torch.nn.Dropout, torch.nn.AlphaDropout, torch.nn.RReLU
-_RANDOM = {
-    "alpha_dropout", "bernoulli", "bernoulli_", "dropout", "exponential_", "feature_alpha_dropout", "gumbel_softmax",
-    "normal_", "rand_like", "randint_like", "randn_like", "random_", "rrelu", "uniform_",
-}  # fmt: skip
+_RANDOM = {"alpha_dropout", "dropout", "feature_alpha_dropout", "gumbel_softmax", "rrelu"}
+
+
+def _is_random(name: str) -> bool:
+    """Whether torch's function or method of this name draws random numbers, of elements or not."""
+    if name in _RANDOM:
+        return True
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(
+        torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags
+        for overload in packet.overloads()
+    )
 
 
 def why_not_inside(
@@ -50,21 +58,42 @@ def why_not_inside(
     """
     for name, layer in model.named_modules():
         why = None
-        if layer._forward_hooks or layer._forward_pre_hooks:
+        if _has_hooks(layer):
             why = "it has hooks"
-        elif id(layer) not in known and not is_torchs(layer):
-            why = _why_not(layer, graphs.get(id(layer)), effects)
+        elif id(layer) not in known and (id(layer) in graphs or not _is_plainly_torchs(layer)):
+            why = _why_not(layer, graphs, effects)
         if why is not None:
             return f"{name}: {why}" if name else why
     # It would write a copy.
     return "it may write what it is given" if effects.of(model).writes else None
 
 
+def _has_hooks(layer: torch.nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
+def _is_plainly_torchs(layer: torch.nn.Module) -> bool:
+    """Whether its forward, and what that may call of the layer, is one of torch's."""
+    if not is_torchs(layer):
+        return False
+    own = itertools.takewhile(
+        lambda kind: not kind.__module__.startswith("torch."), type(layer).__mro__
+    )
+    known = {"__init__", "extra_repr", "reset_parameters"}
+    return all(not callable(v) or name in known for kind in own for name, v in vars(kind).items())
+
+
 def _why_not(
-    layer: torch.nn.Module, graphs: Sequence[fx.Graph] | None, effects: Effects
+    layer: torch.nn.Module, all_graphs: Mapping[int, Sequence[fx.Graph]], effects: Effects
 ) -> str | None:
+    graphs = all_graphs.get(id(layer))
     if graphs is None:
-        why = why_layout_may_matter(layer, _SHOWING | _RANDOM)
+        why = why_layout_may_matter(layer, lambda name: name in _SHOWING or _is_random(name))
         return why if why is None else f"its forward has no graph, and {why}"
     for graph in graphs:
         either: set[fx.Node] = (
@@ -75,12 +104,29 @@ def _why_not(
                 return f"it calls {node.target}"
             if node.op == "call_function" and not _is_indifferent(node):
                 return f"it calls {getattr(node.target, '__name__', node.target)}"
+            if any(isinstance(a, torch.memory_format) for a in (*node.args, *node.kwargs.values())):
+                return "it names a memory format"
             if effects.writes(node, layer) and written_by(node) in either:
                 return "it writes what may be a view or a copy"
             of_either = not either.isdisjoint(node.all_input_nodes)
-            if node.target in _VIEW_OR_COPY or (of_either and node.target not in NEW_RESULTS):
+            if _makes_either(node, layer, all_graphs) or (
+                of_either and node.target not in NEW_RESULTS
+            ):
                 either.add(node)
     return None
+
+
+def _makes_either(
+    node: fx.Node, owner: torch.nn.Module, graphs: Mapping[int, Sequence[fx.Graph]]
+) -> bool:
+    """Whether it gives a view or a copy, by the memory format."""
+    if node.op != "call_module":
+        return node.target in _VIEW_OR_COPY
+    return any(
+        isinstance(layer, (torch.nn.Flatten, torch.nn.Unflatten))
+        or any(n.target in _VIEW_OR_COPY for g in graphs.get(id(layer), ()) for n in g.nodes)
+        for layer in owner.get_submodule(str(node.target)).modules()
+    )
 
 
 _VIEW_OR_COPY = {
@@ -89,7 +135,12 @@ _VIEW_OR_COPY = {
 
 
 # Names in code that has no graph.
-_SHOWING = _METHODS | _ATTRIBUTES | {v for v in _VIEW_OR_COPY if isinstance(v, str)}
+_SHOWING = (
+    _METHODS
+    | _ATTRIBUTES
+    | {v for v in _VIEW_OR_COPY if isinstance(v, str)}
+    | {"channels_last", "contiguous_format", "memory_format", "preserve_format"}
+)
 
 
 def _is_indifferent(node: fx.Node) -> bool:
@@ -99,34 +150,35 @@ def _is_indifferent(node: fx.Node) -> bool:
     if isinstance(function, type):
         return issubclass(function, (tuple, dict))
     module = getattr(function, "__module__", None) or "torch"
-    known = module.partition(".")[0] in _PACKAGES or module in _FUNCTIONS
-    return known and getattr(function, "__name__", "") not in _METHODS
-
-
-def draws(graphs: Mapping[int, Sequence[fx.Graph]]) -> bool:
-    """Whether a forward draws random numbers, which in another memory format would fall on other elements."""
-    nodes = (node for found in graphs.values() for graph in found for node in graph.nodes)
-    return any(
-        node.op in ("call_function", "call_method")
-        and getattr(node.target, "__name__", node.target) in _RANDOM
-        for node in nodes
+    if module in _FUNCTIONS:
+        return True
+    return (
+        module.partition(".")[0] in _PACKAGES
+        and is_function(function)
+        and getattr(function, "__name__", "") not in _METHODS
     )
 
 
-def _layers_draw(model: torch.nn.Module) -> bool:
-    """The same of its layers, now: a linear layer behind dropout shows that it gets no images."""
-    of_vectors = {
-        id(layer)
-        for parent in model.modules()
-        if type(parent) is torch.nn.Sequential
-        for layer, following in itertools.pairwise(parent)
-        if isinstance(following, torch.nn.Linear)
-    }
+def draws(graphs: Iterable[fx.Graph]) -> bool:
+    """Whether a forward draws random numbers, which in another memory format would fall on other elements."""
     return any(
-        isinstance(layer, _RANDOM_LAYERS)
-        and getattr(layer, "p", 1) > 0
-        and layer.training
-        and id(layer) not in of_vectors
+        node.op in ("call_function", "call_method")
+        and _is_random(getattr(node.target, "__name__", node.target))
+        # Dropout that is told not to.
+        and not ("dropout" in str(node.target) and _training(node) is False)
+        for graph in graphs
+        for node in graph.nodes
+    )
+
+
+def _training(node: fx.Node) -> Any:
+    return node.kwargs.get("training", node.args[2] if len(node.args) > 2 else None)
+
+
+def _layers_draw(model: torch.nn.Module) -> bool:
+    """The same of its layers, now."""
+    return any(
+        isinstance(layer, _RANDOM_LAYERS) and layer.training and getattr(layer, "p", 1) > 0
         for layer in model.modules()
     )
 
@@ -135,8 +187,6 @@ def in_fast_format(
     model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
 ) -> Any:
     """``call(model, ...)`` with images in channels_last where that is faster; what it returns is contiguous then."""
-    if model.training and _layers_draw(model):
-        return call(model, *args, **kwargs)
     return _converted(model, call, args, kwargs)
 
 
@@ -152,6 +202,8 @@ def evaluated_in_fast_format(
 def _converted(
     model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
 ) -> Any:
+    if _layers_draw(model):
+        return call(model, *args, **kwargs)
     # The first parameter stands for all: most often either all of them want gradients or none.
     parameter = next(model.parameters(), None)
     given: dict[int, Tensor] = {}  # by the id of what stands for it
@@ -161,7 +213,7 @@ def _converted(
             return value
         if not prefers_channels_last(value, model.training or needs_grad(value, parameter)):
             return value
-        converted = value.contiguous(memory_format=torch.channels_last)
+        converted = in_channels_last(value)
         given[id(converted)] = value
         return converted
 

@@ -94,9 +94,15 @@ def optimize(
         ):
             why = why_not_inside(model, counterparts.keys(), inner, effects)
             told = "channels_last on CPU, whatever it is given"
+            in_training, in_evaluation = (
+                draws(v.graph for found in graphs.values() for v in found if other not in v.guards)
+                for other in ("not self.training", "self.training")
+            )
+            if why is None and in_evaluation:
+                why = "it draws random numbers"
             if why is None:
-                through = evaluated_in_fast_format if draws(inner) else in_fast_format
-                if draws(inner):
+                through = evaluated_in_fast_format if in_training else in_fast_format
+                if in_training:
                     told += ", in evaluation: it draws random numbers"
             notes.setdefault(id(model), []).append(told if why is None else f"not in {told}: {why}")
         fusions = plan_fusions(model, parts, graphs)

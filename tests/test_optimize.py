@@ -670,7 +670,13 @@ class Fits(stock.Module):
 
 def branches(source):
     """A layer whose forward has control flow on values, and then this."""
-    scope = {"torch": torch, "stock": stock, "F": torch.nn.functional, "same": same}
+    scope = {
+        "torch": torch,
+        "stock": stock,
+        "users": torch.autograd.Function.apply,
+        "F": torch.nn.functional,
+        "same": same,
+    }
     text = "".join(f"    {line}\n" for line in ("if x.sum() > 1e9: x = -x", *source.split("; ")))
     exec(f"def forward(self, x):\n{text}    return x\n", scope)
     return type("Branches", (stock.Module,), {"forward": scope["forward"], "helps": abs})()
@@ -784,24 +790,99 @@ def test_random_numbers_fall_on_the_same_pixels(between):
     assert seen == [False, not isinstance(between, stock.RReLU)]
 
 
-class Classifier(Chain):
-    def __init__(self):
-        super().__init__(stock.Dropout(0.0))
-        self.head = stock.Sequential(stock.Dropout(), stock.Linear(8, 3))
-
-    def forward(self, x):
-        return self.head(self.last(self.between(self.first(x))).mean((2, 3)))
-
-
-def test_dropout_of_vectors_or_none_does_not_forbid_channels_last():
-    fast = advdl_ops.optimize(Classifier()).train()
+def test_dropout_that_does_nothing_does_not_forbid_channels_last():
+    fast = advdl_ops.optimize(Chain(stock.Dropout(0.0))).train()
     seen = formats_of_last(fast)
     fast(X.float())
     fast.between.p = 0.5
     fast(X.float())
     fast.between.eval()
     fast(X.float())
-    assert seen == [True, False, True]
+    fast.eval()
+    fast.between.train()
+    with torch.no_grad():
+        fast(X.float())
+    assert seen == [True, False, True, False]
+
+
+class Always(stock.Module):
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.5, True)
+
+
+class Geometric(stock.Module):
+    def forward(self, x):
+        return x * torch.zeros_like(x).geometric_(0.5)
+
+
+class Called(stock.Module):
+    """In an order that it names."""
+
+    def forward(self, x):
+        y = x.to(memory_format=torch.channels_last)
+        y.mul_(2)
+        return x + y
+
+
+class Rows(stock.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x.view(x.shape), weight, bias)
+
+
+@torch.library.custom_op("advdl_test::rows", mutates_args=())
+def rows(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@rows.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class UsersOperator(stock.Module):
+    def forward(self, x):
+        return torch.ops.advdl_test.rows(x)
+
+
+@pytest.mark.parametrize(
+    ("between", "why"),
+    [
+        (Always(), "it draws random numbers"),
+        (Noise().train(), None),
+        (Geometric(), "it draws random numbers"),
+        (Called(), "between: it names a memory format"),
+        (Rows(8, 8, 1), "between: "),
+        (UsersOperator(), "between: it calls "),
+        (
+            stock.Sequential(stock.Flatten(), stock.ReLU(True), stock.Unflatten(1, (8, 7, 6))),
+            "it writes",
+        ),
+    ],
+)
+def test_more_that_forbids_channels_last(between, why):
+    text = str(advdl_ops.explain(advdl_ops.optimize(Chain(between))))
+    if why is None:
+        assert "channels_last on CPU, whatever it is given, in evaluation: it draws" in text
+    else:
+        assert "not in channels_last on CPU, whatever it is given: " in text
+        assert why in text
+
+
+def test_backward_hooks_forbid_channels_last():
+    model = Chain(stock.Identity())
+    model.between.register_full_backward_hook(lambda *_: None)
+    assert "between: it has hooks" in str(advdl_ops.explain(advdl_ops.optimize(model)))
+
+
+def test_gradients_of_the_input_lie_as_it_does():
+    fast = advdl_ops.optimize(Chain(stock.ReLU())).train()
+    seen = formats_of_last(fast)
+    x = X.float().requires_grad_()
+    (gradient,) = torch.autograd.grad(fast(x)["x"].square().sum(), x, create_graph=True)
+    assert gradient.is_contiguous()
+    gradient.view(-1).square().sum().backward()
+    assert x.grad.is_contiguous()
+    assert seen == [True]
 
 
 @pytest.mark.parametrize(
@@ -816,7 +897,10 @@ def test_dropout_of_vectors_or_none_does_not_forbid_channels_last():
         ("x += 1", "it may write what it is given"),
         ("x[0] = 1", "it does a STORE_SUBSCR"),
         ("self.y = 1", "it does a STORE_ATTR"),
-        ("self.helps(1)", "it calls its own helps"),
+        ("self.helps(1)", "it may call its own helps"),
+        ("self.child.run(x)", "uses child"),
+        ("x.to(memory_format=torch.channels_last)", "uses channels_last"),
+        ("x = users(x)", "it calls users"),
         ("same(x, x)", "it calls same"),
         ("print()", "it calls print"),
         ("y = [v for v in x]", "it "),

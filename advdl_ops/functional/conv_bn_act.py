@@ -234,3 +234,11 @@ def prefers_channels_last(x: Tensor, trains: bool) -> bool:
     if not x.is_cpu or get_backend() != "fused" or transformed() or is_traced():
         return False
     return not trains or (x.dtype == torch.float32 and autocast_dtype(x) is None)
+
+
+def in_channels_last(x: Tensor) -> Tensor:
+    """``x`` ``[N, C, H, W]`` in channels_last, with a gradient as ``x`` lies."""
+    out = x.contiguous(memory_format=torch.channels_last)
+    if out is not x and out.requires_grad:
+        out.register_hook(lambda grad: grad.contiguous())
+    return out

@@ -14,7 +14,7 @@ from torch import Tensor
 from advdl_ops import nn
 from advdl_ops._schemas import conv2d_format
 from advdl_ops.functional._norm import needs_grad
-from advdl_ops.functional.conv_bn_act import prefers_channels_last
+from advdl_ops.functional.conv_bn_act import in_channels_last, prefers_channels_last
 from advdl_ops.models._weights import load_weights
 
 NormFactory = Callable[[int, str | None], torch.nn.Module]
@@ -92,7 +92,7 @@ def to_fast_format(model: torch.nn.Module, x: Tensor, also_trains: bool = True) 
     # The first parameter stands for all: most often either all of them want gradients or none.
     trains = model.training or needs_grad(x, next(model.parameters(), None))
     if (also_trains or not trains) and prefers_channels_last(x, trains):
-        return x.contiguous(memory_format=torch.channels_last)
+        return in_channels_last(x)
     return x
 
 
