@@ -109,11 +109,20 @@ def _why_not(
             if effects.writes(node, layer) and written_by(node) in either:
                 return "it writes what may be a view or a copy"
             of_either = not either.isdisjoint(node.all_input_nodes)
-            if _makes_either(node, layer, all_graphs) or (
-                of_either and node.target not in NEW_RESULTS
-            ):
+            made = _makes_either(node, layer, all_graphs) and not _takes_over(node, layer, effects)
+            if made or (of_either and node.target not in NEW_RESULTS):
                 either.add(node)
     return None
+
+
+def _takes_over(node: fx.Node, owner: torch.nn.Module, effects: Effects) -> bool:
+    """Whether what it is made of is memory of its own that nothing else reads, so that it may well be a view."""
+    source = node.all_input_nodes[0] if node.all_input_nodes else node
+    if len(source.users) != 1:
+        return False
+    if source.op == "call_module":
+        return not effects.of(owner.get_submodule(str(source.target))).returns
+    return source.target in NEW_RESULTS
 
 
 def _makes_either(

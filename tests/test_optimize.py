@@ -868,6 +868,33 @@ def test_more_that_forbids_channels_last(between, why):
         assert why in text
 
 
+class Head(Chain):
+    """As torchvision's EfficientNet: what is flattened is written, but nobody else reads it."""
+
+    def __init__(self, keeps):
+        super().__init__(stock.AdaptiveAvgPool2d(2))
+        self.keeps = keeps
+        self.head = stock.Sequential(stock.ReLU(inplace=True), stock.Linear(32, 3))
+
+    def forward(self, x):
+        x = self.between(self.last(self.first(x)))
+        out = self.head(torch.flatten(x, 1))
+        return out, x if self.keeps else None
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_writes_to_what_is_flattened(keeps):
+    model = Head(keeps).double().eval()
+    fast = advdl_ops.optimize(model)
+    forbidden = "it writes what may be a view or a copy" in str(advdl_ops.explain(fast))
+    assert forbidden == keeps
+    seen = formats_of_last(fast)
+    with torch.no_grad():
+        for a, b in zip(fast(X), model(X), strict=True):
+            assert a is b is None or torch.allclose(a, b, rtol=1e-12)
+    assert seen == [not keeps]
+
+
 def test_backward_hooks_forbid_channels_last():
     model = Chain(stock.Identity())
     model.between.register_full_backward_hook(lambda *_: None)
