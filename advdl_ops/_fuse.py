@@ -354,16 +354,19 @@ def _takes(layer: Any, act: Any) -> bool:
     return ours and not is_watched(layer) and (act is None or layer.act == IDENTITY)
 
 
-def is_watched(layer: torch.nn.Module) -> bool:
-    """Whether something else is to be called with it, or in place of its forward."""
+def has_hooks(layer: torch.nn.Module) -> bool:
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
-        or "_conv_forward" in layer.__dict__
     )
+
+
+def is_watched(layer: torch.nn.Module) -> bool:
+    """Whether something else is to be called with it, or in place of its forward."""
+    replaced = "forward" in layer.__dict__ or "_conv_forward" in layer.__dict__
+    return has_hooks(layer) or replaced
 
 
 def _fits(residual: Any, x: Tensor, first: Any) -> bool:

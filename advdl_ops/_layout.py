@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ._code import is_function, why_layout_may_matter
 from ._effects import NEW_RESULTS, Effects, written_by
+from ._fuse import has_hooks
 from ._trace import is_torchs
 from .functional._norm import needs_grad
 from .functional.conv_bn_act import in_channels_last, prefers_channels_last
@@ -58,7 +59,7 @@ def why_not_inside(
     """
     for name, layer in model.named_modules():
         why = None
-        if _has_hooks(layer):
+        if has_hooks(layer):
             why = "it has hooks"
         elif id(layer) not in known and (id(layer) in graphs or not _is_plainly_torchs(layer)):
             why = _why_not(layer, graphs, effects)
@@ -66,15 +67,6 @@ def why_not_inside(
             return f"{name}: {why}" if name else why
     # It would write a copy.
     return "it may write what it is given" if effects.of(model).writes else None
-
-
-def _has_hooks(layer: torch.nn.Module) -> bool:
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    )
 
 
 def _is_plainly_torchs(layer: torch.nn.Module) -> bool:
@@ -196,23 +188,6 @@ def in_fast_format(
     model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
 ) -> Any:
     """``call(model, ...)`` with images in channels_last where that is faster; what it returns is contiguous then."""
-    return _converted(model, call, args, kwargs)
-
-
-def evaluated_in_fast_format(
-    model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
-) -> Any:
-    """The same in evaluation alone."""
-    if model.training:
-        return call(model, *args, **kwargs)
-    return _converted(model, call, args, kwargs)
-
-
-def _converted(
-    model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
-) -> Any:
-    if _layers_draw(model):
-        return call(model, *args, **kwargs)
     # The first parameter stands for all: most often either all of them want gradients or none.
     parameter = next(model.parameters(), None)
     given: dict[int, Tensor] = {}  # by the id of what stands for it
@@ -220,7 +195,8 @@ def _converted(
     def convert(value: Any) -> Any:
         if not _is_contiguous_image(value):
             return value
-        if not prefers_channels_last(value, model.training or needs_grad(value, parameter)):
+        trains = model.training or needs_grad(value, parameter)
+        if not prefers_channels_last(value, trains) or _layers_draw(model):
             return value
         converted = in_channels_last(value)
         given[id(converted)] = value
@@ -236,6 +212,15 @@ def _converted(
         return given[id(value)] if id(value) in given else value.contiguous()
 
     return pytree.tree_map_only(Tensor, restore, out)
+
+
+def evaluated_in_fast_format(
+    model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
+) -> Any:
+    """The same in evaluation alone."""
+    if model.training:
+        return call(model, *args, **kwargs)
+    return in_fast_format(model, call, args, kwargs)
 
 
 def _is_contiguous_image(value: Any) -> bool:
