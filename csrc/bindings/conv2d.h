@@ -52,6 +52,17 @@ inline Tensor in_format(const Tensor& t, Layout layout) {
   return (is_last ? is_channels_last(t) : t.is_contiguous()) ? t : convert_layout(t, is_last);
 }
 
+// What holds of every convolution, before anything is read off these arguments.
+inline void check_conv2d(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
+                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                         const char* function) {
+  check(x.dim() == 4 && weight.dim() == 4, function, "x and weight must have 4 dimensions");
+  check(weight.scalar_type() == x.scalar_type() && weight.device() == x.device(), function,
+        "weight must have the dtype and device of x");
+  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, function,
+        "stride, padding and dilation must be of two numbers each");
+}
+
 inline Conv2dAxis axis(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
                        const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                        int i, const char* function) {

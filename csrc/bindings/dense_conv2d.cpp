@@ -18,13 +18,9 @@ constexpr int64_t kMostTaps = 64;
 DenseConv2dShape shape_of(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
                           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                           const char* function) {
-  check(x.dim() == 4 && weight.dim() == 4, function, "x and weight must have 4 dimensions");
+  check_conv2d(x, weight, stride, padding, dilation, function);
   check(weight.size(1) == x.size(1), function,
         "weight must be [C_out, C_in, kH, kW] with the channels of x");
-  check(weight.scalar_type() == x.scalar_type() && weight.device() == x.device(), function,
-        "weight must have the dtype and device of x");
-  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, function,
-        "stride, padding and dilation must be of two numbers each");
   DenseConv2dShape s;
   s.n = x.size(0);
   s.c_in = x.size(1);

@@ -32,13 +32,9 @@ DepthwiseConv2dShape shape_of(const Tensor& x, const Tensor& weight,
                               const std::vector<int64_t>& stride,
                               const std::vector<int64_t>& padding,
                               const std::vector<int64_t>& dilation, const char* function) {
-  check(x.dim() == 4 && weight.dim() == 4, function, "x and weight must have 4 dimensions");
+  check_conv2d(x, weight, stride, padding, dilation, function);
   check(weight.size(0) == x.size(1) && weight.size(1) == 1, function,
         "weight must be [C, 1, kH, kW] with the channels of x");
-  check(weight.scalar_type() == x.scalar_type() && weight.device() == x.device(), function,
-        "weight must have the dtype and device of x");
-  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, function,
-        "stride, padding and dilation must be of two numbers each");
   DepthwiseConv2dShape s;
   s.n = x.size(0);
   s.c = x.size(1);
