@@ -87,9 +87,10 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--all", action="store_true", help="every provider, not only advdl_ops")
 
     report = commands.add_parser(
-        "report", help="regenerate README.md and the plots of the results folder"
+        "report",
+        help="regenerate README.md and the plots of the results folder, and the figures of README.md and docs",
     )
-    report.add_argument("--no-plots", action="store_true", help="README.md only")
+    report.add_argument("--no-plots", action="store_true", help="the texts only")
     for command in (run, report):
         command.add_argument("--results", type=Path, default=environment.RESULTS, metavar="DIR")
     return top
@@ -125,9 +126,10 @@ def command_compare(arguments: argparse.Namespace) -> int:
 
 
 def command_report(arguments: argparse.Namespace) -> int:
-    from . import report
+    from . import figures, report
 
-    for path in report.report(arguments.results, with_plots=not arguments.no_plots):
+    written = report.report(arguments.results, with_plots=not arguments.no_plots)
+    for path in (*written, *figures.write(arguments.results)):
         print(f"wrote {path}")
     return 0
 

@@ -41,28 +41,41 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name()
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
 @functools.cache
 def commit() -> str:
     """Short hash of the checkout, with ``-dirty`` when a tracked source differs; else the version."""
 
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
     if IN_CHECKOUT:
         try:
-            changed = git(
+            changed = _git(
                 "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results"
             )
-            return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
+            return _git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
         except (OSError, subprocess.CalledProcessError):
             pass
     try:
         return importlib.metadata.version("advdl_ops")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+@functools.cache
+def commits_between(old: str, new: str) -> int:
+    """How many commits lead from one to the other; 0 where git does not know them."""
+    names = [name.removesuffix("-dirty") for name in (old, new)]
+    if not IN_CHECKOUT or names[0] == names[1]:
+        return 0
+    try:
+        return int(_git("rev-list", "--count", "..".join(names), "--"))
+    except (OSError, subprocess.CalledProcessError):
+        return 0
 
 
 @functools.cache

@@ -28,6 +28,22 @@ def _colors(providers: list[str]) -> dict[str, str]:
     return COLORS | {provider: OTHER[i % len(OTHER)] for i, provider in enumerate(others)}
 
 
+def title(suite: str, records: list[record.Record]) -> str:
+    """Suite, device, and the commit of what is shown; of several how many, the oldest and the newest."""
+    shown = sorted((item for item in records if item.metric not in record.NOT_TIMED), key=_time)
+    first, last = (shown or records)[0], (shown or records)[-1]
+    commits = dict.fromkeys(item.commit for item in shown)
+    text = f"{suite}: {last.device}, torch {last.torch}, "
+    if len(commits) < 2:
+        return text + f"{last.time[:10]}, {last.commit}"
+    oldest, newest = (f"{item.commit} of {item.time[:10]}" for item in (first, last))
+    return text + f"{len(commits)} commits, oldest {oldest}, newest {newest}"
+
+
+def _time(item: record.Record) -> str:
+    return item.time
+
+
 def draw(folder: Path, suite: str) -> Path:
     """Draw ``folder/<suite>.jsonl`` to ``folder/<suite>.png``."""
     matplotlib = require("matplotlib")
@@ -53,11 +69,7 @@ def draw(folder: Path, suite: str) -> Path:
     else:
         figure, bars = pyplot.subplots(figsize=(12, height + 0.6), layout="constrained")
     _speedups(bars, speedups, labels)
-    first = records[0]
-    figure.suptitle(
-        f"{suite}: {first.device}, torch {first.torch}, {first.time[:10]}, {first.commit}",
-        fontsize=10,
-    )
+    figure.suptitle(title(suite, records), fontsize=10)
     path = folder / f"{suite}.png"
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)

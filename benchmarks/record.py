@@ -21,6 +21,7 @@ OURS, OPTIMIZED, OURS_COMPILED, STOCK, STOCK_COMPILED, FLOOR = (
     "floor",
 )
 CHANNELS_LAST = " channels_last"
+NOT_TIMED = ("refused", "failed")  # metrics of providers without a time
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class Record:
     dtype: str
     layout: str
     shape: list[int]
-    metric: str  # time, speedup, over_stock, bandwidth, copy_share, throughput, matmul_share, held, peak, ...
+    # time, speedup, over_stock, bandwidth, copy_share, throughput, matmul_share, held, peak, ...; refused or failed
+    # of a provider that was not timed, with zeros for values.
+    metric: str
     unit: str
     p20: float
     p50: float
@@ -44,6 +47,7 @@ class Record:
     cuda: str | None
     commit: str
     time: str
+    why: str = ""  # why a provider was refused or failed
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -72,7 +76,7 @@ def to_json(record: Record) -> str:
 
 
 def from_dict(data: dict[str, Any]) -> Record:
-    missing = [name for name in FIELDS if name not in data]
+    missing = [name for name in FIELDS if name not in data and name != "why"]
     extra = sorted(set(data) - set(FIELDS))
     if missing or extra:
         raise ValueError(f"not a benchmark record: missing {missing}, unexpected {extra}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .extras import require
-from .record import OPTIMIZED, OURS, Record
+from .record import NOT_TIMED, OPTIMIZED, OURS, Record
 from .registry import Case
 
 WIDTH = 100
@@ -168,6 +168,9 @@ def case_table(name: str, items: Sequence[Record]) -> Any:
             cells.append(
                 ", ".join(megabytes(i.p50) if i else "-" for i in (held, peak)) if peak else ""
             )
+        for metric in NOT_TIMED:
+            if item := get(metric):
+                cells[1] += f", {metric}: {item.why}"
         if accuracy := get("accuracy"):
             cells[1] += f", accuracy {accuracy.p50:.2%}"
         if size := get("size"):

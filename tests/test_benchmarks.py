@@ -22,7 +22,6 @@ from benchmarks import (
     op_flow,
     record,
     registry,
-    report,
     runner,
     timing,
 )
@@ -323,44 +322,6 @@ def test_device_folders_have_plain_names() -> None:
         == "intel-xeon-processor-2-50ghz-2-cores"
     )
     assert record.slug("NVIDIA H200") == "nvidia-h200"
-
-
-def test_best_stock_is_the_fastest_stock_provider() -> None:
-    session, stream = tiny_session()
-    times = {"eager": [3.0], "torch.compile": [2.0], "advdl_ops": [1.0], "floor": [0.5]}
-    op_flow.report_times(session, "fwd", times)
-    items = [record.from_dict(e["record"]) for e in events(stream)]
-    best = report.best_stock(items, "fwd")
-    assert best is not None
-    assert (best.provider, best.p50) == ("torch.compile", 2.0)
-
-
-def test_the_report_tells_the_zoo_from_the_optimized_network() -> None:
-    session, stream = tiny_session()
-    times = {
-        "eager": [3.0],
-        "torch.compile channels_last": [2.0],
-        "advdl_ops": [1.0],
-        "advdl_ops channels_last": [0.5],
-        "advdl_ops optimize": [4.0],
-        "advdl_ops optimize + torch.compile": [0.1],
-    }
-    op_flow.report_times(session, "fwd", times, "advdl_ops channels_last")
-    before = [record.from_dict(e["record"]) for e in events(stream)]
-    # As networks were recorded before optimize competed.
-    assert report.summary([i for i in before if "optimize" not in i.provider]) == (
-        "fwd 4.00x (4.00-4.00) vs torch.compile channels_last"
-    )
-    model_flow.report_over_stock(session, "fwd", times)
-    items = [record.from_dict(e["record"]) for e in events(stream)]
-    assert report.summary(items) == (
-        "fwd 4.00x (4.00-4.00) vs torch.compile channels_last; "
-        "fwd optimize 0.50x (0.50-0.50) vs torch.compile channels_last"
-    )
-    # Without the zoo's.
-    assert report.summary([i for i in items if not i.provider.startswith("advdl_ops")]) == "-"
-    alone = [i for i in items if i.provider not in ("advdl_ops", "advdl_ops channels_last")]
-    assert report.summary(alone).startswith("fwd optimize 0.50x")
 
 
 def test_a_case_without_its_peer_is_left_out(monkeypatch: Any, capsys: Any) -> None:

@@ -99,7 +99,7 @@ def test_records_have_the_fields_of_the_design(measured: Path) -> None:
         *("device", "torch", "triton", "cuda", "commit", "time"),
     }
     data = json.loads((measured / "once.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert set(data) == fields | {"case", "suite"}
+    assert set(data) == fields | {"case", "suite", "why"}
     providers = {item.provider for item in records if item.metric == "time"}
     assert providers == {"eager", "advdl_ops", "floor"}
     for mode in ("fwd", "bwd", "full"):

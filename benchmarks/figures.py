@@ -1,0 +1,287 @@
+"""The figures in README.md and docs/performance.md: blocks made from the records of one commit per machine."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import environment, record, registry, report, table, targets
+from .record import Record
+from .registry import Case
+from .targets import Row
+
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+FILES = ("README.md", "docs/performance.md")
+SLOWER = 0.97
+
+# Title and the names of its cases; a case belongs to the first that matches. Networks stand in two rows each.
+FAMILIES = (
+    ("batch norm + activation", r"batch_norm_(?!add)"),
+    ("batch norm + addition + activation", r"batch_norm_add"),
+    ("group norm", r"group_norm"),
+    ("instance norm", r"instance_norm"),
+    ("layer norm 2d", r"layer_norm_2d"),
+    ("LSTM cell", r"lstm_cell/"),
+    ("LSTM", r"lstm/"),
+    ("LSTM with lengths", r"lstm_lengths/"),
+    ("depthwise convolution", r"conv2d_depthwise"),
+    ("dilated dense convolution", r"conv2d_\w+_d\d"),
+    ("other dense convolution", r"conv2d_"),
+    ("cost of one call", r"overhead/"),
+    ("network, training", r"models/\w+/train/"),
+    ("network, inference", r"models/\w+/inference/"),
+    ("other", r""),
+)
+HELD = "bytes held for backward"
+
+
+@dataclass(frozen=True)
+class Machine:
+    kind: str
+    folder: str
+    device: str
+    commit: str
+    records: list[Record]  # of that commit
+
+    @property
+    def cases(self) -> dict[str, list[Record]]:
+        found: dict[str, list[Record]] = {}
+        for item in self.records:
+            found.setdefault(item.case, []).append(item)
+        return found
+
+    @property
+    def text(self) -> str:
+        last = max(self.records, key=lambda i: i.time)
+        return f"{self.device}; commit `{self.commit}`, {last.time[:10]}, torch {last.torch}"
+
+
+def machines(results: Path) -> list[Machine]:
+    """The machine with AVX-512, the one with AVX2 and the GPU that were measured last, at their newest commits.
+
+    `quick` counts for none of them: it compiles nothing, and `make bench` stores it on any machine.
+    """
+    newest: dict[str, Machine] = {}
+    for folder, items in report.load(results).items():
+        items = [i for i in items if i.suite != "quick"]
+        if not items:
+            continue
+        last = max(items, key=lambda i: i.time)
+        kind = "CUDA" if last.case.endswith("/cuda") else last.device.rsplit(", ", 1)[-1]
+        own = [i for i in items if i.commit == last.commit]
+        if kind not in newest or _time(newest[kind].records) < _time(own):
+            newest[kind] = Machine(kind, folder, last.device, last.commit, own)
+    return [newest[kind] for kind in ("AVX512", "AVX2", "CUDA") if kind in newest]
+
+
+def _time(items: list[Record]) -> str:
+    return max(i.time for i in items)
+
+
+def registered(kind: str) -> list[Case]:
+    """The cases that a machine can be asked for; `quick` alone is not."""
+    device = "cuda" if kind == "CUDA" else "cpu"
+    cases = registry.select(device=device, opted_in=("build",))
+    return [case for case in cases if set(case.suites) != {"quick"}]
+
+
+def family(case: Case) -> str:
+    name = ("models/" if case.suites == ("models",) else "") + case.name
+    return next(title for title, pattern in FAMILIES if re.match(pattern, name))
+
+
+def rows(case: Case, machine: Machine) -> list[Row]:
+    every_mode = case.name.startswith("overhead/")
+    return targets.rows(case.name, machine.cases.get(case.name, []), every_mode)
+
+
+def name(row: Row, *more: str) -> str:
+    case = row.case.removesuffix("/cpu").removesuffix("/float32")
+    mode = row.mode if row.mode != case else ""  # the import, the build
+    return f"`{' '.join(filter(None, (case, mode, row.label, *more)))}`"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One ratio, of times or of bytes held."""
+
+    title: str
+    name: str
+    value: float
+    spread: str
+    stock: str
+
+
+def figures(machine: Machine) -> Iterator[Figure]:
+    for case in registered(machine.kind):
+        for row in rows(case, machine):
+            by = f", {row.label}" if row.label else ""
+            if row.ratio is not None:
+                shown = report.spread(row.ratio)
+                yield Figure(family(case) + by, name(row), row.ratio.p50, shown, row.stock or "-")
+            if least := targets.held(row):
+                stock, value = least
+                yield Figure(HELD, name(row, "bytes"), value, f"{table.ratio(value)}x", stock)
+
+
+def both(title: str) -> list[str]:
+    return [f"{title}, {label}" for label in ("zoo", "optimize()")]
+
+
+def titles(kind: str) -> list[str]:
+    """Every family that has cases, in order; of networks the zoo's and the optimized apart."""
+    present = {family(case) for case in registered(kind)}
+    present.discard("other")  # the import and the build have no stock to compare with
+    found = []
+    for title in (title for title, _ in FAMILIES if title in present):
+        found += both(title) if title.startswith("network") else [title]
+    return [*found, HELD]
+
+
+def unmeasured(machine: Machine) -> list[Case]:
+    return [case for case in registered(machine.kind) if case.name not in machine.cases]
+
+
+def cell(title: str, machine: Machine, found: list[Figure]) -> str:
+    """Median, best and worst of a family."""
+    own = sorted((f for f in found if f.title == title), key=lambda f: f.value)
+    if not own:
+        return "not measured at this commit"
+    below = sum(f.value < 1 for f in own)
+    middle = table.ratio(statistics.median(f.value for f in own))
+    ends = (("best", own[-1]), ("worst", own[0])) if len(own) > 1 else (("the only row", own[0]),)
+    parts = [
+        f"median {middle}x of {len(own)} rows, {below} below 1",
+        *(f"{which} {table.ratio(f.value)}x {f.name}" for which, f in ends),
+    ]
+    missing = [c for c in unmeasured(machine) if title in (family(c), *both(family(c)))]
+    if missing:
+        parts.append(f"cases not measured at this commit: {len(missing)}")
+    return "<br>".join(parts)
+
+
+def grid(head: list[str], lines: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+
+
+def heading(found: list[Machine]) -> list[str]:
+    """The machines, and a digest by which any change of a record is noticed."""
+    records = "".join(record.to_json(i) + "\n" for machine in found for i in machine.records)
+    lines = [f"<!-- records: {hashlib.sha256(records.encode()).hexdigest()[:16]} -->"]
+    lines += [f"- {machine.kind}: {machine.text}" for machine in found]
+    kinds = {machine.kind for machine in found}
+    return lines + [f"- {k}: not measured" for k in ("AVX512", "AVX2", "CUDA") if k not in kinds]
+
+
+def readme_block(results: Path) -> list[str]:
+    found = machines(results)
+    shown = {machine.kind: list(figures(machine)) for machine in found}
+    lines = [
+        "Time of the fastest stock provider of the same run (eager or `torch.compile`) over that of `advdl_ops`:",
+        "above 1 `advdl_ops` is faster. Of what trains it is the time of forward and backward (`full`); of bytes",
+        "the fewest that a stock provider holds over those of ours.",
+        "",
+        *heading(found),
+        "",
+    ]
+    families = dict.fromkeys(title for kind in ("AVX512", *shown) for title in titles(kind))
+    lines += grid(
+        ["", *(machine.kind for machine in found)],
+        [
+            [title, *(cell(title, machine, shown[machine.kind]) for machine in found)]
+            for title in families
+        ],
+    )
+    lines.append("")
+    for machine in found:
+        slower = sum(f.value < SLOWER for f in shown[machine.kind])
+        lines.append(
+            f"On {machine.kind} {slower} of {len(shown[machine.kind])} rows are below {SLOWER}:"
+            " [docs/performance.md](docs/performance.md) names each."
+        )
+    plots = [f"{machine.folder}/ops.png" for machine in found]
+    plots = [plot for plot in plots if (results / plot).exists()][:1]
+    lines += [
+        f"\n![time of each provider over that of advdl_ops](benchmarks/results/{plot})"
+        for plot in plots
+    ]
+    return lines
+
+
+def target_rows(machine: Machine) -> Iterator[list[str]]:
+    for case in registered(machine.kind):
+        if not case.target:
+            continue
+        for row in rows(case, machine):
+            ratio = report.spread(row.ratio) if row.ratio else "-"
+            verdicts = "; ".join(targets.verdicts(case.target, row))
+            yield [name(row), machine.kind, ratio, row.stock or "-", verdicts]
+
+
+def performance_block(results: Path) -> list[str]:
+    found = machines(results)
+    lines = [*heading(found), "", "Every row with a target:", ""]
+    lines += grid(
+        ["case and mode", "machine", "ratio (p20-p80)", "fastest stock", "target: value"],
+        [line for machine in found if machine.kind != "CUDA" for line in target_rows(machine)],
+    )
+    for machine in found:
+        if missing := [f"`{case.name}`" for case in unmeasured(machine) if case.target]:
+            said = f"With a target, not measured at this commit on {machine.kind}: "
+            lines += ["", said + ", ".join(missing) + "."]
+    lines += ["", f"Every row below {SLOWER}, with a target or without:", ""]
+    lines += grid(
+        ["case and mode", "machine", "ratio (p20-p80)", "fastest stock"],
+        [
+            [figure.name, machine.kind, figure.spread, figure.stock]
+            for machine in found
+            for figure in figures(machine)
+            if figure.value < SLOWER
+        ],
+    )
+    refused = [
+        f"- {machine.kind}, `{case}`: {text}"
+        for machine in found
+        for case, items in machine.cases.items()
+        for text in report.refusals(items)
+    ]
+    if refused:
+        lines += [
+            "",
+            "Providers that gave wrong values or raised, and so have no time:",
+            "",
+            *refused,
+        ]
+    return lines
+
+
+def texts(results: Path, root: Path) -> Iterator[tuple[Path, str, str]]:
+    """Each file with a block, its text as it is and as the records make it."""
+    for file, make in zip(FILES, (readme_block, performance_block), strict=True):
+        text = (root / file).read_text(encoding="utf-8")
+        before, begin, rest = text.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not end:
+            raise ValueError(f"benchmarks: {root / file} has no block {BEGIN} ... {END}")
+        block = "\n".join(make(results))
+        yield root / file, text, f"{before}{begin}\n{block}\n{end}{after}"
+
+
+def outdated(results: Path, root: Path) -> list[Path]:
+    """The files whose blocks are not what the records make."""
+    return [path for path, old, new in texts(results, root) if old != new]
+
+
+def write(results: Path) -> list[Path]:
+    """Make the blocks anew; only from the results that belong to a checkout."""
+    if not environment.IN_CHECKOUT or results.resolve() != environment.RESULTS.resolve():
+        return []
+    written = []
+    for path, _, new in texts(results, environment.ROOT):
+        path.write_text(new, encoding="utf-8")
+        written.append(path)
+    return written
