@@ -55,7 +55,8 @@ def commit() -> str:
     if IN_CHECKOUT:
         try:
             changed = _git(
-                "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results"
+                *("status", "--porcelain", "--untracked-files=no", "--"),
+                *(":!benchmarks/results", ":!README.md", ":!docs"),  # what `report` writes
             )
             return _git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
         except (OSError, subprocess.CalledProcessError):

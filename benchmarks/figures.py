@@ -153,11 +153,13 @@ def cell(title: str, machine: Machine, found: list[Figure]) -> str:
         return "not measured at this commit"
     below = sum(f.value < 1 for f in own)
     middle = table.ratio(statistics.median(f.value for f in own))
-    ends = (("best", own[-1]), ("worst", own[0])) if len(own) > 1 else (("the only row", own[0]),)
     parts = [
         f"median {middle}x of {len(own)} rows, {below} below 1",
-        *(f"{which} {table.ratio(f.value)}x {f.name}" for which, f in ends),
+        f"best {table.ratio(own[-1].value)}x {own[-1].name}",
+        f"worst {table.ratio(own[0].value)}x {own[0].name}",
     ]
+    if len(own) == 1:
+        parts = [f"{middle}x {own[0].name}, the only row"]
     missing = [c for c in unmeasured(machine) if title in (family(c), *both(family(c)))]
     if missing:
         parts.append(f"cases not measured at this commit: {len(missing)}")

@@ -125,6 +125,15 @@ def test_a_family_shows_its_best_its_worst_and_its_median(tmp_path: Path) -> Non
     best, worst = (f"`{name.removesuffix('/float32/cpu')} full`" for name in (names[1], names[0]))
     assert f"median 2.00x of 3 rows, 1 below 1<br>best 4.00x {best}<br>worst 0.90x {worst}" in row
     assert f"cases not measured at this commit: {len(names) - 3} |" in row
+    only = next(c.name for c in figures.registered("AVX512") if c.name.startswith("lstm_cell/"))
+    store(tmp_path, made(only, eager=2.0, advdl_ops=1.0))
+    rows = figures.readme_block(tmp_path)
+    assert any(
+        r.startswith(
+            f"| LSTM cell | 2.00x `{only.removesuffix('/float32/cpu')} full`, the only row"
+        )
+        for r in rows
+    )
     assert "| instance norm | not measured at this commit |" in block
     assert "On AVX512 1 of 3 rows are below 0.97" in block
     assert "- AVX2: not measured\n- CUDA: not measured" in block
@@ -138,7 +147,8 @@ def test_only_one_commit_of_one_machine_of_a_kind_counts(tmp_path: Path) -> None
     second = made(ROW.replace("contiguous", "channels_last"), eager=5.0, advdl_ops=1.0)
     newer = changed(second, commit="bbbbbbbbbb", time="2026-01-03T00:00:00")
     other = changed(first, device="B CPU, 2 cores, AVX512", time="2026-01-01T00:00:00")
-    quick = changed(first, suite="quick", commit="cccccccccc", time="2026-01-04T00:00:00")
+    quick = made(ROW.replace("relu", "add_relu"), eager=9.0, advdl_ops=1.0)
+    quick = changed(quick, suite="quick", commit="cccccccccc", time="2026-01-04T00:00:00")
     held_to_avx2 = changed(first, device="A CPU, 2 cores, AVX2")
     store(tmp_path, [*first, *newer, *other, *quick, *held_to_avx2])
     found = figures.machines(tmp_path)
