@@ -100,14 +100,14 @@ def _verdict(part: str, mode: str, row: Row) -> str | None:
 
 def _against(row: Row, mode: str, wanted: Callable[[str], bool]) -> float | None:
     """Ours over the fastest of some stock providers."""
-    if mode == row.mode and wanted is is_stock:
-        return row.ratio.p50 if row.ratio else None
     times = {i.provider: i.p50 for i in row.items if (i.mode, i.metric) == (mode, "time")}
     rival = min(filter(wanted, times), key=lambda name: times[name], default=None)
     if rival is None or row.ours not in times:
         return None
     taken = {i.provider: i.p50 for i in row.items if (i.mode, i.metric) == (mode, "speedup")}
-    # Of networks the ratios of rounds are those over one of ours only: that of the medians must do.
+    if mode == row.mode and rival == row.stock and row.ratio:
+        return row.ratio.p50
+    # Of networks the ratios of rounds over other stock are those of one of ours only: that of the medians must do.
     return taken[rival] if rival in taken and not row.label else times[rival] / times[row.ours]
 
 
