@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -186,31 +187,51 @@ def _run(module: torch.nn.Module, inputs: tuple[Any, ...], default: torch.device
     """Runs a copy without gradients. Returns what served each layer on the CPU: by its name, of pairs by their note."""
     found: dict[Any, dict[str, None]] = {}
     ran = _without_hooks(copy.deepcopy(module))
+    copies = dict(ran.named_modules())
+    originals = {id(copies[name]): (name, layer) for name, layer in module.named_modules()}
 
-    # They stand before the layers, and what they tell is of the originals: a hook between two layers parts them.
-    def tell(key: Any, of: Callable[..., str | None], on: torch.nn.Module) -> None:
-        def hook(_: torch.nn.Module, args: Any, kwargs: Any) -> None:
+    # The hooks part layers that are joined otherwise: what they tell is of the originals.
+    def tell(key: Any, of: Callable[..., str | None], name: str) -> None:
+        def hook(on: torch.nn.Module, args: Any, kwargs: Any) -> None:
             text = of(*args, **kwargs)
+            norm, residual = _joined_norm(on)
+            if text is not None and key == name and norm is not None and args:
+                behind, bn = originals[id(norm)]
+                pair = _served.of_pair(originals[id(on)][1], bn, args[0], residual)
+                text += "" if pair == _served.TWO_LAYERS else f"; with {behind} {pair}"
             if text is not None:
                 found.setdefault(key, {})[text] = None
 
-        on.register_forward_pre_hook(hook, with_kwargs=True)
+        copies[name].register_forward_pre_hook(hook, with_kwargs=True)
 
-    copies = dict(ran.named_modules())
     if not any(_is_compiled(layer) for layer in copies.values()):
-        for name, layer in module.named_modules():
+        for name, layer in originals.values():
             device = _device(layer) or default
             if isinstance(layer, _OURS) and device.type == "cpu" and not _why_reference(device):
-                tell(name, functools.partial(_served.of_call, layer), copies[name])
-        names = {id(layer): name for name, layer in module.named_modules()}
+                tell(name, functools.partial(_served.of_call, layer), name)
+        names = {id(layer): name for name, layer in originals.values()}
         for owner, at, conv, bn in _fused_pairs(module):
             if _device(conv) == torch.device("cpu"):
-                of_pair = functools.partial(_served.of_pair, conv, bn)
-                tell((owner, at), of_pair, copies[names[id(conv)]])
+                tell((owner, at), functools.partial(_served.of_pair, conv, bn), names[id(conv)])
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices), torch.no_grad():
         ran(*inputs)
     return {key: "; in another call ".join(texts) for key, texts in found.items()}
+
+
+def _joined_norm(conv: torch.nn.Module) -> tuple[torch.nn.Module | None, Tensor | None]:
+    """Norm and residual of the :func:`.nn.conv_bn_act` that calls this layer, which perhaps only our hook makes it do.
+
+    A ``ConvBNAct`` has a row of its own for that.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is nn.conv_bn_act.__code__ and frame.f_locals["conv"] is conv:
+            if frame.f_back is not None and frame.f_back.f_code is nn.ConvBNAct.forward.__code__:
+                break
+            return frame.f_locals["bn"], frame.f_locals["residual"]
+    return None, None
 
 
 def _is_compiled(layer: torch.nn.Module) -> bool:
@@ -256,12 +277,10 @@ def _layer(
         joined = tuple(c for c in _choices_of(layer.conv, device) if c.key.op == WITH_NORM)
         names = sorted({choice.chosen for choice in joined})
         training = _names(names, joined) if joined else _served.TWO_LAYERS
-        if _served.of_pair(layer.conv, layer.bn) != _served.TWO_LAYERS:
-            training += (
-                "; in evaluation without gradients one operator, the norm in the convolution's "
-                "epilogue"
-            )
-        return Layer(name, kind, f"in training {training}", joined)
+        evaluation = " " + _served.TWO_LAYERS
+        if _served.folds_any(layer.conv, layer.bn):
+            evaluation = " without gradients one operator, the norm in the convolution's epilogue"
+        return Layer(name, kind, f"in training {training}; in evaluation{evaluation}", joined)
     if isinstance(layer, _RECURRENT):
         return Layer(name, kind, "CUDA C++ kernels, matrix products by torch's own")
     if not isinstance(layer, _CONVOLUTIONS):
@@ -273,6 +292,8 @@ def _measured_layer(name: str, layer: Any, device: torch.device) -> Layer:
     kind = type(layer).__name__
     if layer.weight.dtype == torch.float64:
         return Layer(name, kind, "cuDNN or torch's own (fp64)")
+    if isinstance(layer, nn.ConvTranspose2d) and not _served.is_gradient(layer):
+        return Layer(name, kind, "cuDNN or torch's own")
     choices = _choices_of(layer, device)
     if not choices:
         return Layer(name, kind, _NOT_MEASURED)

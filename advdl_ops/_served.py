@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .functional._conv2d_cpu import (
 )
 from .functional.conv2d import _is_depthwise, _torch_derives_as_well, prepared
 from .functional.conv_bn_act import result_dtype
-from .functional.conv_transpose2d import Options, _has_own_operators
+from .functional.conv_transpose2d import Options, _has_own_operators, _is_gradient
 from .nn.conv2d import padded_input
 from .nn.conv_bn_act import _SHORT_ROW, _packing_pays, _packs, _padded, evaluates_as_one
 
@@ -46,8 +46,7 @@ def of_layer(layer: torch.nn.Module) -> str:
     if isinstance(layer, nn.ConvBNAct):
         return of_pair(layer.conv, layer.bn)
     if isinstance(layer, nn.ConvTranspose2d):
-        # Of a size that any kernel and padding leave something of.
-        x = torch.empty(1, layer.in_channels, 1024, 1024, device="meta")
+        x = _large(layer)
         return own() if _is_own_transposed(layer, x, layer.output_padding) else EITHER
     if isinstance(layer, nn.Conv2d):
         return _of_convolution(layer)
@@ -66,8 +65,13 @@ def of_call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> str | None:
         if isinstance(layer, nn.ConvBNAct):
             return of_pair(layer.conv, layer.bn, x, residual)
         parts = _parts(x, layer, residual)
-        forward = parts.pop("forward")
-        return "; ".join([forward, *(f"{n} {by}" for n, by in parts.items() if by != forward)])
+        further = {"under gradients": parts.derived}
+        if parts.dx == parts.dweight:
+            further["gradients"] = parts.dx
+        else:
+            further |= {"gradient of x": parts.dx, "gradient of the weight": parts.dweight}
+        differing = [f"{name} {by}" for name, by in further.items() if by != parts.forward]
+        return "; ".join([parts.forward, *differing])
     return _of_other(layer)
 
 
@@ -78,21 +82,36 @@ def of_pair(
     residual: Tensor | None = None,
 ) -> str:
     """Of :func:`.nn.conv_bn_act`, for an ``x`` if one is given."""
+    if not (folds_any(conv, bn) if x is None else _folds(conv, bn, x, residual)):
+        return TWO_LAYERS
+    with torch.no_grad():
+        return f"in training {TWO_LAYERS}; {_FOLDED}: {_of_folded(conv, x)}"
+
+
+def folds_any(conv: torch.nn.Module, bn: torch.nn.Module) -> bool:
+    """Whether in evaluation the norm becomes part of the convolution, of an input in the weight's dtype."""
     if not isinstance(conv, torch.nn.Conv2d) or not isinstance(bn, nn.BatchNormAct2d):
-        return TWO_LAYERS  # something else was put in the place of one
-    any_x = x is None
-    if x is None:
-        side = max(_extent(conv)) + max(conv._reversed_padding_repeated_twice)
-        x = conv.weight.new_empty(1, conv.in_channels, side, side)
+        return False  # something else was put in the place of one
+    return _folds(conv, bn, _smallest(conv), None)
+
+
+def _folds(
+    conv: torch.nn.Conv2d, bn: nn.BatchNormAct2d, x: Tensor, residual: Tensor | None
+) -> bool:
     source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
     with torch.no_grad():
-        if not evaluates_as_one(conv, bn, x, residual, source):
-            return TWO_LAYERS
-        return f"in training {TWO_LAYERS}; {_FOLDED}: {_of_folded(conv, x, any_x)}"
+        return evaluates_as_one(conv, bn, x, residual, source)
 
 
-def _of_folded(conv: torch.nn.Conv2d, x: Tensor, any_x: bool) -> str:
-    x, options = _padded(conv, x)
+def _smallest(conv: torch.nn.Conv2d) -> Tensor:
+    """An input that every kernel and mode of padding takes."""
+    side = max(_extent(conv)) + max(conv._reversed_padding_repeated_twice)
+    return conv.weight.new_empty(1, conv.in_channels, side, side)
+
+
+def _of_folded(conv: torch.nn.Conv2d, given: Tensor | None) -> str:
+    any_x = given is None
+    x, options = _padded(conv, _smallest(conv) if given is None else given)
     if any_x and _is_depthwise(x, conv.weight, conv.groups):
         narrow = conv.weight.new_empty(1, conv.in_channels, 2, 1)
         width = _SHORT_ROW * pair(conv.stride)[1]
@@ -106,7 +125,7 @@ def _of_folded(conv: torch.nn.Conv2d, x: Tensor, any_x: bool) -> str:
         return ONEDNN if _packing_pays(x, conv.weight) else by_torch
     if not _library.native("cpu"):
         return f"the reference, in plain PyTorch: {_library.status().get('cpu')}"
-    return _of_convolution(conv) if any_x else _parts(x, conv, None, options.padding)["forward"]
+    return _of_convolution(conv) if any_x else _parts(x, conv, None, options.padding).forward
 
 
 def _of_other(layer: torch.nn.Module) -> str:
@@ -118,10 +137,18 @@ def _of_other(layer: torch.nn.Module) -> str:
 # ---- convolution ----
 
 
+class _Parts(NamedTuple):
+    """What serves the forward pass without and under gradients, and what each gradient."""
+
+    forward: str
+    derived: str
+    dx: str
+    dweight: str
+
+
 def _parts(
     x: Tensor, layer: torch.nn.Conv2d, residual: Tensor | None, padding: Any = None
-) -> dict[str, str]:
-    """What serves the forward pass without and under gradients, and what each gradient."""
+) -> _Parts:
     if padding is None:
         x, padding = padded_input(layer, x)
     x, weight, _, options = prepared(
@@ -129,7 +156,7 @@ def _parts(
         layer.stride, padding, layer.dilation, layer.groups,
     )  # fmt: skip
     if _is_depthwise(x, weight, layer.groups):
-        return {"forward": own()}
+        return _Parts(*[own()] * 4)
     conv = Conv(*options[:4])
     inside = convert(x, compute_format(x, conv.dilation))
     by_torch = _by_torch(inside, weight, conv)
@@ -138,23 +165,23 @@ def _parts(
         forward = own()
     derived = _torch_derives_as_well(x, weight, None, None, residual, options)
     _, dx, dweight = own_kernel(x, weight, conv)
-    return {
-        "forward": forward,
-        "under gradients": by_torch if derived else forward,
-        "gradient of x": own() if dx else by_torch,
-        "gradient of the weight": own() if dweight else by_torch,
-    }
+    return _Parts(
+        forward,
+        by_torch if derived else forward,
+        own() if dx else by_torch,
+        own() if dweight else by_torch,
+    )
 
 
 def _by_torch(x: Tensor, weight: Tensor, conv: Conv, **transposed: Any) -> str:
     """What torch's dispatcher takes: its own answer."""
     padding: Any = transposed.get("output_padding")
-    found = torch._C._select_conv_backend(
+    found: Any = torch._C._select_conv_backend(
         x, weight, None, conv.stride, conv.padding, conv.dilation,
         padding is not None, padding or (0, 0), conv.groups, None,
     )  # fmt: skip
     # The one of transposed convolutions, the next in C++, has no name in Python.
-    mkldnn = int(torch._C._ConvBackend.Mkldnn)
+    mkldnn = int(torch._C._ConvBackend.Mkldnn)  # type: ignore[attr-defined]
     return ONEDNN if int(found) in (mkldnn, mkldnn + 1) else TORCH
 
 
@@ -223,6 +250,18 @@ def _span(serves: Callable[[int], bool]) -> str | None:
 
 
 # ---- transposed convolution ----
+
+
+def is_gradient(layer: nn.ConvTranspose2d) -> bool:
+    """Whether it is the gradient of a convolution, with its own output padding."""
+    return _is_gradient(
+        _large(layer), layer.weight, _transposed_options(layer, layer.output_padding)
+    )
+
+
+def _large(layer: nn.ConvTranspose2d) -> Tensor:
+    """An input of which any kernel and padding leave something."""
+    return torch.empty(1, layer.in_channels, 1024, 1024, device="meta")
 
 
 def _is_own_transposed(layer: nn.ConvTranspose2d, x: Tensor, output_padding: Any) -> bool:

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import advdl_ops
 from advdl_ops import _library, nn
+from advdl_ops.models._layers import ConvNorm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -67,10 +68,16 @@ def told(text: str) -> dict[str, str]:
     text = re.sub(f"{re.escape(OWN)}, \\w+", OWN, text)
     forward, *others = text.split("; ")
     parts = {"forward": forward}
+    by_name = {
+        o.removesuffix(f" {by}"): by
+        for o in others
+        for by in (OWN, ONEDNN, TORCH)
+        if o.endswith(by)
+    }
+    assert len(by_name) == len(others), text
     for part in ("under gradients", "gradient of x", "gradient of the weight"):
-        parts[part] = next(
-            (o.removeprefix(f"{part} ") for o in others if o.startswith(part)), forward
-        )
+        both = by_name.get("gradients", forward) if part != "under gradients" else forward
+        parts[part] = by_name.get(part, both)
     assert all(by in (OWN, ONEDNN, TORCH) for by in parts.values()), text
     return parts
 
@@ -145,10 +152,8 @@ def test_a_convolution(
     make, shape = CONVOLUTIONS[name]
     layer = make().to(dtype)
     x = tensor(shape, dtype, memory_format)
-    for training in (True, False):
-        layer.train(training)
-        found = seen(recorder, layer, x)
-        assert told(served_by(layer, x)) == found
+    found = seen(recorder, layer, x)
+    assert told(served_by(layer, x)) == found
     # Without an input it names every one there may be, and none that there cannot be.
     known = served_by(layer)
     assert all(by in known for by in found.values()), (known, found)
@@ -283,6 +288,22 @@ def test_what_optimize_joined(recorder: Recorder, dtype: torch.dtype) -> None:
         assert "its two layers" in note
     if FOLDED in note:
         assert recorder.convolution(no_gradients(model, x)) in note
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_model_joins_itself(recorder: Recorder, dtype: torch.dtype) -> None:
+    def norm(channels: int, act: Any) -> torch.nn.Module:
+        return nn.BatchNormAct2d(channels, act=act)
+
+    model = ConvNorm(64, 64, 3, norm).to(dtype).eval()
+    x = torch.randn(1, 64, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    names = recorder.operators(no_gradients(model, x))
+    found = recorder.convolution(no_gradients(model, x))
+    alone, _, joined = served_by(model, x).partition("; with 1 in training its two layers")
+    assert told(alone)["forward"] == (OWN if dtype == torch.float32 else found)
+    assert bool(joined) == ("advdl_ops::batch_norm_act_" not in names)
+    if joined:
+        assert joined == f"{FOLDED}{found}" and found == ONEDNN
 
 
 # ---- the others ----
