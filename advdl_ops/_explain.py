@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _library, nn, tuning
-from ._optimize import notes, summary
+from . import _library, _served, nn, tuning
+from ._optimize import notes, record_of, summary
 from .backend import get_backend
 from .functional._conv2d_cuda import APART, WITH_NORM
 from .nn.group_norm import _InstanceNorm
@@ -22,6 +23,7 @@ __all__ = ["Explanation", "Layer", "explain"]
 _NORMS = (nn.BatchNormAct2d, nn.GroupNorm, nn.LayerNorm2d, _InstanceNorm)
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 _RECURRENT = (nn.LSTM, nn.LSTMCell)
+_OURS = (*_NORMS, *_CONVOLUTIONS, *_RECURRENT, nn.ConvBNAct)
 _NOT_MEASURED = "not measured yet: run a forward"
 
 
@@ -127,7 +129,8 @@ def explain(
     Args:
         module: any module; layers that are not of ``advdl_ops.nn`` are left out.
         inputs: if given, a copy of ``module`` is run on them first, without gradients, so that what is chosen by
-            measurement for their shapes is known. ``module`` and the random numbers stay as they are.
+            measurement for their shapes, or by the shape alone, is known. ``module`` and the random numbers stay as
+            they are.
         as_dict: what :func:`.optimize` did, instead of the rows: ``{"fused": groups that run as one op, "replaced":
             layers that were replaced alone, "left": layers of a known kind that were left, and why}``.
 
@@ -141,21 +144,99 @@ def explain(
         raise TypeError(f"explain: module ({type(module).__name__}) must be a torch.nn.Module")
     if as_dict:
         return summary(module)
-    if inputs:
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-        with torch.random.fork_rng(devices), torch.no_grad():
-            _without_hooks(copy.deepcopy(module))(*inputs)
     default = _device(module) or next(
         (t.device for t in inputs if isinstance(t, Tensor)), torch.device("cpu")
     )
+    told = _run(module, inputs, default) if inputs else {}
     layers = (
-        _layer(name, layer, _device(layer) or default) for name, layer in module.named_modules()
+        _layer(name, layer, _device(layer) or default, told.get(name))
+        for name, layer in module.named_modules()
     )
+    done = notes(module)
+    for owner, at, conv, bn in _fused_pairs(module):
+        if _device(conv) == torch.device("cpu") and _why_reference(torch.device("cpu")) is None:
+            done[owner][at] += f" ({told.get((owner, at)) or _served.of_pair(conv, bn)})"
     return Explanation(
         tuple(layer for layer in layers if layer is not None),
-        notes(module),
+        done,
         {name: type(layer).__name__ for name, layer in module.named_modules()},
     )
+
+
+def _fused_pairs(
+    module: torch.nn.Module,
+) -> Iterator[tuple[str, int, nn.Conv2d, nn.BatchNormAct2d]]:
+    """Convolution and norm that :func:`.optimize` joined, with their owner's name and the place in its notes."""
+    for name, owner in module.named_modules():
+        record = record_of(owner)
+        for at, names in enumerate(() if record is None else record.fused):
+            conv, bn = (owner.get_submodule(names[0]), _child(owner, names[1]))
+            if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNormAct2d):
+                yield name, at, conv, bn
+
+
+def _child(owner: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    """``None`` of the name of an addition or an activation."""
+    try:
+        return owner.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _run(module: torch.nn.Module, inputs: tuple[Any, ...], default: torch.device) -> dict[Any, str]:
+    """Runs a copy without gradients. Returns what served each layer on the CPU: by its name, of pairs by their note."""
+    found: dict[Any, dict[str, None]] = {}
+    ran = _without_hooks(copy.deepcopy(module))
+    copies = dict(ran.named_modules())
+    originals = {id(copies[name]): (name, layer) for name, layer in module.named_modules()}
+
+    # The hooks part layers that are joined otherwise: what they tell is of the originals.
+    def tell(key: Any, of: Callable[..., str | None], name: str) -> None:
+        def hook(on: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            text = of(*args, **kwargs)
+            norm, residual = _joined_norm(on)
+            if text is not None and key == name and norm is not None and args:
+                behind, bn = originals[id(norm)]
+                pair = _served.of_pair(originals[id(on)][1], bn, args[0], residual)
+                text += "" if pair == _served.TWO_LAYERS else f"; with {behind} {pair}"
+            if text is not None:
+                found.setdefault(key, {})[text] = None
+
+        copies[name].register_forward_pre_hook(hook, with_kwargs=True)
+
+    if not any(_is_compiled(layer) for layer in copies.values()):
+        for name, layer in originals.values():
+            device = _device(layer) or default
+            if isinstance(layer, _OURS) and device.type == "cpu" and not _why_reference(device):
+                tell(name, functools.partial(_served.of_call, layer), name)
+        names = {id(layer): name for name, layer in originals.values()}
+        for owner, at, conv, bn in _fused_pairs(module):
+            if _device(conv) == torch.device("cpu"):
+                tell((owner, at), functools.partial(_served.of_pair, conv, bn), names[id(conv)])
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices), torch.no_grad():
+        ran(*inputs)
+    return {key: "; in another call ".join(texts) for key, texts in found.items()}
+
+
+def _joined_norm(conv: torch.nn.Module) -> tuple[torch.nn.Module | None, Tensor | None]:
+    """Norm and residual of the :func:`.nn.conv_bn_act` that calls this layer, which perhaps only our hook makes it do.
+
+    A ``ConvBNAct`` has a row of its own for that.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is nn.conv_bn_act.__code__ and frame.f_locals["conv"] is conv:
+            if frame.f_back is not None and frame.f_back.f_code is nn.ConvBNAct.forward.__code__:
+                break
+            return frame.f_locals["bn"], frame.f_locals["residual"]
+    return None, None
+
+
+def _is_compiled(layer: torch.nn.Module) -> bool:
+    """A compiler would trace the hooks too."""
+    return "_orig_mod" in layer._modules or layer._compiled_call_impl is not None
 
 
 def _without_hooks(module: torch.nn.Module) -> torch.nn.Module:
@@ -173,34 +254,37 @@ def _device(module: torch.nn.Module) -> torch.device | None:
     return None
 
 
-def _layer(name: str, layer: torch.nn.Module, device: torch.device) -> Layer | None:
+def _layer(
+    name: str, layer: torch.nn.Module, device: torch.device, told: str | None = None
+) -> Layer | None:
+    """``told``: what served it on the CPU, where that was seen."""
     kind = type(layer).__name__
-    if not isinstance(layer, (*_NORMS, *_CONVOLUTIONS, *_RECURRENT, nn.ConvBNAct)):
+    if not isinstance(layer, _OURS):
         return None
     reference = _why_reference(device)
     if reference is not None:
-        return Layer(name, kind, f"the reference, in plain PyTorch: {reference}")
+        served = f"the reference, in plain PyTorch: {reference}"
+        if isinstance(layer, nn.ConvBNAct) and device.type == "cpu":
+            # What is folded needs none of the kernels.
+            pair = _served.of_pair(layer.conv, layer.bn)
+            served = served if pair == _served.TWO_LAYERS else f"{pair}; of those {served}"
+        return Layer(name, kind, served)
     if device.type == "meta":
         return Layer(name, kind, "nothing: it has no data")
-    own = f"CPU C++ kernel{_capability()}" if device.type == "cpu" else "CUDA C++ kernel"
+    if device.type == "cpu":
+        return Layer(name, kind, told or _served.of_layer(layer))
     if isinstance(layer, nn.ConvBNAct):
         joined = tuple(c for c in _choices_of(layer.conv, device) if c.key.op == WITH_NORM)
         names = sorted({choice.chosen for choice in joined})
-        training = _served(names, joined) if joined else "its two layers"
-        return Layer(
-            name, kind,
-            f"in training {training}; in evaluation one convolution, the norm folded into it",
-            joined,
-        )  # fmt: skip
+        training = _names(names, joined) if joined else _served.TWO_LAYERS
+        evaluation = " " + _served.TWO_LAYERS
+        if _served.folds_any(layer.conv, layer.bn):
+            evaluation = " without gradients one operator, the norm in the convolution's epilogue"
+        return Layer(name, kind, f"in training {training}; in evaluation{evaluation}", joined)
+    if isinstance(layer, _RECURRENT):
+        return Layer(name, kind, "CUDA C++ kernels, matrix products by torch's own")
     if not isinstance(layer, _CONVOLUTIONS):
-        return Layer(name, kind, own)
-    depthwise = layer.groups == layer.in_channels == layer.out_channels
-    if device.type == "cpu":
-        if depthwise:
-            return Layer(name, kind, own)
-        few = layer.groups == 1 and not isinstance(layer, torch.nn.ConvTranspose2d)
-        also = f"; few pixels: {own}" if few else ""
-        return Layer(name, kind, f"oneDNN or torch's own{also}")
+        return Layer(name, kind, "CUDA C++ kernel")
     return _measured_layer(name, layer, device)
 
 
@@ -208,15 +292,17 @@ def _measured_layer(name: str, layer: Any, device: torch.device) -> Layer:
     kind = type(layer).__name__
     if layer.weight.dtype == torch.float64:
         return Layer(name, kind, "cuDNN or torch's own (fp64)")
+    if isinstance(layer, nn.ConvTranspose2d) and not _served.is_gradient(layer):
+        return Layer(name, kind, "cuDNN or torch's own")
     choices = _choices_of(layer, device)
     if not choices:
         return Layer(name, kind, _NOT_MEASURED)
     # Apart from its norm what was chosen for the layer alone serves.
     served = sorted({choice.chosen for choice in choices} - {APART})
-    return Layer(name, kind, _served(served, choices) if served else _NOT_MEASURED, choices)
+    return Layer(name, kind, _names(served, choices) if served else _NOT_MEASURED, choices)
 
 
-def _served(names: list[str], choices: tuple[Measured, ...]) -> str:
+def _names(names: list[str], choices: tuple[Measured, ...]) -> str:
     measured = any(choice.seconds for choice in choices)
     return ", ".join(names) + (", by measurement" if measured else ", nothing was measured")
 
@@ -254,11 +340,3 @@ def _why_reference(device: torch.device) -> str | None:
         unknown = f"no kernels exist for device type {device.type!r}"
         return _library.status().get(device.type, unknown)
     return _library.unsupported_gpu(device.index or 0) if device.type == "cuda" else None
-
-
-def _capability() -> str:
-    """Of the CPU kernels, where ``_C``, which knows, is of this Python."""
-    try:
-        return f", {importlib.import_module('advdl_ops._C').cpu.capability()}"
-    except ImportError:
-        return ""

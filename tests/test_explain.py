@@ -47,10 +47,17 @@ def test_what_has_a_kernel_of_ours(layer: torch.nn.Module) -> None:
     ids=lambda layer: type(layer).__name__,
 )
 def test_what_torch_serves(layer: torch.nn.Module) -> None:
-    own, _, few = served_by(layer).partition("; few pixels: ")
-    assert own == "oneDNN or torch's own"
-    dense = layer.groups == 1 and not isinstance(layer, torch.nn.ConvTranspose2d)
-    assert few.startswith("CPU C++ kernel") == dense
+    assert served_by(layer) == "oneDNN or torch's own"
+
+
+def test_pixels_that_a_kernel_of_ours_serves() -> None:
+    text = served_by(nn.Conv2d(32, 32, 3))
+    known, _, own = text.partition("; by pixels of the output CPU C++ kernel")
+    assert known == "oneDNN or torch's own"
+    assert own.endswith(
+        ": forward and gradient of x at 48 to 256 (contiguous: 48 to 128), gradient of the weight at 48 to 256"
+    )
+    assert served_by(nn.Conv2d(32, 32, 3).bfloat16()) == known
 
 
 def test_the_capability_is_told() -> None:
@@ -77,7 +84,7 @@ def test_layers_by_name_and_no_others() -> None:
         "  0  Conv2d",
         "      left as it was: optimize was not called",
     ]
-    assert lines[3].startswith("  1  ConvBNReLU: in training its two layers; in evaluation one con")
+    assert lines[3].startswith("  1  ConvBNReLU: in training its two layers; in evaluation wit")
     assert lines[5].startswith("    bn  BatchNormAct2d: CPU C++ kernel")
     assert lines[6] == "  3  HybridDilatedConv" and len(lines) == 10
 
@@ -174,7 +181,7 @@ def test_a_convolution_measured_with_its_norm(gpu: None) -> None:
     tuning._choices[CUDA, joined] = tuning.Choice(name, {APART: 30e-6, name: 20.5e-6}, {})
     layer = nn.ConvBNReLU(4, 6, 3, dilation=2)
     row = on_gpu(layer)
-    assert row.served_by.startswith(f"in training {name}, by measurement; in evaluation")
+    assert row.served_by.startswith(f"in training {name}, by measurement; in evaluation without")
     assert [choice.key for choice in row.choices] == [joined]
     assert f"epilogue norm+running+relu: {name} ({name} 20.5 us, {APART} 30.0 us)" in str(row)
     # Siblings have no row of their own.
@@ -243,8 +250,14 @@ def test_hooks_are_not_run() -> None:
 
 def test_kernels_of_ours_on_cuda(gpu: None) -> None:
     assert on_gpu(nn.GroupNorm(2, 4)).served_by == "CUDA C++ kernel"
-    assert on_gpu(nn.LSTM(3, 4)).served_by == "CUDA C++ kernel"
+    assert on_gpu(nn.LSTM(3, 4)).served_by == "CUDA C++ kernels, matrix products by torch's own"
+    hooked = nn.ConvBNReLU(4, 6, 3)
+    assert "in evaluation" in on_gpu(hooked).served_by
+    hooked.bn.register_forward_hook(lambda *_: None)
+    assert on_gpu(hooked).served_by == "in training its two layers; in evaluation its two layers"
     assert on_gpu(nn.Conv2d(3, 4, 3, dtype=torch.float64)).served_by.endswith("(fp64)")
+    no_gradient = nn.ConvTranspose2d(3, 4, 3, output_padding=1, dilation=2)
+    assert on_gpu(no_gradient).served_by == "cuDNN or torch's own"
 
 
 def test_a_gpu_that_the_kernels_do_not_serve(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

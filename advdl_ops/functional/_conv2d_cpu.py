@@ -61,7 +61,7 @@ def conv2d(
             x, weight, bias, residual, stride, padding, dilation, act, act_param
         )
         return convert(out, given_format)
-    if x.numel() > max(_SMALL, weight.numel()) and uses_onednn(x, weight, conv):
+    if appends(x, weight, conv):
         # oneDNN's relu and relu6 would hide a NaN from whoever trains; a pass in place costs 0.3 % of a 3x3 convolution
         # of 64 channels, 4 % of a 1x1.
         later = activation if activation.name in ("relu", "relu6") else IDENTITY
@@ -134,6 +134,11 @@ _library.impl("conv2d_backward", conv2d_backward, "CPU")
 # done with 1x1 of 1x64x16x16 or 3x3 of 1x8x4x4 (7 us). So too where the weight is larger than x: oneDNN's call orders
 # it anew as it lies, 1x1 of 1x512x7x7 to 2048 channels in channels_last takes 2.4 ms of which torch's takes 1.2.
 _SMALL = 8192
+
+
+def appends(x: Tensor, weight: Tensor, conv: Conv) -> bool:
+    """Whether, where the own kernel does not serve, oneDNN's fused convolution does; else torch chooses."""
+    return x.numel() > max(_SMALL, weight.numel()) and uses_onednn(x, weight, conv)
 
 
 class Own(NamedTuple):

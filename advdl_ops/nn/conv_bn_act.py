@@ -134,13 +134,7 @@ def conv_bn_act(
             functools.partial(_convolved_and_normalized, conv), x, residual, activation
         )
     source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    if (
-        bn.training
-        or bn.running_mean is None
-        or x.dim() != 4
-        or not _plain(conv, bn)
-        or not folds(x, conv.weight, conv.groups, residual, *source)
-    ):
+    if bn.training or not evaluates_as_one(conv, bn, x, residual, source):
         bn.folded = None
         # A layer of another class put here, which knows no activation, has none to pass over.
         further = {} if act is None else {"act": activation}
@@ -156,6 +150,22 @@ def conv_bn_act(
     if folded is None or not folded.serves(x, source, bn.eps, options):
         bn.folded = folded = FoldedConv(x, source, bn.eps, options)
     return folded(x, residual, activation)
+
+
+def evaluates_as_one(
+    conv: torch.nn.Conv2d,
+    bn: BatchNormAct2d,
+    x: Tensor,
+    residual: Tensor | None,
+    source: tuple[Tensor | None, ...],
+) -> bool:
+    """Whether in evaluation the norm becomes part of the convolution; ``source``: the tensors of both."""
+    return (
+        bn.running_mean is not None
+        and x.dim() == 4
+        and _plain(conv, bn)
+        and folds(x, conv.weight, conv.groups, residual, *source)
+    )
 
 
 def _padded(conv: torch.nn.Conv2d, x: Tensor) -> tuple[Tensor, Conv]:

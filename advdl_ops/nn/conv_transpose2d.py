@@ -78,17 +78,9 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
 
         And as :func:`.conv_transpose2d`.
         """
-        x, output_padding, more = input, self.output_padding, (0, 0)
-        if match is not None:
-            if output_size is not None:
-                raise ValueError(
-                    f"{_NAME}: output_size ({tuple(output_size)}) must be None where match is given"
-                )
-            output_padding, more = self._padding_to_match(x, match)
-        elif output_size is not None:
-            output_padding = self._padding_to_reach(x, output_size)
+        output_padding, more = self.padding_of(input, output_size, match)
         out = conv_transpose2d(
-            x,
+            input,
             self.weight,
             self.bias,
             self.stride,
@@ -100,6 +92,23 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         )
         # A negative number of zeros cuts. Both keep the memory format.
         return out if more == (0, 0) else F.pad(out, (0, more[1], 0, more[0]))
+
+    def padding_of(
+        self,
+        x: Tensor,
+        output_size: Sequence[int] | None = None,
+        match: Tensor | Sequence[int] | None = None,
+    ) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """The output padding of a call, and how many rows and columns are added behind (or taken off)."""
+        if match is not None:
+            if output_size is not None:
+                raise ValueError(
+                    f"{_NAME}: output_size ({tuple(output_size)}) must be None where match is given"
+                )
+            return self._padding_to_match(x, match)
+        if output_size is not None:
+            return self._padding_to_reach(x, output_size), (0, 0)
+        return self.output_padding, (0, 0)
 
     def _unpadded_sizes(self, x: Tensor) -> tuple[int, int]:
         """Height and width of the output without output padding."""
