@@ -218,12 +218,12 @@ def _normalize(
     except (RuntimeError, AttributeError):  # the latter of what is no tensor
         try:
             _check(function, *tensors, options)
-            savable = to_be_saved(*tensors)
+            x, residual, weight, bias = savable = to_be_saved(*tensors)
         except (RuntimeError, ValueError, TypeError) as named:
             raise named from None
         if all(map(operator.is_, savable, tensors)):
             raise
-        return _normalize(function, *savable, options)
+        return _normalize(function, x, residual, weight, bias, options)
     return _normalize_with_stats(function, *tensors, options)[0]
 
 
