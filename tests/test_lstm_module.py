@@ -388,7 +388,7 @@ def test_autocast_returns_torchs_dtypes(backend, dtype, x_dtype, module_dtype):
     with torch.autocast("cpu", dtype):
         found = own(x)
         expected, missing = stock_or_none(lambda: stock(x))
-        wide = pair(f64)[0]
+        wide = pair(f64)[1]
         wide.load_state_dict(own.state_dict())
         packed = pack_padded_sequence(x, [5, 3, 1])
         assert own(packed)[0].data.dtype == found[0].dtype
