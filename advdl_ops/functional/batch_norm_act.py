@@ -186,8 +186,8 @@ def _eager(
         or (bias is not None and bias.is_inference())
         or (residual is not None and residual.is_inference())
     ):
-        x, residual, weight, bias = to_be_saved(x, residual, weight, bias)
-    return _apply_eagerly(x, residual, weight, bias, running_mean, running_var, options)
+        tensors = *to_be_saved(x, residual, weight, bias), running_mean, running_var
+    return _apply_eagerly(*tensors, options)
 
 
 def _promoted(
