@@ -46,7 +46,7 @@ class CMakeBuild(build_ext):
             "-S", str(ROOT), "-B", str(BUILD_DIR), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={_program('ninja')}",
             f"-DPython3_EXECUTABLE={sys.executable}",
-            f"-DADVDL_OPS_CUDA={os.environ.get('ADVDL_OPS_CUDA', '')}",
+            f"-DADVDL_OPS_CUDA={_cuda()}",
         )  # fmt: skip
         self._cmake("--build", str(BUILD_DIR), "--parallel", str(_jobs()))
         package = self._package_dir()
@@ -92,10 +92,20 @@ def _program(name: str) -> str:
     return found
 
 
+def _cuda() -> str:
+    value = os.environ.get("ADVDL_OPS_CUDA", "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"advdl_ops: ADVDL_OPS_CUDA ({value!r}) must be 0, 1 or empty")
+    return value
+
+
 def _jobs() -> int:
     """MAX_JOBS, or as many as there are cores and 2 GiB of free memory (what an nvcc may take) for each."""
-    if "MAX_JOBS" in os.environ:
-        return max(1, int(os.environ["MAX_JOBS"]))
+    given = os.environ.get("MAX_JOBS")
+    if given:
+        if not given.isdecimal() or int(given) < 1:
+            raise SystemExit(f"advdl_ops: MAX_JOBS ({given!r}) must be a number of 1 or more")
+        return int(given)
     cores = len(os.sched_getaffinity(0))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(cores, free >> 31))

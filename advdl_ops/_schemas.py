@@ -123,6 +123,28 @@ def _(x, residual, weight, bias, running_mean, running_var, *options):
     return _fake_forward(x, residual, weight, bias, running_mean, running_var)
 
 
+def _of_negative(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """``batch_norm_act_`` of tensors with the negative bit, as ``torch.view_as_real(z.conj())[..., 1]`` has it.
+
+    Torch's own fallback gives every other operator copies, but not one that writes two tensors.
+    """
+    *tensors, training = arguments[:7]
+    for running in tensors[4:]:
+        if training and running is not None and running.numel() > 1 and 0 in running.stride():
+            raise RuntimeError(
+                "batch_norm_act: the running statistics must not be expanded, to be written"
+            )
+    resolved = [t if t is None else t.resolve_neg() for t in tensors]
+    outputs = torch.ops.advdl_ops.batch_norm_act_.default(*resolved, *arguments[6:])
+    for given, written in zip(tensors[4:], resolved[4:], strict=True):
+        if training and given is not written:
+            given.copy_(written)
+    return outputs
+
+
+_library.impl("batch_norm_act_", _of_negative, "Negative")
+
+
 def _fake_forward(x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_devices("batch_norm_act", x, *others)
     return _kept(x), x.new_empty((2, x.shape[1]), dtype=_acc(x))

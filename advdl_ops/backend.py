@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from . import _library
+from . import _environment, _library
 
 __all__ = ["get_backend", "use_backend"]
 
@@ -16,7 +15,7 @@ _BACKENDS = ("fused", "reference")
 
 
 def _from_environment() -> str:
-    name = os.environ.get("ADVDL_OPS_BACKEND", "fused")
+    name = _environment.variable("ADVDL_OPS_BACKEND") or "fused"
     if name not in _BACKENDS:
         raise ValueError(
             f"advdl_ops: ADVDL_OPS_BACKEND ({name!r}) must be one of {', '.join(_BACKENDS)}"
@@ -25,7 +24,7 @@ def _from_environment() -> str:
 
 
 _backend = _from_environment()
-_require_native = os.environ.get("ADVDL_OPS_REQUIRE_NATIVE", "0") == "1"
+_require_native = _environment.flag("ADVDL_OPS_REQUIRE_NATIVE", False)
 
 
 def get_backend() -> str:

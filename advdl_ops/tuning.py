@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import re
+import secrets
 import statistics
 import threading
 import warnings
@@ -145,7 +146,9 @@ def _measured(
 
 
 def _may_measure(device: torch.device) -> bool:
-    if os.environ.get("ADVDL_OPS_TUNE", "1") == "0":
+    from ._environment import flag
+
+    if not flag("ADVDL_OPS_TUNE", True):
         return False
     with _on(device):  # whose stream is asked about
         return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
@@ -229,14 +232,17 @@ class Store:
             "choices": {text: choice._asdict() for text, choice in sorted(choices.items())},
         }
         # Whoever reads meanwhile sees the old file or the new one, never a part.
-        written = self.path.with_name(f"{self.path.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            # Not by tempfile: others who share the directory are to read it.
-            written.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            os.replace(written, self.path)
-        except BaseException:
-            written.unlink(missing_ok=True)
-            raise
+        # A name that nobody can have guessed, and "x", which follows no link. Not by tempfile: others who share the
+        # directory are to read it.
+        written = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
+        with open(written, "x", encoding="utf-8") as file:
+            try:
+                json.dump(content, file, indent=1)
+                file.close()
+                os.replace(written, self.path)
+            except BaseException:
+                written.unlink(missing_ok=True)
+                raise
 
 
 def _parsed(content: str) -> dict[str, Choice]:
@@ -252,16 +258,21 @@ def _parsed(content: str) -> dict[str, Choice]:
             )
             for text, entry in loaded["choices"].items()
         }
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a file of choices: {error!r}") from error
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open(path, "a", encoding="utf-8") as file:
+    # Its name is known beforehand, so another's link may stand there: that is an error.
+    with open(path, "a", encoding="utf-8", opener=_without_links) as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield  # closing the file gives the lock back
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 @functools.cache
@@ -274,7 +285,14 @@ def _directory() -> Path:
     if given:
         return Path(given)
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "advdl_ops"
+    if cache:
+        return Path(cache) / "advdl_ops"
+    try:
+        return Path.home() / ".cache" / "advdl_ops"
+    except (
+        RuntimeError
+    ):  # a user without a home, as in many a container: where nothing can be written
+        return Path(os.devnull) / "advdl_ops"
 
 
 def _file_name(device: torch.device) -> str:

@@ -103,6 +103,41 @@ def test_environment_with_an_unknown_name():
     assert "ADVDL_OPS_BACKEND ('fast') must be one of fused, reference" in done.stderr
 
 
+EMPTY = {
+    f"ADVDL_OPS_{name}": ""
+    for name in ("BACKEND", "REQUIRE_NATIVE", "TUNE", "CACHE", "CPU_CAPABILITY")
+}
+
+
+def test_an_empty_variable_is_none():
+    code = (
+        "import warnings; warnings.simplefilter('error')\n"
+        "import torch, advdl_ops; from advdl_ops import _environment, backend, tuning\n"
+        "from advdl_ops.functional import batch_norm_act\n"
+        "batch_norm_act(torch.randn(2, 3, 4), None, None, training=True)\n"
+        "print(advdl_ops.get_backend(), backend._require_native, tuning._may_measure(torch.device('cpu')),\n"
+        "      tuning._directory())"
+    )
+    empty, none = run_python(code, **EMPTY), run_python(code)
+    assert empty.stdout.startswith("fused False True /")
+    assert (empty.stdout, empty.stderr) == (none.stdout, none.stderr) == (none.stdout, "")
+
+
+@pytest.mark.parametrize("name", ["REQUIRE_NATIVE", "TUNE"])
+def test_what_is_neither_0_nor_1_is_ignored_and_said(name):
+    code = (
+        "import torch, advdl_ops; from advdl_ops import backend, tuning\n"
+        "print(backend._require_native, [tuning._may_measure(torch.device('cpu')) for _ in range(2)])"
+    )
+    done = run_python(code, **{f"ADVDL_OPS_{name}": "no"})
+    assert done.stdout == "False [True, True]\n"
+    assert done.stderr.count(f"ADVDL_OPS_{name} ('no') must be 0 or 1; it is ignored") == 1
+    opposite = {"REQUIRE_NATIVE": ("1", "True [True, True]"), "TUNE": ("0", "False [False, False]")}
+    value, expected = opposite[name]
+    done = run_python(code, **{f"ADVDL_OPS_{name}": value})
+    assert (done.stdout.strip(), done.stderr) == (expected, "")
+
+
 def test_require_native_refuses_transforms():
     x = torch.randn(2, 3, 4)
     with pytest.raises(

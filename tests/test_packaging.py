@@ -3,12 +3,15 @@
 import importlib.metadata
 import os
 import re
+import runpy
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 import tomllib
 
 import advdl_ops
@@ -189,6 +192,34 @@ def test_wheel(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def build() -> dict[str, Any]:
+    """What setup.py defines, without a build."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        patch.chdir(ROOT)
+        return runpy.run_path("setup.py")
+
+
+def test_variables_of_the_build(build: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty is none; what is wrong is refused by its name."""
+    for name, read, right, wrong in (
+        ("MAX_JOBS", build["_jobs"], {"3": 3, "12": 12}, ("0", "-1", "two", "1.5", " ")),
+        ("ADVDL_OPS_CUDA", build["_cuda"], {"0": "0", "1": "1"}, ("2", "yes", " ")),
+    ):
+        monkeypatch.delenv(name, raising=False)
+        without = read()
+        monkeypatch.setenv(name, "")
+        assert read() == without
+        for value, expected in right.items():
+            monkeypatch.setenv(name, value)
+            assert read() == expected
+        for value in wrong:
+            monkeypatch.setenv(name, value)
+            with pytest.raises(SystemExit, match=re.escape(f"{name} ({value!r}) must be")):
+                read()
 
 
 def pins() -> dict[str, str]:

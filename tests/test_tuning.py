@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from advdl_ops import tuning
 from advdl_ops.tuning import Choice, Store, choose
@@ -228,6 +233,111 @@ def test_a_corrupt_file_is_said_once_and_left_alone(store: Store, content: str) 
     assert len({str(w.message) for w in warned}) == len(warned)
     assert clock.choose(store) == "b"
     assert clock.measured == 2 and store.path.read_text() == content
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+FILES = st.one_of(
+    st.binary(),
+    st.text().map(str.encode),
+    # JSON of any form, with the keys that the reader looks for.
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["format", "choices", "name", "seconds", "failed"]) | st.text(),
+                st.just(tuning._FORMAT) | inner,
+                max_size=5,
+            )
+        ),
+        max_leaves=30,
+    ).map(lambda value: json.dumps(value).encode()),
+    # Nearly right.
+    st.dictionaries(
+        st.text(),
+        st.fixed_dictionaries(
+            {
+                "name": st.text() | st.none(),
+                "seconds": st.dictionaries(st.text(), st.floats() | st.just(10**400) | st.text()),
+                "failed": st.dictionaries(st.text(), st.text()) | st.lists(st.text()),
+            }
+        ),
+        max_size=3,
+    ).map(lambda c: json.dumps({"format": tuning._FORMAT, "choices": c}).encode()),
+)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(FILES)
+@example(DEEP.encode())
+@example(f'{{"format": 1, "choices": {DEEP}}}'.encode())
+@example(b'{"format": 1, "choices": {"k": {"name": "a", "seconds": {"a": 1' + b"0" * 400 + b"}}}}")
+@example(b"\xff\xfe")
+def test_no_file_stops_a_reader(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "gpu.json"
+    path.write_bytes(content)
+    tuning._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [Store(path).read() for _ in range(2)]
+    assert len(caught) <= 1
+    assert all(type(choice) is Choice for choices in found for choice in choices.values())
+    if caught:
+        assert found == [{}, {}]
+        assert "gpu.json cannot be read" in str(caught[0].message)
+    else:  # it was such a file, and what is added to it stays readable
+        assert json.loads(content)["format"] == tuning._FORMAT
+        Store(path).add("added", Choice("a", {"a": 1.0}, {}), ["a"])
+        assert Store(path).read().keys() == {*found[0], "added"}
+
+
+def test_deeply_nested_json_does_not_stop_a_choice(store: Store) -> None:
+    store.path.parent.mkdir()
+    store.path.write_text(DEEP)
+    with pytest.warns(RuntimeWarning, match=r"gpu\.json cannot be"):
+        assert Clock(a=2.0, b=1.0).choose(store) == "b"
+    assert store.path.read_text() == DEEP
+
+
+def test_planted_links_are_not_followed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by what is written beside the file, under whatever names that follow from it, nor by its lock."""
+    victim = store.path.parent.parent / "victim"
+    victim.write_text("precious")
+    store.path.parent.mkdir()
+    guessed = f"{store.path.name}.{os.getpid()}.{threading.get_ident()}"
+    store.path.with_name(guessed).symlink_to(victim)
+    Clock(a=2.0, b=1.0).choose(store)
+    assert victim.read_text() == "precious"
+    assert json.loads(store.path.read_text())["choices"]
+    # Nor where the name was guessed nevertheless.
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "guessed")
+    store.path.with_name(f"{store.path.name}.guessed").symlink_to(victim)
+    with pytest.warns(RuntimeWarning, match="cannot be written"):
+        Clock(a=2.0, b=1.0).choose(store, KEY._replace(op="other"))
+    assert victim.read_text() == "precious"
+    monkeypatch.undo()
+    # The file itself is replaced.
+    store.path.unlink()
+    store.path.symlink_to(victim)
+    lock = store.path.with_name(f"{store.path.name}.lock")
+    lock.unlink()
+    lock.symlink_to(victim.with_name("made by the lock"))
+    with pytest.warns(RuntimeWarning, match="cannot be"):
+        Clock(a=2.0, b=1.0).choose(store, KEY._replace(op="third"))
+    assert victim.read_text() == "precious" and not lock.exists()
+
+
+def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ADVDL_OPS_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.warns(RuntimeWarning, match="measured again in every process"):
+        assert Clock(a=2.0, b=1.0).choose(tuning._store_of(CPU)) == "b"
 
 
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:

@@ -26,6 +26,24 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def to_be_saved(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Any, ...]:
+    """The same four under gradients, none made under ``torch.inference_mode()``: autograd would not save it.
+
+    Raises:
+        RuntimeError: as stock's norms, which save ``x`` and ``weight`` alone, if any of their three needs a gradient.
+    """
+    tensors = x, residual, weight, bias
+    refused = x.is_inference() or (weight is not None and weight.is_inference())
+    if refused and needs_grad(x, weight, bias):
+        raise RuntimeError(
+            "Inference tensors cannot be saved for backward: x and weight must be made outside of "
+            "torch.inference_mode(), or cloned there"
+        )
+    return tuple([t.clone() if t is not None and t.is_inference() else t for t in tensors])
+
+
 def saved_for(act: Activation, residual: Tensor | None, out: Tensor) -> tuple[Tensor | None, int]:
     """The tensor beside ``x`` that backward needs for the activation's derivative, and what it is.
 
@@ -138,6 +156,15 @@ def check_same_dtype(
         raise RuntimeError(
             f"{function}: {name} (dtype {v.dtype}) must be of {other}'s dtype ({w.dtype})"
         )
+
+
+def check_writable(function: str, name: str, t: Tensor) -> None:
+    """Refuse what torch refuses to write. Under a compiler, which cannot be asked, torch itself does."""
+    if torch.compiler.is_compiling() or not t.is_inference() or torch.is_inference_mode_enabled():
+        return
+    raise RuntimeError(
+        f"{function}: {name}, made under torch.inference_mode(), can be written only there"
+    )
 
 
 def check_residual(function: str, residual: Tensor, shape: Any, device: torch.device) -> None:

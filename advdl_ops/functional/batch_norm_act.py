@@ -17,10 +17,12 @@ from ._norm import (
     check_per_channel,
     check_residual,
     check_same_dtype,
+    check_writable,
     differentiable_gradients,
     gradient_like,
     needs_grad,
     saved_for,
+    to_be_saved,
 )
 
 _NAME = "batch_norm_act"
@@ -100,6 +102,9 @@ def batch_norm_act(
             out, _, running = _forward(*tensors, options)
         new_mean, new_var = running.unbind()
     else:
+        for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+            if training and running is not None:
+                check_writable(_NAME, name, running)
         out, new_mean, new_var = reference.batch_norm_act(
             x,
             running_mean,
@@ -174,6 +179,14 @@ def _eager(
         return _forward_in_place(*tensors, options)[0]
     if options[0] and running_mean is not None and running_mean.requires_grad:
         raise RuntimeError(f"{_NAME}: running_mean must not require a gradient in training")
+    # Before anything is written: autograd itself refuses what it cannot save only after that.
+    if (
+        x.is_inference()
+        or (weight is not None and weight.is_inference())
+        or (bias is not None and bias.is_inference())
+        or (residual is not None and residual.is_inference())
+    ):
+        tensors = *to_be_saved(x, residual, weight, bias), running_mean, running_var
     return _apply_eagerly(*tensors, options)
 
 

@@ -6,6 +6,7 @@ Wu & He 2018 (arXiv:1803.08494), Ba et al. 2016 (arXiv:1607.06450), Ulyanov et a
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from ._norm import (
     check_residual,
     check_same_dtype,
     check_tensors,
+    check_writable,
     differentiable_gradients,
     gradient_like,
     needs_grad,
     saved_for,
+    to_be_saved,
 )
 from .batch_norm_act import batch_norm_act, check_norm
 
@@ -166,6 +169,7 @@ def instance_norm(
             raise RuntimeError(f"{function}: {name} (strides (0,)) must not be expanded")
         if torch.is_grad_enabled() and running.requires_grad:
             raise RuntimeError(f"{function}: {name} must not require a gradient in training")
+        check_writable(function, name, running)
     out, (mean, var) = _normalize_with_stats(function, x, residual, weight, bias, options)
     if x.numel() > 0:
         with torch.no_grad():
@@ -214,9 +218,12 @@ def _normalize(
     except (RuntimeError, AttributeError):  # the latter of what is no tensor
         try:
             _check(function, *tensors, options)
+            x, residual, weight, bias = savable = to_be_saved(*tensors)
         except (RuntimeError, ValueError, TypeError) as named:
             raise named from None
-        raise
+        if all(map(operator.is_, savable, tensors)):
+            raise
+        return _normalize(function, x, residual, weight, bias, options)
     return _normalize_with_stats(function, *tensors, options)[0]
 
 

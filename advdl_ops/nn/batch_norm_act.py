@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..activation import Activation, act_repr, resolve_activation
+from ..functional._norm import check_writable
 from ..functional.batch_norm_act import batch_norm_act
 from ..reference.batch_norm_act import acc_dtype
 
@@ -82,6 +84,9 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         momentum = self.momentum
         training = self.training
         tracks = training and self.track_running_stats
+        # It is written last, and may not refuse then. Asked here, as it is asked on every call.
+        if tracks and counter is not None and not is_compiling() and counter.is_inference():
+            check_writable(type(self).__name__, "num_batches_tracked", counter)
         if tracks and momentum is None and mean is not None and counter is not None:
             return self._forward_cumulative(x, residual, act, norm)
         if training and not tracks:
