@@ -27,13 +27,15 @@ from .check import FACTOR, ULPS, error
 _Function = type[torch.autograd.Function]
 
 
-def _conv2d(x, weight, scale, shift, residual, options: Any, *_):
-    *conv, act = options
+def _conv2d(x, weight, scale, shift, residual, options, *_):
+    stride, padding, dilation, groups, act = options
+    conv = stride, padding, dilation, groups
     return (reference.conv2d(x, weight, None, *conv, scale, shift, residual, act),)
 
 
-def _batch_norm(x, residual, weight, bias, mean, var, options: Any):
-    *how, act = options
+def _batch_norm(x, residual, weight, bias, mean, var, options):
+    training, momentum, eps, act = options
+    how = training, momentum, eps
     return reference.batch_norm_act(x, mean, var, weight, bias, *how, residual, act)
 
 
