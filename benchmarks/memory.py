@@ -18,6 +18,7 @@ def _profiled(function: Callable[[], Any]) -> tuple[int, int, Any]:
     """Net and peak bytes of a call on the CPU, and its result (alive)."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         result = function()
+        gc.collect()  # what lives on in cycles alone is not kept
     kineto = run.profiler.kineto_results
     events = [event for event in kineto.events() if event.name() == "[memory]"]
     net = peak = 0
@@ -25,6 +26,24 @@ def _profiled(function: Callable[[], Any]) -> tuple[int, int, Any]:
         net += event.nbytes()
         peak = max(peak, net)
     return net, peak, result
+
+
+def kept(first: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
+    """Bytes that a first call leaves allocated beside the tensors that it returns in a dict, and that dict.
+
+    What a model makes once for all calls, as weights in another form. Of a compiled one what is made while it is
+    compiled counts too.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        result = first()
+        torch.cuda.synchronize()
+        gc.collect()
+        net = torch.cuda.memory_allocated() - before
+    else:
+        net, _, result = _profiled(first)
+    return max(0, net - sum(t.untyped_storage().nbytes() for t in result.values())), result
 
 
 def held_and_peak(

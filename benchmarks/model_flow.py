@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from . import ceilings, memory, timing
+from .calls import Calls
 from .check import wrong_values
 from .op_flow import report_rates, report_times
 from .record import CHANNELS_LAST, OPTIMIZED, OURS, STOCK, STOCK_COMPILED, is_stock
@@ -26,8 +27,9 @@ from .session import Refused, Session, in_one_line
 
 LAYOUTS = {"": torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
 # Rounding flips the sign of single pre-activations in a deep network, which changes its gradients by far more than
-# rounding itself: up to 3 % of their norm between eager in its two layouts (ResNet-50 at 112 px). So what is
-# timed is compared loosely, and our network once more in fp64, where nothing flips, closely.
+# rounding itself: up to 3 % of their norm between eager in its two layouts (ResNet-50 at 112 px). So gradients that are
+# timed are compared loosely as a whole, which finds what is wired wrongly. Of our networks that are not compiled two
+# closer looks are taken: at the network in fp64, where nothing flips, and at each call in what is timed (`calls.py`).
 OUTPUT_SLACK, GRADIENT_SLACK, EXACT_SLACK = 1e-5, 5e-2, 1e-8
 
 
@@ -77,6 +79,7 @@ class Network:
     call: Callable[..., Any]  # the model, or its compiled form
     optimizer: torch.optim.Optimizer | None = None
     autocast: bool = False
+    kept: int = 0  # bytes that inference keeps for all calls, beside parameters and buffers
 
     def forward(self) -> Tensor:
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.autocast):
@@ -243,6 +246,15 @@ def expected_values(stock: Network) -> tuple[dict[str, Tensor], dict[str, Tensor
     return _without_rounding(stock.in_double().values()), stock.values()
 
 
+def judged_values(network: Network, calls: Calls) -> dict[str, Tensor]:
+    """The values, of a step of which ``calls.wrong`` then tells what was wrong within."""
+    with calls.judged():
+        values = network.values()
+    parameters = dict(network.model.named_parameters())
+    calls.wrong += calls.altered({p: values[f"gradient of {n}"] for n, p in parameters.items()})
+    return values
+
+
 def check(
     found: dict[str, Network],
     session: Session,
@@ -250,15 +262,25 @@ def check(
 ) -> dict[str, Network]:
     """Those whose output (or loss and gradients) is that of fp64; the others are refused."""
     truth, stock = expected
-    slack = GRADIENT_SLACK if session.case.options["training"] else OUTPUT_SLACK
-    right = {}
+    training, device = bool(session.case.options["training"]), torch.device(session.case.device)
+    slack = GRADIENT_SLACK if training else OUTPUT_SLACK
+    calls, right = Calls(), {}
     for name, network in found.items():
         session.progress(f"check {name}")
         begin = time.perf_counter()
         try:
-            why = wrong_values(network.values(), stock, truth, slack, norm=2)
+            ours = network.base != STOCK and not network.compiled
+            if not training:
+                network.kept, values = memory.kept(network.values, device)
+            elif ours:
+                values = judged_values(network, calls)
+            else:
+                values = network.values()
             seconds = time.perf_counter() - begin
-            if why is None and network.base != STOCK and not network.compiled:
+            why = wrong_values(values, stock, truth, slack, norm=2)
+            if why is None and ours and calls.wrong:
+                why = calls.wrong[0]
+            if why is None and ours:
                 why = wrong_values(network.in_double().values(), truth, truth, EXACT_SLACK, norm=2)
                 why = why and f"in fp64, {why}"
         except Exception as failure:  # it is no competitor; the others still are
@@ -357,4 +379,6 @@ def _measure(case: Case, session: Session, subject: Subject, device: torch.devic
             session.record(name, mode, "held", "B", held)
         else:
             _, peak = memory.held_and_peak(network.infer, lambda output: None, device)
+            session.record(name, mode, "kept", "B", network.kept)
+            peak += network.kept
         session.record(name, mode, "peak", "B", peak)

@@ -1,0 +1,278 @@
+"""Every call of this package's differentiable operators in a training step, judged where and as it is made.
+
+Of a whole network in fp32 gradients can only be compared loosely (``model_flow.py``), and in fp64 other kernels serve.
+So the :class:`torch.autograd.Function` of each operator is wrapped during one step: what it returns, forward and
+backward, is compared with plain PyTorch's fp64 on the very tensors that it was given. No mode, hook or subclass
+is in the way, which would make operators choose otherwise: what is judged is what is timed. What a network leaves
+to torch's own operators is not judged, nor is what a compiler traced: those are compared as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advdl_ops import reference
+from advdl_ops.activation import IDENTITY, Activation
+from advdl_ops.reference.activation import activate
+
+from .check import FACTOR, ULPS, error
+
+_Function = type[torch.autograd.Function]
+
+
+def _conv2d(x, weight, scale, shift, residual, options, *_):
+    stride, padding, dilation, groups, act = options
+    conv = stride, padding, dilation, groups
+    return (reference.conv2d(x, weight, None, *conv, scale, shift, residual, act),)
+
+
+def _batch_norm(x, residual, weight, bias, mean, var, options):
+    training, momentum, eps, act = options
+    how = training, momentum, eps
+    return reference.batch_norm_act(x, mean, var, weight, bias, *how, residual, act)
+
+
+def _batch_norm_by(x, residual, weight, bias, mean, var, options):
+    return _batch_norm(x, residual, weight, bias, mean, var, (False, *options[1:]))
+
+
+def _group_norm(x, residual, weight, bias, options, *_):
+    groups, eps, act = options
+    return (reference.group_norm(x, groups, weight, bias, eps, residual, act)[0],)
+
+
+def _conv_transpose2d(x, weight, bias, options, act, *_):
+    return (reference.conv_transpose2d(x, weight, bias, options, act),)
+
+
+# What forward returns first, and the running statistics that it writes, of the same arguments in plain PyTorch.
+# Backward needs no such table: under ``create_graph=True`` each Function's own is plain PyTorch.
+FORMULAS: dict[str, Callable[..., Sequence[Tensor | None]]] = {
+    "Conv2dFunction": _conv2d,
+    "Conv2dWithStatisticsFunction": _conv2d,
+    "BatchNormActFunction": _batch_norm,
+    "GivenStatisticsFunction": _batch_norm_by,
+    "GroupNormFunction": _group_norm,
+    "ConvTranspose2dFunction": _conv_transpose2d,
+}
+# Where the derivative of an activation jumps.
+_KINKS = {"relu": (0,), "leaky_relu": (0,), "elu": (0,), "relu6": (0, 6), "hardswish": (-3, 3)}
+
+
+def functions() -> list[_Function]:
+    """Every autograd Function of this package."""
+    found: list[_Function] = []
+    pending = list(torch.autograd.Function.__subclasses__())
+    while pending:
+        cls = pending.pop()
+        pending += cls.__subclasses__()
+        if cls.__module__.startswith("advdl_ops."):
+            found.append(cls)
+    return found
+
+
+class Calls:
+    """Judges calls, and remembers what plain PyTorch's error was: fp64 takes as long as four steps in fp32."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, float] = {}
+        self.counts: dict[str, int] = {}
+        self.wrong: list[str] = []
+        self.leaves: dict[Tensor, list[Tensor]] = {}
+
+    @contextmanager
+    def judged(self) -> Iterator[list[str]]:
+        """What is wrong with the calls made inside, one line each."""
+        self.wrong, self.counts, self.leaves = [], {}, {}
+        before = [
+            (cls, name, vars(cls)[name])
+            for cls in functions()
+            for name in ("forward", "backward")
+            if name in vars(cls)
+        ]
+        for cls, name, method in before:
+            wrap = self._forward if name == "forward" else self._backward
+            setattr(cls, name, staticmethod(wrap(cls.__name__, method.__func__)))
+        try:
+            yield self.wrong
+        finally:
+            for cls, name, method in before:
+                setattr(cls, name, method)
+
+    def altered(self, gradients: Mapping[Tensor, Tensor]) -> list[str]:
+        """Which parameters of the last step have another gradient than what was judged."""
+        return [
+            f"the gradient of a parameter (shape {tuple(leaf.shape)}) is not what its operator returned"
+            for leaf, judged in self.leaves.items()
+            if len(judged) == 1 and not torch.equal(gradients[leaf], judged[0])
+        ]
+
+    def _forward(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        formula = FORMULAS.get(name)
+
+        def forward(ctx: Any, *given: Any) -> Any:
+            if formula is None:
+                self.wrong.append(f"{name}: there is no formula to compare it with")
+                ctx.judged = False
+                return method(ctx, *given)
+            # Running statistics are written: they are read before.
+            first = tuple(
+                t.detach().clone() if isinstance(t, Tensor) and t.dim() == 1 else t for t in given
+            )
+            results = method(ctx, *given)
+            ctx.of_tensors = tuple(isinstance(t, Tensor) for t in given)
+            out = results[0] if isinstance(results, tuple) else results
+            self.counts[name] = self.counts.get(name, 0) + 1
+            act = _activation(given)
+            of_z = _mapped(first, lambda a: IDENTITY if isinstance(a, Activation) else a)
+
+            def plain(dtype: torch.dtype | None, rounded: bool = False) -> list[Tensor | None]:
+                x, *others = _mapped(of_z, lambda a: _plain(a, dtype))
+                z, *running = formula(_rounded(x, given[0].dtype) if rounded else x, *others)
+                assert z is not None
+                pre.append(z)
+                return [activate(z, act), *running]
+
+            pre: list[Tensor] = []
+            found = [out, *given[4:6]] if formula is _batch_norm else [out]
+            bounds = self._judge(name, "output", given, found, plain)
+            if act.name in _KINKS and bounds:
+                # Where rounding may step over a kink, backward is given nothing: there two right answers differ.
+                z = pre[0].detach()
+                step = 2 * bounds[0] * float(z.abs().max()) if z.numel() else 0.0
+                ctx.near = torch.stack([(z - k).abs() <= step for k in _KINKS[act.name]]).any(0)
+            return results
+
+        return forward
+
+    def _backward(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def backward(ctx: Any, *grads: Any) -> Any:
+            results = method(ctx, *grads)
+            if torch.is_grad_enabled() or not getattr(ctx, "judged", True):
+                return results
+            self.counts[f"{name}Backward"] = self.counts.get(f"{name}Backward", 0) + 1
+            into = iter(ctx.next_functions)
+            for grad, of_tensor in zip(results, ctx.of_tensors, strict=True):
+                leaf = getattr(next(into)[0], "variable", None) if of_tensor else None
+                if leaf is not None and grad is not None:
+                    self.leaves.setdefault(leaf, []).append(grad)
+            near, found = getattr(ctx, "near", None), results
+            if near is not None and bool(near.any()):
+                grads = tuple(
+                    None if g is None else torch.where(near, torch.zeros_like(g), g) for g in grads
+                )
+                found = method(ctx, *grads)
+
+            def plain(dtype: torch.dtype | None, rounded: bool = False) -> list[Tensor | None]:
+                douts = [_plain(g, dtype) for g in grads]
+                if rounded:
+                    douts = [g if g is None else _rounded(g, grads[0].dtype) for g in douts]
+                stand_in = SimpleNamespace(**_mapped(vars(ctx), lambda a: _plain(a, dtype)))
+                stand_in.saved_tensors = _mapped(ctx.saved_tensors, lambda a: _plain(a, dtype))
+                stand_in.needs_input_grad = ctx.needs_input_grad
+                with torch.enable_grad():
+                    return list(method(stand_in, *douts))
+
+            given = (*grads, *ctx.saved_tensors, vars(ctx), ctx.needs_input_grad)
+            self._judge(name, "gradient", given, list(found), plain)
+            return results
+
+        return backward
+
+    @torch.no_grad()
+    def _judge(
+        self,
+        name: str,
+        kind: str,
+        given: Any,
+        found: Sequence[Tensor | None],
+        plain: Callable[..., Sequence[Tensor | None]],
+    ) -> list[float]:
+        """The rule of ``check.py`` for each result; returns the bounds.
+
+        ``plain`` computes them in plain PyTorch, in a dtype or in that of the tensors given, and also of ``rounded``
+        ones: what is 0 but for rounding may be off by as much as such a rounding changes it.
+        """
+        stock = plain(None)
+        exact: Sequence[Tensor | None] | None = None
+        bounds = []
+        for i, value in enumerate(found):
+            same = stock[i] if i < len(stock) else None
+            if value is None or same is None:
+                if same is not None:
+                    self.wrong.append(f"{kind} {i} of {name} is missing")
+                continue
+            key = name, kind, i, _signature(given)
+            eps = torch.finfo(value.dtype).eps
+            allowed, known = ULPS * eps, self.known.get(key, math.inf)
+            # Where plain PyTorch's error in the same call was small before, on other values, nearness to it is enough.
+            near = known < eps**0.75 and (
+                error(value, same.double()) <= (FACTOR - 1) * known + allowed
+            )
+            if not near:
+                if exact is None:
+                    exact = plain(torch.float64)
+                truth = exact[i]
+                assert truth is not None
+                self.known[key] = error(same, truth)
+                off, bound = error(value, truth), FACTOR * self.known[key] + allowed
+                if not off <= bound:
+                    other = plain(torch.float64, True)[i]
+                    assert other is not None
+                    bound += ULPS * error(other, truth)
+                if not off <= bound:
+                    self.wrong.append(
+                        f"{kind} {i} of {name} (shape {tuple(value.shape)}) is {off:.2e} off the fp64 result, "
+                        f"the bound is {bound:.2e}"
+                    )
+            bounds.append(FACTOR * self.known[key] + allowed)
+        return bounds
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of every leaf of tuples and dicts; an activation is one leaf."""
+    if isinstance(value, dict):
+        return {name: _mapped(item, function) for name, item in value.items()}
+    if isinstance(value, tuple) and not isinstance(value, Activation):
+        items = [_mapped(item, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return function(value)
+
+
+def _plain(value: Any, dtype: torch.dtype | None) -> Any:
+    """A tensor as contiguous memory, where stock is the most accurate, in ``dtype``; so too a dtype."""
+    if isinstance(value, Tensor):
+        wide = dtype is not None and value.is_floating_point()
+        return value.detach().contiguous().to(dtype if wide else value.dtype)
+    return dtype if dtype is not None and isinstance(value, torch.dtype) else value
+
+
+def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp64 values, each off by up to a unit in the last place of ``dtype``."""
+    noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return value * (1 + torch.finfo(dtype).eps * (2 * noise - 1).to(value.device))
+
+
+def _activation(value: Any) -> Activation:
+    found: list[Activation] = []
+    _mapped(value, lambda a: found.append(a) if isinstance(a, Activation) else None)
+    return found[0]
+
+
+def _signature(given: Any) -> str:
+    """All that a choice between kernels may depend on."""
+    return repr(
+        _mapped(
+            given,
+            lambda a: (
+                (tuple(a.shape), a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a
+            ),
+        )
+    )
