@@ -105,7 +105,8 @@ def show_records(records: Sequence[Record]) -> None:
     console = new_console()
     by_case: dict[str, list[Record]] = {}
     for item in records:
-        by_case.setdefault(item.case, []).append(item)
+        if not item.why:  # else it was refused or failed, which stderr says
+            by_case.setdefault(item.case, []).append(item)
     for name, items in by_case.items():
         console.print(case_table(name, items))
     if by_case:
