@@ -99,7 +99,7 @@ def test_records_have_the_fields_of_the_design(measured: Path) -> None:
         *("device", "torch", "triton", "cuda", "commit", "time"),
     }
     data = json.loads((measured / "once.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert set(data) == fields | {"case", "suite"}
+    assert set(data) == fields | {"case", "suite", "why"}
     providers = {item.provider for item in records if item.metric == "time"}
     assert providers == {"eager", "advdl_ops", "floor"}
     for mode in ("fwd", "bwd", "full"):
@@ -192,6 +192,25 @@ def test_smoke_run_prints_json_and_stores_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert all(record.from_dict(json.loads(line)).case == TINY for line in done.stdout.splitlines())
     assert not (tmp_path / "kept").exists()
+
+
+def test_a_run_of_an_uncommitted_tree_is_shown_and_not_stored(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    arguments = ["run", "--suite", "ops", "--case", TINY, "--device", "cpu", "--rounds", "2"]
+    arguments += ["--results", str(results)]
+    code = (
+        "import sys, pathlib\n"
+        "from benchmarks import __main__ as b, environment as e\n"
+        f"e.RESULTS, e.IN_CHECKOUT, e.commit = pathlib.Path({str(results)!r}), True, lambda: '0-dirty'\n"
+        f"sys.exit(b.main({arguments!r}))"
+    )
+    done = run(code=code)
+    assert done.returncode == 0, done.stderr
+    assert "tracked files differ from the commit: this run is shown but not stored" in done.stderr
+    assert "--output FILE" in done.stderr
+    assert TINY in done.stdout
+    assert "records: " not in done.stdout
+    assert not results.exists()
 
 
 @pytest.mark.parametrize(

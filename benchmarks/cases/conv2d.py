@@ -3,7 +3,10 @@
 Bytes: forward reads x and the weight and writes y. Backward reads dy and y (of which ReLU's mask is), x and the weight,
 and writes dx and dweight. Flops: forward 2 per product, backward twice that; bias and ReLU are left out.
 Stock runs in both layouts, with the conversions of x and the output in the one that the case is not in (``eager
-channels_last`` or ``eager contiguous``).
+channels_last`` or ``eager contiguous``). A dilated depthwise convolution, for which stock has no fast kernel, also runs
+in channels_last as one with zeros between the weights (``eager zero-stuffed``) and as one without dilation on every
+d-th pixel (``eager phases``): fwd + bwd 9.9x and 9.6x as fast as ``eager`` at dilation 2 in contiguous layout, channels_last
+alone 7.1x. Neither is compiled: what they are made of Inductor calls as eager does.
 """
 
 from __future__ import annotations
@@ -81,6 +84,52 @@ def stock(conv: Conv, act: bool, layout: str = "") -> Function:
     return function
 
 
+def zero_stuffed(conv: Conv) -> Function:
+    """The dilated convolution as a larger one whose weight has zeros between."""
+    import torch
+    import torch.nn.functional as F
+
+    size, step = conv.dilation * (conv.kernel - 1) + 1, conv.dilation
+
+    def function(inputs: Tensors, state: Tensors) -> torch.Tensor:
+        x, weight = inputs["x"], inputs["weight"]
+        given = memory_format(x)
+        large = weight.new_zeros(*weight.shape[:2], size, size)
+        large[:, :, ::step, ::step] = weight
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(x, large, None, conv.stride, conv.padding, 1, conv.groups)
+        return y.contiguous(memory_format=given)
+
+    return function
+
+
+def phases(conv: Conv) -> Function:
+    """The dilated convolution as one without dilation of d * d images, each of every d-th pixel of every d-th row."""
+    import torch
+    import torch.nn.functional as F
+
+    d = conv.dilation
+    images, channels, height, width = conv.shape
+
+    def function(inputs: Tensors, state: Tensors) -> torch.Tensor:
+        x, weight = inputs["x"], inputs["weight"]
+        given = memory_format(x)
+        x = x.reshape(images, channels, height // d, d, width // d, d).permute(0, 3, 5, 1, 2, 4)
+        x = x.reshape(-1, channels, height // d, width // d)
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(x, weight, None, 1, (conv.kernel - 1) // 2, 1, conv.groups)
+        y = y.reshape(images, d, d, -1, height // d, width // d).permute(0, 3, 4, 1, 5, 2)
+        return y.reshape(images, -1, height, width).contiguous(memory_format=given)
+
+    return function
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    import torch
+
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
 def fused(conv: Conv, act: bool) -> Function:
     from advdl_ops import functional
 
@@ -117,7 +166,11 @@ def problem(case: Case) -> Problem:
         "advdl_ops": fused(conv, act),
         f"eager {other}": stock(conv, act, other),
     }
-    made = Problem(inputs, {}, functions)
+    if conv.depthwise and conv.dilation > 1 and not act:
+        functions["eager zero-stuffed"] = zero_stuffed(conv)
+        if conv.stride == 1 and not any(pixels % conv.dilation for pixels in conv.shape[2:]):
+            functions["eager phases"] = phases(conv)
+    made = Problem(inputs, {}, functions, uncompiled=("eager zero-stuffed", "eager phases"))
     made.grad = random.normal(*conv.output).to(dtype)
     if act:
         before = stock(conv, False)({n: t.detach().double() for n, t in inputs.items()}, {})
@@ -229,3 +282,4 @@ add(DEEPLAB[0], "channels_last", device="cuda")
 # For tests of the benchmark itself.
 for _layout in LAYOUTS:
     add(Conv((2, 4, 6, 6), 6, 3, 2), _layout, hidden=True)
+    add(Conv((2, 4, 6, 6), 4, 3, 2, groups=4), _layout, epilogue=False, hidden=True)

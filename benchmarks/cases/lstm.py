@@ -1,6 +1,8 @@
 """The LSTM: one step, and one layer over whole sequences, of one length or of many.
 
-Stock is ``torch.lstm_cell`` and ``torch.lstm``, for which ``torch.compile`` breaks the graph. Sequences of many
+Stock is ``torch.lstm_cell`` and ``torch.lstm``, for which ``torch.compile`` breaks the graph (it then runs as
+eager does, behind guards). In half precision stock also runs by way of fp32 (``eager float32``): in bf16 it raises on a
+CPU without AVX512-BF16 (pytorch#88136), which is stored as refused. Sequences of many
 lengths stock either packs (``eager``, the same results) or computes as if all were the longest (``eager padded``: past
 the end its output is anything; only what comes before the ends is compared).
 

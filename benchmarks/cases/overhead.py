@@ -302,7 +302,7 @@ def _agree(session: Session, competing: dict[str, Callable[[], Any]]) -> None:
             found = parts(competing[name]())
             pairs = list(zip(found, expected, strict=False))
             right = all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs)
-            off = [f"{float((a - b).abs().max()):.2e}" for a, b in pairs]
+            off = [f"{float((a - b).detach().abs().max()):.2e}" for a, b in pairs]
             why = "" if right else f"off by {', '.join(off)}"
         except RuntimeError as error:
             why = in_one_line(error)
