@@ -5,8 +5,8 @@ and writes dx and dweight. Flops: forward 2 per product, backward twice that; bi
 Stock runs in both layouts, with the conversions of x and the output in the one that the case is not in (``eager
 channels_last`` or ``eager contiguous``). A dilated depthwise convolution, for which stock has no fast kernel, also runs
 in channels_last as one with zeros between the weights (``eager zero-stuffed``) and as one without dilation on every
-d-th pixel (``eager phases``): fwd + bwd 9.9x and 9.6x as fast as ``eager`` at dilation 2 in contiguous layout, channels_last
-alone 7.1x. Neither is compiled: what they are made of Inductor calls as eager does.
+d-th pixel (``eager phases``): fwd + bwd 9.9x and 9.6x as fast as ``eager`` at dilation 2 in contiguous layout, beside
+7.1x of channels_last alone. Neither is compiled: what they are made of Inductor calls as eager does.
 """
 
 from __future__ import annotations
