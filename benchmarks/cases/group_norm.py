@@ -55,9 +55,8 @@ def stock(case: Case, act: str | None, form: str = "") -> Function:
             y = y.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else y
         elif form == "var_mean":
             var, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
-            y = torch.addcmul(
-                bias[:, None, None], weight[:, None, None], (x - mean) * torch.rsqrt(var + 1e-5)
-            )
+            scale, shift = (inputs[name][:, None, None] for name in ("weight", "bias"))
+            y = torch.addcmul(shift, scale, (x - mean) * torch.rsqrt(var + 1e-5))
         elif kind == "instance_norm":
             y = F.instance_norm(x, weight=weight, bias=bias)
         elif kind == "layer_norm_2d":
