@@ -1,11 +1,11 @@
 """The LSTM: one step, and one layer over whole sequences, of one length or of many.
 
-Stock is ``torch.lstm_cell``, also compiled, and ``torch.lstm``. Sequences are not compiled: Inductor unrolls ``torch.lstm``
-step by step (five steps took minutes on a busy machine), and at ``nn.LSTM`` Dynamo breaks the graph and runs what
-``eager`` is. In half precision stock also runs by way of fp32 (``eager float32``): in bf16 it raises on a CPU without
-AVX512-BF16 (pytorch#88136), which is stored as refused. Sequences of many lengths stock either packs (``eager``, the same
-results) or computes as if all were the longest (``eager padded``: past the end its output is anything; only what comes
-before the ends is compared).
+Stock is ``torch.lstm_cell``, also compiled, and ``torch.lstm``. Sequences are not compiled: Inductor unrolls
+``torch.lstm`` step by step (five steps took minutes on a busy machine), and at ``nn.LSTM`` Dynamo breaks the graph
+and runs what ``eager`` is. In half precision stock also runs by way of fp32 (``eager float32``): in bf16 it raises on
+a CPU without AVX512-BF16 (pytorch#88136), which is stored as refused. Sequences of many lengths stock either packs
+(``eager``, the same results) or computes as if all were the longest (``eager padded``: past the end its output is
+anything; only what comes before the ends is compared).
 
 Flops are those of the matrix products: 2 * 4H * (I + H) for each time that a sequence has, forward, and twice that
 backward. Bytes: the tensors of the call, each read or written once.
