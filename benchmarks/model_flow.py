@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from . import ceilings, memory, timing
 from .calls import Calls
 from .check import wrong_values
-from .op_flow import report_rates, report_times
-from .record import CHANNELS_LAST, OPTIMIZED, OURS, STOCK, STOCK_COMPILED, is_stock
+from .op_flow import report_over_stock, report_rates, report_times
+from .record import CHANNELS_LAST, OPTIMIZED, OURS, STOCK, compiled_name
 from .registry import Case
 from .session import Refused, Session, in_one_line
 
@@ -136,7 +136,7 @@ def models(subject: Subject, device: str, training: bool) -> dict[str, nn.Module
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     if not training:
-        take_statistics(subject.stock, subject.inputs[0].shape[1], device)
+        take_statistics(subject.stock, subject.inputs[0].to(device))
     if subject.zoo is not None:
         subject.zoo.load_state_dict(subject.stock.state_dict())
         found[OURS] = subject.zoo.to(device)
@@ -144,15 +144,19 @@ def models(subject: Subject, device: str, training: bool) -> dict[str, nn.Module
     return {name: model.train(training) for name, model in found.items()}
 
 
-def take_statistics(model: nn.Module, channels: int, device: str) -> None:
-    """Running statistics of every batch norm: of random images, more and larger than those of a test."""
+def take_statistics(model: nn.Module, inputs: Tensor) -> None:
+    """Running statistics of every batch norm: of random images as large as the timed ones, but more than a test's.
+
+    Those of smaller images do not fit: EfficientNet's values grew to 1e5 and rounding to 5e-4, which refused stock.
+    """
     norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     if not norms:
         return
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():
-        model.train()(torch.randn(4, channels, 64, 64, device=device))
+        size = (max(64, pixels) for pixels in inputs.shape[2:])
+        model.train()(torch.randn(4, inputs.shape[1], *size, device=inputs.device))
     for norm, momentum in norms.items():
         norm.momentum = momentum
 
@@ -192,19 +196,12 @@ def networks(subject: Subject, session: Session, made: dict[str, nn.Module]) -> 
     }
 
 
-def compiled_name(name: str) -> str:
-    if name.startswith(STOCK):
-        return STOCK_COMPILED + name.removeprefix(STOCK)
-    return f"{name} + {STOCK_COMPILED}"
-
-
 def compiled_networks(
     subject: Subject, session: Session, made: dict[str, nn.Module], found: dict[str, Network]
 ) -> dict[str, Network]:
-    """Of stock, and of ours, that one compiled which is the fastest uncompiled: a compilation costs minutes.
+    """Stock compiled in both layouts; of ours that one which is the fastest uncompiled: a compilation costs minutes.
 
-    Stock inference, which targets.md names, is compiled in both layouts. The first call and the seconds of the
-    compilation come with the check.
+    The first call and the seconds of the compilation come with the check.
     """
     if not session.compiles:
         return {}
@@ -216,7 +213,7 @@ def compiled_networks(
             for name, network in found.items()
             if (network.base == STOCK) == stock and session.settings.wants(compiled_name(name))
         }
-        if len(rivals) > 1 and (training or not stock):
+        if len(rivals) > 1 and not stock:
             # No step: the weights must stay those that all providers start from.
             calls = {n: timing.Timed(r.values if training else r.infer) for n, r in rivals.items()}
             seconds = timing.measure(calls, torch.device(session.case.device), 3, 0.0)
@@ -319,16 +316,6 @@ def best(found: dict[str, Network], seconds: Mapping[str, list[float]], base: st
     """The faster layout of a network that is not compiled."""
     names = [name for name in seconds if found[name].base == base and not found[name].compiled]
     return min(names, key=lambda name: statistics.median(seconds[name]), default=None)
-
-
-def report_over_stock(session: Session, mode: str, seconds: Mapping[str, list[float]]) -> None:
-    """How much faster each provider is than the fastest stock one, as the ratio of every round."""
-    stock = [name for name in seconds if is_stock(name)]
-    if stock:
-        fastest = seconds[min(stock, key=lambda name: statistics.median(seconds[name]))]
-        for name, values in seconds.items():
-            ratios = [theirs / own for theirs, own in zip(fastest, values, strict=True)]
-            session.record(name, mode, "over_stock", "x", ratios)
 
 
 def measure_model(case: Case, session: Session, subject: Subject) -> None:

@@ -93,7 +93,7 @@ def add_norm(
     suites: tuple[str, ...] = ("ops",),
     modes: tuple[str, ...] | None = None,
     target: str = "",
-    compile: bool = True,
+    compile_ours: bool = True,
     rounds: int = 11,
     hidden: bool = False,
     options: Mapping[str, object],
@@ -117,7 +117,8 @@ def add_norm(
             passes=passes,
             target=target,
             rounds=rounds,
-            compile=compile,
+            compile=not hidden,
+            compile_ours=compile_ours,
             hidden=hidden,
             options={"training": training, **options},
         )

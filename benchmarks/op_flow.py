@@ -11,7 +11,7 @@ import torch
 
 from . import ceilings, memory, timing
 from .check import wrong_values
-from .record import FLOOR, OURS, OURS_COMPILED, STOCK, STOCK_COMPILED
+from .record import FLOOR, OURS, STOCK, STOCK_COMPILED, compiled_name, is_stock
 from .registry import Case
 from .session import Refused, Session, in_one_line
 
@@ -25,14 +25,16 @@ class Problem:
 
     A function maps (inputs, state) to the output; it may update ``state`` in place, of which each provider
     has its own copy. ``inputs`` that require grad are differentiated; ``grad`` is the output's gradient.
-    ``eager`` serves the fp64 truth too.
+    ``eager`` serves the fp64 truth too; other stock forms (``eager ...``) compute the same in another way.
     """
 
     inputs: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor]
     functions: dict[str, Function]
     grad: torch.Tensor | None = None
-    compiled: tuple[str, ...] = (STOCK, OURS)  # those that also run under torch.compile
+    uncompiled: tuple[str, ...] = ()  # those that do not run under torch.compile too
+    # Inputs that are weights: for inference stock is compiled with freezing too.
+    frozen: tuple[str, ...] = ()
     # Where the output is anything, a mask that broadcasts to it: providers are not compared there.
     ignored: torch.Tensor | None = None
 
@@ -108,19 +110,61 @@ def _split(passes: int) -> tuple[int, int]:
     return (passes - 3 * adds) // 2, adds
 
 
-def compiled(function: Function) -> Function:
-    return torch.compile(function, fullgraph=True, dynamic=False)
+class Frozen(torch.nn.Module):
+    """Stock with its weights and statistics as its own buffers, which is what freezing makes constants of."""
+
+    def __init__(self, function: Function, problem: Problem) -> None:
+        super().__init__()
+        self.function, self.weights, self.statistics = function, problem.frozen, list(problem.state)
+        for name in self.weights:
+            self.register_buffer(name, problem.inputs[name].detach())
+        for name, tensor in problem.state.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, inputs: Tensors) -> torch.Tensor:
+        weights = {name: getattr(self, name) for name in self.weights}
+        return self.function(
+            {**inputs, **weights}, {name: getattr(self, name) for name in self.statistics}
+        )
+
+
+def with_freezing(function: Function, problem: Problem) -> Function:
+    call = torch.compile(Frozen(function, problem), dynamic=False, options={"freezing": True})
+    varying = [name for name in problem.inputs if name not in problem.frozen]
+    return lambda inputs, state: call({name: inputs[name] for name in varying})
+
+
+def compiled_functions(problem: Problem, session: Session) -> dict[str, Function]:
+    """The compiled forms that compete. Stock may break its graph; it is then what stock runs."""
+    found = {}
+    for name, function in problem.functions.items():
+        stock = is_stock(name)
+        if name not in problem.uncompiled and (
+            session.compiles if stock else session.compiles_ours
+        ):
+            found[compiled_name(name)] = torch.compile(function, fullgraph=not stock, dynamic=False)
+    if session.compiles and problem.grad is None and problem.frozen:
+        found[f"{STOCK_COMPILED} freezing"] = with_freezing(problem.functions[STOCK], problem)
+    return found
+
+
+def stock_values(problem: Problem) -> dict[str, torch.Tensor]:
+    """Those of the first stock form that runs on this machine."""
+    failures = []
+    for name, function in problem.functions.items():
+        if is_stock(name):
+            try:
+                return Provider(function, problem).values()
+            except Exception as failure:  # it is refused below
+                failures.append(f"{name}: {in_one_line(failure)}")
+    raise Refused("no stock form runs: " + "; ".join(failures))
 
 
 def providers(problem: Problem, session: Session) -> dict[str, Provider]:
     """All providers, warmed up, that return the right values; the others are refused."""
-    functions = dict(problem.functions)
-    if session.compiles:
-        for name, new in ((STOCK, STOCK_COMPILED), (OURS, OURS_COMPILED)):
-            if name in functions and name in problem.compiled:
-                functions[new] = compiled(functions[name])
+    functions = problem.functions | compiled_functions(problem, session)
     truth = Provider(functions[STOCK], problem, torch.float64).values()
-    stock = Provider(functions[STOCK], problem).values()
+    stock = stock_values(problem)
     kept = {}
     for name, function in functions.items():
         if not session.settings.wants(name):
@@ -149,6 +193,16 @@ def report_times(
         if ours in seconds and name != ours:
             ratios = [theirs / own for theirs, own in zip(values, seconds[ours], strict=True)]
             session.record(name, mode, "speedup", "x", ratios)
+
+
+def report_over_stock(session: Session, mode: str, seconds: Mapping[str, list[float]]) -> None:
+    """How much faster each provider is than the fastest stock one, as the ratio of every round."""
+    stock = [name for name in seconds if is_stock(name)]
+    if stock:
+        fastest = seconds[min(stock, key=lambda name: statistics.median(seconds[name]))]
+        for name, values in seconds.items():
+            ratios = [theirs / own for theirs, own in zip(fastest, values, strict=True)]
+            session.record(name, mode, "over_stock", "x", ratios)
 
 
 def report_rates(

@@ -53,7 +53,8 @@ def draw(folder: Path, suite: str) -> Path:
     curves = folder / "digits.json"
     training = [item for item in records if item.case.startswith("digits/")]
     speedups = [item for item in records if item.metric == "speedup" and item not in training]
-    with_training = bool(training and suite == "quick" and curves.exists())
+    trained = any(item.metric == "time" for item in training)  # and did not fail
+    with_training = bool(trained and suite == "quick" and curves.exists())
     labels = list(dict.fromkeys((item.case, item.mode) for item in speedups))
     height = 1.2 + 0.34 * len(labels)
     if with_training:

@@ -21,7 +21,10 @@ OURS, OPTIMIZED, OURS_COMPILED, STOCK, STOCK_COMPILED, FLOOR = (
     "floor",
 )
 CHANNELS_LAST = " channels_last"
-NOT_TIMED = ("refused", "failed")  # metrics of providers without a time
+OURS_FUNCTIONAL = "functional"  # of the cost of one call, beside the module
+# Metrics of what was not measured, with the reason in ``why``: a provider that returned wrong values or raised, and
+# a case that ended early.
+REFUSED, FAILED = NOT_TIMED = "refused", "failed"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Record:
     cuda: str | None
     commit: str
     time: str
-    why: str = ""  # why a provider was refused or failed
+    why: str = ""  # of REFUSED and FAILED
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -55,10 +58,18 @@ class Record:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Record))
+LATER = ("why",)  # fields that older files lack
 
 
 def is_stock(provider: str) -> bool:
     return provider.startswith((STOCK, STOCK_COMPILED))
+
+
+def compiled_name(provider: str) -> str:
+    """Name of a provider's compiled form: ``eager channels_last`` becomes ``torch.compile channels_last``."""
+    if is_stock(provider):
+        return STOCK_COMPILED + provider.removeprefix(STOCK)
+    return f"{provider} + {STOCK_COMPILED}"
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -76,7 +87,7 @@ def to_json(record: Record) -> str:
 
 
 def from_dict(data: dict[str, Any]) -> Record:
-    missing = [name for name in FIELDS if name not in data and name != "why"]
+    missing = [name for name in FIELDS if name not in data and name not in LATER]
     extra = sorted(set(data) - set(FIELDS))
     if missing or extra:
         raise ValueError(f"not a benchmark record: missing {missing}, unexpected {extra}")

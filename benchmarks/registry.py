@@ -42,6 +42,8 @@ class Case:
     target: str = ""
     rounds: int = 11
     compile: bool = True  # whether the torch.compile providers take part
+    # And ours among them: the secondary rows have stock's only, to save the suite minutes.
+    compile_ours: bool = True
     hidden: bool = False
     extras: tuple[str, ...] = ()  # modules that it imports beside torch
     opt_in: str = ""  # the switch without which the case is left out

@@ -20,7 +20,7 @@ from typing import Any
 
 from . import environment, record, registry
 from .extras import MissingExtra, require
-from .session import Settings
+from .session import Settings, new_record
 
 Event = dict[str, Any]
 
@@ -96,8 +96,9 @@ def collect(
 class Collector:
     """Records, refusals and failures of a run."""
 
-    def __init__(self, results: Path | None = None) -> None:
-        self.results = results  # where the records of each case are stored as soon as it is done
+    def __init__(self, suite: str, results: Path | None = None) -> None:
+        self.suite = suite
+        self.results = results  # where the records of each case are stored as soon as it has ended
         self.ended: set[str] = set()
         self.records: list[record.Record] = []
         self.artifacts: dict[str, Any] = {}
@@ -115,15 +116,36 @@ class Collector:
         elif kind == "refused":
             self.refused.append((event["case"], event["provider"], event["why"]))
         elif kind == "failed":
-            self.failed[event["case"]] = event["why"]
-        elif kind == "done" and self.results is not None:
+            self.fail(event["case"], event["why"])
+        if kind in ("done", "failed") and self.results is not None:
             own = [item for item in self.records if item.case == event["case"]]
             if own:
                 record.merge(file_of(self.results, own[0]), own)
 
+    def fail(self, name: str, why: str) -> None:
+        """Of a case that failed stands the reason, no figure of this run and none of an earlier one."""
+        self.failed[name] = why
+        self.records = [
+            item for item in self.records if item.case != name or item.metric == record.REFUSED
+        ]
+        case, reason = registry.all_cases()[name], " ".join(why.split())
+        self.records.append(new_record(case, self.suite, "-", "-", record.FAILED, "-", why=reason))
+
 
 def file_of(results: Path, item: record.Record) -> Path:
     return results / record.slug(item.device) / f"{item.suite}.jsonl"
+
+
+NOT_STORED = (
+    "tracked files differ from the commit: this run is shown but not stored, as nobody could tell what was measured. "
+    "Commit first, or name a file (--output FILE) or another folder (--results DIR)"
+)
+
+
+def storable(results: Path) -> bool:
+    """Whether records may go there: into the checkout's own only those of a commit."""
+    own = environment.IN_CHECKOUT and results.resolve() == environment.RESULTS
+    return not (own and environment.commit().endswith("-dirty"))
 
 
 def default_device() -> str:
@@ -150,7 +172,7 @@ def without_missing_extras(cases: list[registry.Case]) -> list[registry.Case]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``benchmarks run``. Exit status 1 if a case failed or a provider returned wrong values."""
+    """``benchmarks run``. Exit status 1 if a case failed or a provider did, or returned wrong values."""
     from . import table
 
     device = arguments.device or default_device()
@@ -165,6 +187,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     saves = not (arguments.no_save or arguments.smoke)
     # What is missing is said before minutes are spent.
+    if saves and not storable(arguments.results):
+        print(f"benchmarks: {NOT_STORED}", file=sys.stderr)
+        saves = False
     if saves:
         require("matplotlib")
     cases = without_missing_extras(cases)
@@ -175,7 +200,7 @@ def run(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         providers=tuple(arguments.provider),
     )
-    found = Collector(arguments.results if saves else None)
+    found = Collector(arguments.suite, arguments.results if saves else None)
     deadline = time.monotonic() + (arguments.budget or float("inf"))
     with table.progress(cases, quiet=arguments.json) as show:
 
@@ -209,17 +234,15 @@ def tell(cases: list[registry.Case], found: Collector) -> int:
         print(f"refused: {case}: {provider}: {why}", file=sys.stderr)
     for name, why in found.failed.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
-    ours = [provider for _, provider, _ in found.refused if not record.is_stock(provider)]
-    return 1 if found.failed or ours else 0
+    return 1 if found.failed or found.refused else 0
 
 
 def finish(results: Path, found: Collector, say: Callable[[str], None]) -> None:
     """Redraw the plot of what was stored and the README of the results, and say where they are."""
     from . import plots, report
 
-    kept = [item for item in found.records if item.case not in found.failed]
-    if kept:
-        file = file_of(results, kept[0])
+    if found.records:
+        file = file_of(results, found.records[0])
         say(f"records: {file}")
         for name, data in found.artifacts.items():
             (file.parent / f"{name}.json").write_text(json.dumps(data) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
 from . import environment, registry
-from .record import Record, quantiles
+from .record import REFUSED, Record, quantiles
 
 
 def in_one_line(error: BaseException) -> str:
@@ -40,6 +40,40 @@ class Settings:
         return not self.providers or provider in (*self.providers, "eager", "advdl_ops")
 
 
+def new_record(
+    case: registry.Case,
+    suite: str,
+    provider: str,
+    mode: str,
+    metric: str,
+    unit: str,
+    values: Sequence[float] = (0.0,),
+    why: str = "",
+) -> Record:
+    """One measurement of one value per round, or with ``why`` that there is none."""
+    p20, p50, p80 = quantiles([float(value) for value in values])
+    return Record(
+        case=case.name,
+        suite=suite,
+        op=case.op,
+        provider=provider,
+        mode=mode,
+        dtype=case.dtype,
+        layout=case.layout,
+        shape=list(case.shape),
+        metric=metric,
+        unit=unit,
+        p20=p20,
+        p50=p50,
+        p80=p80,
+        device=environment.device_name(case.device),
+        commit=environment.commit(),
+        time=environment.now(),
+        why=why,
+        **environment.versions(),  # type: ignore[arg-type]
+    )
+
+
 class Session:
     """Collects the measurements of one case."""
 
@@ -58,10 +92,14 @@ class Session:
 
     @property
     def compiles(self) -> bool:
-        # On CPU a compilation takes up to a minute and batch norm then runs slower than eager (suite ops): not
-        # for `quick`, which must end soon on a fresh machine.
+        # On CPU a compilation takes up to a minute: not for `quick`, which must end soon on a fresh machine. Its
+        # records tell by their suite that the compiled rivals are missing.
         quick = self.suite == "quick" and self.case.device == "cpu"
         return self.settings.compile and self.case.compile and not (self.settings.smoke or quick)
+
+    @property
+    def compiles_ours(self) -> bool:
+        return self.compiles and self.case.compile_ours
 
     def event(self, event: str, **data: Any) -> None:
         self.stream.write(json.dumps({"event": event, "case": self.case.name, **data}) + "\n")
@@ -76,33 +114,15 @@ class Session:
 
     def refuse(self, provider: str, why: str) -> None:
         self.event("refused", provider=provider, why=why)
+        refusal = new_record(self.case, self.suite, provider, "-", REFUSED, "-", why=why)
+        self.event("record", record=dataclasses.asdict(refusal))
 
     def record(
         self, provider: str, mode: str, metric: str, unit: str, values: float | Sequence[float]
     ) -> None:
         """One measurement, given as a value or as one value per round."""
         given = list(values) if isinstance(values, Sequence) else [values]
-        p20, p50, p80 = quantiles([float(value) for value in given])
-        case = self.case
-        record = Record(
-            case=case.name,
-            suite=self.suite,
-            op=case.op,
-            provider=provider,
-            mode=mode,
-            dtype=case.dtype,
-            layout=case.layout,
-            shape=list(case.shape),
-            metric=metric,
-            unit=unit,
-            p20=p20,
-            p50=p50,
-            p80=p80,
-            device=environment.device_name(case.device),
-            commit=environment.commit(),
-            time=environment.now(),
-            **environment.versions(),  # type: ignore[arg-type]
-        )
+        record = new_record(self.case, self.suite, provider, mode, metric, unit, given)
         self.event("record", record=dataclasses.asdict(record))
 
 

@@ -15,17 +15,20 @@ import torch
 
 from advdl_ops import models
 from benchmarks import (
+    compare,
     environment,
     extras,
     model_flow,
     norms,
     op_flow,
+    plots,
     record,
     registry,
+    report,
     runner,
     timing,
 )
-from benchmarks.cases import batch_norm_act, digits, group_norm, lstm, resnet
+from benchmarks.cases import batch_norm_act, conv2d, digits, group_norm, lstm, overhead, resnet
 from benchmarks.check import wrong_values
 from benchmarks.memory import held_and_peak
 from benchmarks.session import Session, Settings, run_cases
@@ -102,8 +105,217 @@ def test_a_provider_with_wrong_values_is_refused(plant: Callable, name: str) -> 
     refused = [e for e in events(stream) if e["event"] == "refused"]
     assert [e["provider"] for e in refused] == ["advdl_ops"]
     assert name in refused[0]["why"]
-    timed = {e["record"]["provider"] for e in events(stream) if e["event"] == "record"}
-    assert timed == {"eager", "floor", "machine"}
+    records = [record.from_dict(e["record"]) for e in events(stream) if e["event"] == "record"]
+    assert {r.provider for r in records if not r.why} == {"eager", "floor", "machine"}
+    stored = [(r.provider, r.metric, r.mode, r.p50, r.why) for r in records if r.why]
+    assert stored == [("advdl_ops", "refused", "-", 0.0, refused[0]["why"])]
+
+
+def _raises_but_in_fp64(function: Callable) -> Callable:
+    def failing(inputs: Any, state: Any) -> torch.Tensor:
+        if inputs["x"].dtype is not torch.float64:
+            raise RuntimeError("could not create a primitive descriptor\nand a page")
+        return function(inputs, state)
+
+    return failing
+
+
+def test_where_stock_fails_its_next_form_competes_and_the_failure_is_stored() -> None:
+    """As the LSTM in bf16 on a CPU without AVX512-BF16."""
+    session, stream = tiny_session()
+    problem = stock_problem()
+    problem.functions["eager other"] = problem.functions["eager"]
+    problem.functions["eager"] = _raises_but_in_fp64(problem.functions["eager"])
+    assert set(op_flow.providers(problem, session)) == {"eager other", "advdl_ops"}
+    items = [record.from_dict(e["record"]) for e in events(stream) if e["event"] == "record"]
+    why = "RuntimeError: could not create a primitive descriptor"
+    assert [(r.provider, r.metric, r.why) for r in items] == [("eager", "refused", why)]
+    problem.functions["eager other"] = problem.functions["eager"]
+    with pytest.raises(RuntimeError, match=r"no stock form runs: eager: .*; eager other: "):
+        op_flow.providers(problem, session)
+
+
+@pytest.mark.parametrize("provider", ["torch.compile group_norm", "advdl_ops"])
+def test_whatever_was_refused_or_failed_makes_the_exit_status_1(provider: str) -> None:
+    case = registry.all_cases()[TINY]
+    found = runner.Collector("ops")
+    found.see({"event": "done", "case": TINY})
+    assert runner.tell([case], found) == 0
+    found.see({"event": "refused", "case": TINY, "provider": provider, "why": "wrong"})
+    assert runner.tell([case], found) == 1
+    found = runner.Collector("ops")
+    found.see({"event": "failed", "case": TINY, "why": "the process ended"})
+    assert runner.tell([case], found) == 1
+
+
+def test_a_failure_replaces_the_figures_of_its_case(tmp_path: Any) -> None:
+    session, stream = tiny_session()
+    session.record("eager", "fwd", "time", "s", [1.0, 2.0])
+    session.refuse("advdl_ops", "wrong")
+    old, refusal = (e for e in events(stream) if e["event"] == "record")
+    found = runner.Collector("ops", tmp_path)
+    for event in (old, {"event": "done", "case": TINY}):
+        found.see(event)
+    file = next(tmp_path.glob("*/ops.jsonl"))
+    assert [(r.metric, r.why) for r in record.read(file)] == [("time", "")]
+    for event in (refusal, {"event": "failed", "case": TINY, "why": "ended\nby 1"}):
+        found.see(event)
+    kept = [(r.provider, r.metric, r.why) for r in record.read(file)]
+    assert kept == [("advdl_ops", "refused", "wrong"), ("-", "failed", "ended by 1")]
+    # It is no measurement: the overview names the reasons, comparison and plot show none.
+    assert report.summary(record.read(file)) == "refused: advdl_ops: wrong; failed: ended by 1"
+    assert not compare.rows(*[compare.load(file)] * 2, True)
+    assert plots.draw(file.parent, "ops").is_file()
+
+
+def test_records_from_before_the_reason_are_read(tmp_path: Any) -> None:
+    session, stream = tiny_session()
+    session.record("eager", "fwd", "time", "s", 1.0)
+    data = events(stream)[0]["record"]
+    assert data.pop("why") == ""
+    assert record.from_dict(data).why == ""
+    del data["unit"]
+    with pytest.raises(ValueError, match=r"missing \['unit'\]"):
+        record.from_dict(data)
+
+
+def test_only_the_figures_of_a_commit_go_into_the_checkouts_results(
+    monkeypatch: Any, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(environment, "commit", lambda: "0123456789-dirty")
+    monkeypatch.setattr(environment, "IN_CHECKOUT", True)
+    assert not runner.storable(environment.RESULTS)
+    assert runner.storable(tmp_path)
+    monkeypatch.setattr(environment, "IN_CHECKOUT", False)
+    assert runner.storable(environment.RESULTS)
+    monkeypatch.setattr(environment, "IN_CHECKOUT", True)
+    monkeypatch.setattr(environment, "commit", lambda: "0123456789")
+    assert runner.storable(environment.RESULTS)
+
+
+def _not_compiled(monkeypatch: Any) -> list[dict[str, Any]]:
+    """Lets torch.compile return what it is given; the options of each call."""
+    calls: list[dict[str, Any]] = []
+
+    def compile(function: Callable, **options: Any) -> Callable:
+        calls.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    return calls
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_stock_is_compiled_in_every_form(ours: bool, monkeypatch: Any) -> None:
+    calls = _not_compiled(monkeypatch)
+    name = "instance_norm_add_silu/train/2x8x4x4/contiguous/float32/cpu"
+    case = dataclasses.replace(registry.all_cases()[name], compile=True, compile_ours=ours)
+    problem = group_norm.problem(case)
+    found = op_flow.compiled_functions(problem, Session(case, "ops", Settings(), io.StringIO()))
+    forms = {f"torch.compile{form}" for form in ("", " group_norm", " layer_norm")}
+    assert set(found) == forms | ({"advdl_ops + torch.compile"} if ours else set())
+    assert [c["fullgraph"] for c in calls].count(True) == ours  # stock may break its graph
+    quick = Session(case, "quick", Settings(), io.StringIO())
+    assert not op_flow.compiled_functions(problem, quick)
+
+
+def test_every_case_on_the_cpu_has_stock_compiled() -> None:
+    for case in registry.select("ops", device="cpu"):
+        assert case.compile, case.name
+    for case in registry.select("models", device="cpu"):
+        assert case.compile, case.name
+        assert case.compile_ours, case.name
+
+
+def test_inference_is_compiled_with_freezing(monkeypatch: Any) -> None:
+    calls = _not_compiled(monkeypatch)
+    case = dataclasses.replace(
+        registry.all_cases()[TINY],
+        compile=True,
+        options={"training": False, "act": "relu", "residual": True},
+    )
+    problem = batch_norm_act.problem(case)
+    session = Session(case, "ops", Settings(), io.StringIO())
+    kept = op_flow.providers(problem, session)
+    assert "torch.compile freezing" in kept
+    assert {"freezing": True} in [c.get("options") for c in calls]
+    # Weights and statistics are its own: what is passed later does not count.
+    values = kept["torch.compile freezing"].values()["output"].clone()
+    for name in ("weight", "bias"):
+        problem.inputs[name] = torch.zeros_like(problem.inputs[name])
+    torch.testing.assert_close(
+        op_flow.Provider(kept["torch.compile freezing"].function, problem).values()["output"],
+        values,
+    )
+
+
+@pytest.mark.parametrize("layout", norms.LAYOUTS)
+@pytest.mark.parametrize(
+    ("op", "forms"),
+    [("3x3_to6_d2_bias_relu", ()), ("depthwise_3x3_d2", ("eager zero-stuffed", "eager phases"))],
+)
+def test_convolutions_compete_with_stock_in_both_layouts(
+    op: str, forms: tuple[str, ...], layout: str
+) -> None:
+    case = registry.all_cases()[f"conv2d_{op}/2x4x6x6/{layout}/float32/cpu"]
+    problem = conv2d.problem(case)
+    session = Session(case, "ops", Settings(smoke=True), io.StringIO())
+    other = next(name for name in norms.LAYOUTS if name != layout)
+    kept = op_flow.providers(problem, session)
+    assert set(kept) == {"eager", "advdl_ops", f"eager {other}", *forms}
+    assert len({provider.forward().stride() for provider in kept.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        overhead.batch_norm_calls,
+        overhead.group_norm_calls,
+        overhead.conv2d_calls,
+        overhead.lstm_cell_calls,
+    ],
+)
+def test_the_cost_of_a_call_is_that_of_functions_too(calls: Any) -> None:
+    """Functions and modules, stock's and ours, agree in values and gradients; wrong ones are not timed."""
+    session, stream = tiny_session()
+    for mode, competing in calls("cpu").items():
+        expected = {"eager", "eager functional", "functional", "advdl_ops"}
+        assert expected <= set(competing), mode
+        names = set(competing)
+        overhead._agree(session, competing)
+        assert set(competing) == names, events(stream)
+        if mode == "full":
+            right = competing["eager functional"]
+            competing["functional"] = lambda right=right: (*right()[:-1], right()[-1] * 1.01)
+            overhead._agree(session, competing)
+            assert names - set(competing) == {"functional"}
+    assert [e["provider"] for e in events(stream) if e["event"] == "refused"] == ["functional"]
+
+
+def test_running_statistics_fit_the_timed_images() -> None:
+    """Else the values of a deep network grow until rounding is all that is compared."""
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(3)
+    pooled = torch.nn.Sequential(torch.nn.AvgPool2d(16), norm)
+    # The variance of a mean of 256 values is 1 / 256 whatever the size; that of a mean over the image is not.
+    whole = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.BatchNorm2d(3))
+    images = torch.randn(2, 3, 256, 256)
+    for model in (pooled, whole):
+        model_flow.take_statistics(model, images)
+    assert 0.5 < float(norm.running_var.mean()) * 256 < 2
+    assert 0.2 < float(whole[1].running_var.mean()) * 128 * 128 < 5
+    assert norm.momentum == 0.1
+
+
+def test_half_precision_lstm_has_a_stock_form_on_every_cpu() -> None:
+    case = dataclasses.replace(
+        registry.all_cases()["lstm_lengths/train/3x2x4x5/float32/cpu"],
+        dtype="bfloat16",
+        options={"training": True, "lengths": None},
+    )
+    problem = lstm.problem(case)
+    kept = op_flow.providers(problem, Session(case, "ops", Settings(smoke=True), io.StringIO()))
+    assert {"eager float32", "advdl_ops"} <= set(kept)
 
 
 def test_a_right_provider_is_timed_in_every_mode() -> None:
@@ -441,9 +653,11 @@ def test_the_group_norms_compete_with_their_stock_forms(kind: str, layout: str) 
     case = registry.all_cases()[f"{kind}_add_silu/train/2x8x4x4/{layout}/float32/cpu"]
     session = Session(case, "ops", Settings(smoke=True), io.StringIO())
     problem = group_norm.problem(case)
-    assert set(op_flow.providers(problem, session)) == {"eager", "advdl_ops"}
+    stock = {"eager", *(f"eager {form}" for form in group_norm.forms(case))}
+    assert (len(stock) > 1) == (kind != "group_norm2")
+    assert set(op_flow.providers(problem, session)) == {*stock, "advdl_ops"}
     problem.functions["advdl_ops"] = lambda inputs, state: inputs["x"] + inputs["residual"]
-    assert set(op_flow.providers(problem, session)) == {"eager"}
+    assert set(op_flow.providers(problem, session)) == stock
 
 
 def test_every_case_says_what_it_moves() -> None:

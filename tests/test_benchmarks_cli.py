@@ -194,6 +194,25 @@ def test_smoke_run_prints_json_and_stores_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "kept").exists()
 
 
+def test_a_run_of_an_uncommitted_tree_is_shown_and_not_stored(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    arguments = ["run", "--suite", "ops", "--case", TINY, "--device", "cpu", "--rounds", "2"]
+    arguments += ["--results", str(results)]
+    code = (
+        "import sys, pathlib\n"
+        "from benchmarks import __main__ as b, environment as e\n"
+        f"e.RESULTS, e.IN_CHECKOUT, e.commit = pathlib.Path({str(results)!r}), True, lambda: '0-dirty'\n"
+        f"sys.exit(b.main({arguments!r}))"
+    )
+    done = run(code=code)
+    assert done.returncode == 0, done.stderr
+    assert "tracked files differ from the commit: this run is shown but not stored" in done.stderr
+    assert "--output FILE" in done.stderr
+    assert TINY in done.stdout
+    assert "records: " not in done.stdout
+    assert not results.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

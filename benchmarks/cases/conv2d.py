@@ -2,7 +2,11 @@
 
 Bytes: forward reads x and the weight and writes y. Backward reads dy and y (of which ReLU's mask is), x and the weight,
 and writes dx and dweight. Flops: forward 2 per product, backward twice that; bias and ReLU are left out.
-``eager channels_last`` is torch's own with the conversion of a contiguous x there and back.
+Stock runs in both layouts, with the conversions of x and the output in the one that the case is not in (``eager
+channels_last`` or ``eager contiguous``). A dilated depthwise convolution, for which stock has no fast kernel, also runs
+in channels_last as one with zeros between the weights (``eager zero-stuffed``) and as one without dilation on every
+d-th pixel (``eager phases``): fwd + bwd 9.9x and 9.6x as fast as ``eager`` at dilation 2 in contiguous layout, beside
+7.1x of channels_last alone. Neither is compiled: what they are made of Inductor calls as eager does.
 """
 
 from __future__ import annotations
@@ -17,8 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..op_flow import Function, Problem, Tensors
-
-CHANNELS_LAST = "eager channels_last"
 
 
 class Conv(NamedTuple):
@@ -59,22 +61,73 @@ class Conv(NamedTuple):
         return "_".join(parts)
 
 
-def stock(conv: Conv, act: bool, channels_last: bool = False) -> Function:
-    """torch's convolution with its bias, then ReLU in place; as nn.Conv2d and nn.ReLU(inplace=True)."""
+def stock(conv: Conv, act: bool, layout: str = "") -> Function:
+    """torch's convolution with its bias, then ReLU in place; as nn.Conv2d and nn.ReLU(inplace=True).
+
+    With ``layout`` it runs in that one, which is not the one of x.
+    """
     import torch
     import torch.nn.functional as F
 
     def function(inputs: Tensors, state: Tensors) -> torch.Tensor:
         x, weight = inputs["x"], inputs["weight"]
-        if channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-            weight = weight.contiguous(memory_format=torch.channels_last)
+        given, inside = torch.contiguous_format, torch.channels_last
+        if layout == "contiguous":
+            given, inside = inside, given
+        if layout:
+            x, weight = (t.contiguous(memory_format=inside) for t in (x, weight))
         options = conv.stride, conv.padding, conv.dilation, conv.groups
         y = F.conv2d(x, weight, inputs.get("bias"), *options)
         y = F.relu_(y) if act else y
-        return y.contiguous() if channels_last else y
+        return y.contiguous(memory_format=given) if layout else y
 
     return function
+
+
+def zero_stuffed(conv: Conv) -> Function:
+    """The dilated convolution as a larger one whose weight has zeros between."""
+    import torch
+    import torch.nn.functional as F
+
+    size, step = conv.dilation * (conv.kernel - 1) + 1, conv.dilation
+
+    def function(inputs: Tensors, state: Tensors) -> torch.Tensor:
+        x, weight = inputs["x"], inputs["weight"]
+        given = memory_format(x)
+        large = weight.new_zeros(*weight.shape[:2], size, size)
+        large[:, :, ::step, ::step] = weight
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(x, large, None, conv.stride, conv.padding, 1, conv.groups)
+        return y.contiguous(memory_format=given)
+
+    return function
+
+
+def phases(conv: Conv) -> Function:
+    """The dilated convolution as one without dilation of d * d images, each of every d-th pixel of every d-th row."""
+    import torch
+    import torch.nn.functional as F
+
+    d = conv.dilation
+    images, channels, height, width = conv.shape
+
+    def function(inputs: Tensors, state: Tensors) -> torch.Tensor:
+        x, weight = inputs["x"], inputs["weight"]
+        given = memory_format(x)
+        x = x.reshape(images, channels, height // d, d, width // d, d).permute(0, 3, 5, 1, 2, 4)
+        x = x.reshape(-1, channels, height // d, width // d)
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(x, weight, None, 1, (conv.kernel - 1) // 2, 1, conv.groups)
+        y = y.reshape(images, d, d, -1, height // d, width // d).permute(0, 3, 4, 1, 5, 2)
+        return y.reshape(images, -1, height, width).contiguous(memory_format=given)
+
+    return function
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    import torch
+
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 def fused(conv: Conv, act: bool) -> Function:
@@ -107,10 +160,17 @@ def problem(case: Case) -> Problem:
     inputs["weight"].requires_grad_()
     if act:
         inputs["bias"] = random.normal(conv.outputs, scale=0.2).to(dtype).requires_grad_()
-    functions = {"eager": stock(conv, act), "advdl_ops": fused(conv, act)}
-    if case.layout == "contiguous":
-        functions[CHANNELS_LAST] = stock(conv, act, channels_last=True)
-    made = Problem(inputs, {}, functions)
+    other = next(layout for layout in LAYOUTS if layout != case.layout)
+    functions = {
+        "eager": stock(conv, act),
+        "advdl_ops": fused(conv, act),
+        f"eager {other}": stock(conv, act, other),
+    }
+    if conv.depthwise and conv.dilation > 1 and not act:
+        functions["eager zero-stuffed"] = zero_stuffed(conv)
+        if conv.stride == 1 and not any(pixels % conv.dilation for pixels in conv.shape[2:]):
+            functions["eager phases"] = phases(conv)
+    made = Problem(inputs, {}, functions, uncompiled=("eager zero-stuffed", "eager phases"))
     made.grad = random.normal(*conv.output).to(dtype)
     if act:
         before = stock(conv, False)({n: t.detach().double() for n, t in inputs.items()}, {})
@@ -131,7 +191,7 @@ def add(
     suites: tuple[str, ...] = ("ops",),
     modes: tuple[str, ...] = ("fwd", "full"),
     target: str = "",
-    compile: bool = True,
+    compile_ours: bool = True,
     hidden: bool = False,
 ) -> None:
     op = conv.name + ("_bias_relu" if epilogue else "")
@@ -154,7 +214,8 @@ def add(
             bytes={mode: elements[mode] * SIZE[dtype] for mode in modes},
             flops={mode: flops[mode] for mode in modes},
             target=target,
-            compile=compile,
+            compile=not hidden,
+            compile_ours=compile_ours,
             hidden=hidden,
             options={"conv": conv, "epilogue": epilogue},
         )
@@ -173,15 +234,20 @@ for _layout in LAYOUTS:
         _conv = Conv(STEM, 64, 3, _dilation, groups=64)
         add(_conv, _layout, epilogue=False, target=_target)
     _target = ">= 4x" if _first else ">= 2x"
-    add(Conv(STEM, 64, 7, groups=64), _layout, epilogue=False, compile=False, target=_target)
+    add(Conv(STEM, 64, 7, groups=64), _layout, epilogue=False, compile_ours=False, target=_target)
     _target = ">= 1.35x eager, >= 0.75x eager channels_last" if _first else ""
     add(Conv(STEM, 64, 3, 2), _layout, target=_target)
     # Where MobileNets halve the image, and where their images are small.
-    add(Conv((16, 64, 112, 112), 64, stride=2, groups=64), _layout, epilogue=False, compile=False)
-    add(Conv((16, 512, 14, 14), 512, groups=512), _layout, epilogue=False, compile=False)
+    add(
+        Conv((16, 64, 112, 112), 64, stride=2, groups=64),
+        _layout,
+        epilogue=False,
+        compile_ours=False,
+    )
+    add(Conv((16, 512, 14, 14), 512, groups=512), _layout, epilogue=False, compile_ours=False)
     # The last stages of a ResNet of small images: few pixels, large weights.
     for _conv in (Conv((16, 512, 4, 4), 512), Conv((16, 256, 7, 7), 512, stride=2)):
-        add(_conv, _layout, epilogue=False, compile=False)
+        add(_conv, _layout, epilogue=False, compile_ours=False)
 
 # DeepLab: the dilated stages of its ResNet, and the branches of its pyramid (Chen et al. 2017, arXiv:1706.05587).
 DEEPLAB = (
@@ -203,7 +269,7 @@ RESNET = (
 )
 for _layout in LAYOUTS:
     for _conv in DEEPLAB:
-        add(_conv, _layout, dtype="bfloat16", device="cuda", compile=_conv.shape[2] == 33)
+        add(_conv, _layout, dtype="bfloat16", device="cuda", compile_ours=_conv.shape[2] == 33)
     for _dilation in (1, 2, 4):
         _depthwise = Conv((32, 256, 56, 56), 256, 3, _dilation, groups=256)
         add(_depthwise, _layout, epilogue=False, dtype="bfloat16", device="cuda")
@@ -215,4 +281,5 @@ add(DEEPLAB[0], "channels_last", device="cuda")
 
 # For tests of the benchmark itself.
 for _layout in LAYOUTS:
-    add(Conv((2, 4, 6, 6), 6, 3, 2), _layout, hidden=True, compile=False)
+    add(Conv((2, 4, 6, 6), 6, 3, 2), _layout, hidden=True)
+    add(Conv((2, 4, 6, 6), 4, 3, 2, groups=4), _layout, epilogue=False, hidden=True)

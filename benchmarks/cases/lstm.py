@@ -1,8 +1,11 @@
 """The LSTM: one step, and one layer over whole sequences, of one length or of many.
 
-Stock is ``torch.lstm_cell`` and ``torch.lstm``, for which ``torch.compile`` breaks the graph. Sequences of many
-lengths stock either packs (``eager``, the same results) or computes as if all were the longest (``eager padded``: past
-the end its output is anything; only what comes before the ends is compared).
+Stock is ``torch.lstm_cell``, also compiled, and ``torch.lstm``. Sequences are not compiled: Inductor unrolls
+``torch.lstm`` step by step (five steps took minutes on a busy machine), and at ``nn.LSTM`` Dynamo breaks the graph
+and runs what ``eager`` is. In half precision stock also runs by way of fp32 (``eager float32``): in bf16 it raises on
+a CPU without AVX512-BF16 (pytorch#88136), which is stored as refused. Sequences of many lengths stock either packs
+(``eager``, the same results) or computes as if all were the longest (``eager padded``: past the end its output is
+anything; only what comes before the ends is compared).
 
 Flops are those of the matrix products: 2 * 4H * (I + H) for each time that a sequence has, forward, and twice that
 backward. Bytes: the tensors of the call, each read or written once.
@@ -49,6 +52,12 @@ def stock(inputs: Tensors, state: Tensors) -> torch.Tensor:
         return torch.cat((h, c))
     zeros = x.new_zeros(1, x.shape[1], inputs["w_hh"].shape[1])
     return torch.lstm(x, (zeros, zeros), weights, True, 1, 0.0, True, False, False)[0]
+
+
+def in_float32(inputs: Tensors, state: Tensors) -> torch.Tensor:
+    """Stock on half-precision tensors by way of fp32: in bf16 it raises where the CPU has no AVX512-BF16."""
+    wide = {name: tensor.float() for name, tensor in inputs.items()}
+    return stock(wide, state).to(inputs["x"].dtype)
 
 
 def fused(lengths: torch.Tensor | None) -> Function:
@@ -111,7 +120,13 @@ def problem(case: Case) -> Problem:
     functions: dict[str, Function] = {"eager": stock}
     if counted is not None:
         functions = {"eager": packed(counted), "eager padded": stock}
+    if dtype is not torch.float32:
+        functions["eager float32"] = in_float32
     made = Problem(inputs, {}, {**functions, "advdl_ops": fused(counted)})
+    if len(outer) == 1:
+        made.frozen = WEIGHTS
+    else:
+        made.uncompiled = tuple(functions)
     if training:
         made.grad = random.normal(*((2 * outer[0],) if len(outer) == 1 else outer), hidden).to(
             dtype
@@ -121,7 +136,6 @@ def problem(case: Case) -> Problem:
         made.ignored = past.unsqueeze(2).to(case.device)
         if made.grad is not None:
             made.grad.masked_fill_(made.ignored, 0)
-    made.compiled = ("eager", "advdl_ops") if len(outer) == 1 else ("advdl_ops",)
     return made
 
 
@@ -167,6 +181,7 @@ def add(
             flops={mode: {"fwd": 1, "bwd": 2, "full": 3}[mode] * product for mode in modes},
             target=target,
             rounds=rounds,
+            compile=not hidden,
             hidden=hidden,
             options={"training": training, "lengths": lengths},
         )
