@@ -23,13 +23,8 @@ Arguments = dict[str, Any]  # of the forward operator, but for ``save``
 LEAVES = (
     "x", "h0", "c0", "w_ih", "w_hh", "b_ih", "w_hr", "ln_hh_weight", "ln_c_weight", "ln_c_bias",
 )  # fmt: skip
-NEEDS = (
-    "x",
-    "w_ih",
-    "w_hh",
-    "b_ih",
-    "w_hr",
-)  # those that are returned only where they are asked for
+# Those that are returned only where they are asked for.
+NEEDS = ("x", "w_ih", "w_hh", "b_ih", "w_hr")
 
 
 def apart(t: Tensor) -> Tensor:
@@ -47,10 +42,11 @@ CASES: dict[str, dict[str, Any]] = VARIANTS | {
     "c alone": {"h0": None},
     "no states, recurrent mask": {"h0": None, "c0": None, "masks": True},
     "no states, projection, reverse": {"h0": None, "c0": None, "projection": True, "reverse": True},
-    "no states, lengths, reverse": {
+    "no states, lengths, reverse, masks": {
         "h0": None,
         "c0": None,
         "reverse": True,
+        "masks": True,
         "lengths": torch.tensor([2, 4, 1]),
     },
     "one sequence": {"batch": 1},
@@ -78,12 +74,8 @@ for of_one_dtype in ("bf16", "fp64"):
     del CASES[of_one_dtype]
 EVERY = pytest.mark.parametrize("name", CASES)
 PARTS = (
-    "plain",
-    "multiplied",
-    "masks, projection, packed",
-    "layer norm, projection, lengths",
-    "all",
-)
+    "plain", "multiplied", "masks, projection, packed", "layer norm, projection, lengths", "all",
+)  # fmt: skip
 DTYPES = (torch.float32, f64, torch.bfloat16, torch.float16)
 
 
