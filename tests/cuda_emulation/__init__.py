@@ -6,6 +6,6 @@ See README.md for what is emulated and how faults are reported.
 """
 
 from .build import unavailable
-from .client import EmulationError, Emulator
+from .client import EmulationError, Emulator, LstmBinding
 
-__all__ = ["EmulationError", "Emulator", "unavailable"]
+__all__ = ["EmulationError", "Emulator", "LstmBinding", "unavailable"]

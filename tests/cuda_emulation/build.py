@@ -1,4 +1,4 @@
-"""Builds the emulation: `python tests/cuda_emulation/build.py` prints the path of the module.
+"""Builds the emulation: `python tests/cuda_emulation/build.py` prints the paths of the module and of the binding.
 
 The objects are kept under build/cuda_emulation/, named by a digest of all that went into them, so a second
 call compiles nothing. Needs g++ with AddressSanitizer, pybind11 and CUDA's headers; a GPU or nvcc is not
@@ -8,6 +8,7 @@ needed where the headers are there (triton's wheel brings them too).
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -24,6 +25,12 @@ ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
 OUTPUT = ROOT / "build" / "cuda_emulation"
 NAME = "cuda_emulated"
+BINDING = HERE / "lstm_binding.cpp"
+BINDING_FLAGS = [
+    "-DUSE_CUDA",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # as in CMakeLists.txt
+    f"-I{CSRC / 'common'}",
+]
 FLAGS = [
     "-std=c++20",
     "-O1",
@@ -96,7 +103,7 @@ def unavailable() -> str | None:
 
 def sources() -> list[Path]:
     ours = [*HERE.glob("*.cpp"), *HERE.glob("*.cu")]
-    return sorted(ours) + sorted((CSRC / "cuda").glob("*.cu"))
+    return sorted({*ours} - {BINDING}) + sorted((CSRC / "cuda").glob("*.cu"))
 
 
 def digest(paths: list[Path], extra: str) -> str:
@@ -110,26 +117,52 @@ def build(verbose: bool = False) -> Path:
     """Compiles what changed and returns the module's path."""
     import pybind11
 
-    includes = [
-        f"-I{HERE / 'include'}",
-        "-isystem",
-        str(cuda_include()),
-        "-isystem",
-        pybind11.get_include(),
-        "-isystem",
-        sysconfig.get_paths()["include"],
-    ]
+    folders = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+    objects = [(source, folders) for source in sources()]
+    return link(objects, f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}", [], verbose)
+
+
+def build_lstm_binding(verbose: bool = False) -> Path:
+    """The LSTM's operators for the dispatch key CUDA, on emulated kernels: a library to load beside torch."""
+    import pybind11
+    import torch
+
+    # With the flags of build() for what both have, whose objects they share.
+    folders = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+    root = Path(torch.__file__).parent
+    objects = [(HERE / "emulation.cpp", folders), (CSRC / "cuda" / "lstm.cu", folders)]
+    objects += [(BINDING, [str(root / "include")])]
+    return link(
+        objects,
+        "lstm_binding.so",
+        ["-Wl,-Bsymbolic", str(root / "lib" / "libtorch_cpu.so")],
+        verbose,
+    )
+
+
+def link(sources: list[tuple[Path, list[str]]], name: str, flags: list[str], verbose: bool) -> Path:
+    """A library of sources, each with the folders of headers that are not ours."""
     version = subprocess.run(
         [str(compiler()), "--version"], capture_output=True, text=True, check=True
     )
-    key = " ".join([*FLAGS, *includes, version.stdout, platform.machine()])
-    headers = [*HERE.glob("**/*.h"), *CSRC.glob("common/*.h"), *CSRC.glob("cuda/*.h")]
-    OUTPUT.mkdir(parents=True, exist_ok=True)
+    key = " ".join([*FLAGS, version.stdout, platform.machine()])
+    ours = [*HERE.glob("**/*.h"), *CSRC.glob("common/*.h"), *CSRC.glob("cuda/*.h")]
 
-    def compile_one(source: Path) -> Path:
-        # emulation.cpp sees none of the kernels' headers: a kernel's change leaves it alone
-        seen = list(HERE.glob("**/*.h")) if source.name == "emulation.cpp" else headers
-        target = OUTPUT / f"{source.stem}-{digest([source, *seen], key)}.o"
+    def compile_one(source: Path, folders: list[str]) -> Path:
+        includes = [f"-I{HERE / 'include'}"]
+        for folder in (str(cuda_include()), *folders):
+            includes += ["-isystem", folder]
+        headers = ours
+        if source.name == "emulation.cpp":
+            # it sees none of the kernels' headers: a kernel's change leaves it alone
+            headers = list(HERE.glob("**/*.h"))
+        elif source == BINDING:
+            headers = [*ours, *CSRC.glob("bindings/*.h"), CSRC / "bindings" / "lstm.cpp"]
+            headers += [Path(folder).parent / "version.py" for folder in folders]  # of torch
+            includes += BINDING_FLAGS
+        target = (
+            OUTPUT / f"{source.stem}-{digest([source, *headers], ' '.join([key, *includes]))}.o"
+        )
         if not target.exists():
             for old in OUTPUT.glob(f"{source.stem}-*.o"):
                 old.unlink(missing_ok=True)
@@ -139,17 +172,21 @@ def build(verbose: bool = False) -> Path:
             os.replace(partial, target)
         return target
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources()))
-    module = OUTPUT / digest(objects, key) / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not module.exists():
-        for old in OUTPUT.glob("*/"):
-            shutil.rmtree(old, ignore_errors=True)
-        module.parent.mkdir(parents=True, exist_ok=True)
-        partial = module.with_suffix(f".{os.getpid()}.tmp")
-        run([str(compiler()), *FLAGS, "-shared", *map(str, objects), "-o", str(partial)], verbose)
-        os.replace(partial, module)
-    return module
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    with (OUTPUT / "lock").open("w") as lock:  # two processes of a test run compile nothing twice
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda given: compile_one(*given), sources))
+        library = OUTPUT / digest(objects, " ".join([key, *flags])) / name
+        if not library.exists():
+            for old in OUTPUT.glob(f"*/{name}"):
+                shutil.rmtree(old.parent, ignore_errors=True)
+            library.parent.mkdir(parents=True, exist_ok=True)
+            partial = library.with_suffix(f".{os.getpid()}.tmp")
+            command = [str(compiler()), *FLAGS, "-shared", *map(str, objects), *flags]
+            run([*command, "-o", str(partial)], verbose)
+            os.replace(partial, library)
+    return library
 
 
 def run(command: list[str], verbose: bool) -> None:
@@ -165,3 +202,4 @@ if __name__ == "__main__":
     if reason:
         sys.exit(reason)
     print(build(verbose=True))
+    print(build_lstm_binding(verbose=True))

@@ -20,29 +20,34 @@ class Emulator:
     """One worker process. `call("forward", {...})` returns the dictionary that module.cpp describes."""
 
     def __init__(self) -> None:
-        self._module = build.build()
+        self._command = self.command()
         self._worker: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
+
+    def command(self) -> list[str]:
+        """Of Python. Builds what the worker loads."""
+        return ["-S", str(build.HERE / "worker.py"), str(build.build().parent)]
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = dict(
             os.environ,
             LD_PRELOAD=" ".join(build.sanitizer_libraries()),
-            # Python frees nothing at exit, and the fibers' frames live on stacks of their own
-            ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0",
+            # Python frees nothing at exit, the fibers' frames live on stacks of their own, and what nobody wrote is NaN
+            ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0:abort_on_error=0:"
+            "max_malloc_fill_size=1000000000:malloc_fill_byte=255",
             UBSAN_OPTIONS="print_stacktrace=1",
             PYTHONMALLOC="malloc",
         )
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close())
         return subprocess.Popen(
-            [sys.executable, "-S", str(build.HERE / "worker.py"), str(self._module.parent)],
+            [sys.executable, *self._command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=environment,
         )
 
-    def call(self, function: str, request: dict[str, Any]) -> dict[str, Any]:
+    def call(self, function: str, request: Any) -> Any:
         """Raises EmulationError with the report if a kernel does what no kernel may."""
         if self._worker is None:
             self._worker = self._start()
@@ -83,3 +88,12 @@ class Emulator:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class LstmBinding(Emulator):
+    """`call("lstm", arguments)` is torch.ops.advdl_ops.lstm on CUDA, of CPU tensors: see lstm_worker.py."""
+
+    def command(self) -> list[str]:
+        schemas = build.ROOT / "advdl_ops" / "_schemas.py"
+        worker = build.HERE / "lstm_worker.py"
+        return [str(worker), str(build.build_lstm_binding()), str(schemas)]
