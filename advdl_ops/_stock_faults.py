@@ -53,6 +53,20 @@ def fails_in_channels_last(
     return _image(x, weight, stride, padding, dilation, output_padding)[1] < stride[1]
 
 
+def layer_may_fail(layer: torch.nn.Module) -> bool:
+    """Whether, of one of torch's layers, :func:`fails_in_channels_last` holds for some image in fp32."""
+    if not isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+        return False
+    is_transposed = isinstance(layer, torch.nn.ConvTranspose2d)
+    return (
+        (layer.out_channels if is_transposed else layer.in_channels) < _BLOCK
+        and layer.groups == 1
+        and layer.kernel_size == (1, 1)
+        and layer.stride != (1, 1)
+        and layer.padding in ((0, 0), "valid")
+    )
+
+
 def sees_nothing(
     x: Tensor,
     weight: Tensor,
@@ -68,7 +82,11 @@ def sees_nothing(
     step, border, rate = stride[1], padding[1], dilation[1]
     if border == 0 or (step == 1 and rate == 1):
         return False
-    image = x.shape if output_padding is None else _image(x, weight, stride, padding, dilation, output_padding)
+    image = (
+        x.shape
+        if output_padding is None
+        else _image(x, weight, stride, padding, dilation, output_padding)
+    )
     width = image[-1]
     if width >= step and width >= rate:
         return False

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -91,7 +92,9 @@ def draw(rng: random.Random) -> Case:
         dilation = rng.choice(((1, 1), (1, 1), (rng.randint(2, 18),) * 2, _two(rng, 1, 18)))
         reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         same = (reach[0] // 2, reach[1] // 2)
-        padding = rng.choice(((0, 0), same, (rng.randint(0, reach[0] + 2), rng.randint(0, reach[1] + 2))))
+        padding = rng.choice(
+            ((0, 0), same, (rng.randint(0, reach[0] + 2), rng.randint(0, reach[1] + 2)))
+        )
         transposed = rng.random() < 0.25
         more = (0, 0)
         if transposed:
@@ -246,8 +249,20 @@ class Children:
         self.args, self.guard = args, guard
         self.process: subprocess.Popen[str] | None = None
 
+    def __enter__(self) -> Children:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+
     def environment(self, guard: Path | None) -> dict[str, str]:
-        held = {"OMP_NUM_THREADS": str(self.args.threads), "MALLOC_PERTURB_": "165", **HELD[self.args.isa]}
+        held = {
+            "OMP_NUM_THREADS": str(self.args.threads),
+            "MALLOC_PERTURB_": "165",
+            **HELD[self.args.isa],
+        }
         if guard is not None:
             held["LD_PRELOAD"] = str(guard)
         return {**os.environ, **held}
@@ -313,7 +328,7 @@ def implementation(verbose: str, direction: str) -> str:
     return made
 
 
-def build_guard(folder: str) -> Path | None:
+def build_guard(folder: str | Path) -> Path | None:
     guard = Path(folder, "guarded_memory.so")
     source = Path(__file__).with_name("guarded_memory.c")
     command = [os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-o", str(guard), str(source)]
@@ -329,8 +344,9 @@ def search(args: argparse.Namespace) -> int:
     rng = random.Random(args.seed)
     kinds: collections.Counter[str] = collections.Counter()
     count, failed, end = 0, 0, time.monotonic() + args.seconds
-    with tempfile.TemporaryDirectory() as folder:
-        children = Children(args, None if args.no_guard else build_guard(folder))
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        guard = None if args.no_guard else build_guard(folder)
+        children = stack.enter_context(Children(args, guard))
         while time.monotonic() < end:
             case = draw(rng)
             count += 1
@@ -347,30 +363,41 @@ def search(args: argparse.Namespace) -> int:
                 if "process" in what:
                     plain = children.again(case, verbose=False)
                     last = [v for v in plain.stdout.splitlines() if v.startswith("fault")]
-                    record["without the guard"] = "; ".join(last) or f"exit status {plain.returncode}"
+                    record["without the guard"] = (
+                        "; ".join(last) or f"exit status {plain.returncode}"
+                    )
                 print(json.dumps(record), flush=True)
-        if children.process is not None:
-            children.process.terminate()
-            children.process.wait()
-    print(f"{count} shapes with seed {args.seed}, {failed} with faults; torch {torch.__version__}, {args.isa}")
+    print(
+        f"{count} shapes with seed {args.seed}, {failed} with faults; torch {torch.__version__}, {args.isa}"
+    )
     for kind, times in kinds.most_common():
         print(f"{times:6} {kind}")
     return 1 if failed else 0
 
 
-def main() -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=600, help="how long to search (default: 600)")
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="how long to search (default: 600)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--isa", choices=HELD, default="native", help="avx2: hold everything to AVX2")
+    parser.add_argument(
+        "--isa", choices=HELD, default="native", help="avx2: hold everything to AVX2"
+    )
     parser.add_argument("--ours", action="store_true", help="this package's functions, not torch's")
-    parser.add_argument("--repeats", type=int, default=2, help="calls of each direction (default: 2)")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="calls of each direction (default: 2)"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-guard", action="store_true", help="without guarded_memory.c")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = parser().parse_args()
     if args.child:
         serve(args.repeats, ours if args.ours else stock)
         return 0
