@@ -30,8 +30,8 @@ def fails_in_channels_last(
 ) -> bool:
     """Whether the gradient of the weight may be wrong, or end the process, unless all is in contiguous memory.
 
-    Options are pairs; with an output padding those of a transposed convolution. Asked of every backward pass: what costs
-    least is looked at first.
+    Options are pairs; with an output padding those of a transposed convolution. Asked of every backward pass: what
+    costs least is looked at first.
     """
     strided = stride[0] > 1 or stride[1] > 1
     if not strided and (groups == 1 or (dilation[0] == 1 and dilation[1] == 1)):
@@ -177,5 +177,5 @@ def transposed_convolution(
 
 
 def in_contiguous(t: Tensor) -> Tensor:
-    """``t`` in contiguous memory, the strides of sizes of 1 included: by them oneDNN takes a weight for channels_last."""
+    """``t`` in contiguous memory, with its strides of sizes of 1 too: by them torch takes a weight for channels_last."""
     return t.reshape(-1).view(t.shape)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from advdl_ops import functional as F
 from advdl_ops import explain, optimize, use_backend
+from advdl_ops import functional as F
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

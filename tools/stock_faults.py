@@ -5,8 +5,9 @@
 
 Random shapes, options, dtypes and memory formats; output and every gradient are compared with fp64, and two calls with
 each other. The shapes run in child processes in which each tensor ends at memory that can be neither read nor written
-and starts full of NaN (guarded_memory.c, built with the C compiler at hand). Where a child dies, the parent names the shape,
-asks oneDNN what ran, and goes on behind it. The last lines say how often each way to fail was met, by implementation.
+and starts full of NaN (guarded_memory.c, built with the C compiler at hand). Where a child dies, the parent names the
+shape, asks oneDNN what ran, and goes on behind it. The last lines say how often each way to fail was met, by
+implementation. docs/stock_faults.md is what came of it.
 """
 
 from __future__ import annotations
