@@ -177,5 +177,5 @@ def transposed_convolution(
 
 
 def in_contiguous(t: Tensor) -> Tensor:
-    """``t`` in contiguous memory, with its strides of sizes of 1 too: by them torch takes a weight for channels_last."""
+    """``t`` in contiguous memory, the strides of sizes of 1 too, for which torch takes a weight as channels_last."""
     return t.reshape(-1).view(t.shape)
