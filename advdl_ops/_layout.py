@@ -113,7 +113,10 @@ def _why_not(
 
 
 _CONVOLUTIONS = torch.nn.Conv2d, torch.nn.ConvTranspose2d  # judged by what they are
-_CONVOLVES = {torch.conv2d: 3, torch.conv_transpose2d: 3}  # and where their stride stands
+_CONVOLVES: dict[Any, int] = {
+    torch.conv2d: 3,
+    torch.conv_transpose2d: 3,
+}  # and where their stride stands
 
 
 def _strides(node: fx.Node) -> bool:

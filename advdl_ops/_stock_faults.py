@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._schemas import conv2d_format
+from .backend import transformed
 
 # Channels that oneDNN computes at a time with AVX-512; with AVX2 8.
 _BLOCK = 16
@@ -118,8 +119,12 @@ def _image(
 
 def padded(x: Tensor, padding: Sequence[int]) -> Tensor:
     """``x`` ``[N, C, H, W]`` with zeros around it, in its memory format."""
-    out = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    return out.contiguous(memory_format=conv2d_format(x))
+    return _as(x, F.pad(x, (padding[1], padding[1], padding[0], padding[0])))
+
+
+def _as(x: Tensor, out: Tensor) -> Tensor:
+    """``out`` in ``x``'s memory format, which under functorch transforms cannot be asked for."""
+    return out if transformed() else out.contiguous(memory_format=conv2d_format(x))
 
 
 # ---- torch's convolutions with right gradients, and outputs; options are pairs ----
@@ -135,15 +140,12 @@ def convolution(
     groups: int,
 ) -> Tensor:
     """:func:`torch.nn.functional.conv2d`."""
-    layout = None
-    if x.is_cpu:
-        if sees_nothing(x, weight, stride, padding, dilation):
-            x, padding = padded(x, padding), (0, 0)
-        if fails_in_channels_last(x, weight, stride, padding, dilation, groups):
-            layout = conv2d_format(x)
-            x, weight = in_contiguous(x), in_contiguous(weight)
-    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return out if layout is None else out.contiguous(memory_format=layout)
+    if x.is_cpu and sees_nothing(x, weight, stride, padding, dilation):
+        x, padding = padded(x, padding), (0, 0)
+    options = stride, padding, dilation, groups
+    if x.is_cpu and fails_in_channels_last(x, weight, *options):
+        return _as(x, F.conv2d(in_contiguous(x), in_contiguous(weight), bias, *options))
+    return F.conv2d(x, weight, bias, *options)
 
 
 def transposed_convolution(
@@ -158,22 +160,20 @@ def transposed_convolution(
 ) -> Tensor:
     """:func:`torch.nn.functional.conv_transpose2d`."""
     options = stride, padding, output_padding, groups, dilation
-    conv = stride, padding, dilation
     if not x.is_cpu:
         return F.conv_transpose2d(x, weight, bias, *options)
-    layout = conv2d_format(x)
-    blind = sees_nothing(x, weight, *conv, output_padding)
-    if fails_in_channels_last(x, weight, *conv, groups, output_padding):
+    conv = stride, padding, dilation
+    given = x
+    fails = fails_in_channels_last(x, weight, *conv, groups, output_padding)
+    if fails:
         x, weight = in_contiguous(x), in_contiguous(weight)
-    elif not blind:
-        return F.conv_transpose2d(x, weight, bias, *options)
-    if blind:
+    if sees_nothing(x, weight, *conv, output_padding):
         height, width = _image(x, weight, *conv, output_padding)
         whole = F.conv_transpose2d(x, weight, bias, stride, 0, output_padding, groups, dilation)
         out = whole[:, :, padding[0] :, padding[1] :][:, :, :height, :width]
-    else:
-        out = F.conv_transpose2d(x, weight, bias, *options)
-    return out.contiguous(memory_format=layout)
+        return _as(given, out.contiguous())
+    out = F.conv_transpose2d(x, weight, bias, *options)
+    return _as(given, out) if fails else out
 
 
 def in_contiguous(t: Tensor) -> Tensor:
