@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ._code import is_function, why_layout_may_matter
 from ._effects import NEW_RESULTS, Effects, written_by
 from ._fuse import has_hooks
+from ._stock_faults import layer_may_fail
 from ._trace import is_torchs
 from .functional._norm import needs_grad
 from .functional.conv_bn_act import in_channels_last, prefers_channels_last
@@ -61,6 +62,8 @@ def why_not_inside(
         why = None
         if has_hooks(layer):
             why = "it has hooks"
+        elif id(layer) not in known and layer_may_fail(layer):
+            why = "torch computes the gradient of its weight wrongly in channels_last"
         elif id(layer) not in known and (id(layer) in graphs or not _is_plainly_torchs(layer)):
             why = _why_not(layer, graphs, effects)
         if why is not None:
@@ -96,6 +99,8 @@ def _why_not(
                 return f"it calls {node.target}"
             if node.op == "call_function" and not _is_indifferent(node):
                 return f"it calls {getattr(node.target, '__name__', node.target)}"
+            if _strides(node) and not isinstance(layer, _CONVOLUTIONS):
+                return "it calls a convolution with a stride, of which torch computes some wrongly in channels_last"
             if any(isinstance(a, torch.memory_format) for a in (*node.args, *node.kwargs.values())):
                 return "it names a memory format"
             if effects.writes(node, layer) and written_by(node) in either:
@@ -105,6 +110,22 @@ def _why_not(
             if made or (of_either and node.target not in NEW_RESULTS):
                 either.add(node)
     return None
+
+
+_CONVOLUTIONS = torch.nn.Conv2d, torch.nn.ConvTranspose2d  # judged by what they are
+_CONVOLVES: dict[Any, int] = {
+    torch.conv2d: 3,
+    torch.conv_transpose2d: 3,
+}  # and where their stride stands
+
+
+def _strides(node: fx.Node) -> bool:
+    """Whether it calls one of torch's convolutions with a stride, or one that is not known."""
+    place = _CONVOLVES.get(node.target)
+    if node.op != "call_function" or place is None:
+        return False
+    stride = node.kwargs.get("stride", node.args[place] if len(node.args) > place else 1)
+    return stride not in (1, (1,), (1, 1), [1], [1, 1])
 
 
 def _takes_over(node: fx.Node, owner: torch.nn.Module, effects: Effects) -> bool:

@@ -46,7 +46,10 @@ def check(name, dtype, layout="contiguous", act="none", shape=(2, 5, 4)):
     laid = {"weight": t["weight"], "bias": t["bias"], "x": in_layout(t["x"], layout)}
     dout = in_layout(dout, layout)
     spelled, stock_act = ACTIVATIONS[act]
-    stock = collect(F.conv_transpose2d, laid, dout, stock_act, **options)
+    peer, dpeer = laid, dout
+    if name == "one":  # where channels_last ends the process or gives garbage: docs/stock_faults.md
+        peer, dpeer = {key: t.contiguous() for key, t in laid.items()}, dout.contiguous()
+    stock = collect(F.conv_transpose2d, peer, dpeer, stock_act, **options)
     found = collect(conv_transpose2d, laid, dout, same, act=spelled, **options)
     with torch.no_grad():
         found["out without gradients"] = conv_transpose2d(**laid, act=spelled, **options)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._library import native
 from .._schemas import _library, conv2d_format, conv2d_shape
+from .._stock_faults import fails_in_channels_last, padded, sees_nothing
 from ..activation import IDENTITY, Activation, activation_of
 from ..backend import is_traced
 from ..reference.activation import activate
@@ -46,8 +47,10 @@ def conv2d(
 ) -> Tensor:
     """``act(conv2d(x, weight) * scale + shift + residual)`` in ``x``'s memory format, see ``_schemas.py``."""
     activation = activation_of(act, act_param)
-    conv = Conv(stride, padding, dilation, groups)
     given_format = conv2d_format(x)
+    if sees_nothing(x, weight, stride, padding, dilation):
+        x, padding = padded(x, padding), (0, 0)
+    conv = Conv(stride, padding, dilation, groups)
     x = convert(x, compute_format(x, dilation))
     # In half precision a folded scale would round the weights once more, and a wider shift would be rounded.
     folds = x.dtype not in HALF or (scale is None and shift is not None and shift.dtype == x.dtype)
@@ -104,8 +107,8 @@ def conv2d_backward(
         need_dx, need_dweight = need_dx and not own_dx, need_dweight and not own_dweight
         if not (need_dx or need_dweight):
             return dx, dweight, dbias
-    if only_contiguous(x, dilation, groups):
-        fast, weight = torch.contiguous_format, weight.contiguous()
+    if need_dweight and fails_in_channels_last(x, weight, stride, padding, dilation, groups):
+        fast, weight = torch.contiguous_format, convert(weight, torch.contiguous_format)
     rest = torch.ops.aten.convolution_backward(
         convert(dz, fast),
         convert(x, fast),
@@ -202,12 +205,6 @@ def compute_format(x: Tensor, dilation: Sequence[int]) -> torch.memory_format:
     if x.dtype == torch.float32 and max(dilation) >= _LARGE_DILATION:
         return torch.channels_last
     return conv2d_format(x)
-
-
-def only_contiguous(x: Tensor, dilation: Sequence[int], groups: int) -> bool:
-    """Whether backward has to be computed in contiguous memory: of this weight torch 2.13 gives garbage, or NaN, where
-    ``x`` or the weight is channels_last."""
-    return x.dtype in HALF and groups > 1 and max(dilation) > 1
 
 
 def has_format(t: Tensor, memory_format: torch.memory_format) -> bool:

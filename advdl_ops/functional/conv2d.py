@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from .._schemas import conv2d_shape
+from .._stock_faults import sees_nothing
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..backend import fixed, serves_native, unwatched
 from ..reference.batch_norm_act import acc_dtype
@@ -282,6 +283,7 @@ def _torch_derives_as_well(
         and _conv2d_cpu.has_format(weight, torch.contiguous_format)
         and _conv2d_cpu.compute_format(x, options[2]) == torch.contiguous_format
         and not any(_conv2d_cpu.own_kernel(x, weight, Conv(*options[:4])))
+        and not sees_nothing(x, weight, *options[:3])
     )
 
 

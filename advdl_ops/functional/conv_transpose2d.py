@@ -24,10 +24,11 @@ from torch import Tensor
 
 from .. import reference
 from .._schemas import conv2d_format
+from .._stock_faults import fails_in_channels_last, in_contiguous, padded, sees_nothing
 from ..activation import Activation, resolve_activation
 from ..backend import fixed, get_backend, is_traced, serves_native, transformed
 from ._activation import DERIVATIVES, activated, derivative_from_output
-from ._conv2d_cpu import Conv, only_contiguous
+from ._conv2d_cpu import Conv
 from ._conv2d_cuda import deterministic, native_convolution
 from ._conv_options import autocast_dtype, cast, check_groups, pair_of
 from ._norm import (
@@ -133,7 +134,8 @@ def _batched(
         act.code == 0
         and not own
         and not x.is_cuda  # where backward is to be deterministic
-        and not only_contiguous(x, options.dilation, options.groups)
+        and not _fails_in_channels_last(x, weight, options)
+        and not _sees_nothing(x, weight, options)
         and not (bias is not None and _sums_bias(x))
         # Such a weight would decide the format of x's gradient.
         and not weight.is_contiguous(memory_format=torch.channels_last)
@@ -275,14 +277,16 @@ def _dense_gradients(
     layout = conv2d_format(x)
     need_x, need_weight, need_bias = needs
     sums_bias = need_bias and _sums_bias(x)
-    computed = layout
-    if x.is_cpu and only_contiguous(x, options.dilation, options.groups):
+    computed, padding = layout, options.padding
+    if x.is_cpu and _fails_in_channels_last(x, weight, options):
         computed = torch.contiguous_format
-        x, weight = x.contiguous(), weight.contiguous()
+        x, weight = in_contiguous(x), in_contiguous(weight)
     dz = dz.contiguous(memory_format=computed)
     dx = dweight = dbias = None
     if sums_bias:
         dbias = dz.sum((0, 2, 3))
+    if x.is_cpu and _sees_nothing(x, weight, options):
+        dz, padding = padded(dz, padding), (0, 0)
     if need_x or need_weight or not sums_bias:
         with deterministic() if x.is_cuda else contextlib.nullcontext():
             dx, dweight, sum_of_dz = _convolution_backward_op(
@@ -291,7 +295,7 @@ def _dense_gradients(
                 weight,
                 [dz.shape[1]],
                 options.stride,
-                options.padding,
+                padding,
                 options.dilation,
                 True,
                 options.output_padding,
@@ -300,6 +304,16 @@ def _dense_gradients(
             )
         dbias = dbias if sums_bias else sum_of_dz
     return None if dx is None else dx.contiguous(memory_format=layout), dweight, dbias
+
+
+def _fails_in_channels_last(x: Tensor, weight: Tensor, options: Options) -> bool:
+    stride, padding, more, groups, dilation = options
+    return fails_in_channels_last(x, weight, stride, padding, dilation, groups, more)
+
+
+def _sees_nothing(x: Tensor, weight: Tensor, options: Options) -> bool:
+    stride, padding, more, _, dilation = options
+    return sees_nothing(x, weight, stride, padding, dilation, more)
 
 
 def _sums_bias(x: Tensor) -> bool:

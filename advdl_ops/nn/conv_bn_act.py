@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .._schemas import conv2d_format, conv2d_shape
+from .._stock_faults import sees_nothing
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..functional._conv2d_cpu import Conv, convert, onednn_conv_act, pair, prepack, uses_onednn
 from ..functional._epilogue import epilogue
@@ -204,6 +205,8 @@ def _packs(conv: torch.nn.Conv2d, x: Tensor, options: Conv) -> bool:
     the address of what was gathered says that the shards have changed.
     """
     if not uses_onednn(x, conv.weight, options) or "_is_fsdp_managed_module" in conv.__dict__:
+        return False
+    if sees_nothing(x, conv.weight, *options[:3]):
         return False
     if not conv.groups == conv.in_channels == conv.out_channels:
         return True

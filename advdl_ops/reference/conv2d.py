@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from .._stock_faults import convolution
 from ..activation import Activation
 from .activation import activate
 from .batch_norm_act import acc_dtype, per_channel
@@ -28,7 +28,7 @@ def conv2d(
     What follows the convolution is computed in at least fp32 and rounded once to ``x``'s dtype.
     """
     in_conv = bias is not None and bias.dtype == x.dtype
-    z = F.conv2d(x, weight, bias if in_conv else None, stride, padding, dilation, groups)
+    z = convolution(x, weight, bias if in_conv else None, stride, padding, dilation, groups)
     acc = acc_dtype(x.dtype)
     z = z.to(acc)
     if bias is not None and not in_conv:

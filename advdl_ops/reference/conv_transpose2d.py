@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from .._stock_faults import transposed_convolution
 from ..activation import Activation
 from .activation import activate
 
@@ -18,4 +18,4 @@ def conv_transpose2d(
 
     ``options`` are (stride, padding, output_padding, groups, dilation).
     """
-    return activate(F.conv_transpose2d(x, weight, bias, *options), act)
+    return activate(transposed_convolution(x, weight, bias, *options), act)
