@@ -176,9 +176,8 @@ class GateWritten(Block):
 
     def forward(self, x):
         y = self.norm1(self.conv1(x))
-        gate = y.sigmoid()
-        gate.mul_(y)
-        return gate + self.norm2(y)
+        z = y.sigmoid().mul_(y)
+        return z + self.norm2(y)
 
 
 class WrittenByItsGate(Block):

@@ -90,7 +90,9 @@ def test_the_last_program_reaches_the_ends(run: Callable[..., Any], name: str) -
         assert 0 <= least <= most < elements, tensor
         if tensor in far:
             assert most == elements - 1, tensor
-        if tensor in far and not (tensor == "partial_ptr" and elements != BLOCKS * CHANNELS * WEIGHT):
+        if tensor in far and not (
+            tensor == "partial_ptr" and elements != BLOCKS * CHANNELS * WEIGHT
+        ):
             assert least >= elements - 4 * IN * CHANNELS, tensor  # a few lines of the image
 
 
@@ -121,7 +123,9 @@ def touched_by(name: str) -> dict[str, tuple[int, int]]:
     touched: dict[str, list[int]] = {tensor: [] for tensor in arguments}
 
     def note(pointers: Any, mask: Any) -> None:
-        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(np.int64)
+        at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)].astype(
+            np.int64
+        )
         if at.size == 0:
             return
         tensor = list(arguments)[(int(at.max()) + (1 << 45) >> 46) - 1]
