@@ -27,6 +27,7 @@ EXTRA_PARTS = 5
 def pytest_configure(config: pytest.Config) -> None:
     # Workers (pytest-xdist) are started later, with this in their environment.
     os.environ.setdefault("EXTRA_PART", str(extra_part_of_commit()))
+    os.environ["EXTRA_PART"] = str(int(os.environ["EXTRA_PART"]) % EXTRA_PARTS)
     if config.getoption("dist", "no") != "no":  # the one that starts them
         config.pluginmanager.register(LostWorkers(), "lost workers")
     if not CPU_LIBRARY.exists():
@@ -43,7 +44,7 @@ def extra_part_of_commit() -> int:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):  # not a clone
         return 0
-    return int(found[:8], 16) % EXTRA_PARTS
+    return int(found[:8], 16)
 
 
 def pytest_report_header() -> str:

@@ -190,6 +190,15 @@ class WrittenByItsGate(Block):
         return self.norm2(other)
 
 
+class ReadsWhatIsAddedTo(Block):
+    def forward(self, x):
+        y = self.norm1(self.conv1(x))
+        z = x * 2
+        also = z
+        z += y
+        return self.norm2(self.conv2(z)) + also
+
+
 class WrittenAfterItsGate(Block):
     def forward(self, x):
         y = self.norm1(self.conv1(x))
@@ -247,7 +256,7 @@ KINDS = [
     Chained, ChainedInPlace, WritesInBody, IntoView, IntoBuffer, ReadsStatistics, DropsByChild,
     EnablesAutocast, EnablesGradients, KeepsInChild, FreezesChild, CountsInTensor, MarksTensor,
     AsksForTuple, AsksTorch, OtherNames, Strict, GateReadAgain, GateWritten, WrittenByItsGate, WrittenAfterItsGate,
-    WritesOut, WritesOutInChild, WrittenByPreHook, WrittenByHook,
+    ReadsWhatIsAddedTo, WritesOut, WritesOutInChild, WrittenByPreHook, WrittenByHook,
 ]  # fmt: skip
 # Of the first one every call counts, of the others torch refuses the gradients.
 WITHOUT_GRADIENTS = (

@@ -1,4 +1,4 @@
-"""A test run whose worker dies fails, and says where: `make test` runs with pytest-xdist."""
+"""What tests/conftest.py makes of a run: a worker that dies fails it, a part of the extra tests is run."""
 
 import os
 import re
@@ -42,11 +42,39 @@ def test_a_run_without_a_death_passes(tmp_path: Path) -> None:
     assert "2 passed" in found.stdout and "LOST" not in found.stdout
 
 
-def run(folder: Path, tests: str) -> "subprocess.CompletedProcess[str]":
+EXTRA = """
+import pytest
+
+@pytest.mark.extra
+@pytest.mark.parametrize("i", range(30))
+def test_extra(i): print(f"<{i}>")
+
+def test_always(): pass
+"""
+
+
+@pytest.mark.slow
+def test_every_extra_test_is_in_one_part(tmp_path: Path) -> None:
+    parts = []
+    for part in range(5):
+        found = run(tmp_path / str(part), EXTRA, "-rP", EXTRA_PART=str(part))
+        assert found.returncode == 0, found.stdout
+        assert f"EXTRA_PART={part} repeats it" in found.stdout
+        assert "test_always" in found.stdout
+        parts.append(re.findall(r"^<(\d+)>$", found.stdout, re.MULTILINE))
+    assert all(parts)
+    assert sorted(int(i) for found in parts for i in found) == list(range(30))
+    assert "30 passed" in run(tmp_path / "all", EXTRA, "-m", "extra").stdout
+
+
+def run(
+    folder: Path, tests: str, *options: str, **variables: str
+) -> "subprocess.CompletedProcess[str]":
     """With the conftest of these tests, in a folder of its own."""
-    (folder / "tests").mkdir()
+    (folder / "tests").mkdir(parents=True)
     shutil.copy(ROOT / "tests" / "conftest.py", folder / "tests")
     (folder / "advdl_ops").symlink_to(ROOT / "advdl_ops")
+    shutil.copy(ROOT / "pyproject.toml", folder)
     (folder / "tests" / "test_deaths.py").write_text(tests)
     command = [
         sys.executable,
@@ -60,7 +88,7 @@ def run(folder: Path, tests: str) -> "subprocess.CompletedProcess[str]":
         "no:cacheprovider",
         "tests",
     ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | variables
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
