@@ -190,6 +190,13 @@ class WrittenByItsGate(Block):
         return self.norm2(other)
 
 
+class AddsItself(Block):
+    def forward(self, x):
+        y = self.norm1(self.conv1(x))
+        z = F.relu(y + y)
+        return F.relu(self.norm2(self.conv2(z)) + z)
+
+
 class ReadsWhatIsAddedTo(Block):
     def forward(self, x):
         y = self.norm1(self.conv1(x))
@@ -256,7 +263,7 @@ KINDS = [
     Chained, ChainedInPlace, WritesInBody, IntoView, IntoBuffer, ReadsStatistics, DropsByChild,
     EnablesAutocast, EnablesGradients, KeepsInChild, FreezesChild, CountsInTensor, MarksTensor,
     AsksForTuple, AsksTorch, OtherNames, Strict, GateReadAgain, GateWritten, WrittenByItsGate, WrittenAfterItsGate,
-    ReadsWhatIsAddedTo, WritesOut, WritesOutInChild, WrittenByPreHook, WrittenByHook,
+    AddsItself, ReadsWhatIsAddedTo, WritesOut, WritesOutInChild, WrittenByPreHook, WrittenByHook,
 ]  # fmt: skip
 # Of the first one every call counts, of the others torch refuses the gradients.
 WITHOUT_GRADIENTS = (
