@@ -7,18 +7,29 @@ os.environ["ADVDL_OPS_REQUIRE_NATIVE"] = "1"
 # And before torch is: beside another worker (pytest-xdist) a thread that waits must leave its core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import signal
+import subprocess
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-CPU_LIBRARY = Path(__file__).parents[1] / "advdl_ops" / "lib" / "libadvdl_ops_cpu.so"
+ROOT = Path(__file__).parents[1]
+CPU_LIBRARY = ROOT / "advdl_ops" / "lib" / "libadvdl_ops_cpu.so"
+EXTRA_PARTS = 5
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Workers (pytest-xdist) are started later, with this in their environment.
+    os.environ.setdefault("EXTRA_PART", str(extra_part_of_commit()))
+    os.environ["EXTRA_PART"] = str(int(os.environ["EXTRA_PART"]) % EXTRA_PARTS)
+    if config.getoption("dist", "no") != "no":  # the one that starts them
+        config.pluginmanager.register(LostWorkers(), "lost workers")
     if not CPU_LIBRARY.exists():
         pytest.exit(
             "the native library is not built: run `make build` or `python setup.py build_ext --inplace` first",
@@ -26,12 +37,77 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def extra_part_of_commit() -> int:
+    """Each commit runs another part of the tests marked `extra`, and always the same one."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # not a clone
+        return 0
+    return int(found[:8], 16)
+
+
+def pytest_report_header() -> str:
+    part = os.environ["EXTRA_PART"]
+    return f"extra tests: part {part} of 0 to {EXTRA_PARTS - 1}, EXTRA_PART={part} repeats it, `-m extra` runs all"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "extra" not in config.option.markexpr:
+        part = int(os.environ["EXTRA_PART"])
+        left = [
+            item
+            for item in items
+            if item.get_closest_marker("extra")
+            and zlib.crc32(item.nodeid.encode()) % EXTRA_PARTS != part
+        ]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+class LostWorkers:
+    """pytest-xdist names the test in which a worker dies. One that dies after its last test would pass unnoticed."""
+
+    def __init__(self) -> None:
+        self.processes: dict[str, Any] = {}
+        self.latest: dict[str, str] = {}
+        self.lost: dict[str, str] = {}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodeready(self, node: Any) -> None:
+        self.processes[node.gateway.id] = node.gateway._io.popen
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if hasattr(report, "node"):
+            self.latest[report.node.gateway.id] = report.nodeid
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object | None) -> None:
+        if error:
+            self.lost[node.gateway.id] = str(error)
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Iterator[None]:
+        yield  # xdist waits for its workers here
+        for worker, process in self.processes.items():
+            code = process.poll()
+            # Those that take too long to end are killed.
+            if code is not None and code < 0 and code != -signal.SIGKILL:
+                self.lost.setdefault(worker, f"it ended by {signal.Signals(-code).name}")
+        if self.lost and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        for worker, why in self.lost.items():
+            latest = self.latest.get(worker, "none")
+            terminalreporter.write_line(
+                f"LOST worker {worker}: {why}; the last test that it reported: {latest}", red=True
+            )
 
 
 @pytest.fixture(autouse=True)

@@ -164,11 +164,111 @@ class Strict(Block):
         pass
 
 
+class GateReadAgain(Block):
+    def forward(self, x):
+        y = self.norm1(self.conv1(x))
+        gate = y.sigmoid()
+        return y * gate + self.norm2(gate)
+
+
+class GateWritten(Block):
+    """In place of the gate, not of what it is made of."""
+
+    def forward(self, x):
+        y = self.norm1(self.conv1(x))
+        z = y.sigmoid().mul_(y)
+        return z + self.norm2(y)
+
+
+class WrittenByItsGate(Block):
+    """By another name too."""
+
+    def forward(self, x):
+        y = self.norm1(self.conv1(x))
+        other = y.view_as(y)
+        y.mul_(y.sigmoid())
+        return self.norm2(other)
+
+
+class AddsItself(Block):
+    def forward(self, x):
+        y = self.norm1(self.conv1(x))
+        z = F.relu(y + y)
+        return F.relu(self.norm2(self.conv2(z)) + z)
+
+
+class ReadsWhatIsAddedTo(Block):
+    def forward(self, x):
+        y = self.norm1(self.conv1(x))
+        z = x * 2
+        also = z
+        z += y
+        return self.norm2(self.conv2(z)) + also
+
+
+class WrittenAfterItsGate(Block):
+    def forward(self, x):
+        y = self.norm1(self.conv1(x))
+        gate = y.sigmoid()
+        y.add_(1)
+        return self.norm2(y * gate)
+
+
+class WritesOut(Block):
+    """What the convolution reads is written between it and its norm."""
+
+    def forward(self, x):
+        x = x * 1
+        y = self.conv1(x)
+        torch.mul(x, 2, out=x)
+        return F.relu(self.norm1(y)) + x
+
+
+class WritesOutInChild(Block):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.child = Doubled()
+
+    def forward(self, x):
+        x = x * 1
+        y = self.conv1(x)
+        self.child(x)
+        return F.relu(self.norm1(y)) + x
+
+
+class Doubled(stock.Module):
+    def forward(self, x):
+        return torch.add(x * 1, x * 1, out=x)
+
+
+class WrittenByPreHook(Block):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.conv2.register_forward_pre_hook(lambda _, args: args[0].mul_(2) is None or None)
+
+    def forward(self, x):
+        x = x * 1
+        y = self.conv1(x)
+        z = self.conv2(x)
+        return F.relu(self.norm1(y)) + z
+
+
+class WrittenByHook(WrittenByPreHook):
+    def __init__(self, *args):
+        Block.__init__(self, *args)
+        self.conv2.register_forward_hook(lambda _, args, __: args[0].mul_(2) is None or None)
+
+
 KINDS = [
     Chained, ChainedInPlace, WritesInBody, IntoView, IntoBuffer, ReadsStatistics, DropsByChild,
     EnablesAutocast, EnablesGradients, KeepsInChild, FreezesChild, CountsInTensor, MarksTensor,
-    AsksForTuple, AsksTorch, OtherNames, Strict,
+    AsksForTuple, AsksTorch, OtherNames, Strict, GateReadAgain, GateWritten, WrittenByItsGate, WrittenAfterItsGate,
+    AddsItself, ReadsWhatIsAddedTo, WritesOut, WritesOutInChild, WrittenByPreHook, WrittenByHook,
 ]  # fmt: skip
+# Of the first one every call counts, of the others torch refuses the gradients.
+WITHOUT_GRADIENTS = (
+    IntoBuffer, ChainedInPlace, WritesInBody, GateWritten, WritesOut, WritesOutInChild, WrittenByPreHook, WrittenByHook,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,8 +283,7 @@ def test_values_are_kept(kind):
         with torch.set_grad_enabled(grad):
             fast.eval(), twin.eval()
             same(fast(X).detach(), twin(X).detach())
-    # Of the first two torch refuses the gradients, the third one's every call counts.
-    if kind not in (ChainedInPlace, WritesInBody, IntoBuffer):
+    if kind not in WITHOUT_GRADIENTS:
         check_as(twin, fast, X)
 
 
