@@ -55,14 +55,13 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "extra" not in config.option.markexpr:
         part = int(os.environ["EXTRA_PART"])
-        left = [
-            item
-            for item in items
-            if item.get_closest_marker("extra")
-            and zlib.crc32(item.nodeid.encode()) % EXTRA_PARTS != part
-        ]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+
+        def is_left_out(item: pytest.Item) -> bool:
+            is_extra = item.get_closest_marker("extra") is not None
+            return is_extra and zlib.crc32(item.nodeid.encode()) % EXTRA_PARTS != part
+
+        config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
+        items[:] = [item for item in items if not is_left_out(item)]
     if torch.cuda.is_available():
         return
     for item in items:
