@@ -15,7 +15,7 @@ from triton_helpers import interpreter
 
 pytest.importorskip("triton")
 
-BATCH, OUT, IN, CHANNELS, BLOCK = 3, 20_000, 40_000, 16, 16
+BATCH, OUT, IN, CHANNELS, BLOCK = 3, 20_000, 40_000, 32, 16
 X = BATCH * IN * IN * CHANNELS  # elements; 4.8e9 pixels
 Z = BATCH * OUT * OUT * CHANNELS
 PIXELS = BATCH * OUT * OUT
@@ -28,9 +28,9 @@ GEOMETRY = {
 STEPS = {"STEP_H": 2, "STEP_W": 2, "batch": BATCH}
 DENSE = GEOMETRY | {
     "in_channels": CHANNELS, "out_channels": CHANNELS, "group_in": CHANNELS, "group_out": CHANNELS,
-    "PRECISION": "ieee", "BLOCK_M": BLOCK, "BLOCK_N": 16, "BLOCK_K": BLOCK,
+    "PRECISION": "ieee", "BLOCK_M": BLOCK, "BLOCK_N": CHANNELS, "BLOCK_K": BLOCK,
 }  # fmt: skip
-DEPTHWISE = GEOMETRY | {"channels": CHANNELS, "BLOCK_M": BLOCK, "BLOCK_N": 16}
+DEPTHWISE = GEOMETRY | {"channels": CHANNELS, "BLOCK_M": BLOCK, "BLOCK_N": CHANNELS}
 SPLITS = {"pixels": PIXELS, "split_pixels": BLOCK}
 FEW, MANY = 200, 2**25  # rows and columns of a workspace
 
@@ -46,7 +46,7 @@ LAUNCHES = {
         {"w_ptr": CHANNELS * WEIGHT},
     ),
     "weight gradient": (
-        "weight_gradient_kernel", (8, BLOCKS - 1), DENSE | SPLITS | {"PROLOGUE_ACT": 1},
+        "weight_gradient_kernel", (17, BLOCKS - 1), DENSE | SPLITS | {"PROLOGUE_ACT": 1},
         {"dz_ptr": Z, "x_ptr": X, "partial_ptr": BLOCKS * CHANNELS * WEIGHT}, {},
     ),
     "merged statistics": (
