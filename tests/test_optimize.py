@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -675,6 +676,7 @@ def branches(source):
         "stock": stock,
         "users": torch.autograd.Function.apply,
         "F": torch.nn.functional,
+        "math": math,
         "same": same,
     }
     text = "".join(f"    {line}\n" for line in ("if x.sum() > 1e9: x = -x", *source.split("; ")))
@@ -691,7 +693,16 @@ def formats_of_last(fast):
 
 
 @pytest.mark.parametrize(
-    "between", [stock.Identity(), stock.ReLU(True), Halves(), ShiftsAll(), Fits(), branches("pass")]
+    "between",
+    [
+        stock.Identity(),
+        stock.ReLU(True),
+        Halves(),
+        ShiftsAll(),
+        Fits(),
+        branches("pass"),
+        branches("x = x * math.sqrt(2)"),
+    ],
 )
 def test_evaluation_in_channels_last(between):
     model = Chain(copy.deepcopy(between)).double().eval()
@@ -803,6 +814,10 @@ def test_dropout_that_does_nothing_does_not_forbid_channels_last():
     with torch.no_grad():
         fast(X.float())
     assert seen == [True, False, True, False]
+    fast = advdl_ops.optimize(Chain(Never())).train()
+    seen = formats_of_last(fast)
+    fast(X.float())
+    assert seen == [True]
 
 
 class Always(stock.Module):
@@ -839,6 +854,16 @@ def _(x):
     return torch.empty_like(x)
 
 
+class Never(stock.Module):
+    def forward(self, x):
+        return torch.dropout(x, 0.5, False)
+
+
+class Transposes(stock.Module):
+    def forward(self, x):
+        return x.mT.mT
+
+
 class UsersOperator(stock.Module):
     def forward(self, x):
         return torch.ops.advdl_test.rows(x)
@@ -853,6 +878,7 @@ class UsersOperator(stock.Module):
         (Called(), "between: it names a memory format"),
         (Rows(8, 8, 1), "between: "),
         (UsersOperator(), "between: it calls "),
+        (Transposes(), "between: it calls getattr"),
         (
             stock.Sequential(stock.Flatten(), stock.ReLU(True), stock.Unflatten(1, (8, 7, 6))),
             "it writes",
@@ -921,6 +947,7 @@ def test_gradients_of_the_input_lie_as_it_does():
         ("x = F.dropout(x, 0.0)", "uses dropout"),
         ("x.add_(1)", "uses add_"),
         ("x = F.relu(x, inplace=True)", "it may write what it is given"),
+        ("torch.mul(x, 2, out=x)", "it may write what it is given"),
         ("x += 1", "it may write what it is given"),
         ("x[0] = 1", "it does a STORE_SUBSCR"),
         ("self.y = 1", "it does a STORE_ATTR"),

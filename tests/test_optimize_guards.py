@@ -197,6 +197,11 @@ class AddsItself(Block):
         return F.relu(self.norm2(self.conv2(z)) + z)
 
 
+class AddsTwice(Block):
+    def forward(self, x):
+        return F.relu(torch.add(self.norm1(self.conv1(x)), self.norm2(x), alpha=2))
+
+
 class ReadsWhatIsAddedTo(Block):
     def forward(self, x):
         y = self.norm1(self.conv1(x))
@@ -263,7 +268,7 @@ KINDS = [
     Chained, ChainedInPlace, WritesInBody, IntoView, IntoBuffer, ReadsStatistics, DropsByChild,
     EnablesAutocast, EnablesGradients, KeepsInChild, FreezesChild, CountsInTensor, MarksTensor,
     AsksForTuple, AsksTorch, OtherNames, Strict, GateReadAgain, GateWritten, WrittenByItsGate, WrittenAfterItsGate,
-    AddsItself, ReadsWhatIsAddedTo, WritesOut, WritesOutInChild, WrittenByPreHook, WrittenByHook,
+    AddsItself, AddsTwice, ReadsWhatIsAddedTo, WritesOut, WritesOutInChild, WrittenByPreHook, WrittenByHook,
 ]  # fmt: skip
 # Of the first one every call counts, of the others torch refuses the gradients.
 WITHOUT_GRADIENTS = (
