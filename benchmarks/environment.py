@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import tempfile
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -110,6 +111,10 @@ def worker_environment() -> dict[str, str]:
         MALLOC_ARENA_MAX="1",
     )
     env.setdefault("ADVDL_OPS_REQUIRE_NATIVE", "1")
+    if held := env.get("ATEN_CPU_CAPABILITY"):
+        # Inductor's cache does not know it by this name, and would load what was compiled without it.
+        folder = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}_{held}"
+        env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     if IN_CHECKOUT:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return env

@@ -325,8 +325,9 @@ def test_the_peak_of_inference_counts_what_is_kept(monkeypatch: Any) -> None:
     records = [e["record"] for e in found if e["event"] == "record"]
     value = {(r["provider"], r["metric"]): r["p50"] for r in records}
     folded = 4 * 9 * (16 * 64 + 64 * 96)
+    padded = 4 * 9 * (16 * 72 + 64 * 96)  # oneDNN's blocks are of up to 24 outputs with AVX2
     assert value["eager", "kept"] == 0
-    assert folded <= value[OURS, "kept"] <= folded + 4 * 4 * (64 + 96) * 2
+    assert folded <= value[OURS, "kept"] <= padded + 4 * 4 * (64 + 96) * 2
     assert value[OURS, "peak"] > value[OURS, "kept"]
 
     kept = []
