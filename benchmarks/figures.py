@@ -1,4 +1,4 @@
-"""The figures in README.md and docs/performance.md: blocks made from the records of one commit per machine."""
+"""The figures in README.md and docs/performance.md: blocks made from the records of one commit, a GPU's of its own."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Machine:
 
 
 def machines(results: Path) -> list[Machine]:
-    """The machine with AVX-512, the one with AVX2 and the GPU that were measured last, at their newest commits.
+    """The machine with AVX-512, the one with AVX2 and the GPU that were measured last, each at its newest commit.
 
     `quick` counts for none of them: it compiles nothing, and `make bench` stores it on any machine.
     """
@@ -76,6 +76,14 @@ def machines(results: Path) -> list[Machine]:
         if kind not in newest or _time(newest[kind].records) < _time(own):
             newest[kind] = Machine(kind, folder, last.device, last.commit, own)
     return [newest[kind] for kind in ("AVX512", "AVX2", "CUDA") if kind in newest]
+
+
+def at_one_commit(every: list[Machine]) -> tuple[list[Machine], list[Machine]]:
+    """The CPUs at the newest commit and the GPU, and the CPUs last measured at an older one, which do not compare."""
+    times = {m.commit: _time(m.records) for m in every if m.kind != "CUDA"}
+    newest = max(times, key=lambda commit: times[commit], default="")
+    found = [m for m in every if m.kind == "CUDA" or m.commit == newest]
+    return found, [m for m in every if m not in found]
 
 
 def _time(items: list[Record]) -> str:
@@ -171,24 +179,25 @@ def grid(head: list[str], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
 
 
-def heading(found: list[Machine]) -> list[str]:
+def heading(found: list[Machine], older: list[Machine]) -> list[str]:
     """The machines, and a digest by which any change of a record is noticed."""
     records = "".join(record.to_json(i) + "\n" for machine in found for i in machine.records)
     lines = [f"<!-- records: {hashlib.sha256(records.encode()).hexdigest()[:16]} -->"]
     lines += [f"- {machine.kind}: {machine.text}" for machine in found]
-    kinds = {machine.kind for machine in found}
+    lines += [f"- {m.kind}: not measured at this commit; last at {m.text}" for m in older]
+    kinds = {machine.kind for machine in (*found, *older)}
     return lines + [f"- {k}: not measured" for k in ("AVX512", "AVX2", "CUDA") if k not in kinds]
 
 
 def readme_block(results: Path) -> list[str]:
-    found = machines(results)
+    found, older = at_one_commit(machines(results))
     shown = {machine.kind: list(figures(machine)) for machine in found}
     lines = [
         "Time of the fastest stock provider of the same run (eager or `torch.compile`) over that of `advdl_ops`:",
         "above 1 `advdl_ops` is faster. Of what trains it is the time of forward and backward (`full`); of bytes",
         "the fewest that a stock provider holds over those of ours.",
         "",
-        *heading(found),
+        *heading(found, older),
         "",
     ]
     families = dict.fromkeys(title for kind in ("AVX512", *shown) for title in titles(kind))
@@ -226,8 +235,8 @@ def target_rows(machine: Machine) -> Iterator[list[str]]:
 
 
 def performance_block(results: Path) -> list[str]:
-    found = machines(results)
-    lines = [*heading(found), "", "Every row with a target:", ""]
+    found, older = at_one_commit(machines(results))
+    lines = [*heading(found, older), "", "Every row with a target:", ""]
     lines += grid(
         ["case and mode", "machine", "ratio (p20-p80)", "fastest stock", "target: value"],
         [line for machine in found if machine.kind != "CUDA" for line in target_rows(machine)],

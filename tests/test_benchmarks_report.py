@@ -106,7 +106,7 @@ def test_a_figure_changed_by_hand_is_noticed(file: str, checkout: Path) -> None:
 def test_a_record_changed_by_hand_is_noticed(checkout: Path) -> None:
     results = checkout / "results"
     assert not figures.outdated(results, checkout)
-    machine = figures.machines(results)[0]
+    machine = figures.at_one_commit(figures.machines(results))[0][0]
     last = machine.records[-1]
     for path in (results / machine.folder).glob("*.jsonl"):
         items = record.read(path)
@@ -157,6 +157,19 @@ def test_only_one_commit_of_one_machine_of_a_kind_counts(tmp_path: Path) -> None
         ("AVX2", "A CPU, 2 cores, AVX2", "aaaaaaaaaa"),
     ]
     assert [f.value for f in figures.figures(found[0])] == [5.0]
+    # Nor do two machines at two commits stand side by side.
+    for make in (figures.readme_block, figures.performance_block):
+        block = "\n".join(make(tmp_path))
+        assert (
+            "- AVX2: not measured at this commit; last at A CPU, 2 cores, AVX2; commit `aaaaaaaaaa`"
+            in block
+        )
+        assert "5.00x" in block
+        assert "7.00x" not in block
+    later = made(ROW.replace("relu", "add_relu"), eager=3.0, advdl_ops=1.0)
+    later = changed(later, commit="bbbbbbbbbb", time="2026-01-04T00:00:00")
+    store(tmp_path, changed(later, device="A CPU, 2 cores, AVX2"))
+    assert "3.00x" in "\n".join(figures.readme_block(tmp_path))
 
 
 def test_the_cost_of_a_call_has_a_row_for_each_mode(tmp_path: Path) -> None:
