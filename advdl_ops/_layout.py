@@ -112,15 +112,14 @@ def _why_not(
     return None
 
 
-_CONVOLUTIONS = torch.nn.Conv2d, torch.nn.ConvTranspose2d  # judged by what they are
-_CONVOLVES: dict[Any, int] = {
-    torch.conv2d: 3,
-    torch.conv_transpose2d: 3,
-}  # and where their stride stands
+# Layers that are judged by what they are, not by what their forward calls.
+_CONVOLUTIONS = torch.nn.Conv2d, torch.nn.ConvTranspose2d
+# Functions, and the place of their stride among their arguments.
+_CONVOLVES: dict[Any, int] = {torch.conv2d: 3, torch.conv_transpose2d: 3}
 
 
 def _strides(node: fx.Node) -> bool:
-    """Whether it calls one of torch's convolutions with a stride, or one that is not known."""
+    """Whether it calls one of torch's convolutions with a stride, or with one that only the call knows."""
     place = _CONVOLVES.get(node.target)
     if node.op != "call_function" or place is None:
         return False

@@ -132,7 +132,7 @@ def _of_negative(*arguments: Any) -> tuple[Tensor, Tensor]:
     for running in tensors[4:]:
         if training and running is not None and running.numel() > 1 and 0 in running.stride():
             raise RuntimeError(
-                "batch_norm_act: the running statistics must not be expanded, to be written"
+                "batch_norm_act: running statistics that are expanded cannot be written"
             )
     resolved = [t if t is None else t.resolve_neg() for t in tensors]
     outputs = torch.ops.advdl_ops.batch_norm_act_.default(*resolved, *arguments[6:])

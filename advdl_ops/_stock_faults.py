@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.utils import _pair
 
 from ._schemas import conv2d_format
 from .backend import transformed
@@ -127,7 +128,7 @@ def _as(x: Tensor, out: Tensor) -> Tensor:
     return out if transformed() else out.contiguous(memory_format=conv2d_format(x))
 
 
-# ---- torch's convolutions with right gradients, and outputs; options are pairs ----
+# ---- torch's convolutions with right gradients, and outputs ----
 
 
 def convolution(
@@ -139,7 +140,8 @@ def convolution(
     dilation: Any,
     groups: int,
 ) -> Tensor:
-    """:func:`torch.nn.functional.conv2d`."""
+    """:func:`torch.nn.functional.conv2d`; no padding by name."""
+    stride, padding, dilation = map(_pair, (stride, padding, dilation))
     if x.is_cpu and sees_nothing(x, weight, stride, padding, dilation):
         x, padding = padded(x, padding), (0, 0)
     options = stride, padding, dilation, groups
@@ -159,6 +161,9 @@ def transposed_convolution(
     dilation: Any,
 ) -> Tensor:
     """:func:`torch.nn.functional.conv_transpose2d`."""
+    stride, padding, output_padding, dilation = map(
+        _pair, (stride, padding, output_padding, dilation)
+    )
     options = stride, padding, output_padding, groups, dilation
     if not x.is_cpu:
         return F.conv_transpose2d(x, weight, bias, *options)

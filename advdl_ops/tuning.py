@@ -146,9 +146,9 @@ def _measured(
 
 
 def _may_measure(device: torch.device) -> bool:
-    from ._environment import flag
+    from . import _environment  # here, as the store is also of use without the package
 
-    if not flag("ADVDL_OPS_TUNE", True):
+    if not _environment.flag("ADVDL_OPS_TUNE", True):
         return False
     with _on(device):  # whose stream is asked about
         return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
@@ -281,17 +281,16 @@ def _store_of(device: torch.device) -> Store:
 
 
 def _directory() -> Path:
-    given = os.environ.get("ADVDL_OPS_CACHE")
-    if given:
+    from . import _environment
+
+    if given := _environment.variable("ADVDL_OPS_CACHE"):
         return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    if cache:
+    if cache := _environment.variable("XDG_CACHE_HOME"):
         return Path(cache) / "advdl_ops"
     try:
         return Path.home() / ".cache" / "advdl_ops"
-    except (
-        RuntimeError
-    ):  # a user without a home, as in many a container: where nothing can be written
+    except RuntimeError:
+        # A user without a home, as in many a container: a folder in which nothing can be written.
         return Path(os.devnull) / "advdl_ops"
 
 

@@ -103,8 +103,8 @@ def family(case: Case) -> str:
     return next(title for title, pattern in FAMILIES if re.match(pattern, name))
 
 
-def rows(case: Case, machine: Machine) -> list[Row]:
-    every_mode = case.name.startswith("overhead/")
+def rows(case: Case, machine: Machine, every_mode: bool = False) -> list[Row]:
+    every_mode |= case.name.startswith("overhead/")
     return targets.rows(case.name, machine.cases.get(case.name, []), every_mode)
 
 
@@ -125,9 +125,9 @@ class Figure:
     stock: str
 
 
-def figures(machine: Machine) -> Iterator[Figure]:
+def figures(machine: Machine, every_mode: bool = False) -> Iterator[Figure]:
     for case in registered(machine.kind):
-        for row in rows(case, machine):
+        for row in rows(case, machine, every_mode):
             by = f", {row.label}" if row.label else ""
             if row.ratio is not None:
                 shown = report.spread(row.ratio)
@@ -155,11 +155,25 @@ def unmeasured(machine: Machine) -> list[Case]:
     return [case for case in registered(machine.kind) if case.name not in machine.cases]
 
 
+def lost(machine: Machine) -> list[Case]:
+    """The cases that failed or in which one of ours was refused."""
+    return [
+        case
+        for case in registered(machine.kind)
+        if any(
+            i.metric in record.NOT_TIMED and not record.is_stock(i.provider)
+            for i in machine.cases.get(case.name, [])
+        )
+    ]
+
+
 def cell(title: str, machine: Machine, found: list[Figure]) -> str:
     """Median, best and worst of a family."""
     own = sorted((f for f in found if f.title == title), key=lambda f: f.value)
+    fallen = [c for c in lost(machine) if title in (family(c), *both(family(c)))]
+    refused = [f"cases that failed or in which ours was refused: {len(fallen)}"] if fallen else []
     if not own:
-        return "not measured at this commit"
+        return "<br>".join(refused) or "not measured at this commit"
     below = sum(f.value < 1 for f in own)
     middle = table.ratio(statistics.median(f.value for f in own))
     parts = [
@@ -172,7 +186,7 @@ def cell(title: str, machine: Machine, found: list[Figure]) -> str:
     missing = [c for c in unmeasured(machine) if title in (family(c), *both(family(c)))]
     if missing:
         parts.append(f"cases not measured at this commit: {len(missing)}")
-    return "<br>".join(parts)
+    return "<br>".join(parts + refused)
 
 
 def grid(head: list[str], lines: list[list[str]]) -> list[str]:
@@ -210,10 +224,11 @@ def readme_block(results: Path) -> list[str]:
     )
     lines.append("")
     for machine in found:
-        slower = sum(f.value < SLOWER for f in shown[machine.kind])
+        every = list(figures(machine, every_mode=True))
+        slower = sum(f.value < SLOWER for f in every)
         lines.append(
-            f"On {machine.kind} {slower} of {len(shown[machine.kind])} rows are below {SLOWER}:"
-            " [docs/performance.md](docs/performance.md) names each."
+            f"On {machine.kind} {slower} of {len(every)} rows of every mode (forward and backward alone, too) are below"
+            f" {SLOWER}: [docs/performance.md](docs/performance.md) names each."
         )
     plots = [f"{machine.folder}/ops.png" for machine in found]
     plots = [plot for plot in plots if (results / plot).exists()][:1]
@@ -245,13 +260,13 @@ def performance_block(results: Path) -> list[str]:
         if missing := [f"`{case.name}`" for case in unmeasured(machine) if case.target]:
             said = f"With a target, not measured at this commit on {machine.kind}: "
             lines += ["", said + ", ".join(missing) + "."]
-    lines += ["", f"Every row below {SLOWER}, with a target or without:", ""]
+    lines += ["", f"Every row below {SLOWER}, of every mode, with a target or without:", ""]
     lines += grid(
         ["case and mode", "machine", "ratio (p20-p80)", "fastest stock"],
         [
             [figure.name, machine.kind, figure.spread, figure.stock]
             for machine in found
-            for figure in figures(machine)
+            for figure in figures(machine, every_mode=True)
             if figure.value < SLOWER
         ],
     )

@@ -107,8 +107,9 @@ def _against(row: Row, mode: str, wanted: Callable[[str], bool]) -> float | None
     taken = {i.provider: i.p50 for i in row.items if (i.mode, i.metric) == (mode, "speedup")}
     if mode == row.mode and rival == row.stock and row.ratio:
         return row.ratio.p50
-    # Of networks the ratios of rounds over other stock are those of one of ours only: that of the medians must do.
-    return taken[rival] if rival in taken and not row.label else times[rival] / times[row.ours]
+    # The ratios of rounds over other stock are those of one of ours only: for another that of the medians must do.
+    is_taken = rival in taken and row.ours == OURS and not row.label
+    return taken[rival] if is_taken else times[rival] / times[row.ours]
 
 
 def held(row: Row) -> tuple[str, float] | None:
@@ -134,9 +135,9 @@ def rows(case: str, items: list[Record], every_mode: bool = False) -> list[Row]:
     for mode in modes:
         stock = report.fastest_stock(items, mode)
         ratios = report.ratios(items, mode)
-        networks = any(i.metric == "over_stock" for i in items)
+        networks = any(i.suite == "models" for i in items)
         for label, ratio in ratios.items():
-            ours = ratio.provider if networks else OURS
+            ours = ratio.provider if ratio.metric == "over_stock" else OURS
             named = {"": "zoo", "optimize ": "optimize()"}[label] if networks else ""
             found.append(Row(case, mode, named, ours, stock, ratio, items))
         if not ratios:

@@ -101,8 +101,9 @@ class LostWorkers:
         for worker, process in self.processes.items():
             code = process.poll()
             # Those that take too long to end are killed.
-            if code is not None and code < 0 and code != -signal.SIGKILL:
-                self.lost.setdefault(worker, f"it ended by {signal.Signals(-code).name}")
+            if code not in (None, 0, -signal.SIGKILL):
+                how = signal.Signals(-code).name if code < 0 else f"status {code}"
+                self.lost.setdefault(worker, f"it ended by {how}")
         if self.lost and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

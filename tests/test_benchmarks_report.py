@@ -135,7 +135,10 @@ def test_a_family_shows_its_best_its_worst_and_its_median(tmp_path: Path) -> Non
         for r in rows
     )
     assert "| instance norm | not measured at this commit |" in block
-    assert "On AVX512 1 of 3 rows are below 0.97" in block
+    assert (
+        "On AVX512 1 of 3 rows of every mode (forward and backward alone, too) are below 0.97"
+        in block
+    )
     assert "- AVX2: not measured\n- CUDA: not measured" in block
     slower = "\n".join(figures.performance_block(tmp_path)).partition("Every row below")[2]
     assert f"| {worst} | AVX512 | 0.90x (0.90-0.90) | torch.compile |" in slower
@@ -180,6 +183,45 @@ def test_the_cost_of_a_call_has_a_row_for_each_mode(tmp_path: Path) -> None:
         "`overhead/conv2d_relu full`",
         "`overhead/conv2d_relu fwd`",
     ]
+
+
+def test_the_faster_of_function_and_module_is_the_cost_of_a_call(tmp_path: Path) -> None:
+    session, stream = measured()
+    times = {"eager": [3.0], "eager functional": [2.0], "functional": [1.0], "advdl_ops": [4.0]}
+    op_flow.report_times(session, "fwd", times)
+    op_flow.report_over_stock(session, "fwd", times)
+    case = "overhead/conv2d_relu/cpu"
+    store(tmp_path, changed(records(stream), case=case, device=MACHINE, commit="aaaaaaaaaa"))
+    (machine,) = figures.machines(tmp_path)
+    (figure,) = figures.figures(machine)
+    assert (figure.title, figure.value, figure.stock) == (
+        "cost of one call",
+        2.0,
+        "eager functional",
+    )
+    assert figure.title in figures.titles("AVX512")
+    assert "| cost of one call | 2.00x `overhead/conv2d_relu fwd`" in "\n".join(
+        figures.readme_block(tmp_path)
+    )
+
+
+def test_a_slow_forward_is_listed_beside_a_fast_whole(tmp_path: Path) -> None:
+    whole = made(ROW, eager=3.0, advdl_ops=1.0)
+    alone = changed(made(ROW, eager=0.5, advdl_ops=1.0), mode="fwd")
+    store(tmp_path, [*whole, *alone])
+    name = ROW.removesuffix("/float32/cpu")
+    slower = "\n".join(figures.performance_block(tmp_path)).partition("Every row below")[2]
+    assert f"| `{name} fwd` | AVX512 | 0.50x" in slower
+    assert "On AVX512 1 of 2 rows of every mode" in "\n".join(figures.readme_block(tmp_path))
+
+
+def test_a_case_that_failed_is_counted_in_its_family(tmp_path: Path) -> None:
+    other = ROW.replace("contiguous", "channels_last")
+    failed = made(other, eager=3.0)[:1]
+    failed = changed(failed, provider="-", mode="-", metric="failed", why="it raised")
+    store(tmp_path, [*made(ROW, eager=3.0, advdl_ops=1.0), *failed])
+    block = "\n".join(figures.readme_block(tmp_path))
+    assert "cases that failed or in which ours was refused: 1 |" in block
 
 
 def test_bytes_held_stand_beside_the_fewest_of_stock() -> None:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEATHS = {
     "abort": ("os.abort()", r"FAILED .*::test_dies"),
     "silent exit": ("os._exit(0)", r"FAILED .*::test_dies"),
+    "status at exit": ("atexit.register(os._exit, 3)", r"LOST worker gw0: .*status 3.*::test_dies"),
     "at exit": ("atexit.register(os.abort)", r"LOST worker gw0: .*SIGABRT.*::test_dies"),
 }
 TESTS = """

@@ -14,6 +14,7 @@ import torch
 
 from advdl_ops import explain, optimize, use_backend
 from advdl_ops import functional as F
+from advdl_ops._stock_faults import fails_in_channels_last
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -188,6 +189,16 @@ KNOWN = [
     case((1, 70, 1, 1), 210, (1, 1), (2, 2), (2, 1), groups=35, weight_format="contiguous"),
     case((2, 8, 3, 2), 8, (3, 1), (2, 4), (1, 2), more=(0, 0), dtype="bfloat16"),
 ]
+
+
+def test_a_fault_that_this_cpu_may_not_have_is_routed_around():
+    """The gradient of the weight of a bf16 convolution with groups and dilation."""
+    x, weight = torch.empty(2, 8, 9, 9), torch.empty(12, 2, 3, 3)
+    options = (1, 1), (2, 2)
+    for dtype, fails in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
+        pair = x.to(dtype), weight.to(dtype)
+        assert fails_in_channels_last(*pair, *options, (2, 2), 4) == fails
+        assert not fails_in_channels_last(*pair, *options, (1, 1), 4)
 
 
 @pytest.mark.parametrize("capability", ["native", "avx2"])

@@ -4,6 +4,7 @@ Stock does not save every argument for backward, so it takes more tensors made u
 saves them all would.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -259,9 +260,33 @@ def test_expanded_statistics_with_the_negative_bit_are_refused():
     for which in ("running_mean", "running_var"):
         statistics = {"running_mean": mean, "running_var": torch.ones(4)}
         statistics[which] = with_negative_bit(torch.ones(1)).expand(4)
-        with pytest.raises(RuntimeError, match="must not be expanded"):
+        with pytest.raises(RuntimeError, match="expanded cannot be written"):
             functional.batch_norm_act(x, **statistics, training=True)
         assert mean.eq(0).all()
+
+
+@pytest.mark.parametrize("which", ["running_mean", "running_var"])
+def test_a_plain_mean_of_a_statistic_made_under_inference_mode(backend, which):
+    """Neither the counter nor the other statistic is written."""
+    module = nn.BatchNormAct2d(4, momentum=None)
+    with torch.inference_mode():
+        setattr(module, which, getattr(module, which).clone())
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"inference"):
+        module(torch.randn(X))
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_an_error_of_a_kernel_is_raised_as_it_is(monkeypatch):
+    """Not taken for one about what cannot be saved."""
+
+    def fails(*tensors):
+        raise torch.OutOfMemoryError("no memory")
+
+    module = sys.modules["advdl_ops.functional.group_norm"]
+    monkeypatch.setattr(module, "_forward", fails)
+    with torch.inference_mode(), pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        functional.group_norm(torch.randn(X), 2)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

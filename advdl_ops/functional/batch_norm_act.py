@@ -145,6 +145,9 @@ def batch_norm_act_by(
             dtype.
     """
     _check(x, running_mean, running_var, weight, bias, True, momentum, eps, residual)
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        if running is not None:
+            check_writable(_NAME, name, running)
     mean, squares = statistics.unbind()
     count = x.numel() // x.shape[1]
     options = True, momentum, eps, act

@@ -278,7 +278,7 @@ def _dense_gradients(
     need_x, need_weight, need_bias = needs
     sums_bias = need_bias and _sums_bias(x)
     computed, padding = layout, options.padding
-    if x.is_cpu and _fails_in_channels_last(x, weight, options):
+    if x.is_cpu and need_weight and _fails_in_channels_last(x, weight, options):
         computed = torch.contiguous_format
         x, weight = in_contiguous(x), in_contiguous(weight)
     dz = dz.contiguous(memory_format=computed)

@@ -218,12 +218,12 @@ def _normalize(
     except (RuntimeError, AttributeError):  # the latter of what is no tensor
         try:
             _check(function, *tensors, options)
-            x, residual, weight, bias = savable = to_be_saved(*tensors)
+            savable = to_be_saved(*tensors) if needs_grad(*tensors) else tensors
         except (RuntimeError, ValueError, TypeError) as named:
             raise named from None
         if all(map(operator.is_, savable, tensors)):
             raise
-        return _normalize(function, x, residual, weight, bias, options)
+        return _apply_eagerly(*savable, options, False)
     return _normalize_with_stats(function, *tensors, options)[0]
 
 

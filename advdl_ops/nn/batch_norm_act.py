@@ -119,6 +119,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             self.num_batches_tracked,
         )
         assert running_mean is not None and running_var is not None and counter is not None
+        for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+            check_writable(type(self).__name__, name, running)  # before the counter is
         # The op writes the batch's own statistics; the average stays a tensor expression, with no
         # read of the counter on the host, so that it compiles and never waits for the GPU.
         acc = acc_dtype(running_mean.dtype)

@@ -123,6 +123,7 @@ def conv_bn_act(
         residual: of the output's shape, or ``None``.
         act: in place of ``bn``'s own.
     """
+    # `explain` finds a call of this function, and by these names what it was given.
     activation = resolve_activation("conv_bn_act", bn.act if act is None else act)
     if (
         (bn.training or bn.running_mean is None)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from .._stock_faults import convolution
 from ..activation import IDENTITY, Activation
 from .activation import activate
 from .batch_norm_act import batch_norm_act
@@ -32,7 +32,7 @@ def conv_bn_act(
 
     Returns the output and the new running statistics, as :func:`.batch_norm_act`.
     """
-    y = F.conv2d(x, weight, bias, *conv)
+    y = convolution(x, weight, bias, *conv)
     inside, outside = (IDENTITY, act) if order == "conv-bn-act" else (act, IDENTITY)
     return batch_norm_act(
         activate(y, inside),
