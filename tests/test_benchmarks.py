@@ -686,3 +686,20 @@ def test_the_lstm_competes_with_right_stock_forms(name: str) -> None:
         problem.ignored = None
         padded = op_flow.Provider(problem.functions["eager padded"], problem).values()
         assert wrong_values(padded, plain, exact) is not None
+
+
+@pytest.mark.parametrize(
+    ("off", "refused"), [(5e-6, ["advdl_ops"]), (5e-5, ["advdl_ops", "eager twin"])]
+)
+def test_another_form_of_stock_may_be_less_accurate_and_ours_may_not(
+    off: float, refused: list[str]
+) -> None:
+    session, _ = tiny_session(compile=False)
+    x = torch.linspace(1, 2, 64)
+    functions = {
+        "eager": lambda inputs, state: inputs["x"] * 3,
+        "eager twin": lambda inputs, state: inputs["x"] * 3 * (1 + off),
+        "advdl_ops": lambda inputs, state: inputs["x"] * 3 * (1 + off),
+    }
+    kept = op_flow.providers(op_flow.Problem({"x": x}, {}, functions), session)
+    assert sorted(set(functions) - set(kept)) == refused
