@@ -204,7 +204,15 @@ def report_over_stock(session: Session, mode: str, seconds: Mapping[str, list[fl
     """How much faster each provider is than the fastest stock one, as the ratio of every round."""
     stock = [name for name in seconds if is_stock(name)]
     if stock:
-        fastest = seconds[min(stock, key=lambda name: statistics.median(seconds[name]))]
+        # By the share of each round: a machine that slows down for some rounds does not choose.
+        rounds = [sum(times) for times in zip(*seconds.values(), strict=True)]
+        shares = {
+            name: statistics.median(
+                t / whole for t, whole in zip(seconds[name], rounds, strict=True)
+            )
+            for name in stock
+        }
+        fastest = seconds[min(stock, key=lambda name: shares[name])]
         for name, values in seconds.items():
             ratios = [theirs / own for theirs, own in zip(fastest, values, strict=True)]
             session.record(name, mode, "over_stock", "x", ratios)

@@ -43,8 +43,15 @@ def _rank(items: list[record.Record]) -> tuple[bool, str]:
 
 
 def fastest_stock(items: list[record.Record], mode: str) -> str | None:
-    times = {i.provider: i.p50 for i in items if i.mode == mode and i.metric == "time"}
-    return min(filter(is_stock, times), key=lambda provider: times[provider], default=None)
+    """The one that ``over_stock`` was taken against; else by the ratios of the rounds, or by the times."""
+    stock = [i for i in items if i.mode == mode and is_stock(i.provider)]
+    for item in stock:
+        if item.metric == "over_stock" and item.p20 == item.p80 == 1:
+            return item.provider
+    times = {i.provider: i.p50 for i in stock if i.metric == "time"}
+    ratios = {i.provider: i.p50 for i in stock if i.metric == "speedup"}
+    found = ratios if ratios.keys() == times.keys() else times
+    return min(found, key=lambda provider: found[provider], default=None)
 
 
 def best_stock(items: list[record.Record], mode: str) -> record.Record | None:

@@ -384,3 +384,18 @@ def test_the_report_tells_the_zoo_from_the_optimized_network() -> None:
     assert report.summary([i for i in items if not i.provider.startswith("advdl_ops")]) == "-"
     alone = [i for i in items if i.provider not in ("advdl_ops", "advdl_ops channels_last")]
     assert report.summary(alone).startswith("fwd optimize 0.50x")
+
+
+def test_a_slow_round_does_not_choose_the_fastest_stock_provider() -> None:
+    session, stream = measured()
+    # The machine is four times as slow in the last two of five rounds, and in the third while eager runs.
+    times = {
+        "eager": [1.0, 1.0, 4.0, 4.0, 4.0],
+        "torch.compile": [1.1, 1.1, 1.1, 4.4, 4.4],
+        "advdl_ops": [0.5, 0.5, 0.5, 2.0, 2.0],
+    }
+    op_flow.report_times(session, "full", times)
+    found = records(stream)
+    assert report.fastest_stock(found, "full") == "eager"
+    op_flow.report_over_stock(session, "full", times)
+    assert report.fastest_stock(records(stream), "full") == "eager"
