@@ -158,13 +158,15 @@ def check_same_dtype(
         )
 
 
-def check_writable(function: str, name: str, t: Tensor) -> None:
+def check_writable(function: str, **tensors: Tensor | None) -> None:
     """Refuse what torch refuses to write. Under a compiler, which cannot be asked, torch itself does."""
-    if torch.compiler.is_compiling() or not t.is_inference() or torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
-    raise RuntimeError(
-        f"{function}: {name}, made under torch.inference_mode(), can be written only there"
-    )
+    for name, t in tensors.items():
+        if t is not None and t.is_inference():
+            raise RuntimeError(
+                f"{function}: {name}, made under torch.inference_mode(), can be written only there"
+            )
 
 
 def check_residual(function: str, residual: Tensor, shape: Any, device: torch.device) -> None:

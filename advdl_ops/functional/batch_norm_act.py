@@ -102,9 +102,8 @@ def batch_norm_act(
             out, _, running = _forward(*tensors, options)
         new_mean, new_var = running.unbind()
     else:
-        for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-            if training and running is not None:
-                check_writable(_NAME, name, running)
+        if training:
+            check_writable(_NAME, running_mean=running_mean, running_var=running_var)
         out, new_mean, new_var = reference.batch_norm_act(
             x,
             running_mean,
@@ -145,9 +144,7 @@ def batch_norm_act_by(
             dtype.
     """
     _check(x, running_mean, running_var, weight, bias, True, momentum, eps, residual)
-    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        if running is not None:
-            check_writable(_NAME, name, running)
+    check_writable(_NAME, running_mean=running_mean, running_var=running_var)
     mean, squares = statistics.unbind()
     count = x.numel() // x.shape[1]
     options = True, momentum, eps, act

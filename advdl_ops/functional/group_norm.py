@@ -169,7 +169,7 @@ def instance_norm(
             raise RuntimeError(f"{function}: {name} (strides (0,)) must not be expanded")
         if torch.is_grad_enabled() and running.requires_grad:
             raise RuntimeError(f"{function}: {name} must not require a gradient in training")
-        check_writable(function, name, running)
+        check_writable(function, **{name: running})
     out, (mean, var) = _normalize_with_stats(function, x, residual, weight, bias, options)
     if x.numel() > 0:
         with torch.no_grad():

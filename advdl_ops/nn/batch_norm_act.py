@@ -86,7 +86,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         tracks = training and self.track_running_stats
         # It is written last, and may not refuse then. Asked here, as it is asked on every call.
         if tracks and counter is not None and not is_compiling() and counter.is_inference():
-            check_writable(type(self).__name__, "num_batches_tracked", counter)
+            check_writable(type(self).__name__, num_batches_tracked=counter)
         if tracks and momentum is None and mean is not None and counter is not None:
             return self._forward_cumulative(x, residual, act, norm)
         if training and not tracks:
@@ -119,8 +119,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             self.num_batches_tracked,
         )
         assert running_mean is not None and running_var is not None and counter is not None
-        for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-            check_writable(type(self).__name__, name, running)  # before the counter is
+        # Before the counter is written.
+        check_writable(type(self).__name__, running_mean=running_mean, running_var=running_var)
         # The op writes the batch's own statistics; the average stays a tensor expression, with no
         # read of the counter on the host, so that it compiles and never waits for the GPU.
         acc = acc_dtype(running_mean.dtype)
