@@ -95,6 +95,15 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
+def inductor_cache() -> str:
+    """Folder for what Inductor compiles, one for each capability that torch is held to.
+
+    In the common one it mixes them, and ends the process (docs/stock_faults.md).
+    """
+    held = os.environ.get("ATEN_CPU_CAPABILITY", "native")
+    return str(Path(tempfile.gettempdir()) / f"advdl_ops_inductor_{os.getuid()}_{held}")
+
+
 def worker_environment() -> dict[str, str]:
     """Environment of a measuring process.
 
@@ -111,10 +120,7 @@ def worker_environment() -> dict[str, str]:
         MALLOC_ARENA_MAX="1",
     )
     env.setdefault("ADVDL_OPS_REQUIRE_NATIVE", "1")
-    if held := env.get("ATEN_CPU_CAPABILITY"):
-        # Inductor's cache does not know it by this name, and would load what was compiled without it.
-        folder = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}_{held}"
-        env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor_cache())
     if IN_CHECKOUT:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return env

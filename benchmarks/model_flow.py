@@ -30,7 +30,9 @@ LAYOUTS = {"": torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
 # rounding itself: up to 3 % of their norm between eager in its two layouts (ResNet-50 at 112 px). So gradients that are
 # timed are compared loosely as a whole, which finds what is wired wrongly. Of our networks that are not compiled two
 # closer looks are taken: at the network in fp64, where nothing flips, and at each call in what is timed (`calls.py`).
-OUTPUT_SLACK, GRADIENT_SLACK, EXACT_SLACK = 1e-5, 5e-2, 1e-8
+# A compiled one of ours is compared with what it was before, in the same layout: in fp32 on the CPU both call the same
+# convolutions, so that nothing flips between them (ResNet-18 and 50: equal but for the last layer's bias, 1e-9).
+OUTPUT_SLACK, GRADIENT_SLACK, EXACT_SLACK, COMPILED_SLACK = 1e-5, 5e-2, 1e-8, 1e-5
 
 
 @dataclass
@@ -228,13 +230,13 @@ def compiled_networks(
     }
 
 
-def _without_rounding(truth: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_rounding(truth: dict[str, Tensor], least: float = 1e-12) -> dict[str, Tensor]:
     """Gradients that are 0 but for rounding, as that of a bias of attention's keys, made 0.
 
-    No two providers agree there relatively; an error from 0 counts as it is.
+    No two providers agree there relatively; an error from 0 counts as it is. ``least`` is a share of the largest norm.
     """
     norms = {name: float(torch.linalg.vector_norm(value)) for name, value in truth.items()}
-    least = 1e-12 * max(norms.values())
+    least *= max(norms.values())
     return {n: value if norms[n] > least else torch.zeros_like(value) for n, value in truth.items()}
 
 
@@ -256,8 +258,13 @@ def check(
     found: dict[str, Network],
     session: Session,
     expected: tuple[dict[str, Tensor], dict[str, Tensor]],
+    before: dict[str, dict[str, Tensor]],
 ) -> dict[str, Network]:
-    """Those whose output (or loss and gradients) is that of fp64; the others are refused."""
+    """Those whose output (or loss and gradients) is that of fp64; the others are refused.
+
+    ``before`` holds the gradients of those of ours that were right before they were compiled, by the names of the
+    compiled ones; it is filled here.
+    """
     truth, stock = expected
     training, device = bool(session.case.options["training"]), torch.device(session.case.device)
     slack = GRADIENT_SLACK if training else OUTPUT_SLACK
@@ -280,12 +287,18 @@ def check(
             if why is None and ours:
                 why = wrong_values(network.in_double().values(), truth, truth, EXACT_SLACK, norm=2)
                 why = why and f"in fp64, {why}"
+            if why is None and name in before:
+                same = _without_rounding(before[name], torch.finfo(torch.float32).eps)
+                why = wrong_values(values, same, same, COMPILED_SLACK, norm=2)
+                why = why and f"against the same network before it was compiled, {why}"
         except Exception as failure:  # it is no competitor; the others still are
             why = in_one_line(failure)
         if network.compiled and why is None:
             session.record(name, "compile", "time", "s", seconds)
         if why is None:
             right[name] = network
+            if training and ours and device.type == "cpu" and session.case.dtype == "float32":
+                before[compiled_name(name)] = values
         else:
             session.refuse(name, why)
     return right
@@ -339,11 +352,12 @@ def _measure(case: Case, session: Session, subject: Subject, device: torch.devic
     found = networks(subject, session, made)
     session.progress("fp64 reference")
     expected = expected_values(found[STOCK])
-    found = check(found, session, expected)
-    found |= check(compiled_networks(subject, session, made, found), session, expected)
+    before: dict[str, dict[str, Tensor]] = {}
+    found = check(found, session, expected, before)
+    found |= check(compiled_networks(subject, session, made, found), session, expected, before)
     if not found:
         raise Refused(f"{case.name}: no provider returned the right values")
-    del made, expected
+    del made, expected, before
     flops = counted_flops(found[STOCK], training) if STOCK in found else None
     calls = {
         name: timing.Timed(network.step if training else network.infer)

@@ -1,18 +1,12 @@
 """What every test runs under: kernels or nothing, a seed of its own, no GPU tests without a GPU."""
 
 import os
-import tempfile
 from pathlib import Path
 
 # Before advdl_ops is imported: a test of kernels must never pass on the reference unnoticed.
 os.environ["ADVDL_OPS_REQUIRE_NATIVE"] = "1"
 # And before torch is: beside another worker (pytest-xdist) a thread that waits must leave its core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-if _held := os.environ.get("ATEN_CPU_CAPABILITY"):
-    # Inductor's cache does not know that torch is held to it, and would load what was compiled without it.
-    _folder = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}_{_held}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_folder))
-
 import signal
 import subprocess
 import sysconfig
@@ -23,6 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from benchmarks.environment import inductor_cache
+
+# Before a graph is compiled.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor_cache())
 
 ROOT = Path(__file__).parents[1]
 CPU_LIBRARY = ROOT / "advdl_ops" / "lib" / "libadvdl_ops_cpu.so"

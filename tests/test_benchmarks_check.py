@@ -18,6 +18,7 @@ import advdl_ops
 from advdl_ops.functional import _conv2d_cpu
 from benchmarks import calls, memory, model_flow, op_flow, registry
 from benchmarks.check import wrong_values
+from benchmarks.record import compiled_name
 from benchmarks.session import Session, Settings
 
 OURS = "advdl_ops optimize"
@@ -98,8 +99,26 @@ def test_a_network_may_be_off_by_its_slack_beside_that(
         off = {name: exact[name] * (1 + share * (slack + 8 * EPS32))}
         network = _Values("eager", off)
     session, stream = _session("inference" if kind == "inference" else "train")
-    right = model_flow.check({"it": network}, session, (truth, exact))  # type: ignore[dict-item]
+    right = model_flow.check({"it": network}, session, (truth, exact), {})  # type: ignore[dict-item]
     assert ("it" in right) == accepted, _refused(stream)
+
+
+@pytest.mark.parametrize(("share", "accepted"), [(0.95, True), (1.05, False)])
+def test_ours_compiled_gives_what_it_gave_before(share: float, accepted: bool) -> None:
+    """Where rounding has moved the gradients by 2 %, by which fp64 tells of no smaller error."""
+    truth = {"gradient": torch.ones(4, dtype=torch.float64)}
+    moved = {"gradient": torch.full((4,), 1.02)}
+    off = {"gradient": moved["gradient"] * (1 + share * (1e-5 + 8 * EPS32))}
+    session, stream = _session("train")
+    networks = {
+        OURS: _Values(OURS, moved, double=truth),
+        compiled_name(OURS): _Values(OURS, off, compiled=True),
+        compiled_name("eager"): _Values("eager", off, compiled=True),
+    }
+    expected = truth, {"gradient": torch.ones(4)}
+    right = model_flow.check(networks, session, expected, {})  # type: ignore[arg-type]
+    assert set(networks) - set(right) == (set() if accepted else {compiled_name(OURS)})
+    assert all("before it was compiled" in why for why in _refused(stream).values())
 
 
 # ---- single calls ----
@@ -131,7 +150,7 @@ def _check(kind: str, plant: Callable[[dict[str, Any]], None] | None = None) -> 
     expected = model_flow.expected_values(found["eager"])
     if plant is not None:
         plant(found)
-    right = model_flow.check(found, session, expected)
+    right = model_flow.check(found, session, expected, {})
     assert "eager" in right
     refused = _refused(stream)
     assert set(right) == set(found) - set(refused)
