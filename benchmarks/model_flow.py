@@ -31,8 +31,8 @@ LAYOUTS = {"": torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
 # timed are compared loosely as a whole, which finds what is wired wrongly. Of our networks that are not compiled two
 # closer looks are taken: at the network in fp64, where nothing flips, and at each call in what is timed (`calls.py`).
 # A compiled one of ours is compared with what it was before, in the same layout: in fp32 on the CPU both call the same
-# convolutions, so that nothing flips between them (ResNet-18, 50: equal but for the last bias, 1e-9; U-Net: 3e-5, in the
-# sum over an image that a bias's gradient is).
+# convolutions, so that nothing flips between them (ResNet-18, 50: equal but for the last bias, 1e-9; U-Net: 3e-5, in
+# the sum over images that a bias's gradient is).
 OUTPUT_SLACK, GRADIENT_SLACK, EXACT_SLACK, COMPILED_SLACK = 1e-5, 5e-2, 1e-8, 1e-3
 
 
