@@ -346,7 +346,7 @@ def test_a_network_with_wrong_values_is_refused(kind: str, wrong: str) -> None:
     # Small enough to pass among rounding errors of fp32 gradients; the comparison in fp64 sees it.
     with torch.no_grad():
         found[wrong].model.get_parameter("layer4.0.bn1.bias").add_(1e-3)
-    right = model_flow.check(found, session, model_flow.expected_values(found["eager"]))
+    right = model_flow.check(found, session, model_flow.expected_values(found["eager"]), {})
     assert set(right) == {"eager", "advdl_ops", *providers} - {wrong}
     refused = [e for e in events(stream) if e["event"] == "refused"]
     assert [e["provider"] for e in refused] == [wrong]

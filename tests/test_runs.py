@@ -75,7 +75,8 @@ def run(
     """With the conftest of these tests, in a folder of its own."""
     (folder / "tests").mkdir(parents=True)
     shutil.copy(ROOT / "tests" / "conftest.py", folder / "tests")
-    (folder / "advdl_ops").symlink_to(ROOT / "advdl_ops")
+    for package in ("advdl_ops", "benchmarks"):
+        (folder / package).symlink_to(ROOT / package)
     shutil.copy(ROOT / "pyproject.toml", folder)
     (folder / "tests" / "test_deaths.py").write_text(tests)
     command = [
