@@ -11,6 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from .record import slug
+
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
 IN_CHECKOUT = (ROOT / "advdl_ops").is_dir() and (ROOT / "benchmarks").is_dir()
@@ -95,15 +97,6 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def inductor_cache() -> str:
-    """Folder for what Inductor compiles, one for each capability that torch is held to.
-
-    In the common one it mixes them, and ends the process (docs/stock_faults.md).
-    """
-    held = os.environ.get("ATEN_CPU_CAPABILITY", "native")
-    return str(Path(tempfile.gettempdir()) / f"advdl_ops_inductor_{os.getuid()}_{held}")
-
-
 def worker_environment() -> dict[str, str]:
     """Environment of a measuring process.
 
@@ -120,7 +113,9 @@ def worker_environment() -> dict[str, str]:
         MALLOC_ARENA_MAX="1",
     )
     env.setdefault("ADVDL_OPS_REQUIRE_NATIVE", "1")
-    env.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor_cache())
+    # The common folder mixes what was compiled for several CPU capabilities (docs/stock_faults.md).
+    folder = Path(tempfile.gettempdir()) / f"advdl_ops_inductor_{os.getuid()}_{slug(cpu_name())}"
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     if IN_CHECKOUT:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return env

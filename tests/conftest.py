@@ -1,12 +1,14 @@
 """What every test runs under: kernels or nothing, a seed of its own, no GPU tests without a GPU."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before advdl_ops is imported: a test of kernels must never pass on the reference unnoticed.
 os.environ["ADVDL_OPS_REQUIRE_NATIVE"] = "1"
 # And before torch is: beside another worker (pytest-xdist) a thread that waits must leave its core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import signal
 import subprocess
 import sysconfig
@@ -18,11 +20,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.environment import inductor_cache
-
-# Before a graph is compiled.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor_cache())
-
 ROOT = Path(__file__).parents[1]
 CPU_LIBRARY = ROOT / "advdl_ops" / "lib" / "libadvdl_ops_cpu.so"
 EXTRA_PARTS = 5
@@ -30,6 +27,13 @@ EXTRA_PARTS = 5
 
 def pytest_configure(config: pytest.Config) -> None:
     # Workers (pytest-xdist) are started later, with this in their environment.
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        # The common folder may hold what was compiled for another CPU capability (docs/stock_faults.md).
+        folder = tempfile.TemporaryDirectory(
+            prefix="advdl_ops_inductor_", ignore_cleanup_errors=True
+        )
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
     os.environ.setdefault("EXTRA_PART", str(extra_part_of_commit()))
     os.environ["EXTRA_PART"] = str(int(os.environ["EXTRA_PART"]) % EXTRA_PARTS)
     if config.getoption("dist", "no") != "no":  # the one that starts them

@@ -594,12 +594,16 @@ def test_a_case_that_kills_its_process_is_reported_and_the_next_runs(monkeypatch
     ]
 
 
-def test_measuring_processes_keep_freed_memory_and_require_the_kernels(monkeypatch: Any) -> None:
+def test_environment_of_measuring_processes(monkeypatch: Any) -> None:
     monkeypatch.delenv("ADVDL_OPS_REQUIRE_NATIVE", raising=False)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     env = environment.worker_environment()
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"):
         assert int(env[name]) >= 2**28
     assert env["ADVDL_OPS_REQUIRE_NATIVE"] == "1"
+    # What is compiled for one capability is not loaded under another.
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    assert capability in env["TORCHINDUCTOR_CACHE_DIR"].split("-")
 
 
 def test_curves_that_part_are_an_error() -> None:
