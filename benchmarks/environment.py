@@ -9,9 +9,8 @@ import os
 import platform
 import subprocess
 import tempfile
+import zlib
 from pathlib import Path
-
-from .record import slug
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -97,6 +96,20 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
+def inductor_cache() -> str:
+    """Folder for what Inductor compiles, one for each set of instructions: the common one mixes them.
+
+    See docs/stock_faults.md. A temporary folder may outlive the machine, and code is compiled for the one at hand.
+    """
+    try:
+        about = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        about = []
+    flags = next((line for line in about if line.lower().startswith(("flags", "features"))), "")
+    which = zlib.crc32(f"{flags} {os.environ.get('ATEN_CPU_CAPABILITY')}".encode())
+    return str(Path(tempfile.gettempdir()) / f"advdl_ops_inductor_{os.getuid()}_{which:08x}")
+
+
 def worker_environment() -> dict[str, str]:
     """Environment of a measuring process.
 
@@ -113,9 +126,7 @@ def worker_environment() -> dict[str, str]:
         MALLOC_ARENA_MAX="1",
     )
     env.setdefault("ADVDL_OPS_REQUIRE_NATIVE", "1")
-    # The common folder mixes what was compiled for several CPU capabilities (docs/stock_faults.md).
-    folder = Path(tempfile.gettempdir()) / f"advdl_ops_inductor_{os.getuid()}_{slug(cpu_name())}"
-    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor_cache())
     if IN_CHECKOUT:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return env

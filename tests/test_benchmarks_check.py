@@ -308,15 +308,30 @@ def test_nearness_to_plain_pytorch_stands_for_fp64_only_where_that_was_exact() -
 @pytest.mark.parametrize(("share", "accepted"), [(0.95, True), (1.05, False)])
 def test_a_call_may_be_off_by_what_stock_is_in_its_layout(share: float, accepted: bool) -> None:
     """oneDNN's gradient of an image of 512 channels is 10 times less accurate in channels_last than contiguous."""
-    exact, stock_error = torch.ones(4, dtype=torch.float64), 2.0**-13
+    exact, stock_error = torch.ones(4, dtype=torch.float64), 2.0**-18
 
     def plain(dtype: Any, rounded: bool = False, as_given: bool = False) -> Any:
         return [exact if dtype else exact.float() * (1 + stock_error * as_given)]
 
     judge = calls.Calls()
-    found = exact.float() * (1 + share * (4 * stock_error + 8 * EPS32))
+    allowed = 4 * stock_error + 8 * EPS32
+    # A whole number of units in the last place.
+    off = (int if accepted else lambda n: int(n) + 1)(share * allowed / EPS32) * EPS32
+    found = exact.float() * (1 + off)
     judge._judge("op", "gradient", (torch.ones(4),), [found], plain)
     assert (judge.wrong == []) == accepted
+
+
+@pytest.mark.parametrize("stock", [1.5, 1.0 + 2.0**-10, float("nan")])
+def test_stock_that_is_wrong_in_a_layout_excuses_nothing(stock: float) -> None:
+    exact = torch.ones(4, dtype=torch.float64)
+
+    def plain(dtype: Any, rounded: bool = False, as_given: bool = False) -> Any:
+        return [exact if dtype else exact.float() * (stock if as_given else 1)]
+
+    judge = calls.Calls()
+    judge._judge("op", "gradient", (torch.ones(4),), [exact.float() * stock], plain)
+    assert len(judge.wrong) == 1
 
 
 @pytest.mark.parametrize(("share", "accepted"), [(0.9, True), (1.1, False)])
