@@ -234,10 +234,9 @@ class Calls:
                 if not off <= bound:
                     other = plain(None, as_given=True)[i]
                     assert other is not None
-                    if (
-                        error(other, truth) < eps**0.75
-                    ):  # where it is wrong itself it excuses nothing
-                        self.known[key] = max(self.known[key], error(other, truth))
+                    in_layout = error(other, truth)
+                    if in_layout < eps**0.75:  # else it is wrong itself, and excuses nothing
+                        self.known[key] = max(self.known[key], in_layout)
                         bound = FACTOR * self.known[key] + allowed
                 if not off <= bound:
                     other = plain(torch.float64, True)[i]

@@ -18,19 +18,20 @@ IN_CHECKOUT = (ROOT / "advdl_ops").is_dir() and (ROOT / "benchmarks").is_dir()
 RESULTS = PACKAGE / "results" if IN_CHECKOUT else Path("advdl_ops_results")
 
 
+def _cpu_info(*fields: str) -> str:
+    """The first of these fields in /proc/cpuinfo; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(fields)), "")
+
+
 def cpu_name() -> str:
     """Model, cores and vector units: of a virtual machine the model's name alone may tell no generation."""
     import torch
 
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-        else:
-            name = platform.machine()
-    except OSError:
-        name = platform.processor() or platform.machine()
+    name = _cpu_info("model name") or platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
 
@@ -101,12 +102,8 @@ def inductor_cache() -> str:
 
     See docs/stock_faults.md. A temporary folder may outlive the machine, and code is compiled for the one at hand.
     """
-    try:
-        about = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        about = []
-    flags = next((line for line in about if line.lower().startswith(("flags", "features"))), "")
-    which = zlib.crc32(f"{flags} {os.environ.get('ATEN_CPU_CAPABILITY')}".encode())
+    instructions = _cpu_info("flags", "Features")  # x86, ARM
+    which = zlib.crc32(f"{instructions} {os.environ.get('ATEN_CPU_CAPABILITY')}".encode())
     return str(Path(tempfile.gettempdir()) / f"advdl_ops_inductor_{os.getuid()}_{which:08x}")
 
 
