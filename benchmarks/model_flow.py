@@ -75,7 +75,6 @@ class Network:
     """One provider: a model in one layout, its inputs, and what is timed on it."""
 
     base: str  # STOCK, OURS or OPTIMIZED
-    compiled: bool
     model: nn.Module
     inputs: tuple[Tensor, ...]
     target: Tensor
@@ -83,7 +82,12 @@ class Network:
     call: Callable[..., Any]  # the model, or its compiled form
     optimizer: torch.optim.Optimizer | None = None
     autocast: bool = False
+    uncompiled: Network | None = None  # of a compiled one: what it was before
     kept: int = 0  # bytes that inference keeps for all calls, beside parameters and buffers
+
+    @property
+    def compiled(self) -> bool:
+        return self.uncompiled is not None
 
     def forward(self) -> Tensor:
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.autocast):
@@ -95,7 +99,13 @@ class Network:
         twin = copy.deepcopy(self.model).double()
         inputs, target = map(_double, self.inputs), _double(self.target)
         return dataclasses.replace(
-            self, model=twin, call=twin, inputs=tuple(inputs), target=target, autocast=False
+            self,
+            model=twin,
+            call=twin,
+            inputs=tuple(inputs),
+            target=target,
+            autocast=False,
+            uncompiled=None,
         )
 
     def infer(self) -> Tensor:
@@ -166,19 +176,23 @@ def take_statistics(model: nn.Module, inputs: Tensor) -> None:
 
 
 def new_network(
-    subject: Subject, case: Case, base: str, model: nn.Module, suffix: str, compiled: bool = False
+    subject: Subject,
+    case: Case,
+    base: str,
+    model: nn.Module,
+    suffix: str,
+    uncompiled: Network | None = None,
 ) -> Network:
-    """A copy of ``model`` in the layout that ``suffix`` names, and its inputs."""
+    """A copy of ``model`` in the layout that ``suffix`` names, and its inputs; compiled if ``uncompiled`` is given."""
     layout, training = LAYOUTS[suffix], bool(case.options["training"])
     own = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
     call: Callable[..., Any] = own
-    if compiled:
+    if uncompiled is not None:
         options: Any = None if training else {"freezing": True}
         call = torch.compile(own, dynamic=False, options=options)
     inputs = (t.to(case.device) for t in subject.inputs)
     return Network(
         base,
-        compiled,
         own,
         tuple(t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in inputs),
         subject.target.to(case.device),
@@ -186,6 +200,7 @@ def new_network(
         call,
         torch.optim.SGD(own.parameters(), 1e-3, momentum=0.9, fused=True) if training else None,
         case.dtype == "bfloat16",
+        uncompiled,
     )
 
 
@@ -226,7 +241,7 @@ def compiled_networks(
             chosen += rivals
     return {
         compiled_name(name): new_network(
-            subject, session.case, base, made[base], name.removeprefix(base), compiled=True
+            subject, session.case, base, made[base], name.removeprefix(base), found[name]
         )
         for name, base in ((name, found[name].base) for name in chosen)
     }
@@ -260,16 +275,12 @@ def check(
     found: dict[str, Network],
     session: Session,
     expected: tuple[dict[str, Tensor], dict[str, Tensor]],
-    before: dict[str, dict[str, Tensor]],
 ) -> dict[str, Network]:
-    """Those whose output (or loss and gradients) is that of fp64; the others are refused.
-
-    ``before`` holds the gradients of those of ours that were right before they were compiled, by the names of the
-    compiled ones; it is filled here.
-    """
+    """Those whose output (or loss and gradients) is that of fp64; the others are refused."""
     truth, stock = expected
     training, device = bool(session.case.options["training"]), torch.device(session.case.device)
     slack = GRADIENT_SLACK if training else OUTPUT_SLACK
+    repeats = training and device.type == "cpu" and session.case.dtype == "float32"
     calls, right = Calls(), {}
     for name, network in found.items():
         session.progress(f"check {name}")
@@ -289,8 +300,9 @@ def check(
             if why is None and ours:
                 why = wrong_values(network.in_double().values(), truth, truth, EXACT_SLACK, norm=2)
                 why = why and f"in fp64, {why}"
-            if why is None and name in before:
-                same = _without_rounding(before[name], torch.finfo(torch.float32).eps)
+            if why is None and repeats and network.base != STOCK and network.uncompiled is not None:
+                before = network.uncompiled.values()
+                same = _without_rounding(before, torch.finfo(torch.float32).eps)
                 why = wrong_values(values, same, same, COMPILED_SLACK, norm=2)
                 why = why and f"against the same network before it was compiled, {why}"
         except Exception as failure:  # it is no competitor; the others still are
@@ -299,8 +311,6 @@ def check(
             session.record(name, "compile", "time", "s", seconds)
         if why is None:
             right[name] = network
-            if training and ours and device.type == "cpu" and session.case.dtype == "float32":
-                before[compiled_name(name)] = values
         else:
             session.refuse(name, why)
     return right
@@ -355,12 +365,11 @@ def _measure(case: Case, session: Session, subject: Subject, device: torch.devic
     found = networks(subject, session, made)
     session.progress("fp64 reference")
     expected = expected_values(found[STOCK])
-    before: dict[str, dict[str, Tensor]] = {}
-    found = check(found, session, expected, before)
-    found |= check(compiled_networks(subject, session, made, found), session, expected, before)
+    found = check(found, session, expected)
+    found |= check(compiled_networks(subject, session, made, found), session, expected)
     if not found:
         raise Refused(f"{case.name}: no provider returned the right values")
-    del made, expected, before
+    del made, expected
     flops = counted_flops(found[STOCK], training) if STOCK in found else None
     calls = {
         name: timing.Timed(network.step if training else network.infer)

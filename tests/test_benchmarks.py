@@ -346,7 +346,7 @@ def test_a_network_with_wrong_values_is_refused(kind: str, wrong: str) -> None:
     # Small enough to pass among rounding errors of fp32 gradients; the comparison in fp64 sees it.
     with torch.no_grad():
         found[wrong].model.get_parameter("layer4.0.bn1.bias").add_(1e-3)
-    right = model_flow.check(found, session, model_flow.expected_values(found["eager"]), {})
+    right = model_flow.check(found, session, model_flow.expected_values(found["eager"]))
     assert set(right) == {"eager", "advdl_ops", *providers} - {wrong}
     refused = [e for e in events(stream) if e["event"] == "refused"]
     assert [e["provider"] for e in refused] == [wrong]
@@ -406,7 +406,7 @@ def test_flops_of_a_training_step_are_three_times_those_of_inference(
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     loss = torch.nn.functional.mse_loss
     target = torch.zeros_like(model(x))
-    network = model_flow.Network("eager", False, model, (x,), target, loss, model, optimizer)
+    network = model_flow.Network("eager", model, (x,), target, loss, model, optimizer)
     inference = model_flow.counted_flops(network, False)
     pixels = 36 if kind is torch.nn.ConvTranspose2d else 16
     assert inference == 2 * 2 * pixels * 8 * 8 // groups * 9

@@ -70,10 +70,14 @@ class _Values:
 
     base: str
     given: dict[str, Tensor]
-    compiled: bool = False
+    uncompiled: _Values | None = None
     double: dict[str, Tensor] | None = None
     kept: int = 0
     model: nn.Module = dataclasses.field(default_factory=nn.Module)
+
+    @property
+    def compiled(self) -> bool:
+        return self.uncompiled is not None
 
     def values(self) -> dict[str, Tensor]:
         return dict(self.given)
@@ -99,7 +103,7 @@ def test_a_network_may_be_off_by_its_slack_beside_that(
         off = {name: exact[name] * (1 + share * (slack + 8 * EPS32))}
         network = _Values("eager", off)
     session, stream = _session("inference" if kind == "inference" else "train")
-    right = model_flow.check({"it": network}, session, (truth, exact), {})  # type: ignore[dict-item]
+    right = model_flow.check({"it": network}, session, (truth, exact))  # type: ignore[dict-item]
     assert ("it" in right) == accepted, _refused(stream)
 
 
@@ -110,13 +114,14 @@ def test_ours_compiled_gives_what_it_gave_before(share: float, accepted: bool) -
     moved = {"gradient": torch.full((4,), 1.02)}
     off = {"gradient": moved["gradient"] * (1 + share * (1e-3 + 8 * EPS32))}
     session, stream = _session("train")
+    before = _Values(OURS, moved, double=truth)
     networks = {
-        OURS: _Values(OURS, moved, double=truth),
-        compiled_name(OURS): _Values(OURS, off, compiled=True),
-        compiled_name("eager"): _Values("eager", off, compiled=True),
+        OURS: before,
+        compiled_name(OURS): _Values(OURS, off, uncompiled=before),
+        compiled_name("eager"): _Values("eager", off, uncompiled=_Values("eager", moved)),
     }
     expected = truth, {"gradient": torch.ones(4)}
-    right = model_flow.check(networks, session, expected, {})  # type: ignore[arg-type]
+    right = model_flow.check(networks, session, expected)  # type: ignore[arg-type]
     assert set(networks) - set(right) == (set() if accepted else {compiled_name(OURS)})
     assert all("before it was compiled" in why for why in _refused(stream).values())
 
@@ -150,7 +155,7 @@ def _check(kind: str, plant: Callable[[dict[str, Any]], None] | None = None) -> 
     expected = model_flow.expected_values(found["eager"])
     if plant is not None:
         plant(found)
-    right = model_flow.check(found, session, expected, {})
+    right = model_flow.check(found, session, expected)
     assert "eager" in right
     refused = _refused(stream)
     assert set(right) == set(found) - set(refused)
