@@ -211,7 +211,7 @@ def main() -> None:
         "Written by `python tools/accuracy.py`; do not edit. Ours, then stock PyTorch's in the same dtype: the largest",
         f"difference from fp64 over the largest value, of one random input of shape {shape} on the CPU (torch",
         f"{torch.__version__}, {capability}). The tests hold every op, dtype, layout and backend to stock's error and",
-        "a few units in the last place (`tests/helpers.py`).",
+        "a few units in the last place (`tests/support/accuracy.py`).",
         "",
         "| op | dtype | layout | mean, deviation of x | output | gradient of x | of weight | of bias |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,0 +1,178 @@
+"""The Triton depthwise convolution on CPU tensors, by Triton's interpreter; bounds as in test_triton_conv2d.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.triton_kernels import (
+    DTYPES,
+    FP32,
+    TINY,
+    UNIT,
+    GuardedOutputs,
+    covering,
+    excess,
+    guarded,
+    interpreter,
+)
+from test_triton_conv2d import ACTS, STEEPEST, act_of, case_id, per_channel
+
+pytest.importorskip("triton")
+
+CASES = covering(
+    {
+        "stride": [(1, 1), (2, 2), (2, 1), (1, 3)],
+        "padding": [(0, 0), (1, 1), (2, 1)],
+        "dilation": [(1, 1), (2, 2), (3, 3), (1, 2)],
+        "kernel": [(3, 3), (1, 1), (2, 3)],
+        "dtype": list(DTYPES),
+        "epilogue": ["none", "affine-relu", "residual-silu"],
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[..., Any]]:
+    with interpreter() as interpret:
+        yield interpret
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_values(run: Callable[..., Any], case: dict[str, Any]) -> None:
+    for name, worst in run(run_case, case).items():
+        assert worst <= 1, name
+
+
+def test_seven_by_seven(run: Callable[..., Any]) -> None:
+    case = dict(CASES[0], kernel=(7, 7), padding=(3, 3), dilation=(1, 1), size=(4, 3))
+    for name, worst in run(run_case, case).items():
+        assert worst <= 1, name
+
+
+def test_stride_beyond_the_input_and_the_kernel(run: Callable[..., Any]) -> None:
+    """Input pixels that no tap reaches get a zero, phases without a pixel nothing."""
+    case = dict(
+        CASES[0], stride=(4, 5), kernel=(2, 3), padding=(0, 2), dilation=(1, 1), size=(5, 3)
+    )
+    for name, worst in run(run_case, case).items():
+        assert worst <= 1, name
+
+
+@pytest.mark.parametrize("split_k", [1, 3, 100])
+def test_splits(run: Callable[..., Any], split_k: int) -> None:
+    case = dict(CASES[0], split_k=split_k)
+    for name, worst in run(run_case, case).items():
+        assert worst <= 1, name
+
+
+def test_empty(run: Callable[..., Any]) -> None:
+    assert run(run_empty)
+
+
+def test_other_dtypes_are_refused(run: Callable[..., Any]) -> None:
+    for error in run(run_refused):
+        assert error.startswith("NotImplementedError: depthwise_conv2d")
+        assert "float64" in error
+
+
+# --- In the worker --------------------------------------------------------------------------------------------------
+
+
+def config(split_k: int = 0) -> Any:
+    from advdl_ops.triton.depthwise_conv2d import Config
+
+    return Config(16, 16, 1, split_k)
+
+
+def run_case(case: dict[str, Any]) -> dict[str, float]:
+    from advdl_ops.triton import depthwise_conv2d
+
+    torch.manual_seed(0)
+    dtype, kernel, channels = DTYPES[case["dtype"]], case["kernel"], 19
+    unit, tiny = UNIT[dtype], TINY[dtype]
+    geometry = {k: case[k] for k in ("stride", "padding", "dilation")}
+    x = guarded(torch.randn(2, channels, *case.get("size", (9, 7))), dtype)
+    weight = guarded(torch.randn(channels, 1, *kernel), dtype)
+    act = act_of(case["epilogue"].rpartition("-")[2].replace("none", "identity"))
+
+    x_, weight_ = x.double().requires_grad_(), weight.double().requires_grad_()
+    z = F.conv2d(x_, weight_, None, **geometry, groups=channels)
+    x_abs, weight_abs = (t.double().abs().requires_grad_() for t in (x, weight))
+    z_size = F.conv2d(x_abs, weight_abs, None, **geometry, groups=channels)
+    dz = guarded(torch.randn(z.shape), dtype)
+    dx, dw = torch.autograd.grad(z, (x_, weight_), dz.double())
+    dx_size, dw_size = torch.autograd.grad(z_size, (x_abs, weight_abs), dz.double().abs())
+
+    taps = kernel[0] * kernel[1]
+    z, z_size = z.detach(), z_size.detach()
+    z_off = (taps + 1) * FP32 * z_size
+    scale = shift = residual = None
+    if case["epilogue"] != "none":
+        scale = guarded(torch.randn(channels), torch.float32)
+        shift = guarded(torch.randn(channels), torch.float32)
+        z, z_off = z * per_channel(scale) + per_channel(shift), z_off * per_channel(scale).abs()
+        z_size = z_size * per_channel(scale).abs() + per_channel(shift).abs()
+    if case["epilogue"].startswith("residual"):
+        residual = guarded(torch.randn(z.shape), dtype)
+        z, z_size = z + residual.double(), z_size + residual.double().abs()
+    truth = ACTS[act.name](z)
+    off = STEEPEST * (z_off + 8 * FP32 * z_size)
+
+    options = config(case.get("split_k", 0))
+    outputs = GuardedOutputs()
+    depthwise_conv2d._empty_channels_last = outputs.empty
+    out = depthwise_conv2d.forward(
+        x, weight, **geometry, scale=scale, shift=shift, residual=residual, act=act, config=options
+    )
+    again = depthwise_conv2d.forward(
+        x.contiguous(), weight, **geometry, scale=scale, shift=shift, residual=residual, act=act, config=options
+    )  # fmt: skip
+    found = {
+        "out": excess(out, truth, off + unit * (truth.abs() + off) + tiny),
+        "twice, from contiguous": 0.0 if torch.equal(out, again) else 2.0,
+    }
+    got_dx = depthwise_conv2d.input_gradient(dz, weight, x.shape, **geometry, config=options)
+    off = (taps + 1) * FP32 * dx_size
+    found["dx"] = excess(got_dx, dx, off + unit * (dx.abs() + off) + tiny)
+    got_dw = depthwise_conv2d.weight_gradient(dz, x, weight.shape, **geometry, config=options)
+    length = dz.numel() // channels
+    found["dw"] = excess(got_dw, dw, (length + 1) * FP32 * dw_size + TINY[torch.float32])
+    found["beside the outputs"] = outputs.beside()
+    kept = out.dtype == got_dx.dtype == dtype and got_dw.dtype == torch.float32
+    found["dtypes"] = 0.0 if kept else 2.0
+    return found
+
+
+def run_empty() -> bool:
+    from advdl_ops.triton import depthwise_conv2d
+
+    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    x, weight = torch.randn(0, 5, 9, 7), torch.randn(5, 1, 3, 3)
+    out = depthwise_conv2d.forward(x, weight, **geometry, config=config())
+    dx = depthwise_conv2d.input_gradient(out, weight, x.shape, **geometry, config=config())
+    dw = depthwise_conv2d.weight_gradient(out, x, weight.shape, **geometry, config=config())
+    return out.shape == dx.shape == (0, 5, 9, 7) and torch.equal(dw, torch.zeros(weight.shape))
+
+
+def run_refused() -> list[str]:
+    from advdl_ops.triton import depthwise_conv2d
+
+    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    x, weight = torch.randn(1, 5, 9, 7).double(), torch.randn(5, 1, 3, 3).double()
+    errors = []
+    for call in (
+        lambda: depthwise_conv2d.forward(x, weight, **geometry, config=config()),
+        lambda: depthwise_conv2d.input_gradient(x, weight, x.shape, **geometry, config=config()),
+        lambda: depthwise_conv2d.weight_gradient(x, x, weight.shape, **geometry, config=config()),
+    ):
+        try:
+            call()
+        except NotImplementedError as error:
+            errors.append(f"NotImplementedError: {error}")
+        else:
+            errors.append("nothing was raised")
+    return errors

@@ -1,0 +1,470 @@
+"""conv2d and depthwise_conv2d on a real GPU: every candidate's values, determinism, graph capture, a second stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.accuracy import assert_accurate
+from torch import Tensor
+
+import advdl_ops
+from advdl_ops import nn, reference, tuning
+from advdl_ops.activation import ACTIVATIONS, IDENTITY, Activation
+from advdl_ops.functional import _conv2d_cuda as cuda
+from advdl_ops.functional import conv2d, conv_bn_act
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+EVERY = ("scale", "shift", "residual")
+RELU, SILU = ACTIVATIONS["relu"], ACTIVATIONS["silu"]
+
+
+class Case(NamedTuple):
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    @property
+    def family(self) -> cuda.Family:
+        depthwise = self.groups == self.weight[0] == self.x[1]
+        return cuda.DEPTHWISE if depthwise else cuda.DENSE
+
+
+CASES = {
+    "3x3": Case((2, 5, 9, 7), (6, 5, 3, 3)),
+    "1x1": Case((2, 64, 15, 15), (48, 64, 1, 1), padding=(0, 0)),
+    "1x1 stride": Case((2, 33, 15, 14), (65, 33, 1, 1), (2, 2), (0, 0)),
+    "stride": Case((2, 33, 28, 27), (65, 33, 3, 5), (2, 1), (1, 2)),
+    "dilated": Case((2, 64, 33, 33), (64, 64, 3, 3), (1, 1), (6, 6), (6, 6)),
+    "dilated by pairs": Case((2, 16, 33, 30), (24, 16, 3, 3), (1, 2), (4, 0), (3, 1)),
+    "groups": Case((2, 96, 28, 28), (192, 32, 3, 3), groups=3),
+    "multiplier": Case((2, 16, 14, 15), (32, 1, 3, 3), groups=16),
+    "of one position": Case((3, 4, 1, 1), (5, 4, 3, 3)),
+    "long sum": Case((2, 1024, 14, 14), (256, 1024, 3, 3), (1, 1), (2, 2), (2, 2)),
+    "many positions": Case((16, 64, 56, 56), (64, 64, 3, 3)),
+    "depthwise": Case((2, 37, 19, 18), (37, 1, 3, 3), groups=37),
+    "depthwise 7x7": Case((8, 96, 28, 28), (96, 1, 7, 7), padding=(3, 3), groups=96),
+    "depthwise, dilated": Case((4, 64, 56, 56), (64, 1, 3, 3), (1, 1), (4, 4), (4, 4), 64),
+    "depthwise, stride": Case((2, 48, 29, 27), (48, 1, 5, 3), (2, 1), (2, 1), (1, 2), 48),
+}
+SMALL = [name for name in CASES if name not in ("long sum", "many positions")]
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    residual: Tensor
+    dz: Tensor
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        return Inputs(*map(function, self))
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Choices of this test's own, products of fp32 in fp32."""
+    monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(tuning, "_unmeasured", {})
+    monkeypatch.setenv("ADVDL_OPS_CACHE", str(tmp_path))
+    tuning._store_of.cache_clear()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    tuning._store_of.cache_clear()
+
+
+def make_inputs(case: Case, dtype: torch.dtype, layout: str, seed: int = 0) -> Inputs:
+    g = torch.Generator(DEVICE).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, device=DEVICE)
+
+    x, weight = normal(*case.x), normal(*case.weight) / math.prod(case.weight[1:]) ** 0.5
+    shape = F.conv2d(x, weight, None, *case.options).shape
+    outputs = case.weight[0]
+    tensors = Inputs(
+        x, weight, normal(outputs).abs() + 0.5, normal(outputs), normal(*shape), normal(*shape)
+    )
+    return tensors.each(
+        lambda t: t.to(dtype).contiguous(memory_format=LAYOUTS[layout]) if t.dim() == 4 else t
+    )
+
+
+def forward(
+    case: Case, i: Inputs, act: Activation = SILU, parts: tuple[str, ...] = EVERY
+) -> Tensor:
+    extras = [getattr(i, name) if name in parts else None for name in EVERY]
+    *options, groups = case.options
+    if case.family is cuda.DEPTHWISE:
+        return torch.ops.advdl_ops.depthwise_conv2d(
+            i.x, i.weight, *extras, *options, act.code, act.param
+        )
+    return torch.ops.advdl_ops.conv2d(i.x, i.weight, *extras, *options, groups, act.code, act.param)
+
+
+def backward(case: Case, i: Inputs) -> list[Tensor]:
+    *options, groups = case.options
+    if case.family is cuda.DEPTHWISE:
+        op, last = torch.ops.advdl_ops.depthwise_conv2d_backward, []
+    else:
+        op, last = torch.ops.advdl_ops.conv2d_backward, [groups]
+    return list(op(i.dz, i.x, i.weight, *options, *last, True, True, True))
+
+
+def plain_forward(
+    case: Case, i: Inputs, act: Activation = SILU, parts: tuple[str, ...] = EVERY
+) -> Tensor:
+    extras = [getattr(i, name) if name in parts else None for name in EVERY]
+    return reference.conv2d(i.x, i.weight, None, *case.options, *extras, act)
+
+
+def plain_backward(case: Case, i: Inputs) -> list[Tensor]:
+    options = [list(o) if isinstance(o, tuple) else o for o in case.options]
+    *pairs, groups = options
+    return list(
+        torch.ops.aten.convolution_backward(
+            i.dz, i.x, i.weight, [case.weight[0]], *pairs, False, [0, 0], groups, [True] * 3
+        )
+    )
+
+
+def terms(case: Case, i: Inputs) -> list[float]:
+    """The size of what the output and each gradient are added up from."""
+    a = i.each(lambda t: t.double().abs())
+    sums = [plain_forward(case, a, IDENTITY), *plain_backward(case, a)]
+    return [t.max().item() for t in sums]
+
+
+def prefer(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[str, str]]:
+    """Have ``name`` serve wherever it is a candidate; returns what served, by direction."""
+    served: list[tuple[str, str]] = []
+
+    def choose(key: Any, candidates: Any, device: torch.device) -> str:
+        chosen = name if name in candidates else next(iter(candidates))
+        served.append((key.direction, chosen))
+        return chosen
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    return served
+
+
+def candidates(case: Case, dtype: torch.dtype, x: Tensor) -> list[str]:
+    format_ = cuda.conv2d_format(x)
+    directions = cuda.FORWARD, cuda.INPUT_GRADIENT, cuda.WEIGHT_GRADIENT
+    found = [
+        name
+        for d in directions
+        for name in cuda.implementations(case.family, d, dtype, format_, cuda._allows_tf32())
+    ]
+    return list(dict.fromkeys(found))
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_candidate(
+    case: Case, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    i = make_inputs(case, dtype, layout)
+    wide = i.each(Tensor.double)
+    exact = [plain_forward(case, wide), *plain_backward(case, wide)]
+    stock = [plain_forward(case, i), *plain_backward(case, i)]
+    sizes = terms(case, i)
+    tried = candidates(case, dtype, i.x)
+    assert any(name.startswith("triton") for name in tried)
+    for name in tried:
+        served = prefer(monkeypatch, name)
+        found = [forward(case, i), *backward(case, i)]
+        assert any(chosen == name for _, chosen in served)
+        for own, e, s, size, what in zip(
+            found, exact, stock, sizes, ("out", "dx", "dweight", "dbias"), strict=True
+        ):
+            assert_accurate(own.to(s.dtype), e, s, size, (name, what))
+        assert found[0].is_contiguous(memory_format=cuda.conv2d_format(i.x))
+        assert found[1].is_contiguous(memory_format=cuda.conv2d_format(i.x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SMALL)
+def test_fp64(name: str, layout: str) -> None:
+    case = CASES[name]
+    i = make_inputs(case, torch.float64, layout).each(Tensor.double)
+    torch.testing.assert_close(forward(case, i), plain_forward(case, i))
+    torch.testing.assert_close(backward(case, i), plain_backward(case, i))
+    assert tuning.known() == []
+
+
+@pytest.mark.parametrize(
+    "parts", [(), ("shift",), ("scale",), ("residual",), ("scale", "residual")], ids="+".join
+)
+@pytest.mark.parametrize("act", [IDENTITY, *ACTIVATIONS.values()], ids=lambda a: a.name)
+def test_epilogues(
+    parts: tuple[str, ...], act: Activation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("dilated", "depthwise"):
+        case = CASES[name]
+        i = make_inputs(case, torch.bfloat16, "channels_last")
+        exact = plain_forward(case, i.each(Tensor.double), act, parts)
+        stock, size = plain_forward(case, i, act, parts), terms(case, i)[0]
+        ways = cuda.implementations(
+            case.family, cuda.FORWARD, i.x.dtype, torch.channels_last, cuda._allows_tf32()
+        )
+        for way in list(ways)[:2]:  # torch's own, and one of Triton's
+            prefer(monkeypatch, way)
+            assert_accurate(forward(case, i, act, parts), exact, stock, size, (name, way))
+
+
+def test_tf32_is_used_only_where_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["long sum"]
+    i = make_inputs(case, torch.float32, "channels_last")
+    exact = plain_forward(case, i.each(Tensor.double), IDENTITY, ())
+    ways = cuda.implementations(
+        cuda.DENSE, cuda.FORWARD, torch.float32, torch.channels_last, cuda._allows_tf32()
+    )
+    for name in ways:
+        prefer(monkeypatch, name)
+        errors = []
+        for allowed in (False, True):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+                out = forward(case, i, IDENTITY, ())
+            errors.append(((out.double() - exact).norm() / exact.norm()).item())
+        assert errors[0] < 1e-5 < errors[1] < 2e-3, name
+
+
+# ---- the choice ----
+
+
+def test_a_choice_is_measured_stored_and_explained(tmp_path: Path) -> None:
+    layer = nn.DilatedConv2d(64, 64, 3, 2, device=DEVICE, act="relu")
+    x = torch.randn(4, 64, 33, 33, device=DEVICE, requires_grad=True)
+    assert "not measured yet" in str(advdl_ops.explain(layer))
+    first = layer(x)
+    gradients = torch.autograd.grad(first.sum(), [x, layer.weight])
+    known = tuning.known()
+    assert sorted(key.direction for _, key, _ in known) == [
+        "forward", "input_gradient", "weight_gradient",
+    ]  # fmt: skip
+    for _, key, choice in known:
+        assert choice.name == min(choice.seconds, key=choice.seconds.__getitem__)
+        assert len(choice.seconds) > 2 and choice.failed == {}, key
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    text = str(advdl_ops.explain(layer))
+    assert "by measurement" in text and "cudnn" in text and "triton" in text
+    # As the next process: nothing but the file.
+    tuning._choices.clear()
+    assert torch.equal(layer(x), first)
+    again = torch.autograd.grad(layer(x).sum(), [x, layer.weight])
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+    assert {key: choice for _, key, choice in tuning.known()} == {
+        key: choice for _, key, choice in known
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_two_runs_agree_bit_for_bit(
+    case: Case, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    i = make_inputs(case, dtype, layout)
+    for name in candidates(case, dtype, i.x):
+        prefer(monkeypatch, name)
+        runs = [[forward(case, i), *backward(case, i)] for _ in range(3)]
+        for run in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True)), name
+
+
+def test_no_position() -> None:
+    for weight, groups in (((6, 4, 3, 3), 1), ((4, 1, 3, 3), 4)):
+        case = Case((0, 4, 5, 5), weight, groups=groups)
+        i = make_inputs(case, torch.float32, "contiguous")
+        assert forward(case, i).shape == (0, weight[0], 5, 5)
+        dx, dweight, dbias = backward(case, i)
+        assert dx.shape == case.x and not dweight.any() and not dbias.any()
+
+
+# ---- streams and graphs ----
+
+BOTH = ("dilated", "depthwise, dilated")
+
+
+def assert_right(case: Case, i: Inputs, found: list[Tensor], what: Any) -> None:
+    wide = i.each(Tensor.double)
+    exact = [plain_forward(case, wide), *plain_backward(case, wide)]
+    stock = [plain_forward(case, i), *plain_backward(case, i)]
+    for own, e, s, size in zip(found, exact, stock, terms(case, i), strict=True):
+        assert_accurate(own.to(s.dtype), e, s, size, what)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_second_stream(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate runs on the current stream: behind the work queued there, not beside it."""
+    case = CASES[name]
+    i = make_inputs(case, torch.float32, "contiguous")
+    side = torch.cuda.Stream()
+    for way in candidates(case, torch.float32, i.x):
+        prefer(monkeypatch, way)
+        forward(case, i), backward(case, i)  # compiles
+        late = i._replace(x=torch.full_like(i.x, float("nan")))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)
+            late.x.copy_(i.x)
+            found = [forward(case, late), *backward(case, late)]
+        side.synchronize()
+        assert_right(case, i, found, way)
+
+
+@pytest.mark.parametrize("measured", [True, False], ids=["measured", "not measured"])
+@pytest.mark.parametrize("name", BOTH)
+def test_graph_capture(name: str, measured: bool) -> None:
+    case = CASES[name]
+    i = make_inputs(case, torch.bfloat16, "channels_last")
+    warm = i if measured else make_inputs(CASES["3x3"], torch.bfloat16, "channels_last")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        of = case if measured else CASES["3x3"]
+        forward(of, warm), backward(of, warm)
+    torch.cuda.current_stream().wait_stream(side)
+    before = len(tuning.known())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [forward(case, i), *backward(case, i)]
+    assert len(tuning.known()) == before
+    other = make_inputs(case, torch.bfloat16, "channels_last", seed=1)
+    for mine, new in zip(i, other, strict=True):
+        mine.copy_(new)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_right(case, other, found, name)
+
+
+@pytest.mark.parametrize("name", ["3x3", "dilated", "groups", "depthwise, dilated"])
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_the_function_and_its_gradients(name: str, act: str) -> None:
+    """Through autograd, with bias, scale and residual, as measured."""
+    case = CASES[name]
+    i = make_inputs(case, torch.float32, "channels_last")
+
+    def run(fused: bool, dtype: torch.dtype) -> list[Tensor]:
+        x, weight, scale, shift, residual, dout = i.each(
+            lambda t: t.detach().to(dtype).requires_grad_()
+        )
+        bias = torch.linspace(-1, 1, len(scale), device=DEVICE, dtype=dtype).requires_grad_()
+        leaves = [x, weight, bias, scale, shift, residual]
+        if fused:
+            out = conv2d(
+                x, weight, bias, *case.options, act=act, residual=residual, scale=scale, shift=shift
+            )
+        else:
+            out = reference.conv2d(
+                x, weight, bias, *case.options, scale, shift, residual, ACTIVATIONS[act]
+            )
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.detach())]
+
+    exact, stock, ours = (
+        run(False, torch.float64),
+        run(False, torch.float32),
+        run(True, torch.float32),
+    )
+    for e, s, o in zip(exact, stock, ours, strict=True):
+        # By norm: a value at relu's kink may fall on either side.
+        stock_error, error = ((v.double() - e).norm() / e.norm() for v in (s, o))
+        assert error <= stock_error + 4 * torch.finfo(torch.float32).eps
+
+
+# ---- with the norm behind it, in training ----
+
+
+def train(case: Case, i: Inputs, dtype: torch.dtype, fused: bool) -> list[Tensor]:
+    """Output, gradients and running statistics of conv_bn_act, or of torch's own, in ``dtype``."""
+    per_channel = torch.float64 if dtype == torch.float64 else torch.float32
+    x, weight, gamma, beta, residual, dout = i.each(
+        lambda t: t.detach().to(dtype if t.dim() == 4 else per_channel, copy=True)
+    )
+    leaves = [t.requires_grad_() for t in (x, weight, gamma, beta, residual)]
+    mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
+    if fused:
+        stride, padding, dilation, groups = case.options
+        out = conv_bn_act(
+            x, weight, mean, var, gamma, beta, stride=stride, padding=padding, dilation=dilation,
+            groups=groups, training=True, residual=residual, act="silu",
+        )  # fmt: skip
+    else:
+        z = F.conv2d(x, weight, None, *case.options)
+        out = F.silu(F.batch_norm(z, mean, var, gamma, beta, True, 0.1, 1e-5) + residual)
+    gradients = torch.autograd.grad(out, leaves, dout.detach())
+    return [t.detach() for t in (out, *gradients, mean, var)]
+
+
+def ways_of_training(case: Case, i: Inputs) -> list[str]:
+    format_, tf32 = cuda.conv2d_format(i.x), cuda._allows_tf32()
+    names = cuda.implementations(cuda.DENSE, cuda.FORWARD, i.x.dtype, format_, tf32)
+    triton = [name for name in names if name.startswith("triton")]
+    assert triton
+    return [cuda.APART, *(f"{name} with statistics" for name in triton)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["3x3", "1x1 stride", "dilated", "groups", "many positions"])
+def test_training_with_a_norm(
+    name: str, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways: the norm reads its statistics, or is given them; two runs agree bit for bit."""
+    case = CASES[name]
+    i = make_inputs(case, dtype, layout)
+    exact, stock = train(case, i, torch.float64, False), train(case, i, dtype, False)
+    names = "out", "dx", "dweight", "dgamma", "dbeta", "dresidual", "mean", "var"
+    for way in ways_of_training(case, i):
+        served = prefer(monkeypatch, way)
+        found, again = train(case, i, dtype, True), train(case, i, dtype, True)
+        assert ("forward", way) in served
+        for own, second, e, s, what in zip(found, again, exact, stock, names, strict=True):
+            assert torch.equal(own, second), (way, what)
+            # By norm: z is rounded on either way, each value its own.
+            stock_error, error = ((t.double() - e).norm() / e.norm() for t in (s, own))
+            eps = torch.finfo(own.dtype if own.dim() == 4 else dtype).eps
+            assert error <= stock_error + 4 * eps, (way, what)
+
+
+def test_training_with_a_norm_is_measured_once(tmp_path: Path) -> None:
+    """The choice of the whole is stored, and measuring it writes no running statistics."""
+    layer = nn.ConvBNAct(64, 64, 3, act="relu", device=DEVICE)
+    x = torch.randn(4, 64, 33, 33, device=DEVICE)
+    first = layer(x)
+    (choice,) = (c for _, key, c in tuning.known() if key.op == cuda.WITH_NORM)
+    assert choice.failed == {} and len(choice.seconds) > 1
+    z = F.conv2d(x, layer.conv.weight, None, 1, 1).detach()
+    torch.testing.assert_close(layer.bn.running_mean, 0.1 * z.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        layer.bn.running_var, 0.9 + 0.1 * z.var((0, 2, 3)), rtol=1e-3, atol=1e-5
+    )
+    assert layer.bn.num_batches_tracked == 1
+    assert f"in training {choice.name}, by measurement" in str(advdl_ops.explain(layer))
+    before = tuning.known()
+    tuning._choices.clear()
+    assert torch.equal(layer(x), first)
+    assert {c.name for _, key, c in tuning.known() if key.op == cuda.WITH_NORM} == {choice.name}
+    assert len(before) >= len(tuning.known())

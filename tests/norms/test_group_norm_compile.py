@@ -1,0 +1,193 @@
+"""The group norms under torch.compile and torch.export."""
+
+import copy
+
+import pytest
+import torch
+from support.accuracy import ACTIVATIONS, channels_last
+from support.group_norm import INSTANCE, POSITION, call_ours, call_stock, problem_of
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import advdl_ops
+from advdl_ops.functional import instance_norm
+from advdl_ops.nn import GroupNorm, InstanceNorm2d, LayerNorm2d
+
+pytestmark = pytest.mark.usefixtures("fresh_compile", "one_thread")
+f64 = torch.float64
+
+MODULES = {
+    "group": lambda act: GroupNorm(2, 6, act=act, dtype=f64),
+    "group, no affine": lambda act: GroupNorm(6, 6, affine=False, act=act, dtype=f64),
+    "layer": lambda act: LayerNorm2d(6, act=act, dtype=f64),
+    "instance": lambda act: InstanceNorm2d(6, act=act, dtype=f64),
+    "instance, running": lambda act: InstanceNorm2d(
+        6, affine=True, track_running_stats=True, act=act, dtype=f64
+    ),
+}
+NAMES = pytest.mark.parametrize("name", MODULES)
+
+
+def compiled(function, backend="aot_eager"):
+    """Refuses graph breaks; the batch is dynamic."""
+    return torch.compile(function, fullgraph=True, backend=backend, dynamic=None)
+
+
+def batch(n, layout="contiguous", dtype=f64):
+    x = torch.randn(n, 6, 4, 5, dtype=dtype)
+    x = channels_last(x) if layout == "channels_last" else x
+    torch._dynamo.mark_dynamic(x, 0)
+    return x.requires_grad_()
+
+
+def step(module, x, *more):
+    """Output, gradients and buffers after one call; nothing is left on the module's parameters."""
+    out = module(x, *more)
+    leaves = [t for t in (x, *more, *module.parameters()) if t.requires_grad]
+    grads = torch.autograd.grad(out.square().sum(), leaves) if out.requires_grad else ()
+    return (out.detach(), *grads, *(b.clone() for b in module.buffers()))
+
+
+def check_steps(module, run, backend="aot_eager"):
+    """The compiled module does what it does uncompiled, for several batch sizes, compiled once."""
+    other = copy.deepcopy(module)
+    counter = CompileCounterWithBackend(backend)
+    fast = torch.compile(other, fullgraph=True, backend=counter)
+    for n in (3, 4, 7):
+        x = run(n)
+        again = [t.detach().clone(memory_format=torch.preserve_format) for t in x]
+        for a, b in zip(again, x, strict=True):
+            torch._dynamo.mark_dynamic(a, 0)
+            a.requires_grad_(b.requires_grad)
+        for found, expected in zip(step(fast, *again), step(module, *x), strict=True):
+            torch.testing.assert_close(found, expected)
+            assert found.stride() == expected.stride()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@NAMES
+def test_module(name, mode):
+    for act in (None, "silu"):
+        torch.compiler.reset()
+        module = MODULES[name](act).train(mode)
+        module(torch.randn(3, 6, 4, 5, dtype=f64))
+        check_steps(module, lambda n: [batch(n)])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+@NAMES
+def test_residual(name, act, layout):
+    check_steps(MODULES[name](act), lambda n: [batch(n, layout), batch(n, layout)])
+
+
+def test_dynamic_positions():
+    for make in MODULES.values():
+        torch.compiler.reset()
+        module = make("relu")
+        fast = torch.compile(
+            copy.deepcopy(module), fullgraph=True, backend="aot_eager", dynamic=True
+        )
+        for size in ((4, 5), (7, 3), (9, 9)):
+            x = torch.randn(3, 6, *size, dtype=f64)
+            torch.testing.assert_close(fast(x), module(x))
+
+
+def test_every_activation():
+    p = problem_of(2, (3, 6, 4, 5), "fp64")
+    normalized = call_stock(2, p.x, None, None, None, None, p)
+    for own, stock in ACTIVATIONS.values():
+        torch.compiler.reset()
+        fast = compiled(lambda x, a=own: call_ours(2, x, None, None, None, None, p, act=a))
+        torch.testing.assert_close(fast(p.x), stock(normalized))
+
+
+def test_function_updates_running_statistics():
+    x, mean, var = batch(3), torch.zeros(6, dtype=f64), torch.ones(6, dtype=f64)
+    expected = torch.nn.InstanceNorm2d(6, track_running_stats=True, dtype=f64)
+    expected(x)
+    compiled(lambda x, m, v: instance_norm(x, m, v, act="relu"))(x, mean, var)
+    torch.testing.assert_close(mean, expected.running_mean)
+    torch.testing.assert_close(var, expected.running_var)
+
+
+@NAMES
+def test_without_gradients(name):
+    module = MODULES[name]("relu").eval()
+    fast = compiled(module)
+    with torch.no_grad():
+        for n in (3, 5):
+            x = batch(n)
+            torch.testing.assert_close(fast(x), module(x))
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), module(x))
+
+
+def test_autocast_inside():
+    module = GroupNorm(2, 6, act="relu")
+
+    def call(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(x.bfloat16())
+
+    x = torch.randn(3, 6, 4, 5)
+    assert compiled(call)(x).dtype == call(x).dtype == torch.bfloat16
+
+
+def test_refused_while_compiling():
+    for call in (
+        lambda x: advdl_ops.functional.group_norm(x, 4),
+        lambda x: advdl_ops.functional.group_norm(x, 2, torch.ones(5)),
+        lambda x: instance_norm(x[:, :, :1, :1]),
+    ):
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="must"):
+            compiled(call)(torch.randn(3, 6, 4, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_inductor(layout):
+    module = torch.nn.Sequential(*(make("relu") for make in MODULES.values()))
+    check_steps(module, lambda n: [batch(n, layout)], backend="inductor")
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@NAMES
+def test_export(name, mode):
+    module = MODULES[name]("gelu").train(mode)
+    x, residual = torch.randn(2, 3, 6, 4, 5, dtype=f64)
+    rows, width = torch.export.Dim("rows", min=2, max=64), torch.export.Dim("width", min=2, max=64)
+    dynamic = {0: rows, 3: width}
+    program = torch.export.export(
+        copy.deepcopy(module), (x, residual), dynamic_shapes=(dynamic, dynamic)
+    )
+    targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
+    overloads = [t for t in targets if isinstance(t, torch._ops.OpOverload)]
+    assert overloads
+    assert all(t.namespace == "aten" for t in overloads), overloads
+    other = program.module()
+    for n in (3, 6):
+        x, residual = torch.randn(2, n, 6, 4, n + 4, dtype=f64)
+        torch.testing.assert_close(other(x, residual), module(x, residual))
+    exported = dict(other.named_buffers())
+    for key, t in module.named_buffers():
+        torch.testing.assert_close(exported[key], t)
+
+
+@pytest.mark.parametrize("norm", [2, POSITION, INSTANCE])
+def test_transforms_under_compile(monkeypatch, norm):
+    """The inputs of a transformed function do not say that they need a gradient."""
+    monkeypatch.setattr(advdl_ops.backend, "_require_native", False)  # the reference serves them
+    p = problem_of(norm, (3, 6, 4, 5), "fp64", running=False)
+
+    def loss(w, x):
+        return call_ours(norm, x, None, None, w, None, p, act="silu").square().sum()
+
+    def tangent(w, x):
+        return torch.func.jvp(loss, (w, x), (torch.ones_like(w), p.dout))
+
+    for function in (torch.func.grad(loss), torch.func.grad(loss, argnums=1), tangent):
+        found = compiled(function)(p.weight, p.x)
+        torch.testing.assert_close(found, function(p.weight, p.x))
+        assert found[0].abs().max() > 1e-3
