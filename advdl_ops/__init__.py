@@ -10,7 +10,6 @@ _library.load()
 
 from . import functional, nn  # noqa: E402
 from .backend import get_backend, use_backend  # noqa: E402
-from .functional import _conv2d_cuda as _conv2d_cuda  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [

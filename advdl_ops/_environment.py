@@ -1,10 +1,12 @@
-"""Environment variables: an empty one is as good as none, and what is wrong is said, by the variable's name."""
+"""Environment variables, of which an empty one counts as none and a wrong one is named; and the CPU's name."""
 
 from __future__ import annotations
 
 import functools
 import os
+import platform
 import warnings
+from pathlib import Path
 
 
 def variable(name: str) -> str | None:
@@ -17,6 +19,17 @@ def flag(name: str, default: bool) -> bool:
     if value not in ("0", "1", None):
         _warn_once(f"{name} ({value!r}) must be 0 or 1; it is ignored")
     return {"0": False, "1": True}.get(value or "", default)
+
+
+@functools.cache
+def cpu_model() -> str:
+    """As the system names it; of a virtual machine it may tell no generation."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 @functools.cache

@@ -13,16 +13,16 @@ from typing import NamedTuple
 import torch
 
 _LIB_DIR = Path(__file__).parent / "lib"
+_CPU_LIBRARY = _LIB_DIR / "libadvdl_ops_cpu.so"
 
 # device type -> None if its kernels are loaded, else why not.
 _status: dict[str, str | None] = {}
 
 
 def _load_cpu() -> str | None:
-    path = _LIB_DIR / "libadvdl_ops_cpu.so"
-    if not path.exists():
+    if not _CPU_LIBRARY.exists():
         return "the CPU library was not built (python setup.py build_ext --inplace)"
-    return _load(path)
+    return _load(_CPU_LIBRARY)
 
 
 def _load_cuda() -> str | None:
@@ -107,6 +107,16 @@ def _load(path: Path) -> str | None:
 def native(device_type: str) -> bool:
     """Whether the kernels for ``device_type`` ("cpu", "cuda") are loaded."""
     return _status.get(device_type, "") is None
+
+
+@functools.cache
+def cpu_capability() -> str:
+    """``"default"``, ``"avx2"`` or ``"avx512"``: what the CPU library uses; without it ``"default"``."""
+    if not native("cpu"):
+        return "default"
+    name = ctypes.CDLL(str(_CPU_LIBRARY)).advdl_ops_cpu_capability
+    name.restype = ctypes.c_char_p
+    return name().decode()
 
 
 def status() -> dict[str, str | None]:

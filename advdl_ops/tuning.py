@@ -1,10 +1,14 @@
 """Which of several implementations serves one call: measured once, stored on disk, the same in every later run.
 
-A choice is asked for, in this order, in this process, in the file of this GPU and of these versions of torch, Triton,
-cuDNN and advdl_ops, and only then by measuring every candidate. The file is JSON in the directory ``ADVDL_OPS_CACHE``,
-else ``$XDG_CACHE_HOME/advdl_ops``, else ``~/.cache/advdl_ops``. Deleting it has everything measured anew, and results
-may then differ in their last digits from those before. ``ADVDL_OPS_TUNE=0`` measures nothing: what is not stored yet is
-served by the first candidate.
+A choice is looked for in this process, then in the file of this device and of these versions, and only then made by
+measuring every candidate. On CUDA that happens at the first call of each kind, unless ``ADVDL_OPS_TUNE=0``; on CPU only
+with ``ADVDL_OPS_TUNE=1`` or in :func:`advdl_ops.tune`. What is neither stored nor measured is served by the first
+candidate.
+
+The file is JSON in the directory ``ADVDL_OPS_CACHE``, else ``$XDG_CACHE_HOME/advdl_ops``, else ``~/.cache/advdl_ops``.
+Its name holds the GPU, or the CPU with its instructions and the number of threads, and the versions of torch, Triton,
+cuDNN and advdl_ops. If it is deleted everything is measured again, and results may differ in their last digits from
+those before.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import secrets
 import statistics
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +34,7 @@ try:
 except ImportError:  # no POSIX: the last of two writers at one time wins
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Choice", "choose", "known", "recall"]
+__all__ = ["Choice", "choose", "find", "is_on", "known", "on", "recall"]
 
 Call = Callable[[], Any]
 _FORMAT = 1
@@ -54,6 +58,8 @@ class Choice(NamedTuple):
 _choices: dict[tuple[torch.device, Hashable], Choice] = {}
 # What served where nothing might be measured: known, but asked for anew on every call.
 _unmeasured: dict[tuple[torch.device, Hashable], Choice] = {}
+# Of how many calls of `on` this process is in the middle: while it is above 0 the CPU's candidates are measured too.
+_on_count = 0
 # One at a time: two measurements at once, as of a backward thread's, would time each other.
 _lock = threading.RLock()
 
@@ -62,6 +68,32 @@ def recall(key: Hashable, device: torch.device) -> str | None:
     """The candidate that this process chose for ``key`` on ``device``; quick enough to ask on every call."""
     found = _choices.get((device, key))
     return None if found is None else found.name
+
+
+def find(key: Any, names: Collection[str], device: torch.device) -> str | None:
+    """The one of ``names`` that was chosen for ``key``, in this process or an earlier one; measures nothing."""
+    found = _choices.get((device, key)) or _store_of(device).read().get(_text(key))
+    return found.name if found is not None and found.name in names else None
+
+
+@contextlib.contextmanager
+def on() -> Iterator[None]:
+    """Inside, candidates are measured on CPU as well, whatever ``ADVDL_OPS_TUNE`` says."""
+    global _on_count
+    with _lock:
+        _on_count += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _on_count -= 1
+
+
+def is_on(device: torch.device) -> bool:
+    """Whether what is not stored is measured on ``device``."""
+    from . import _environment  # here, as the store is also of use without the package
+
+    return _on_count > 0 or _environment.flag("ADVDL_OPS_TUNE", device.type == "cuda")
 
 
 def known() -> list[tuple[torch.device, Any, Choice]]:
@@ -81,10 +113,10 @@ def choose(
 
     Args:
         key: all that the times depend on: a NamedTuple of hashable values.
-        candidates: name -> call without arguments. The first serves where nothing may be measured: under graph capture
-            and with ``ADVDL_OPS_TUNE=0``.
+        candidates: name -> call without arguments. The first serves where nothing may be measured: with
+            ``ADVDL_OPS_TUNE=0``, on CPU outside of :func:`on`, and under graph capture.
         device: where the candidates run.
-        measure: seconds of one call; by default :func:`cuda_seconds`.
+        measure: seconds of one call; by default :func:`cuda_seconds` or :func:`cpu_seconds`.
         store: by default the file for ``device``.
 
     Returns:
@@ -115,9 +147,12 @@ def _choose(
     # A stored name that is offered no more is of another state of the code, or of another input: measure again.
     if found is None or found.name not in candidates:
         if len(candidates) > 1 and not _may_measure(device):
-            _unmeasured[at] = Choice(next(iter(candidates)), {}, {})
-            return _unmeasured[at].name
-        found, lasting = _measured(candidates, device, measure or cuda_seconds)
+            first = next(iter(candidates))
+            if device.type == "cuda":
+                _unmeasured[at] = Choice(first, {}, {})
+            return first
+        measure = measure or (cuda_seconds if device.type == "cuda" else cpu_seconds)
+        found, lasting = _measured(candidates, device, measure)
         if lasting and len(candidates) > 1:
             found = store.add(text, found, candidates)
     _choices[at] = found
@@ -130,25 +165,36 @@ def _measured(
     """The choice, and whether it may outlast this process: not if memory happened to be short."""
     if len(candidates) == 1:
         return Choice(next(iter(candidates)), {}, {}), False
-    seconds: dict[str, float] = {}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     errors: dict[str, Exception] = {}
+    # On CPU in turns: what else the machine does meets all of them.
+    rounds = 1 if device.type == "cuda" else 3
     with _on(device):
-        for name, call in candidates.items():
-            try:
-                seconds[name] = measure(call)
-            except Exception as error:
-                errors[name] = error
+        for name in [name for _ in range(rounds) for name in candidates]:
+            if name not in errors:
+                try:
+                    times[name].append(measure(candidates[name]))
+                except Exception as error:
+                    errors[name] = error
+    seconds = {name: statistics.median(t) for name, t in times.items() if name not in errors}
     if not seconds:
         raise next(iter(errors.values()))
     failed = {name: _in_one_line(error) for name, error in errors.items()}
     lasting = not any(isinstance(error, torch.OutOfMemoryError) for error in errors.values())
-    return Choice(min(seconds, key=seconds.__getitem__), seconds, failed), lasting
+    return Choice(_fastest(seconds, device), seconds, failed), lasting
+
+
+def _fastest(seconds: Mapping[str, float], device: torch.device) -> str:
+    fastest = min(seconds, key=seconds.__getitem__)
+    first = next(iter(seconds))
+    # On CPU the first is what the rules choose. It stays unless another is faster by more than two runs differ.
+    if device.type == "cpu" and seconds[fastest] > 0.97 * seconds[first]:
+        return first
+    return fastest
 
 
 def _may_measure(device: torch.device) -> bool:
-    from . import _environment  # here, as the store is also of use without the package
-
-    if not _environment.flag("ADVDL_OPS_TUNE", True):
+    if not is_on(device):
         return False
     with _on(device):  # whose stream is asked about
         return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
@@ -178,6 +224,14 @@ def cuda_seconds(call: Call) -> float:
         if len(times) >= 8 and sum(times) > 20e-3:
             break
     return statistics.median(times[max(len(times) // 10, 2) :])
+
+
+def cpu_seconds(call: Call) -> float:
+    """Median time of ``call`` with the threads that torch has now."""
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.02).median
 
 
 class Store:
@@ -275,9 +329,13 @@ def _without_links(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-@functools.cache
 def _store_of(device: torch.device) -> Store:
-    return Store(_directory() / _file_name(device))
+    return _store(device, torch.get_num_threads() if device.type == "cpu" else 0)
+
+
+@functools.cache
+def _store(device: torch.device, threads: int) -> Store:
+    return Store(_directory() / _file_name(device, threads))
 
 
 def _directory() -> Path:
@@ -294,18 +352,22 @@ def _directory() -> Path:
         return Path(os.devnull) / "advdl_ops"
 
 
-def _file_name(device: torch.device) -> str:
-    """Of the GPU's name and of every version on which times depend."""
-    from . import __version__
+def _file_name(device: torch.device, threads: int) -> str:
+    """Of the device's name and of every version on which times depend."""
+    from . import __version__, _environment, _library
 
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = {
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_environment.cpu_model()}_{_library.cpu_capability()}_{threads}-threads"
+    versions: dict[str, Any] = {
         "torch": torch.__version__,
-        "triton": _version("triton") or _version("pytorch-triton"),
-        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "advdl_ops": __version__,
     }
-    parts = [gpu, *(f"{name}-{version or 'none'}" for name, version in versions.items())]
+    if device.type == "cuda":
+        versions["triton"] = _version("triton") or _version("pytorch-triton")
+        versions["cudnn"] = torch.backends.cudnn.version()
+    parts = [name, *(f"{package}-{version or 'none'}" for package, version in versions.items())]
     return "_".join(re.sub(r"[^A-Za-z0-9_.+-]+", "-", part) for part in parts) + ".json"
 
 
@@ -324,6 +386,8 @@ def _text(key: Any) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

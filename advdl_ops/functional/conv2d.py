@@ -12,16 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from .._conv import choice, operators
+from .._conv.activation import activated
+from .._conv.choice import Candidate
+from .._conv.epilogue import normalized, unit_statistics
+from .._conv.problem import FORWARD, Conv, Epilogue, has_format, problem_of
 from .._schemas import conv2d_shape
 from .._stock_faults import sees_nothing
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..backend import fixed, serves_native, unwatched
 from ..reference.batch_norm_act import acc_dtype
-from . import _conv2d_cpu, _conv2d_cuda
-from ._activation import activated
-from ._conv2d_cpu import Conv
 from ._conv_options import autocast_dtype, cast, check_groups, padded_by, pair_of
-from ._epilogue import normalized, unit_statistics
 from ._norm import (
     HALF,
     Z_INPUT,
@@ -38,6 +39,7 @@ from ._norm import (
 )
 
 _NAME = "conv2d"
+_NO_EPILOGUE = Epilogue()
 
 
 def conv2d(
@@ -88,133 +90,79 @@ def conv2d(
     needs a gradient, what the convolution alone gives, and the residual.
     """
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
-    x, weight, bias, residual, scale, shift = _tensors(x, weight, bias, residual, scale, shift)
-    if x.dim() == 3:
-        added = None if residual is None else residual.unsqueeze(0)
-        out = _conv2d(
-            x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, activation,
-            added, scale, shift,
-        )  # fmt: skip
-        return out.squeeze(0)
-    return _conv2d(
-        x, weight, bias, stride, padding, dilation, groups, activation, residual, scale, shift
+    x, weight, bias, epilogue = _in_autocast_dtype(
+        x, weight, bias, Epilogue(scale, shift, residual, activation)
     )
-
-
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, options: _Options) -> Tensor:
-    """:func:`conv2d` of what :func:`prepared` returns."""
-    return _served(x, weight, bias, options, None, None, None)
-
-
-def convolved_with_statistics(
-    x: Tensor, weight: Tensor, bias: Tensor | None, options: _Options, config: Any
-) -> tuple[Tensor, Tensor]:
-    """As :func:`convolved`, by a Triton ``config``, and the statistics of the output, which pass no gradient.
-
-    Those are fp32 ``[2, C_out]``, see :func:`._conv2d_cuda.conv2d_with_statistics`.
-    """
-    shift = _folded(x, bias, None, None)[1]
-    return _apply_with_statistics(x, weight, None, shift, None, options, config)
+    unbatched = x.dim() == 3
+    if unbatched:
+        x = x.unsqueeze(0)
+        if residual is not None:
+            epilogue = epilogue._replace(residual=epilogue.residual.unsqueeze(0))  # type: ignore[union-attr]
+    x, conv = _checked(x, weight, bias, Conv(stride, padding, dilation, groups), epilogue)
+    out = convolved(x, weight, bias, conv, epilogue)
+    return out.squeeze(0) if unbatched else out
 
 
 def prepared(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-) -> tuple[Tensor, Tensor, Tensor | None, _Options]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: Conv
+) -> tuple[Tensor, Tensor, Tensor | None, Conv]:
     """Arguments of :func:`conv2d`, ``x`` ``[N, C_in, H, W]``: checked, under autocast cast, and padded if need be."""
-    x, weight, bias, *_ = _tensors(x, weight, bias, None, None, None)
-    x, options = _checked(
-        x, weight, bias, stride, padding, dilation, groups, IDENTITY, None, None, None
-    )
-    return x, weight, bias, options
+    x, weight, bias, epilogue = _in_autocast_dtype(x, weight, bias, Epilogue())
+    x, conv = _checked(x, weight, bias, options, epilogue)
+    return x, weight, bias, conv
 
 
-def _tensors(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """In the dtypes that autocast asks for."""
+def convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, epilogue: Epilogue = _NO_EPILOGUE
+) -> Tensor:
+    """:func:`conv2d` of what :func:`prepared` returns."""
+    scale, shift, residual, act = epilogue
+    if not serves_native(_NAME, x):
+        return reference.conv2d(x, weight, bias, *conv, scale, shift, residual, act)
+    scale, shift = _with_bias(x, bias, scale, shift)
+    tensors = x, weight, scale, shift, residual
+    if not needs_grad(*tensors):
+        return _forward(x, weight, conv, Epilogue(scale, shift, residual, act))
+    if torch.compiler.is_compiling():
+        return Conv2dFunction.apply(*tensors, fixed((conv, act)))
+    if scale is None and residual is None and _torch_derives_as_well(x, weight, shift, conv, act):
+        return activated(F.conv2d(x, weight, shift, *conv), act, in_place=act.name == "relu")
+    return _apply_eagerly(*tensors, (conv, act))
+
+
+def convolved_with_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, candidate: Candidate
+) -> tuple[Tensor, Tensor]:
+    """As :func:`convolved`, on CUDA, and the statistics of the output, which pass no gradient.
+
+    Those are fp32 ``[2, C_out]``, see :func:`.cuda.triton_forward_with_statistics`.
+    """
+    return _apply_with_statistics(x, weight, None, bias, None, (conv, IDENTITY), candidate)
+
+
+def _in_autocast_dtype(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue
+) -> tuple[Tensor, Tensor, Tensor | None, Epilogue]:
+    """The tensors in the dtypes that autocast asks for."""
+    scale, shift, residual, act = epilogue
     check_tensors(_NAME, x=x, weight=weight, bias=bias, scale=scale, shift=shift, residual=residual)
     if weight is None or x is None:
         raise TypeError(f"{_NAME}: {'x' if x is None else 'weight'} (None) must be a Tensor")
     dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight = cast(x, dtype), cast(weight, dtype)
-        residual = residual if residual is None else cast(residual, dtype)
-        # What is [C_out] may stay in fp32.
-        bias, scale, shift = (
-            t if t is None or t.dtype == torch.float32 else cast(t, dtype)
-            for t in (bias, scale, shift)
-        )
-    return x, weight, bias, residual, scale, shift
-
-
-def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    act: Activation,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
-    padded, options = _checked(
-        x, weight, bias, stride, padding, dilation, groups, act, residual, scale, shift
+    if dtype is None:
+        return x, weight, bias, epilogue
+    # What is [C_out] may stay in fp32.
+    bias, scale, shift = (
+        t if t is None or t.dtype == torch.float32 else cast(t, dtype) for t in (bias, scale, shift)
     )
-    return _served(padded, weight, bias, options, residual, scale, shift)
-
-
-def _served(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    options: _Options,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
-    act = options[4]
-    if not serves_native(_NAME, x):
-        return reference.conv2d(x, weight, bias, *options[:4], scale, shift, residual, act)
-    scale, shift = _folded(x, bias, scale, shift)
-    tensors = x, weight, scale, shift, residual
-    if not needs_grad(*tensors):
-        return _forward(*tensors, options)
-    if torch.compiler.is_compiling():
-        return Conv2dFunction.apply(*tensors, fixed(options))
-    if _torch_derives_as_well(*tensors, options):
-        out = F.conv2d(x, weight, shift, *options[:4])
-        return activated(out, act, in_place=act.name == "relu")
-    return _apply_eagerly(*tensors, options)
+    residual = None if residual is None else cast(residual, dtype)
+    return cast(x, dtype), cast(weight, dtype), bias, Epilogue(scale, shift, residual, act)
 
 
 def _checked(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    act: Activation,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, _Options]:
-    """``x``, padded where its two sides differ, and the options as operators take them."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, options: Conv, epilogue: Epilogue
+) -> tuple[Tensor, Conv]:
+    """``x``, padded where its two sides differ, and the options as pairs of integers."""
     if x.dim() != 4 or weight.dim() != 4:
         name, t, what = (
             ("weight", weight, "[C_out, C_in / groups, kH, kW]")
@@ -222,80 +170,56 @@ def _checked(
             else ("x", x, "[N, C_in, H, W] or [C_in, H, W]")
         )
         raise RuntimeError(f"{_NAME}: {name} (shape {tuple(t.shape)}) must be {what}")
-    steps, rates = pair_of(_NAME, "stride", stride, 1), pair_of(_NAME, "dilation", dilation, 1)
-    padded, border = padded_by(_NAME, x, weight, padding, steps, rates)
-    _check(padded, weight, bias, steps, border, rates, groups, residual, scale, shift)
-    return padded, (steps, border, rates, groups, act)
+    stride = pair_of(_NAME, "stride", options.stride, 1)
+    dilation = pair_of(_NAME, "dilation", options.dilation, 1)
+    x, padding = padded_by(_NAME, x, weight, options.padding, stride, dilation)
+    conv = Conv(stride, padding, dilation, options.groups)
+    _check(x, weight, bias, conv, epilogue)
+    return x, conv
 
 
-# stride, padding, dilation, groups, activation
-_Options = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int, Activation]
+_Options = tuple[Conv, Activation]
 
-_dense_op = torch.ops.advdl_ops.conv2d.default
-_dense_backward_op = torch.ops.advdl_ops.conv2d_backward.default
-_depthwise_op = torch.ops.advdl_ops.depthwise_conv2d.default
-_depthwise_backward_op = torch.ops.advdl_ops.depthwise_conv2d_backward.default
+_op = torch.ops.advdl_ops.conv2d.default
+_backward_op = torch.ops.advdl_ops.conv2d_backward.default
 _epilogue_backward_op = torch.ops.advdl_ops.batch_norm_act_backward.default
 
 
-def _is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
-    """Every channel by itself; with more outputs than inputs the other operator serves."""
-    return groups == x.shape[1] and groups == weight.shape[0]
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    options: _Options,
-) -> Tensor:
-    stride, padding, dilation, groups, (_, code, param) = options
-    tensors = x, weight, scale, shift, residual
-    if _is_depthwise(x, weight, groups):
-        return _depthwise_op(*tensors, stride, padding, dilation, code, param)
-    # On CPU the operator is Python: without the dispatcher it is called in half of the time.
-    dense = _conv2d_cpu.conv2d if x.is_cpu and unwatched(*tensors) else _dense_op
-    return dense(*tensors, stride, padding, dilation, groups, code, param)
-
-
-def _torch_derives_as_well(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    options: _Options,
-) -> bool:
-    """Whether torch's convolution and activation, two autograd nodes in C++, save and compute what the Function would.
-
-    Not so of channels_last, where oneDNN takes long for the gradient of a bias, and where a weight in another format
-    than ``x`` would decide the output's.
-    """
-    return (
-        x.is_cpu
-        and scale is None
-        and residual is None
-        and x.dtype not in HALF
-        and not _is_depthwise(x, weight, options[3])
-        and _conv2d_cpu.has_format(x, torch.contiguous_format)
-        and _conv2d_cpu.has_format(weight, torch.contiguous_format)
-        and _conv2d_cpu.compute_format(x, options[2]) == torch.contiguous_format
-        and not any(_conv2d_cpu.own_kernel(x, weight, Conv(*options[:4])))
-        and not sees_nothing(x, weight, *options[:3])
-    )
+def _forward(x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue) -> Tensor:
+    scale, shift, residual, act = epilogue
+    # The operator is Python: without the dispatcher it takes half of the time.
+    if unwatched(x, weight, scale, shift, residual):
+        return operators.forward(x, weight, conv, epilogue)
+    return _op(x, weight, scale, shift, residual, *conv, act.code, act.param)
 
 
 def _backward(
-    dz: Tensor, x: Tensor, weight: Tensor, options: _Options, needs: tuple[bool, bool, bool]
+    dz: Tensor, x: Tensor, weight: Tensor, conv: Conv, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stride, padding, dilation, groups, _ = options
-    if _is_depthwise(x, weight, groups):
-        return _depthwise_backward_op(dz, x, weight, stride, padding, dilation, *needs)
-    plain = x.is_cpu and unwatched(dz, x, weight)
-    dense = _conv2d_cpu.conv2d_backward if plain else _dense_backward_op
-    return dense(dz, x, weight, stride, padding, dilation, groups, *needs)
+    if unwatched(dz, x, weight):
+        return operators.backward(dz, x, weight, conv, needs)
+    return _backward_op(dz, x, weight, *conv, *needs)
+
+
+def _torch_derives_as_well(
+    x: Tensor, weight: Tensor, shift: Tensor | None, conv: Conv, act: Activation
+) -> bool:
+    """Whether torch's convolution and activation, two autograd nodes in C++, save and compute what the Function would.
+
+    That is where torch, in the format of ``x``, is the choice for every direction. Not in half precision, nor in
+    channels_last: there oneDNN is slow for the gradient of a bias, and a weight in another format than ``x`` would
+    decide the output's.
+    """
+    return (
+        x.is_cpu
+        and x.dtype not in HALF
+        and has_format(x, torch.contiguous_format)
+        and has_format(weight, torch.contiguous_format)
+        and choice.is_torchs(
+            problem_of(FORWARD, x, weight, conv, Epilogue(shift=shift, act=act).name())
+        )
+        and not sees_nothing(x, weight, *conv[:3])
+    )
 
 
 class Conv2dFunction(torch.autograd.Function):
@@ -316,19 +240,19 @@ class Conv2dFunction(torch.autograd.Function):
         residual: Tensor | None,
         options: _Options,
     ) -> Tensor:
-        act = options[4]
+        conv, act = options
         by_output = act.name == "relu"
         z = saved = None
         ctx.z_source = Z_INPUT
         if ctx.needs_input_grad[2] or not (act.code == 0 or by_output):
             # With the parameter of act: a float that options do not hold would be an input of a compiler's graph.
             alone = IDENTITY._replace(param=act.param)
-            z = _forward(x, weight, None, None, None, (*options[:4], alone))
+            z = _forward(x, weight, conv, Epilogue(act=alone))
             out = normalized(z, scale, shift, residual, act)
             if residual is not None and act.code != 0 and not by_output:
                 saved, ctx.z_source = residual, Z_RESIDUAL
         else:
-            out = _forward(x, weight, scale, shift, residual, options)
+            out = _forward(x, weight, conv, Epilogue(scale, shift, residual, act))
         if by_output and (z is None or residual is not None):
             saved, ctx.z_source = out, Z_OUTPUT
         # The shift is known where the pre-activation is computed anew from z.
@@ -341,7 +265,7 @@ class Conv2dFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         x, weight, scale, shift, z, saved = ctx.saved_tensors
-        act, needs = ctx.options[4], ctx.needs_input_grad
+        (conv, act), needs = ctx.options, ctx.needs_input_grad
         if torch.is_grad_enabled():
             return (*_differentiable_gradients(ctx, dout), None)
         dscale = dshift = None
@@ -358,12 +282,11 @@ class Conv2dFunction(torch.autograd.Function):
             )  # fmt: skip
             if not writes_both:
                 dresidual = dz if scale is None else dout
-        tensors = dz, x, weight
         # Of no scale the sum of dz is the gradient of the shift.
         wanted = needs[0], needs[1], needs[3] and dshift is None
         dx = dweight = dbias = None
         if any(wanted):
-            dx, dweight, dbias = _backward(*tensors, ctx.options, wanted)
+            dx, dweight, dbias = _backward(dz, x, weight, conv, wanted)
         return (
             dx if needs[0] else None,
             gradient_like(dweight, weight) if needs[1] else None,
@@ -375,7 +298,7 @@ class Conv2dFunction(torch.autograd.Function):
 
 
 class Conv2dWithStatisticsFunction(Conv2dFunction):
-    """The convolution and a shift alone, with the statistics of the output beside it, see ``_conv2d_cuda.py``."""
+    """The convolution and a shift alone, with the statistics of the output beside it."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -386,10 +309,9 @@ class Conv2dWithStatisticsFunction(Conv2dFunction):
         shift: Tensor | None,
         residual: None,
         options: _Options,
-        config: Any,
+        candidate: Candidate,
     ) -> tuple[Tensor, Tensor]:
-        conv = Conv(*options[:4])
-        out, statistics = _conv2d_cuda.conv2d_with_statistics(x, weight, shift, conv, config)
+        out, statistics = candidate.run(x, weight, options[0], shift)
         ctx.save_for_backward(x, weight, None, None, None, None)
         ctx.options, ctx.z_source = options, Z_INPUT
         ctx.shift_dtype = None if shift is None else shift.dtype
@@ -418,13 +340,12 @@ _apply_with_statistics = super(torch.autograd.Function, Conv2dWithStatisticsFunc
 def _differentiable_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     """What backward returns under ``create_graph=True``, made of differentiable torch operators."""
     x, weight, scale, shift, _, saved = ctx.saved_tensors
-    stride, padding, dilation, groups, act = ctx.options
+    conv: Conv = ctx.options[0]
+    act = ctx.options[1]
     dout, act, residual = without_relu(dout, act, saved, ctx.z_source)
 
     def forward(x, weight, scale, shift, residual):
-        return reference.conv2d(
-            x, weight, None, stride, padding, dilation, groups, scale, shift, residual, act
-        )
+        return reference.conv2d(x, weight, None, *conv, scale, shift, residual, act)
 
     gradients = gradients_with_graph(forward, (x, weight, scale, shift, residual), dout)
     # What was not saved is added behind the activation that is left.
@@ -436,7 +357,7 @@ def _differentiable_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ..
     return tuple(g if n else None for g, n in zip(gradients, needs, strict=True))
 
 
-def _folded(
+def _with_bias(
     x: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """One scale and one shift for all three, of one dtype."""
@@ -454,18 +375,8 @@ def _folded(
 # ---- checks ----
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, epilogue: Epilogue) -> None:
+    (_, padding, dilation, groups), (scale, shift, residual, _) = conv, epilogue
     check_groups(_NAME, groups)
     channels, outputs = x.shape[1], weight.shape[0]
     for of, count in (("channels", channels), ("channels of the output", outputs)):
@@ -486,7 +397,7 @@ def _check(
             f"{_NAME}: weight ({weight.dtype} on {weight.device}) must be of x's dtype and on its device "
             f"({x.dtype} on {x.device})"
         )
-    shape = conv2d_shape(x, weight.shape, stride, padding, dilation)
+    shape = conv2d_shape(x, weight.shape, *conv[:3])
     if shape[2] < 1 or shape[3] < 1:
         raise RuntimeError(
             f"{_NAME}: weight (shape {tuple(weight.shape)}, dilation {dilation}) must not be larger than the padded x "

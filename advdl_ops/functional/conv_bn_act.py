@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._conv import choice, cuda
+from .._conv.choice import APART, Candidate
+from .._conv.problem import WITH_NORM, Conv, problem_of
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..backend import get_backend, is_traced, serves_native, transformed, unwatched
 from ..reference.batch_norm_act import acc_dtype
-from . import _conv2d_cuda
-from ._conv2d_cpu import Conv
 from ._conv_options import autocast_dtype
 from ._norm import needs_grad
 from .batch_norm_act import batch_norm_act, batch_norm_act_by, check_norm
-from .conv2d import _is_depthwise, conv2d, convolved, convolved_with_statistics, prepared
+from .conv2d import conv2d, convolved, convolved_with_statistics, prepared
 
 _NAME = "conv_bn_act"
 ORDERS = ("conv-bn-act", "conv-act-bn")
@@ -74,7 +75,7 @@ def conv_bn_act(
         # The types of torch's layers: the convolution takes an unbatched image, and the norm then refuses it.
         error = ValueError if x.dim() == 3 else RuntimeError
         raise error(f"{_NAME}: x (shape {tuple(x.shape)}) must be [N, C_in, H, W]")
-    tensors = x, weight, bias, stride, padding, dilation, groups
+    options = Conv(stride, padding, dilation, groups)
     if (
         not training
         and order == "conv-bn-act"
@@ -83,98 +84,93 @@ def conv_bn_act(
         scale, shift = scale_and_shift(
             x, weight.shape[0], running_mean, running_var, bn_weight, bn_bias, eps
         )
-        return conv2d(*tensors, act=activation, residual=residual, scale=scale, shift=shift)
-    if training and order == "conv-bn-act" and may_give_statistics(x, weight, bias, groups):
-        norm = Norm(
-            running_mean, running_var, bn_weight, bn_bias, momentum, eps, residual, activation
+        return conv2d(
+            x, weight, bias, *options, act=activation, residual=residual, scale=scale, shift=shift
         )
-        if norm.takes_statistics(x):
-            return _faster(*prepared(*tensors), norm)
     inside, outside = (IDENTITY, activation) if order == "conv-bn-act" else (activation, IDENTITY)
-    return batch_norm_act(
-        conv2d(*tensors, act=inside),
-        running_mean,
-        running_var,
-        bn_weight,
-        bn_bias,
-        training,
-        momentum,
-        eps,
-        residual=residual,
-        act=outside,
-    )
+    norm = Norm(running_mean, running_var, bn_weight, bn_bias, residual, outside)
+    if training and inside.code == 0 and gives_statistics(norm, x, weight, bias, groups):
+        z, statistics = convolution_before(norm, x, weight, bias, options)
+        if statistics is not None:
+            return batch_norm_act_by(
+                statistics, z, *norm[:4], momentum, eps, residual=residual, act=outside
+            )
+    else:
+        z = conv2d(x, weight, bias, *options, act=inside)
+    return batch_norm_act(z, *norm[:4], training, momentum, eps, residual=residual, act=outside)
 
 
 class Norm(NamedTuple):
-    """Arguments of :func:`batch_norm_act` in training."""
+    """A batch norm in training behind a convolution: its tensors and activation."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-    momentum: float
-    eps: float
     residual: Tensor | None
     act: Activation
 
-    def takes_statistics(self, x: Tensor) -> bool:
-        """Whether :func:`.batch_norm_act_by` serves behind a convolution of ``x``."""
-        mean, var, weight, bias, _, _, residual, _ = self
-        return (
-            unwatched(mean, var, weight, bias, residual)
-            and (residual is None or residual.dtype == result_dtype(x))
-            # What the kernel refuses to write, or writes from a copy, is left to it.
-            and all(t is None or (t.is_contiguous() and not t.requires_grad) for t in (mean, var))
-        )
-
-    def parts(self) -> list[str]:
-        """Names of what its time depends on."""
+    def name(self) -> str:
+        """Its parts, on which its time depends."""
         parts = {"norm": True, "running": self.running_mean, "residual": self.residual}
         found = [name for name, part in parts.items() if part is not None]
-        return found if self.act.code == 0 else [*found, self.act.name]
+        return "+".join(found if self.act.code == 0 else [*found, self.act.name])
 
 
-def may_give_statistics(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> bool:
-    """Whether in training the convolution of ``x`` may give the norm behind it the statistics, if that is faster."""
+# A test's is "cpu".
+STATISTICS_DEVICE = "cuda"
+
+
+def gives_statistics(
+    norm: Norm, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int
+) -> bool:
+    """Whether the convolution of ``x`` may give the norm behind it the statistics, if that is faster."""
+    if x.device.type != STATISTICS_DEVICE or x.dim() != 4 or x.numel() == 0:
+        return False
+    mean, var, norm_weight, norm_bias, residual, _ = norm
     return (
-        x.device.type == _conv2d_cuda.DEVICE_TYPE
-        and x.dim() == 4
-        and x.numel() > 0
-        and isinstance(weight, Tensor)
+        isinstance(weight, Tensor)
         and weight.dim() == 4
-        and unwatched(x, weight, bias)
-        and not _is_depthwise(x, weight, groups)
-        and result_dtype(x) in _conv2d_cuda.TRITON_DTYPES
+        and unwatched(x, weight, bias, mean, var, norm_weight, norm_bias, residual)
+        and not groups == x.shape[1] == weight.shape[0]  # depthwise
+        and result_dtype(x) in cuda.TRITON_DTYPES
+        and (residual is None or residual.dtype == result_dtype(x))
+        # What the norm's kernel refuses to write, or writes from a copy, is left to it.
+        and all(t is None or (t.is_contiguous() and not t.requires_grad) for t in (mean, var))
         and serves_native(_NAME, x)
-        and _conv2d_cuda.has_triton()
+        and cuda.has_triton()
     )
 
 
-def _faster(x: Tensor, weight: Tensor, bias: Tensor | None, options: Any, norm: Norm) -> Tensor:
-    """Convolution, of what :func:`prepared` gave, and norm in training: apart, or by the convolution's statistics."""
-    *_, momentum, eps, residual, act = norm
-    affine = norm.weight, norm.bias
+def convolution_before(
+    norm: Norm, x: Tensor, weight: Tensor, bias: Tensor | None, options: Conv
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution of ``x``, and the statistics of its output, or ``None`` where the norm should compute them.
 
-    def run(config: Any, mean: Tensor | None, var: Tensor | None) -> Tensor:
-        if config is None:
-            z = convolved(x, weight, bias, options)
-            return batch_norm_act(
-                z, mean, var, *affine, True, momentum, eps, residual=residual, act=act
-            )
-        z, statistics = convolved_with_statistics(x, weight, bias, options, config)
-        return batch_norm_act_by(
-            statistics, z, mean, var, *affine, momentum, eps, residual=residual, act=act
-        )
+    Called where :func:`gives_statistics`. A Triton kernel gives the statistics; the norm then reads the output once
+    instead of twice. Whether the two are faster so is measured, see ``_conv/choice.py``. :func:`.batch_norm_act_by`
+    takes the statistics.
+    """
+    x, weight, bias, conv = prepared(x, weight, bias, options)
+    name = norm.name() if bias is None else f"shift+{norm.name()}"
+    problem = problem_of(WITH_NORM, x, weight, conv, name)
 
-    def trial(config: Any) -> Tensor:
-        # Every call of a measurement writes running statistics: copies, which cost each way the same.
-        copies = (None if t is None else t.clone() for t in norm[:2])
+    def trial(candidate: Candidate) -> Tensor:
+        # The norm writes running statistics: copies, which cost each way the same.
+        mean, var = (None if t is None else t.clone() for t in norm[:2])
+        affine = norm.weight, norm.bias
+        rest: Any = {"residual": norm.residual, "act": norm.act}
         with torch.no_grad():
-            return run(config, *copies)
+            if candidate.name == APART:
+                z = convolved(x, weight, bias, conv)
+                return batch_norm_act(z, mean, var, *affine, True, 0.1, 1e-5, **rest)
+            z, statistics = convolved_with_statistics(x, weight, bias, conv, candidate)
+            return batch_norm_act_by(statistics, z, mean, var, *affine, 0.1, 1e-5, **rest)
 
-    parts = norm.parts() if bias is None else ["shift", *norm.parts()]
-    config = _conv2d_cuda.statistics_config(x, weight, Conv(*options[:4]), parts, trial)
-    return run(config, *norm[:2])
+    candidate = choice.chosen(problem, x.device, trial)
+    if candidate.name == APART:
+        return convolved(x, weight, bias, conv), None
+    return convolved_with_statistics(x, weight, bias, conv, candidate)
 
 
 def folds(
@@ -188,7 +184,7 @@ def folds(
     if not _evaluates(x, weight, residual, *parameters):
         return False
     dtype = result_dtype(x)
-    if x.is_cpu and dtype != torch.float32 and not _is_depthwise(x, weight, groups):
+    if x.is_cpu and dtype != torch.float32 and not groups == x.shape[1] == weight.shape[0]:
         # Its scale would be a pass behind the convolution, which the norm is as well.
         return False
     return residual is None or residual.dtype == dtype

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from .._conv import choice, cuda
+from .._conv.activation import DERIVATIVES, activated, derivative_from_output
+from .._conv.problem import FORWARD, Conv, Problem, problem_of
 from .._schemas import conv2d_format
 from .._stock_faults import fails_in_channels_last, in_contiguous, padded, sees_nothing
 from ..activation import Activation, resolve_activation
-from ..backend import fixed, get_backend, is_traced, serves_native, transformed
-from ._activation import DERIVATIVES, activated, derivative_from_output
-from ._conv2d_cpu import Conv
-from ._conv2d_cuda import deterministic, native_convolution
+from ..backend import fixed, get_backend, is_traced, serves_native, transformed, unwatched
 from ._conv_options import autocast_dtype, cast, check_groups, pair_of
 from ._norm import (
     Z_INPUT,
@@ -42,10 +42,8 @@ from ._norm import (
 
 _NAME = "conv_transpose2d"
 _convolution_backward_op = torch.ops.aten.convolution_backward.default
-_dense_op = torch.ops.advdl_ops.conv2d.default
-_dense_backward_op = torch.ops.advdl_ops.conv2d_backward.default
-_depthwise_op = torch.ops.advdl_ops.depthwise_conv2d.default
-_depthwise_backward_op = torch.ops.advdl_ops.depthwise_conv2d_backward.default
+_conv2d_op = torch.ops.advdl_ops.conv2d.default
+_conv2d_backward_op = torch.ops.advdl_ops.conv2d_backward.default
 
 
 class Options(NamedTuple):
@@ -146,8 +144,20 @@ def _batched(
 
 
 def _has_own_operators(x: Tensor, weight: Tensor, options: Options) -> bool:
-    """Whether this package's convolution serves: on CPU of depthwise layers alone."""
-    return (x.is_cuda or _is_depthwise(weight, options)) and _is_gradient(x, weight, options)
+    """Whether this package's convolution serves. On CPU not where torch is the choice for each of its directions."""
+    if not _is_gradient(x, weight, options):
+        return False
+    if x.is_cuda or _is_depthwise(weight, options):
+        return True
+    # What a compiler sees of the others are aten operators.
+    return x.is_cpu and unwatched(x, weight) and not choice.is_torchs(_problem(x, weight, options))
+
+
+def _problem(x: Tensor, weight: Tensor, options: Options) -> Problem:
+    """Of the convolution whose gradient the layer is: its output has the shape of ``x``."""
+    channels = weight.shape[1] * options.groups
+    shape = x.shape[0], channels, *_output_size(x, weight, options)
+    return problem_of(FORWARD, x, weight, _conv(options))._replace(x=shape)
 
 
 def _is_gradient(x: Tensor, weight: Tensor, options: Options) -> bool:
@@ -230,7 +240,7 @@ def _convolve_transposed(
     if layout == torch.contiguous_format:
         weight = weight.contiguous()  # or torch would answer in the weight's format
     if x.is_cuda:
-        out = native_convolution(x, weight, bias, _conv(options), True, options.output_padding)
+        out = cuda.convolution(x, weight, bias, _conv(options), True, options.output_padding)
     else:
         out = F.conv_transpose2d(x, weight, bias, *options)
     return out.contiguous(memory_format=layout)
@@ -244,11 +254,7 @@ def _convolution_gradients(
     dz: Tensor, x: Tensor, weight: Tensor, options: Options, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of ``conv2d(x, weight)``, whose output ``dz`` is of the transposed convolution's input."""
-    stride, padding, dilation, groups = _conv(options)
-    needs = need_dx, need_dweight, False
-    if _is_depthwise(weight, options):
-        return _depthwise_backward_op(dz, x, weight, stride, padding, dilation, *needs)
-    return _dense_backward_op(dz, x, weight, stride, padding, dilation, groups, *needs)
+    return _conv2d_backward_op(dz, x, weight, *_conv(options), need_dx, need_dweight, False)
 
 
 def _own_gradients(
@@ -259,12 +265,7 @@ def _own_gradients(
     dz = dz.contiguous(memory_format=conv2d_format(x))
     dx = dweight = None
     if need_x:
-        tensors = dz, weight, None, None, None
-        stride, padding, dilation, groups = _conv(options)
-        if _is_depthwise(weight, options):
-            dx = _depthwise_op(*tensors, stride, padding, dilation, 0, 0.0)
-        else:
-            dx = _dense_op(*tensors, stride, padding, dilation, groups, 0, 0.0)
+        dx = _conv2d_op(dz, weight, None, None, None, *_conv(options), 0, 0.0)
     if need_weight:
         dweight = _convolution_gradients(x, dz, weight, options, False, True)[1]
     return dx, dweight, dz.sum((0, 2, 3)) if need_bias else None
@@ -288,7 +289,7 @@ def _dense_gradients(
     if x.is_cpu and _sees_nothing(x, weight, options):
         dz, padding = padded(dz, padding), (0, 0)
     if need_x or need_weight or not sums_bias:
-        with deterministic() if x.is_cuda else contextlib.nullcontext():
+        with cuda.deterministic() if x.is_cuda else contextlib.nullcontext():
             dx, dweight, sum_of_dz = _convolution_backward_op(
                 dz,
                 x,

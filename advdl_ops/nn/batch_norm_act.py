@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.compiler import is_compiling
 
 from ..activation import Activation, act_repr, resolve_activation
 from ..functional._norm import check_writable
-from ..functional.batch_norm_act import batch_norm_act
+from ..functional.batch_norm_act import batch_norm_act, batch_norm_act_by
 from ..reference.batch_norm_act import acc_dtype
 
 _Act = str | Activation | torch.nn.Module | None
@@ -69,14 +68,13 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         Args:
             act: in place of the layer's own.
         """
-        return self.forward_by(batch_norm_act, input, residual, act)
+        return self.normalized(input, residual, self.act if act is None else act)
 
-    def forward_by(
-        self, norm: Callable[..., Tensor], x: Tensor, residual: Tensor | None, act: _Act = None
+    def normalized(
+        self, x: Tensor, residual: Tensor | None, act: _Act, statistics: Tensor | None = None
     ) -> Tensor:
-        """:meth:`forward` with ``norm`` in place of :func:`.batch_norm_act`: ``ConvBNAct`` has one that convolves."""
+        """As :meth:`forward`; ``statistics``: of ``x``, where the convolution before has computed them."""
         self._check_input_dim(x)
-        act = self.act if act is None else act
         # Through the dicts: Module.__getattr__ costs more than the kernel of a small input.
         buffers, parameters = self._buffers, self._parameters
         mean, var = buffers["running_mean"], buffers["running_var"]
@@ -88,29 +86,31 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         if tracks and counter is not None and not is_compiling() and counter.is_inference():
             check_writable(type(self).__name__, num_batches_tracked=counter)
         if tracks and momentum is None and mean is not None and counter is not None:
-            return self._forward_cumulative(x, residual, act, norm)
+            return self._forward_cumulative(x, residual, act, statistics)
         if training and not tracks:
             mean = var = None
-        out = norm(
-            x,
-            mean,
-            var,
-            # Not in the dict where the weight is parametrized.
-            parameters["weight"] if "weight" in parameters else self.weight,  # noqa: SIM401
-            parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401
-            training or (mean is None and var is None),
-            0.0 if momentum is None else momentum,
-            self.eps,
-            residual=residual,
-            act=act,
-        )
+        # Not in the dict where the weight is parametrized.
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        momentum = 0.0 if momentum is None else momentum
+        if statistics is None:
+            training = training or (mean is None and var is None)
+            out = batch_norm_act(
+                x, mean, var, weight, bias, training, momentum, self.eps, residual=residual, act=act
+            )
+        else:
+            assert isinstance(act, Activation)
+            out = batch_norm_act_by(
+                statistics, x, mean, var, weight, bias, momentum, self.eps,
+                residual=residual, act=act,
+            )  # fmt: skip
         if tracks and counter is not None:
             # Counted after the op, so that an error leaves the module as it was.
             counter.add_(1)
         return out
 
     def _forward_cumulative(
-        self, x: Tensor, residual: Tensor | None, act: _Act, norm: Callable[..., Tensor]
+        self, x: Tensor, residual: Tensor | None, act: _Act, statistics: Tensor | None
     ) -> Tensor:
         """``momentum=None``: the running statistics are the plain mean over all batches."""
         running_mean, running_var, counter = (
@@ -126,18 +126,12 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         acc = acc_dtype(running_mean.dtype)
         mean = torch.zeros_like(running_mean, dtype=acc)
         var = torch.zeros_like(mean)
-        out = norm(
-            x,
-            mean,
-            var,
-            self.weight,
-            self.bias,
-            True,
-            1.0,
-            self.eps,
-            residual=residual,
-            act=act,
-        )
+        tensors = x, mean, var, self.weight, self.bias
+        if statistics is None:
+            out = batch_norm_act(*tensors, True, 1.0, self.eps, residual=residual, act=act)
+        else:
+            assert isinstance(act, Activation)
+            out = batch_norm_act_by(statistics, *tensors, 1.0, self.eps, residual=residual, act=act)
         counter.add_(1)
         if x.numel() > 0:
             share = counter.to(acc).reciprocal()

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._conv.problem import pair
 from .._schemas import conv2d_format
 from ..activation import Activation, act_repr, resolve_activation
-from ..functional._conv2d_cpu import pair
 from ..functional.conv2d import conv2d
 
 _Act = str | Activation | torch.nn.Module | None

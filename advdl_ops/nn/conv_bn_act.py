@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from .._schemas import conv2d_format, conv2d_shape
-from .._stock_faults import sees_nothing
+from .._conv.folded import FoldedConv, Source, problem_of_folded
+from .._conv.problem import Conv, Problem
+from .._schemas import conv2d_shape
 from ..activation import IDENTITY, Activation, resolve_activation
-from ..functional._conv2d_cpu import Conv, convert, onednn_conv_act, pair, prepack, uses_onednn
-from ..functional._epilogue import epilogue
 from ..functional._norm import check_per_channel, check_residual
-from ..functional.conv_bn_act import ORDERS, folds, may_give_statistics, scale_and_shift
+from ..functional.conv_bn_act import (
+    ORDERS,
+    Norm,
+    convolution_before,
+    folds,
+    gives_statistics,
+    scale_and_shift,
+)
 from ..functional.conv_bn_act import conv_bn_act as functional_conv_bn_act
+from ..reference.activation import activate
 from .batch_norm_act import BatchNormAct2d
 from .conv2d import Conv2d, padded_input, same_padding
 
@@ -64,6 +70,7 @@ class ConvBNAct(torch.nn.Module):
         inside, outside = (
             (IDENTITY, activation) if order == "conv-bn-act" else (activation, IDENTITY)
         )
+        self._act = outside
         self.conv = Conv2d(
             in_channels,
             out_channels,
@@ -91,7 +98,10 @@ class ConvBNAct(torch.nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` ``[N, C_in, H, W]``, ``residual`` of the output's shape -> ``[N, C_out, H_out, W_out]``."""
-        return conv_bn_act(self.conv, self.bn, x, residual)
+        bn = self.bn
+        # The layer of another class that was put here may have no activation; a norm of this package has its own.
+        act = None if isinstance(getattr(bn, "act", None), Activation) else self._act
+        return conv_bn_act(self.conv, bn, x, residual, act=act)
 
     def extra_repr(self) -> str:
         return "" if self.conv.act.code == 0 else "order='conv-act-bn'"
@@ -118,40 +128,50 @@ def conv_bn_act(
 
     Args:
         conv, bn: left as they are; hooks on either, and an activation of ``conv``, are honoured by calling the two one
-            after the other.
+            after the other. In the place of ``bn`` any layer may stand: to the output of one that knows no residual and
+            no activation they are added.
         x: ``[N, C_in, H, W]``.
         residual: of the output's shape, or ``None``.
         act: in place of ``bn``'s own.
     """
     # `explain` finds a call of this function, and by these names what it was given.
-    activation = resolve_activation("conv_bn_act", bn.act if act is None else act)
-    if (
-        (bn.training or bn.running_mean is None)
-        and isinstance(conv, Conv2d)
-        and _plain(conv, bn)
-        and may_give_statistics(x, conv.weight, conv.bias, conv.groups)
-    ):
-        bn.folded = None
-        return bn.forward_by(
-            functools.partial(_convolved_and_normalized, conv), x, residual, activation
-        )
-    source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    if bn.training or not evaluates_as_one(conv, bn, x, residual, source):
-        bn.folded = None
-        # A layer of another class put here, which knows no activation, has none to pass over.
-        further = {} if act is None else {"act": activation}
-        return bn(conv(x), residual, **further)
-    x, options = _padded(conv, x)
-    if not _packs(conv, x, options):
-        return functional_conv_bn_act(
-            x, conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, bias=conv.bias,
-            **options._asdict(), eps=bn.eps, residual=residual, act=activation,
-        )  # fmt: skip
-    # Read once: another thread may drop it meanwhile.
-    folded = bn.folded
-    if folded is None or not folded.serves(x, source, bn.eps, options):
-        bn.folded = folded = FoldedConv(x, source, bn.eps, options)
-    return folded(x, residual, activation)
+    given = None if act is None else resolve_activation("conv_bn_act", act)
+    if not isinstance(bn, BatchNormAct2d):
+        return _by_another_norm(conv, bn, x, residual, given)
+    activation = resolve_activation("conv_bn_act", bn.act) if given is None else given
+    if isinstance(conv, torch.nn.Conv2d) and _plain(conv, bn):
+        if not bn.training:
+            source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+            if evaluates_as_one(conv, bn, x, residual, source):
+                return _folded(conv, bn, x, residual, activation, source)
+        if (bn.training or bn.running_mean is None) and isinstance(conv, Conv2d):
+            running = (bn.running_mean, bn.running_var) if bn.track_running_stats else (None, None)
+            norm = Norm(*running, bn.weight, bn.bias, residual, activation)
+            if gives_statistics(norm, x, conv.weight, conv.bias, conv.groups):
+                bn.folded = None
+                x, options = _padded(conv, x)
+                z, statistics = convolution_before(norm, x, conv.weight, conv.bias, options)
+                return bn.normalized(z, residual, activation, statistics)
+    bn.folded = None
+    # A subclass with a forward of its own may know no activation: it is passed none unless one was asked for.
+    further = {} if act is None else {"act": activation}
+    return bn(conv(x), residual, **further)
+
+
+def _by_another_norm(
+    conv: torch.nn.Module,
+    norm: torch.nn.Module,
+    x: Tensor,
+    residual: Tensor | None,
+    act: Activation | None,
+) -> Tensor:
+    """With a layer in the norm's place that may know neither a residual nor an activation (Identity, SyncBatchNorm)."""
+    if isinstance(getattr(norm, "act", None), Activation):  # a norm of this package
+        return norm(conv(x), residual) if act is None else norm(conv(x), residual, act=act)
+    out = norm(conv(x))
+    if residual is not None:
+        out = out + residual
+    return out if act is None else activate(out, act)
 
 
 def evaluates_as_one(
@@ -159,7 +179,7 @@ def evaluates_as_one(
     bn: BatchNormAct2d,
     x: Tensor,
     residual: Tensor | None,
-    source: tuple[Tensor | None, ...],
+    source: Source,
 ) -> bool:
     """Whether in evaluation the norm becomes part of the convolution; ``source``: the tensors of both."""
     return (
@@ -170,141 +190,55 @@ def evaluates_as_one(
     )
 
 
+def _folded(
+    conv: torch.nn.Conv2d,
+    bn: BatchNormAct2d,
+    x: Tensor,
+    residual: Tensor | None,
+    act: Activation,
+    source: Source,
+) -> Tensor:
+    x, options = _padded(conv, x)
+    problem = problem_of_kept(conv, x, options)
+    if problem is None:
+        return functional_conv_bn_act(
+            x, conv.weight, bn.running_mean, bn.running_var, bn.weight, bn.bias, bias=conv.bias,
+            **options._asdict(), eps=bn.eps, residual=residual, act=act,
+        )  # fmt: skip
+    if residual is not None:
+        shape = conv2d_shape(x, conv.weight.shape, *options[:3])
+        check_residual("conv_bn_act", residual, shape, x.device)
+    # Read once: another thread may drop it meanwhile.
+    folded = bn.folded
+    if folded is None or not folded.serves(source, bn.eps, options):
+        check_per_channel("conv_bn_act", x, conv.out_channels, bias=conv.bias)
+        scale, shift = scale_and_shift(
+            x, conv.out_channels, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps
+        )
+        bn.folded = folded = FoldedConv(source, scale, shift, bn.eps, options)
+    return folded(problem, x, residual, act)
+
+
 def _padded(conv: torch.nn.Conv2d, x: Tensor) -> tuple[Tensor, Conv]:
     """What the functional convolution takes: zero padding alone is left to it."""
+    stride: Any = conv.stride
+    dilation: Any = conv.dilation
     x, padding = padded_input(conv, x)
     left, right, top, bottom = conv._reversed_padding_repeated_twice
     if isinstance(padding, str) and left == right and top == bottom:
         padding = top, left
-    return x, Conv(conv.stride, padding, conv.dilation, conv.groups)
+    return x, Conv(stride, padding, dilation, conv.groups)
 
 
-def _convolved_and_normalized(
-    conv: Conv2d,
-    x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    **extras: Any,
-) -> Tensor:
-    """``conv`` and then :func:`.functional.batch_norm_act`, whose arguments follow ``x``, the input of ``conv``."""
-    x, options = _padded(conv, x)
-    return functional_conv_bn_act(
-        x, conv.weight, mean, var, weight, bias, bias=conv.bias, **options._asdict(),
-        training=training, momentum=momentum, eps=eps, **extras,
-    )  # fmt: skip
-
-
-def _packs(conv: torch.nn.Conv2d, x: Tensor, options: Conv) -> bool:
-    """Whether oneDNN serves, whose weight has the norm's scale in it and a layout of its own: worth keeping.
+def problem_of_kept(conv: torch.nn.Conv2d, x: Tensor, options: Conv) -> Problem | None:
+    """The problem, where weight and bias with the norm in them are kept from call to call.
 
     FSDP gathers a weight anew for each call: kept, the folded one would undo the sharding, and neither the version nor
     the address of what was gathered says that the shards have changed.
     """
-    if not uses_onednn(x, conv.weight, options) or "_is_fsdp_managed_module" in conv.__dict__:
-        return False
-    if sees_nothing(x, conv.weight, *options[:3]):
-        return False
-    if not conv.groups == conv.in_channels == conv.out_channels:
-        return True
-    # The depthwise kernel is faster, but for short rows in contiguous memory. Packed -> own, in us on one core with
-    # AVX-512, 3x3 and relu: contiguous 8x64x56x56: 5655 -> 1764, 8x256x14x14: 705 -> 466, 8x256x10x10: 362 -> 359,
-    # 8x512x7x7: 414 -> 538; channels_last 8x64x56x56 with silu: 2236 -> 2212, 8x256x14x14: 275 -> 253.
-    short = x.shape[3] <= _SHORT_ROW * pair(conv.stride)[1]
-    return short and conv2d_format(x) == torch.contiguous_format
-
-
-_SHORT_ROW = 8
-
-
-class FoldedConv:
-    """A convolution of oneDNN with the norm folded into its weight and bias, and what it was made from.
-
-    Fused optimizers and writes through ``.data`` move neither version counters nor pointers, so the key also
-    holds values: all of the ``[C_out]`` tensors, and of the convolution's weight one value per output channel. A
-    write through ``.data`` to single other elements of that weight is not seen: call ``eval()`` after it.
-    """
-
-    def __init__(
-        self, x: Tensor, source: tuple[Tensor | None, ...], eps: float, options: Conv
-    ) -> None:
-        weight, bias, running_mean, running_var, bn_weight, bn_bias = source
-        assert weight is not None
-        scale, shift = scale_and_shift(
-            x, weight.shape[0], running_mean, running_var, bn_weight, bn_bias, eps
-        )
-        check_per_channel("conv_bn_act", x, weight.shape[0], bias=bias)
-        self.packed = _packing_pays(x, weight)
-        self.weight = weight * scale.view(-1, 1, 1, 1)
-        if self.packed:
-            self.weight = prepack(x, self.weight, options)
-        self.bias = shift if bias is None else torch.addcmul(shift, bias, scale)
-        self.options = options
-        self.identity = _identity(source, eps, options)
-        self.sample = _sample(source)
-
-    def serves(
-        self, x: Tensor, source: tuple[Tensor | None, ...], eps: float, options: Conv
-    ) -> bool:
-        """Whether the folded weight still stands for ``source``, in the form that ``x`` asks for."""
-        assert source[0] is not None
-        return (
-            self.packed == _packing_pays(x, source[0])
-            and self.identity == _identity(source, eps, options)
-            and torch.equal(self.sample, _sample(source))
-        )
-
-    def __call__(self, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
-        """``act(conv(x) + residual)`` in ``x``'s memory format.
-
-        As in what Inductor makes of a frozen network, oneDNN's relu and relu6, where the weight is packed, give 0 for
-        NaN.
-        """
-        if residual is not None:
-            stride, padding, dilation = (pair(option) for option in self.options[:3])
-            shape = conv2d_shape(x, self.weight.shape, stride, padding, dilation)
-            check_residual("conv_bn_act", residual, shape, x.device)
-        if self.packed:
-            out = onednn_conv_act(x, self.weight, self.bias, self.options, residual, act)
-        else:
-            stride, padding, dilation, groups = self.options
-            z = torch.nn.functional.conv2d(
-                x, self.weight, self.bias, stride, padding, dilation, groups
-            )
-            out = epilogue(z, None, None, residual, act)
-        return convert(out, conv2d_format(x))
-
-
-def _packing_pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's fused call is the faster one.
-
-    It answers in channels_last: of contiguous images that are larger than the weight, the conversion takes longer than
-    what it saves. ResNet-50's 53 layers at 8x3x224x224, contiguous, 2 threads: 304 ms by it, 277 by torch's call; in
-    channels_last 239.
-    """
-    return conv2d_format(x) == torch.channels_last or weight.numel() >= x.numel()
-
-
-def _identity(source: tuple[Tensor | None, ...], eps: float, options: Conv) -> tuple[Any, ...]:
-    return eps, options, *(None if t is None else (t.data_ptr(), _version(t)) for t in source)
-
-
-def _version(t: Tensor) -> Any:
-    # Inference tensors count no versions: what is folded from one serves one call.
-    return object() if t.is_inference() else t._version
-
-
-def _sample(source: tuple[Tensor | None, ...]) -> Tensor:
-    weight = source[0]
-    assert weight is not None
-    # By its indices: to flatten a weight in channels_last would copy all of it.
-    channel, row, column = (size // 2 for size in weight.shape[1:])
-    middle = weight[:, channel, row, column]
-    return torch.cat([middle, *(t for t in source[1:] if t is not None)])
+    if isinstance(options.padding, str) or "_is_fsdp_managed_module" in conv.__dict__:
+        return None
+    return problem_of_folded(x, conv.weight, options)
 
 
 def _plain(conv: torch.nn.Conv2d, bn: BatchNormAct2d) -> bool:

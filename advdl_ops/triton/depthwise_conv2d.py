@@ -1,32 +1,20 @@
 """Launchers of the depthwise convolution (one filter per channel) and of its gradients.
 
-As in :mod:`advdl_ops.triton.conv2d`: [N, C, H, W] used in channels_last memory; fp32, bf16 or fp16, computed in fp32,
-never in TF32; no atomics.
+Computed in fp32, never in TF32. Tensors and errors: :mod:`.launch`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .._schemas import conv2d_shape
-from ..activation import IDENTITY, Activation
+from .._conv.problem import Conv, Epilogue
 from . import depthwise_conv2d_kernels as kernels
-from .conv2d import (
-    Pair,
-    _channels_last,
-    _check,
-    _check_pixels,
-    _empty_channels_last,
-    _geometry,
-    pixels_of_split,
-    sum_splits,
-    tap_steps,
-    vector,
-)
+from . import launch
 
 __all__ = [
     "FORWARD_CONFIGS",
@@ -55,6 +43,8 @@ class Config(NamedTuple):
     split_k: int = 0
 
 
+_NO_EPILOGUE = Epilogue()
+
 # Memory decides: half a warp or more on neighbouring channels, and a few elements per thread.
 FORWARD_CONFIGS = (
     Config(16, 128, 4),
@@ -79,22 +69,16 @@ def forward(
     x: Tensor,
     weight: Tensor,
     *,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    act: Activation = IDENTITY,
+    conv: Conv,
+    epilogue: Epilogue = _NO_EPILOGUE,
     config: Config,
 ) -> Tensor:
-    """``act(conv2d(x, weight, groups=C) * scale + shift + residual)``.
+    """The epilogue of ``conv2d(x, weight, groups=C)``.
 
     Args:
         x: ``[N, C, H, W]``.
         weight: ``[C, 1, kH, kW]`` in x's dtype.
-        scale, shift: ``[C]``, fp32 or x's dtype.
-        residual: of the output's shape, added before the activation.
+        epilogue: with a scale and a shift in fp32 or x's dtype.
         config: one of ``FORWARD_CONFIGS``.
 
     Returns:
@@ -103,36 +87,23 @@ def forward(
     Raises:
         NotImplementedError: another dtype, or 2^31 output pixels.
     """
-    _check("depthwise_conv2d", x, weight)
-    x = _channels_last(x)
-    batch, channels, in_h, in_w = x.shape
-    _, _, kh, kw = weight.shape
-    out_h, out_w = conv2d_shape(x, weight.shape, stride, padding, dilation)[2:]
-    out = _empty_channels_last(x, (batch, channels, out_h, out_w))
-    pixels = batch * out_h * out_w
-    _check_pixels("depthwise_conv2d", pixels)
-    if out.numel() == 0:
-        return out
-    grid = triton.cdiv(pixels, config.block_m) * triton.cdiv(channels, config.block_n)
-    with torch.cuda.device_of(x):
+    scale, shift, residual, act = epilogue
+    channels = x.shape[1]
+
+    def run(x: Tensor, out: Tensor, pixels: int) -> None:
+        grid = triton.cdiv(pixels, config.block_m) * triton.cdiv(channels, config.block_n)
         kernels.depthwise_forward_kernel[(grid,)](
-            x, _taps_first(weight), out, vector(scale), vector(shift),
-            None if residual is None else _channels_last(residual),
-            act.param, pixels, in_h, in_w, out_h, out_w, channels,
-            KH=kh, KW=kw, **_geometry(stride, padding, dilation), ACT=act.code, **_blocks(config),
+            x, _taps_first(weight), out, launch.vector(scale), launch.vector(shift),
+            None if residual is None else launch.channels_last(residual),
+            act.param, pixels, *x.shape[2:], *out.shape[2:], channels,
+            **launch.geometry(weight.shape, conv), ACT=act.code, **_blocks(config),
         )  # fmt: skip
-    return out
+
+    return launch.forward("depthwise_conv2d", x, weight, conv, run)
 
 
 def input_gradient(
-    dz: Tensor,
-    weight: Tensor,
-    x_shape: tuple[int, ...] | torch.Size,
-    *,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    config: Config,
+    dz: Tensor, weight: Tensor, x_shape: Sequence[int], *, conv: Conv, config: Config
 ) -> Tensor:
     """The gradient of ``x`` from that of ``z = conv2d(x, weight, groups=C)``.
 
@@ -148,33 +119,20 @@ def input_gradient(
     Raises:
         NotImplementedError: another dtype, or 2^31 input pixels.
     """
-    _check("depthwise_conv2d_backward", dz, weight)
-    dz = _channels_last(dz)
     batch, channels, in_h, in_w = x_shape
-    _, _, kh, kw = weight.shape
-    dx = _empty_channels_last(dz, (batch, channels, in_h, in_w))
-    _check_pixels("depthwise_conv2d_backward", batch * in_h * in_w)
-    if dx.numel() == 0:
-        return dx
-    phase_pixels = batch * triton.cdiv(in_h, stride[0]) * triton.cdiv(in_w, stride[1])
-    tiles = triton.cdiv(phase_pixels, config.block_m) * triton.cdiv(channels, config.block_n)
-    with torch.cuda.device_of(dz):
-        kernels.depthwise_input_gradient_kernel[(tiles, stride[0] * stride[1])](
-            dz, _taps_first(weight), dx, batch, in_h, in_w, dz.shape[2], dz.shape[3], channels,
-            KH=kh, KW=kw, **_geometry(stride, padding, dilation), **tap_steps(stride, dilation), **_blocks(config),
+
+    def run(dz: Tensor, dx: Tensor, phase_pixels: int) -> None:
+        tiles = triton.cdiv(phase_pixels, config.block_m) * triton.cdiv(channels, config.block_n)
+        kernels.depthwise_input_gradient_kernel[(tiles, conv.stride[0] * conv.stride[1])](
+            dz, _taps_first(weight), dx, batch, in_h, in_w, *dz.shape[2:], channels,
+            **launch.geometry(weight.shape, conv), **launch.tap_steps(conv), **_blocks(config),
         )  # fmt: skip
-    return dx
+
+    return launch.input_gradient("depthwise_conv2d_backward", dz, weight, x_shape, conv, run)
 
 
 def weight_gradient(
-    dz: Tensor,
-    x: Tensor,
-    weight_shape: tuple[int, ...] | torch.Size,
-    *,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    config: Config,
+    dz: Tensor, x: Tensor, weight_shape: Sequence[int], *, conv: Conv, config: Config
 ) -> Tensor:
     """The gradient of ``weight`` from that of ``z = conv2d(x, weight, groups=C)``.
 
@@ -190,27 +148,20 @@ def weight_gradient(
     Raises:
         NotImplementedError: another dtype, or 2^31 output pixels.
     """
-    _check("depthwise_conv2d_backward", dz, x)
-    dz, x = _channels_last(dz), _channels_last(x)
-    batch, channels, in_h, in_w = x.shape
-    _, _, kh, kw = weight_shape
-    pixels = batch * dz.shape[2] * dz.shape[3]
-    _check_pixels("depthwise_conv2d_backward", pixels)
-    dw = x.new_empty((kh, kw, channels), dtype=torch.float32)
-    if pixels == 0 or dw.numel() == 0:
-        return dw.zero_().permute(2, 0, 1)[:, None]
+    channels, _, kh, kw = weight_shape
     programs = triton.cdiv(channels, config.block_n) * kh * kw
-    split_pixels = pixels_of_split(pixels, programs, config.block_m, config.split_k)
-    splits = triton.cdiv(pixels, split_pixels)
-    partial = dw if splits == 1 else dw.new_empty((splits, dw.numel()))
-    with torch.cuda.device_of(dz):
-        kernels.depthwise_weight_gradient_kernel[(programs, splits)](
-            dz, x, partial, pixels, in_h, in_w, dz.shape[2], dz.shape[3], channels, split_pixels,
-            KH=kh, KW=kw, **_geometry(stride, padding, dilation), **_blocks(config),
+
+    def run(dz: Tensor, x: Tensor, partial: Tensor, pixels: int, splits: launch.Splits) -> None:
+        kernels.depthwise_weight_gradient_kernel[(programs, splits.number)](
+            dz, x, partial, pixels, *x.shape[2:], *dz.shape[2:], channels, splits.pixels,
+            **launch.geometry(weight_shape, conv), **_blocks(config),
         )  # fmt: skip
-        if splits > 1:
-            sum_splits(partial, dw)
-    return dw.permute(2, 0, 1)[:, None]
+
+    dweight = launch.weight_gradient(
+        "depthwise_conv2d_backward", dz, x, (kh, kw, channels), programs,
+        config.block_m, config.split_k, run,
+    )  # fmt: skip
+    return dweight.permute(2, 0, 1)[:, None]
 
 
 def _taps_first(weight: Tensor) -> Tensor:

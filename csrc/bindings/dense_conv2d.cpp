@@ -1,5 +1,5 @@
 // torch.ops.advdl_ops.dense_conv2d and its backward, on CPU alone: argument checks, allocation, registration. Which convolutions
-// they serve, advdl_ops/functional/_conv2d_cpu.py chooses.
+// they serve, advdl_ops/_conv/choice.py says.
 #if !defined(USE_CUDA)
 
 #include "../common/dense_conv2d.h"

@@ -1,5 +1,5 @@
 // torch.ops.advdl_ops.depthwise_conv2d, its backward and convert_layout on CPU: argument checks, allocation, registration.
-// On CUDA these operators are registered from Python (advdl_ops/functional/_conv2d_cuda.py).
+// Which format is the faster one, advdl_ops/_conv/choice.py says.
 #if !defined(USE_CUDA)
 
 #include <tuple>
@@ -12,21 +12,6 @@ namespace advdl_ops {
 namespace {
 
 constexpr const char *kName = "depthwise_conv2d", *kBackwardName = "depthwise_conv2d_backward";
-
-// The kernel of channels_last, conversions included, is the faster one for strides, whose columns channels_first sorts one by
-// one; of stride 2 as long as what is converted stays in a cache. And channels_first copies the whole reach of a filter, of which
-// most may lie outside of the image.
-Layout fastest_layout(const DepthwiseConv2dShape& s, int64_t element_bytes) {
-  constexpr int64_t kFewChannels = 16, kCachedBytes = 8 << 20, kLargeReach = 1 << 18;
-  if (s.layout == Layout::channels_last) return s.layout;
-  const int64_t stride = s.h.stride > s.w.stride ? s.h.stride : s.w.stride;
-  const bool is_cached = s.n * s.c * s.h.in * s.w.in * element_bytes <= kCachedBytes;
-  const bool strided =
-      stride > 4 || (s.c >= kFewChannels && (stride > 2 || (stride == 2 && is_cached)));
-  const bool reaches_far = s.h.reach() > 4 * s.h.in || s.w.reach() > 4 * s.w.in ||
-                           s.h.reach() + 4 > kLargeReach / (s.w.reach() + s.w.out);
-  return strided || reaches_far ? Layout::channels_last : s.layout;
-}
 
 DepthwiseConv2dShape shape_of(const Tensor& x, const Tensor& weight,
                               const std::vector<int64_t>& stride,
@@ -65,8 +50,6 @@ Tensor forward(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shi
              residual->device() == x.device()),
         kName, "residual must have the shape of the output and x's dtype and device");
   check(act >= 0 && act < kActivationCount, kName, "unknown activation code");
-  const Layout given = s.layout;
-  p.shape.layout = fastest_layout(s, x.element_size());
   x = in_format(x, s.layout);
   weight = *contiguous(OptionalTensor(weight));
   scale = contiguous(scale);
@@ -88,7 +71,7 @@ Tensor forward(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shi
     return is_last ? cpu::depthwise_conv2d_last_forward_workspace(p)
                    : cpu::depthwise_conv2d_forward_workspace(p);
   }).run(is_last ? cpu::depthwise_conv2d_last_forward : cpu::depthwise_conv2d_forward, p);
-  return in_format(out, given);
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
@@ -101,8 +84,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
   const DepthwiseConv2dShape& s = p.shape;
   check(is_image(dz, s) && dz.scalar_type() == x.scalar_type() && dz.device() == x.device(),
         kBackwardName, "dz must have the shape of the output and x's dtype and device");
-  const Layout given = s.layout;
-  p.shape.layout = fastest_layout(s, x.element_size());
   // Of x only the sizes and the format count where the weight needs no gradient.
   if (need_dweight) x = in_format(x, s.layout);
   dz = in_format(dz, s.layout);
@@ -125,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
     return is_last ? cpu::depthwise_conv2d_last_backward_workspace(p)
                    : cpu::depthwise_conv2d_backward_workspace(p);
   }).run(is_last ? cpu::depthwise_conv2d_last_backward : cpu::depthwise_conv2d_backward, p);
-  return {need_dx ? in_format(dx, given) : dx, dweight, dbias};
+  return {dx, dweight, dbias};
 }
 
 }  // namespace

@@ -32,6 +32,7 @@ from support.conv2d_cuda import (
     forward,
     last,
     make_inputs,
+    serve_as_on_cuda,
     size,
     ways,
     wide,
@@ -40,29 +41,23 @@ from support.conv2d_cuda import (
 from torch import Tensor
 
 from advdl_ops import _schemas, tuning
+from advdl_ops._conv import choice, cuda, operators
+from advdl_ops._conv.problem import Problem
 from advdl_ops.activation import IDENTITY, Activation
-from advdl_ops.functional import _conv2d_cuda as cuda
 
 
 @pytest.fixture
 def tuner(monkeypatch: pytest.MonkeyPatch) -> Tuner:
     made = Tuner()
     monkeypatch.setattr(tuning, "choose", made.choose)
-    monkeypatch.setattr(tuning, "_choices", {})
-    monkeypatch.setattr(tuning, "_unmeasured", {})
     return made
 
 
 @pytest.fixture
 def launchers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Launchers]:
-    made = {
-        family.op: Launchers(family is cuda.DEPTHWISE) for family in (cuda.DENSE, cuda.DEPTHWISE)
-    }
-    cuda.implementations.cache_clear()
-    monkeypatch.setattr(cuda, "_launchers", lambda family: made[family.op])
-    monkeypatch.setattr(cuda, "has_triton", lambda: True)
-    yield made
-    cuda.implementations.cache_clear()
+    made = {"conv2d": Launchers(depthwise=False), "depthwise_conv2d": Launchers(depthwise=True)}
+    serve_as_on_cuda(monkeypatch, *made.values())
+    return made
 
 
 # ---- values of every candidate ----
@@ -172,7 +167,7 @@ def test_the_key_tells_all_that_times_depend_on(
     base = Case((2, 4, 8, 8), (4, 4, 3, 3))
 
     def key(case: Case = base, dtype: torch.dtype = torch.float32, layout: str = "contiguous",
-            epilogue: tuple[str, ...] = ("shift",), act: Activation = RELU) -> cuda.Key:  # fmt: skip
+            epilogue: tuple[str, ...] = ("shift",), act: Activation = RELU) -> Problem:  # fmt: skip
         forward(case, make_inputs(case, dtype, layout), act, epilogue)
         return tuner.asked[-1][0]
 
@@ -204,8 +199,8 @@ def test_the_layout_of_dz_is_part_of_the_key(tuner: Tuner, launchers: Any) -> No
     backward(case, i, True, False, False)
     backward(case, i._replace(dz=last(i.dz)), True, False, False)
     backward(case, i._replace(dz=i.dz[:1, :1, :1, :1].expand(i.dz.shape)), True, False, False)
-    layouts = [key.layout for key, _ in tuner.asked]
-    assert layouts == ["contiguous, contiguous", "contiguous, channels_last", "contiguous, strided"]
+    layouts = [(key.layout, key.epilogue) for key, _ in tuner.asked]
+    assert layouts == [("contiguous", dz) for dz in ("contiguous", "channels_last", "strided")]
 
 
 def test_a_known_choice_asks_nothing(tuner: Tuner, launchers: dict[str, Launchers]) -> None:
@@ -230,22 +225,24 @@ def test_without_triton_torch_is_left(
     assert len(tuner.asked) == 1  # nothing to choose among
 
 
-@pytest.mark.parametrize("family", [cuda.DENSE, cuda.DEPTHWISE])
+@pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("direction", ["forward", "input_gradient", "weight_gradient"])
-def test_the_launchers_offer_configs_of_different_names(family: Any, direction: str) -> None:
-    cuda.implementations.cache_clear()
-    cuda._launchers.cache_clear()
-    found = cuda.implementations(family, direction, torch.bfloat16, torch.channels_last, False)
-    configs = getattr(cuda._launchers(family), f"{direction.upper()}_CONFIGS")
+def test_the_launchers_offer_configs_of_different_names(depthwise: bool, direction: str) -> None:
+    pytest.importorskip("triton")
+    found = choice._on_cuda(direction, depthwise, torch.bfloat16, True, False)
+    configs = getattr(cuda.launchers(depthwise), f"{direction.upper()}_CONFIGS")
     assert len(configs) > 1
-    assert list(found.values()) == [torch.channels_last, *configs]
-    assert hasattr(cuda._launchers(family), direction)
+    assert [c.run.keywords["config"] for c in found[1:]] == list(configs)
+    assert len({c.name for c in found}) == len(found) == 1 + len(configs)
+    assert hasattr(cuda.launchers(depthwise), direction)
 
 
 # ---- cuDNN's flags, devices, registration ----
 
 
-def test_cudnn_is_deterministic_and_its_flags_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_is_deterministic_and_its_flags_are_restored(
+    monkeypatch: pytest.MonkeyPatch, launchers: Any
+) -> None:
     seen: list[tuple[Any, ...]] = []
 
     def flags() -> tuple[bool, bool]:
@@ -265,23 +262,22 @@ def test_cudnn_is_deterministic_and_its_flags_are_restored(monkeypatch: pytest.M
     case = CASES["3x3"]
     i = wide(make_inputs(case, torch.float32, "contiguous"), torch.float64)
     with torch.backends.cudnn.flags(benchmark=True, deterministic=False):
-        monkeypatch.setattr(cuda.torch, "ops", SimpleNamespace(aten=fake))
-        forward(case, i, IDENTITY, ()), backward(case, i, True, True, False)
+        with monkeypatch.context() as patched:
+            patched.setattr(cuda.torch, "ops", SimpleNamespace(aten=fake))
+            forward(case, i, IDENTITY, ()), backward(case, i, True, True, False)
         assert flags() == (True, False)
-        monkeypatch.undo()
-    assert seen == [(False, True)] * 3
+    assert seen == [(False, True)] * 2  # forward, and both gradients by one call
 
 
 def test_tensors_of_two_devices(tuner: Tuner) -> None:
     case = CASES["3x3"]
     i = make_inputs(case, torch.float32, "contiguous")
+    options = (1, 1), (1, 1), (1, 1), 1
     with pytest.raises(RuntimeError, match="conv2d: tensors on cpu and on meta"):
-        forward(case, i._replace(shift=i.shift.to("meta")), RELU, ("shift",))
+        operators.conv2d(i.x, i.weight, None, i.shift.to("meta"), None, *options, 0, 0.0)
 
 
-@pytest.mark.parametrize(
-    "op", ["conv2d", "conv2d_backward", "depthwise_conv2d", "depthwise_conv2d_backward"]
-)
+@pytest.mark.parametrize("op", ["conv2d", "conv2d_backward"])
 def test_every_operator_is_registered_for_cuda(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"advdl_ops::{op}", "CUDA")
 
@@ -294,8 +290,8 @@ def test_the_import_brings_no_triton() -> None:
 INTERPRETED = """
 import torch
 from advdl_ops import reference, tuning
+from advdl_ops._conv import choice, operators
 from advdl_ops.activation import ACTIVATIONS
-from advdl_ops.functional import _conv2d_cuda as cuda
 
 run = []
 def choose(key, candidates, device):
@@ -304,22 +300,23 @@ def choose(key, candidates, device):
     return name
 tuning.choose = choose
 
+def chosen(problem, device, trial):
+    found = choice.candidates(problem, torch.device("cuda"))
+    return choice._by_measurement(problem, found, device, trial)
+choice.chosen = chosen
+
 torch.manual_seed(0)
 act, options = ACTIVATIONS["silu"], [[2, 1], [1, 2], [1, 2]]
-for groups, op, backward in (
-    (2, cuda.conv2d, cuda.conv2d_backward),
-    (4, cuda.depthwise_conv2d, cuda.depthwise_conv2d_backward),
-):
+for groups in (2, 4):
     x, weight = torch.randn(2, 4, 7, 6), torch.randn(4, 4 // groups, 3, 3)
     scale, shift = torch.rand(4), torch.randn(4)
-    last = [groups] if op is cuda.conv2d else []
     z = torch.nn.functional.conv2d(x, weight, None, *options, groups)
     residual, dz = torch.randn_like(z), torch.randn_like(z)
-    out = op(x, weight, scale, shift, residual, *options, *last, act.code, act.param)
+    out = operators.conv2d(x, weight, scale, shift, residual, *options, groups, act.code, act.param)
     exact = reference.conv2d(*(t.double() for t in (x, weight)), None, *options, groups,
                              *(t.double() for t in (scale, shift, residual)), act)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
-    found = backward(dz, x, weight, *options, *last, True, True, True)
+    found = operators.conv2d_backward(dz, x, weight, *options, groups, True, True, True)
     exact = torch.ops.aten.convolution_backward(
         *(t.double() for t in (dz, x, weight)), [4], *options, False, [0, 0], groups, [True] * 3)
     for own, e in zip(found, exact, strict=True):

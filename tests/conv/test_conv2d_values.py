@@ -10,7 +10,8 @@ from support.accuracy import ACTIVATIONS, LAYOUTS, channels_last
 from support.conv2d import CASES, DTYPES, NAMES, Case, call_ours, check, make_inputs, results
 
 import advdl_ops
-from advdl_ops.functional import _conv2d_cpu, conv2d
+from advdl_ops._conv import choice
+from advdl_ops.functional import conv2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,7 +22,11 @@ BACKENDS = pytest.mark.parametrize("backend", ["fused", "reference"])
 @pytest.fixture
 def by_onednn(monkeypatch):
     """As if the images of these tests were not small ones, which torch's own kernels serve."""
-    monkeypatch.setattr(_conv2d_cpu, "_SMALL", 0)
+    small = choice.thresholds()._replace(small=0)
+    monkeypatch.setattr(choice, "thresholds", lambda: small)
+    choice.forget()
+    yield
+    choice.forget()
 
 
 @BACKENDS

@@ -5,12 +5,11 @@ import importlib
 import pytest
 import torch
 from support.accuracy import ULPS, error, largest
-from support.conv2d_cuda import NAMES, Launchers, Tuner
+from support.conv2d_cuda import NAMES, Launchers, Tuner, serve_as_on_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from advdl_ops import backend, functional, nn, tuning
 from advdl_ops.activation import ACTIVATIONS
-from advdl_ops.functional import _conv2d_cuda as cuda
 from advdl_ops.functional.conv_bn_act import ORDERS
 
 X = (2, 3, 9, 9)
@@ -154,8 +153,10 @@ def called(layer, x, residual=None):
 def test_depthwise_evaluation_is_one_op(dtype, memory_format):
     layer = nn.ConvBNAct(4, 4, 3, groups=4, act="silu", dtype=dtype).eval().requires_grad_(False)
     x = torch.randn(2, 4, 9, 9, dtype=dtype).contiguous(memory_format=memory_format)
+    # What is folded is kept in fp32 alone; of the others the operator of every convolution is seen.
+    name = "depthwise_conv2d" if dtype == torch.float32 else "conv2d"
     for residual in (None, x):
-        assert called(layer, x, residual) == [("depthwise_conv2d", SILU)]
+        assert called(layer, x, residual) == [(name, SILU)]
 
 
 def test_dense_evaluation_is_one_op_in_fp32():
@@ -212,7 +213,7 @@ def test_conv_act_bn_has_its_activation_in_the_convolution(training):
     assert (layer.conv.act.name, layer.bn.act.name) == ("silu", "identity")
     with torch.no_grad():
         found = called(layer, torch.randn(2, 4, 9, 9))
-    assert names(found) == [("depthwise_conv2d", SILU), ("batch_norm_act", 0)]
+    assert names(found) == [("conv2d", SILU), ("batch_norm_act", 0)]
 
 
 @pytest.mark.parametrize("way", ["native", *NAMES])
@@ -225,19 +226,12 @@ def test_cuda_folds_into_one_op(groups, dtype, way, monkeypatch):
     """The Python of the CUDA operators, on CPU tensors."""
     tuner = Tuner()
     tuner.wish = way
-    families = {cuda.DENSE: Launchers(False), cuda.DEPTHWISE: Launchers(True)}
     monkeypatch.setattr(tuning, "choose", tuner.choose)
-    monkeypatch.setattr(tuning, "_choices", {})
-    monkeypatch.setattr(tuning, "_unmeasured", {})
-    monkeypatch.setattr(cuda, "_launchers", families.__getitem__)
-    monkeypatch.setattr(cuda, "has_triton", lambda: True)
-    module = importlib.import_module
-    monkeypatch.setattr(module("advdl_ops.functional._conv2d_cpu"), "conv2d", cuda.conv2d)
+    serve_as_on_cuda(monkeypatch, Launchers(False), Launchers(True))
+    # No folded weight is kept on CUDA.
     monkeypatch.setattr(
-        module("advdl_ops.functional.conv2d"), "_depthwise_op", cuda.depthwise_conv2d
+        importlib.import_module("advdl_ops.nn.conv_bn_act"), "problem_of_kept", lambda *_: None
     )
-    monkeypatch.setattr(module("advdl_ops.nn.conv_bn_act"), "_packs", lambda *_: False)
-    cuda.implementations.cache_clear()
 
     layer = nn.ConvBNAct(8, 8, 3, groups=groups, bias=True, act="silu").eval()
     layer.bn.running_mean.normal_()
@@ -246,7 +240,6 @@ def test_cuda_folds_into_one_op(groups, dtype, way, monkeypatch):
     x, residual = torch.randn(2, 2, 8, 9, 9, dtype=dtype)
     with torch.no_grad():
         found = layer(x, residual)
-    cuda.implementations.cache_clear()
     ((key, _),) = tuner.asked
     assert key.epilogue == "scale+shift+residual+silu"
     exact = layer.double()(x.double(), residual.double()).detach()

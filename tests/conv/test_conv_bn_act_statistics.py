@@ -10,29 +10,30 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import ACTIVATIONS, LAYOUTS, assert_accurate, in_layout
-from support.conv2d_cuda import FAST, NAMES, Launchers, Tuner
+from support.conv2d_cuda import FAST, NAMES, Launchers, Tuner, serve_as_on_cuda
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import advdl_ops
 from advdl_ops import nn, reference, tuning
+from advdl_ops._conv import cuda
+from advdl_ops._conv.choice import APART
+from advdl_ops._conv.problem import WITH_NORM, Problem
 from advdl_ops._schemas import conv2d_format
 from advdl_ops.activation import IDENTITY
-from advdl_ops.functional import _conv2d_cpu, conv_bn_act
-from advdl_ops.functional import _conv2d_cuda as cuda
+from advdl_ops.functional import conv_bn_act
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 CHANNELS = 6
 JOINED = f"{NAMES[0]} with statistics"
-WAYS = pytest.mark.parametrize("way", [JOINED, cuda.APART])
+WAYS = pytest.mark.parametrize("way", [JOINED, APART])
 OPTIONS = {
     "plain": {"padding": 1},
     "stride": {"stride": 2, "padding": (1, 0)},
@@ -50,32 +51,22 @@ class Gpu(Tuner):
         super().__init__()
         self.launchers = Launchers(depthwise=False)
 
-    def keys(self) -> list[cuda.Key]:
-        return [key for key, _ in self.asked if key.op == cuda.WITH_NORM]
+    def keys(self) -> list[Problem]:
+        return [key for key, _ in self.asked if key.direction == WITH_NORM]
 
     def last_forward(self) -> str:
         return next(name for name, _ in reversed(self.launchers.called) if "forward" in name)
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     made = Gpu()
-    cuda.implementations.cache_clear()
     monkeypatch.setattr(tuning, "choose", made.choose)
-    monkeypatch.setattr(tuning, "_choices", {})
-    monkeypatch.setattr(tuning, "_unmeasured", {})
-    monkeypatch.setattr(tuning, "_unmeasured", {})
-    monkeypatch.setattr(cuda, "DEVICE_TYPE", "cpu")
+    serve_as_on_cuda(monkeypatch, made.launchers, Launchers(depthwise=True))
     monkeypatch.setattr(cuda, "TRITON_DTYPES", (f64, f32, bf16, f16))
-    monkeypatch.setattr(cuda, "has_triton", lambda: True)
-    families = {cuda.DENSE: made.launchers, cuda.DEPTHWISE: Launchers(depthwise=True)}
-    monkeypatch.setattr(cuda, "_launchers", families.__getitem__)
-    monkeypatch.setattr(_conv2d_cpu, "conv2d", cuda.conv2d)
-    monkeypatch.setattr(_conv2d_cpu, "conv2d_backward", cuda.conv2d_backward)
-    module = sys.modules["advdl_ops.functional.conv2d"]
-    monkeypatch.setattr(module, "_torch_derives_as_well", lambda *_: False)
-    yield made
-    cuda.implementations.cache_clear()
+    module = sys.modules["advdl_ops.functional.conv_bn_act"]
+    monkeypatch.setattr(module, "STATISTICS_DEVICE", "cpu")
+    return made
 
 
 def make(dtype: torch.dtype = f64, groups: int = 1, **_: Any) -> dict[str, Tensor]:
@@ -142,7 +133,7 @@ def test_values_in_fp64(name: str, layout: str, way: str, gpu: Gpu) -> None:
             t["x"] = in_layout(t["x"], layout)
             expected = results(stock, t, f64, act, residual, **options)
             found = results(ours, t, f64, act, residual, **options)
-            assert gpu.last_forward() == ("forward with sums" if way == JOINED else "forward")
+            assert gpu.last_forward() == ("forward with statistics" if way == JOINED else "forward")
             like = torch.empty_like(found["out"], memory_format=conv2d_format(t["x"]))
             assert found["out"].stride() == like.stride()
             for what, e in expected.items():
@@ -199,7 +190,7 @@ def test_gradgradcheck(way: str, gpu: Gpu) -> None:
     inputs = [v.detach().clone().requires_grad_() for v in (residual, *(t[n] for n in names))]
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
-    assert gpu.last_forward() == ("forward with sums" if way == JOINED else "forward")
+    assert gpu.last_forward() == ("forward with statistics" if way == JOINED else "forward")
 
 
 def test_optional_tensors(gpu: Gpu) -> None:
@@ -211,7 +202,7 @@ def test_optional_tensors(gpu: Gpu) -> None:
         running = (None if v is None else v.clone() for v in list(given.values())[2:4])
         expected = F.batch_norm(z, *running, given["bn_weight"], given["bn_bias"], True)
         torch.testing.assert_close(conv_bn_act(**given, training=True), expected)
-        assert gpu.last_forward() == "forward with sums"
+        assert gpu.last_forward() == "forward with statistics"
 
 
 def test_running_statistics_in_half_precision_are_rounded_once(gpu: Gpu) -> None:
@@ -223,7 +214,7 @@ def test_running_statistics_in_half_precision_are_rounded_once(gpu: Gpu) -> None
         expected[n] = t[n].float()
     version = t["running_mean"]._version
     ours(t, "none", None), stock({**expected}, "none", None)
-    assert gpu.last_forward() == "forward with sums" and t["running_mean"]._version > version
+    assert gpu.last_forward() == "forward with statistics" and t["running_mean"]._version > version
     for n in ("running_mean", "running_var"):
         # Statistics of z as it is stored, in bf16.
         torch.testing.assert_close(t[n], expected[n].to(bf16), rtol=2**-8, atol=0)
@@ -236,7 +227,7 @@ def test_autocast(gpu: Gpu) -> None:
     t["weight"].requires_grad_()
     with torch.autocast("cpu", bf16):
         own = ours(t, "silu", None)
-    assert gpu.last_forward() == "forward with sums" and gpu.keys()[0].dtype == "bfloat16"
+    assert gpu.last_forward() == "forward with statistics" and gpu.keys()[0].dtype == bf16
     expected = ours(by_hand, "silu", None)
     assert own.dtype == bf16 and torch.equal(own, expected)
     assert torch.equal(t["running_var"], by_hand["running_var"])
@@ -252,7 +243,7 @@ def test_the_key(gpu: Gpu) -> None:
     t = make(f32)
     residual = torch.randn(3, CHANNELS, 7, 6)
 
-    def key(act: str = "relu", r: Tensor | None = None, **changes: Any) -> cuda.Key:
+    def key(act: str = "relu", r: Tensor | None = None, **changes: Any) -> Problem:
         options = {n: changes.pop(n) for n in ("stride",) if n in changes}
         ours(
             {n: v if v is None else v.clone() for n, v in {**t, **changes}.items()},
@@ -263,9 +254,9 @@ def test_the_key(gpu: Gpu) -> None:
         return gpu.keys()[-1]
 
     assert key() == key()
-    assert key()[:2] == ("conv_bn_act", "forward") and key().epilogue == "shift+norm+running+relu"
-    ways = next(ways for key, ways in gpu.asked if key.op == cuda.WITH_NORM)
-    assert ways == [cuda.APART, *(f"{name} with statistics" for name in NAMES)]
+    assert key().direction == WITH_NORM and key().epilogue == "shift+norm+running+relu"
+    ways = next(ways for key, ways in gpu.asked if key.direction == WITH_NORM)
+    assert ways == [APART, *(f"{name} with statistics" for name in NAMES)]
     keys = [
         key(),
         key(act="none"),
@@ -292,7 +283,7 @@ def test_measuring_leaves_the_running_statistics_alone(
             versions = [t[n]._version for n in ("running_mean", "running_var")]
             assert versions == [0, 0]
         assert all(torch.equal(v, before[n]) for n, v in t.items())
-        return next(iter(candidates)) if key.op != cuda.WITH_NORM else JOINED
+        return next(iter(candidates)) if key.direction != WITH_NORM else JOINED
 
     monkeypatch.setattr(tuning, "choose", choose)
     t["weight"].requires_grad_()
@@ -306,7 +297,7 @@ def test_a_known_choice_asks_nothing(gpu: Gpu) -> None:
     tuning._choices[t["x"].device, gpu.keys()[0]] = tuning.Choice(JOINED, {}, {})
     del gpu.asked[:], gpu.launchers.called[:]
     ours(t, "relu", None)
-    assert gpu.asked == [] and gpu.launchers.called == [("forward with sums", FAST)]
+    assert gpu.asked == [] and gpu.launchers.called == [("forward with statistics", FAST)]
 
 
 def test_where_nothing_is_measured_the_norm_stays_apart(
@@ -315,14 +306,12 @@ def test_where_nothing_is_measured_the_norm_stays_apart(
     monkeypatch.setattr(tuning, "choose", CHOOSE)
     monkeypatch.setenv("ADVDL_OPS_TUNE", "0")
     monkeypatch.setenv("ADVDL_OPS_CACHE", str(tmp_path))
-    tuning._store_of.cache_clear()
+    tuning._store.cache_clear()
     t = make()
     expected = results(stock, t, f64, "relu", True)
     found = results(ours, t, f64, "relu", True)
-    tuning._store_of.cache_clear()
+    tuning._store.cache_clear()
     assert gpu.launchers.called == [] and tuning._choices == {} and not list(tmp_path.iterdir())
-    known = {key.op: choice for _, key, choice in tuning.known() if key.direction == "forward"}
-    assert known[cuda.WITH_NORM] == tuning.Choice(cuda.APART, {}, {})
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -406,7 +395,9 @@ def test_errors_are_those_of_the_two_functions_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # As where the choice is known from an earlier call.
-    monkeypatch.setattr(cuda, "statistics_config", lambda *_: FAST)
+    monkeypatch.setattr(
+        tuning, "recall", lambda key, _: JOINED if key.direction == WITH_NORM else None
+    )
     t = make(f32)
     before = t["running_mean"].clone()
     with pytest.raises(error, match=message):
@@ -438,7 +429,7 @@ def test_layers(options: dict[str, Any], way: str, gpu: Gpu) -> None:
     for step in range(3):
         x = torch.randn(3, 4, 9, 8, dtype=f64)
         found = layer(x)
-        assert gpu.last_forward() == ("forward with sums" if way == JOINED else "forward")
+        assert gpu.last_forward() == ("forward with statistics" if way == JOINED else "forward")
         with advdl_ops.use_backend("reference"):
             expected = plain(x)
         torch.testing.assert_close(found, expected)
@@ -460,15 +451,25 @@ def test_hooks_are_honoured(gpu: Gpu) -> None:
 
 
 INTERPRETED = """
+import sys
 import torch
 import torch.nn.functional as F
 from advdl_ops import tuning
-from advdl_ops.functional import _conv2d_cuda as cuda, conv_bn_act
+from advdl_ops._conv import choice
+from advdl_ops.functional import conv_bn_act
 
 def choose(key, candidates, device):
     return next(n for n in candidates if n.endswith("with statistics"))
 tuning.choose = choose
-cuda.DEVICE_TYPE = "cpu"
+on_cpu = choice.chosen
+
+def chosen(problem, device, trial):
+    if problem.direction != "forward with norm":
+        return on_cpu(problem, device, trial)
+    found = choice.candidates(problem, torch.device("cuda"))
+    return choice._by_measurement(problem, found, device, trial)
+choice.chosen = chosen
+sys.modules["advdl_ops.functional.conv_bn_act"].STATISTICS_DEVICE = "cpu"
 
 torch.manual_seed(0)
 x, weight, residual = torch.randn(2, 4, 7, 6), torch.randn(4, 2, 3, 3), torch.randn(2, 4, 4, 4)

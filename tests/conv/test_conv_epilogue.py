@@ -11,9 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from advdl_ops._conv import epilogue as _epilogue
+from advdl_ops._conv.epilogue import unit_statistics
 from advdl_ops.backend import unwatched
-from advdl_ops.functional import _epilogue, conv2d
-from advdl_ops.functional._epilogue import unit_statistics
+from advdl_ops.functional import conv2d
 
 # The name in the package is the function's.
 CONV2D = importlib.import_module("advdl_ops.functional.conv2d")

@@ -10,8 +10,16 @@ from support.conv2d import Case, check, make_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+from advdl_ops._conv import choice
+from advdl_ops._conv.choice import DENSE
+from advdl_ops._conv.problem import (
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    Conv,
+    problem_of,
+)
 from advdl_ops.activation import resolve_activation
-from advdl_ops.functional._conv2d_cpu import Conv, Own, own_kernel
 
 OPS = torch.ops.advdl_ops
 LAYOUTS = ("contiguous", "channels_last")
@@ -225,6 +233,16 @@ SERVED = [
 ]
 
 
+def served(x, weight, conv):
+    """Whether the kernel serves the output, the gradient of x and that of the weight."""
+    found = []
+    for direction in (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT):
+        problem = problem_of(direction, x, weight, conv)
+        accepting = choice.candidates(problem, x.device)
+        found.append(choice.by_rule(problem, accepting).name == DENSE)
+    return tuple(found)
+
+
 def used(call):
     with profile(activities=[ProfilerActivity.CPU]) as found:
         call()
@@ -240,9 +258,9 @@ def test_what_it_serves(shape, filters, stride, last, expected):
     x, weight = torch.randn(shape), torch.randn(filters) / (filters[1] * size**2) ** 0.5
     x = x.contiguous(**LAST) if last else x
     conv = Conv((stride,) * 2, (padding,) * 2, (1, 1), 1)
-    assert own_kernel(x, weight, conv) == Own(*expected)
+    assert served(x, weight, conv) == expected
     for other in (x.double(), x.bfloat16()):
-        assert own_kernel(other, weight.to(other.dtype), conv) == Own()
+        assert not any(served(other, weight.to(other.dtype), conv))
     x.requires_grad_()
     weight.requires_grad_()
     names = used(lambda: conv2d(x, weight, None, stride, padding).sum().backward())
@@ -265,8 +283,10 @@ def test_what_it_serves(shape, filters, stride, last, expected):
 )
 def test_values_of_what_it_serves(case, layout):
     p = make_inputs(case, with_=("bias", "scale", "residual")).laid(layout)
-    assert any(own_kernel(p.x, p.weight, Conv(*((v, v) if isinstance(v, int) else v for v in (
-        case.stride, case.padding, case.dilation)), 1)))  # fmt: skip
+    pairs = (
+        (v, v) if isinstance(v, int) else v for v in (case.stride, case.padding, case.dilation)
+    )
+    assert any(served(p.x, p.weight, Conv(*pairs)))
     for act in ("none", "relu", "silu"):
         check(p, act, what=(case, layout))
 

@@ -15,36 +15,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.triton_kernels import (
+    ACTS,
     DTYPES,
     FP32,
+    STEEPEST,
     TINY,
     UNIT,
     GuardedOutputs,
+    act_of,
+    case_id,
     covering,
     excess,
     guarded,
     interpreter,
+    per_channel,
 )
 from torch import Tensor
 
-from advdl_ops.activation import ACTIVATIONS, IDENTITY
+from advdl_ops._conv.problem import Conv, Epilogue
 
 pytest.importorskip("triton")
 
-STEEPEST = 1.13  # of silu and gelu
-ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda z: z,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "hardswish": F.hardswish,
-    "relu6": F.relu6,
-}
 CASES = covering(
     {
         "stride": [(1, 1), (2, 2), (2, 1)],
@@ -63,12 +54,6 @@ CASES = covering(
 def run() -> Iterator[Callable[..., Any]]:
     with interpreter() as interpret:
         yield interpret
-
-
-def case_id(case: dict[str, Any]) -> str:
-    return "-".join(
-        "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in case.values()
-    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -126,17 +111,14 @@ def config(split_k: int = 0) -> Any:
     return Config(16, 16, 16, 1, 1, split_k)
 
 
-def act_of(name: str) -> Any:
-    return IDENTITY if name == "identity" else ACTIVATIONS[name]
-
-
 def run_case(case: dict[str, Any]) -> dict[str, float]:
-    from advdl_ops.triton import conv2d
+    from advdl_ops.triton import conv2d, launch
 
     torch.manual_seed(0)
     dtype, groups, kernel = DTYPES[case["dtype"]], case["groups"], case["kernel"]
     unit, tiny = UNIT[dtype], TINY[dtype]
     geometry = {k: case[k] for k in ("stride", "padding", "dilation", "groups")}
+    options = Conv(**geometry)
     channels, filters = (19, 16) if groups == 1 else (10, 38)
     x = guarded(torch.randn(2, channels, *case.get("size", (9, 7))), dtype)
     weight = guarded(torch.randn(filters, channels // groups, *kernel), dtype)
@@ -170,20 +152,14 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     off = STEEPEST * (z_off + 8 * FP32 * z_size)
 
     outputs = GuardedOutputs()
-    conv2d._empty_channels_last = outputs.empty
-    out, sums = conv2d.forward(
-        x, weight, **geometry, scale=scale, shift=shift, residual=residual, act=act, prologue=prologue,
-        with_sums=True, config=config(),
-    )  # fmt: skip
-    plain, none = conv2d.forward(
-        x.contiguous(), weight.contiguous(), **geometry, scale=scale, shift=shift, residual=residual, act=act,
-        prologue=prologue, config=config(),
-    )  # fmt: skip
+    launch.empty_channels_last = outputs.empty
+    more = {"conv": options, "epilogue": Epilogue(scale, shift, residual, act)}
+    more |= {"prologue": prologue, "config": config()}
+    out, sums = conv2d.forward_with_statistics(x, weight, **more)
+    plain = conv2d.forward(x.contiguous(), weight.contiguous(), **more)
     found = {"out": excess(out, truth, off + unit * (truth.abs() + off) + tiny)}
     found |= check_statistics(out, sums)
-    found["without statistics, from contiguous"] = (
-        0.0 if none is None and torch.equal(plain, out) else 2.0
-    )
+    found["without statistics, from contiguous"] = 0.0 if torch.equal(plain, out) else 2.0
 
     dz = guarded(torch.randn(truth.shape), dtype)
     weight_ = weight.double().requires_grad_()
@@ -197,20 +173,16 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
 
     length = filters // groups * kernel[0] * kernel[1]
     off = (length + 1) * FP32 * dx_size
-    got = conv2d.input_gradient(dz, weight, x.shape, **geometry, config=config())
+    got = conv2d.input_gradient(dz, weight, x.shape, conv=options, config=config())
     found["dx"] = excess(got, dx, off + unit * (dx.abs() + off) + tiny)
     length = dz.numel() // filters
     got = conv2d.weight_gradient(
-        dz, x, weight.shape, **geometry, prologue=prologue, config=config()
+        dz, x, weight.shape, conv=options, prologue=prologue, config=config()
     )
     found["dw"] = excess(got, dw, (length + 1) * FP32 * dw_size + dw_off + TINY[torch.float32])
     found["beside the outputs"] = outputs.beside()
     found["dtypes"] = 0.0 if out.dtype == dtype and got.dtype == torch.float32 else 2.0
     return found
-
-
-def per_channel(v: Tensor) -> Tensor:
-    return v.double()[:, None, None]
 
 
 def check_statistics(out: Tensor, sums: Tensor) -> dict[str, float]:
@@ -238,16 +210,13 @@ def run_activation(name: str) -> float:
     z = torch.cat([torch.linspace(-12, 12, 505), torch.logspace(-6, 0, 100), -torch.logspace(-6, 0, 99)])  # fmt: skip
     z = z.reshape(1, 16, -1, 1).contiguous(memory_format=torch.channels_last)
     one = torch.eye(16)[:, :, None, None]
-    out, _ = conv2d.forward(
-        z, one, stride=(1, 1), padding=(0, 0), dilation=(1, 1), act=act_of(name), config=config()
-    )
+    options = {"conv": Conv(), "epilogue": Epilogue(act=act_of(name)), "config": config()}
+    out = conv2d.forward(z, one, **options)
     truth = ACTS[name](z.double())
     # A few ulp of the result, of 1 + y where a sum with 1 is part of the formula (sigmoid, gelu).
     size = truth.abs() + (z.double().abs() if name in ("gelu", "gelu_tanh") else 0)
     nan = torch.full_like(z[..., :1, :], float("nan"))
-    passes, _ = conv2d.forward(
-        nan, one, stride=(1, 1), padding=(0, 0), dilation=(1, 1), act=act_of(name), config=config()
-    )
+    passes = conv2d.forward(nan, one, **options)
     return excess(out, truth, 8 * FP32 * size + 1e-38) if passes.isnan().all() else float("inf")
 
 
@@ -257,10 +226,10 @@ def run_statistics(dtype: str) -> dict[str, float]:
     torch.manual_seed(0)
     x = torch.randn(3, 19, 5, 7).to(DTYPES[dtype])
     weight = torch.randn(21, 19, 1, 1).to(DTYPES[dtype])
-    out, sums = conv2d.forward(
-        x, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), shift=torch.full((21,), 1000.0),
-        with_sums=True, config=config(),
-    )  # fmt: skip
+    shifted = Epilogue(shift=torch.full((21,), 1000.0))
+    out, sums = conv2d.forward_with_statistics(
+        x, weight, conv=Conv(), epilogue=shifted, config=config()
+    )
     return check_statistics(out, sums)
 
 
@@ -276,7 +245,7 @@ def run_split(split_k: int) -> float:
     (dw,) = torch.autograd.grad(z, weight, dz.double())
     sizes = F.conv2d(x.double().abs(), weight, None, **geometry)
     (dw_size,) = torch.autograd.grad(sizes, weight, dz.double().abs())
-    got = conv2d.weight_gradient(dz, x, weight.shape, **geometry, config=config(split_k))
+    got = conv2d.weight_gradient(dz, x, weight.shape, conv=Conv(**geometry), config=config(split_k))
     return excess(got, dw, (dz.numel() // 3 + 1) * FP32 * dw_size)
 
 
@@ -284,13 +253,13 @@ def run_twice() -> bool:
     from advdl_ops.triton import conv2d
 
     torch.manual_seed(0)
-    geometry = {"stride": (2, 1), "padding": (1, 1), "dilation": (1, 2), "groups": 2}
+    options = {"conv": Conv((2, 1), (1, 1), (1, 2), 2), "config": config()}
     x, weight = torch.randn(2, 10, 9, 7), torch.randn(6, 5, 3, 3)
     first: list[Tensor] = []
     for _ in range(2):
-        out, sums = conv2d.forward(x, weight, **geometry, with_sums=True, config=config())
-        dx = conv2d.input_gradient(out, weight, x.shape, **geometry, config=config())
-        dw = conv2d.weight_gradient(out, x, weight.shape, **geometry, config=config())
+        out, sums = conv2d.forward_with_statistics(x, weight, **options)
+        dx = conv2d.input_gradient(out, weight, x.shape, **options)
+        dw = conv2d.weight_gradient(out, x, weight.shape, **options)
         first = first or [out, sums, dx, dw]
     return all(torch.equal(a, b) for a, b in zip(first, (out, sums, dx, dw), strict=True))
 
@@ -298,12 +267,11 @@ def run_twice() -> bool:
 def run_empty() -> bool:
     from advdl_ops.triton import conv2d
 
-    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    options = {"conv": Conv(padding=(1, 1)), "config": config()}
     x, weight = torch.randn(0, 5, 9, 7), torch.randn(6, 5, 3, 3)
-    out, sums = conv2d.forward(x, weight, **geometry, with_sums=True, config=config())
-    dx = conv2d.input_gradient(out, weight, x.shape, **geometry, config=config())
-    dw = conv2d.weight_gradient(out, x, weight.shape, **geometry, config=config())
-    assert sums is not None
+    out, sums = conv2d.forward_with_statistics(x, weight, **options)
+    dx = conv2d.input_gradient(out, weight, x.shape, **options)
+    dw = conv2d.weight_gradient(out, x, weight.shape, **options)
     return (
         out.shape == (0, 6, 9, 7)
         and torch.equal(sums, torch.zeros(2, 6))
@@ -315,14 +283,14 @@ def run_empty() -> bool:
 def run_refused() -> list[str]:
     from advdl_ops.triton import conv2d
 
-    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    options = {"conv": Conv(padding=(1, 1)), "config": config()}
     x, weight = torch.randn(1, 5, 9, 7).double(), torch.randn(6, 5, 3, 3).double()
     z = torch.randn(1, 6, 9, 7).double()
     errors = []
     for call in (
-        lambda: conv2d.forward(x, weight, **geometry, config=config()),
-        lambda: conv2d.input_gradient(z, weight, x.shape, **geometry, config=config()),
-        lambda: conv2d.weight_gradient(z, x, weight.shape, **geometry, config=config()),
+        lambda: conv2d.forward(x, weight, **options),
+        lambda: conv2d.input_gradient(z, weight, x.shape, **options),
+        lambda: conv2d.weight_gradient(z, x, weight.shape, **options),
     ):
         try:
             call()

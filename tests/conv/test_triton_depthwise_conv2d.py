@@ -9,17 +9,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.triton_kernels import (
+    ACTS,
     DTYPES,
     FP32,
+    STEEPEST,
     TINY,
     UNIT,
     GuardedOutputs,
+    act_of,
+    case_id,
     covering,
     excess,
     guarded,
     interpreter,
+    per_channel,
 )
-from test_triton_conv2d import ACTS, STEEPEST, act_of, case_id, per_channel
+
+from advdl_ops._conv.problem import Conv, Epilogue
 
 pytest.importorskip("triton")
 
@@ -89,7 +95,7 @@ def config(split_k: int = 0) -> Any:
 
 
 def run_case(case: dict[str, Any]) -> dict[str, float]:
-    from advdl_ops.triton import depthwise_conv2d
+    from advdl_ops.triton import depthwise_conv2d, launch
 
     torch.manual_seed(0)
     dtype, kernel, channels = DTYPES[case["dtype"]], case["kernel"], 19
@@ -122,23 +128,20 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     truth = ACTS[act.name](z)
     off = STEEPEST * (z_off + 8 * FP32 * z_size)
 
-    options = config(case.get("split_k", 0))
+    options = {"conv": Conv(**geometry), "config": config(case.get("split_k", 0))}
     outputs = GuardedOutputs()
-    depthwise_conv2d._empty_channels_last = outputs.empty
-    out = depthwise_conv2d.forward(
-        x, weight, **geometry, scale=scale, shift=shift, residual=residual, act=act, config=options
-    )
-    again = depthwise_conv2d.forward(
-        x.contiguous(), weight, **geometry, scale=scale, shift=shift, residual=residual, act=act, config=options
-    )  # fmt: skip
+    launch.empty_channels_last = outputs.empty
+    epilogue = Epilogue(scale, shift, residual, act)
+    out = depthwise_conv2d.forward(x, weight, epilogue=epilogue, **options)
+    again = depthwise_conv2d.forward(x.contiguous(), weight, epilogue=epilogue, **options)
     found = {
         "out": excess(out, truth, off + unit * (truth.abs() + off) + tiny),
         "twice, from contiguous": 0.0 if torch.equal(out, again) else 2.0,
     }
-    got_dx = depthwise_conv2d.input_gradient(dz, weight, x.shape, **geometry, config=options)
+    got_dx = depthwise_conv2d.input_gradient(dz, weight, x.shape, **options)
     off = (taps + 1) * FP32 * dx_size
     found["dx"] = excess(got_dx, dx, off + unit * (dx.abs() + off) + tiny)
-    got_dw = depthwise_conv2d.weight_gradient(dz, x, weight.shape, **geometry, config=options)
+    got_dw = depthwise_conv2d.weight_gradient(dz, x, weight.shape, **options)
     length = dz.numel() // channels
     found["dw"] = excess(got_dw, dw, (length + 1) * FP32 * dw_size + TINY[torch.float32])
     found["beside the outputs"] = outputs.beside()
@@ -150,24 +153,24 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
 def run_empty() -> bool:
     from advdl_ops.triton import depthwise_conv2d
 
-    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    options = {"conv": Conv(padding=(1, 1)), "config": config()}
     x, weight = torch.randn(0, 5, 9, 7), torch.randn(5, 1, 3, 3)
-    out = depthwise_conv2d.forward(x, weight, **geometry, config=config())
-    dx = depthwise_conv2d.input_gradient(out, weight, x.shape, **geometry, config=config())
-    dw = depthwise_conv2d.weight_gradient(out, x, weight.shape, **geometry, config=config())
+    out = depthwise_conv2d.forward(x, weight, **options)
+    dx = depthwise_conv2d.input_gradient(out, weight, x.shape, **options)
+    dw = depthwise_conv2d.weight_gradient(out, x, weight.shape, **options)
     return out.shape == dx.shape == (0, 5, 9, 7) and torch.equal(dw, torch.zeros(weight.shape))
 
 
 def run_refused() -> list[str]:
     from advdl_ops.triton import depthwise_conv2d
 
-    geometry = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    options = {"conv": Conv(padding=(1, 1)), "config": config()}
     x, weight = torch.randn(1, 5, 9, 7).double(), torch.randn(5, 1, 3, 3).double()
     errors = []
     for call in (
-        lambda: depthwise_conv2d.forward(x, weight, **geometry, config=config()),
-        lambda: depthwise_conv2d.input_gradient(x, weight, x.shape, **geometry, config=config()),
-        lambda: depthwise_conv2d.weight_gradient(x, x, weight.shape, **geometry, config=config()),
+        lambda: depthwise_conv2d.forward(x, weight, **options),
+        lambda: depthwise_conv2d.input_gradient(x, weight, x.shape, **options),
+        lambda: depthwise_conv2d.weight_gradient(x, x, weight.shape, **options),
     ):
         try:
             call()

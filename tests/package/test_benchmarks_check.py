@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import advdl_ops
-from advdl_ops.functional import _conv2d_cpu
+from advdl_ops._conv import cpu, operators
 from benchmarks import calls, memory, model_flow, op_flow, registry
 from benchmarks.check import wrong_values
 from benchmarks.record import compiled_name
@@ -184,11 +184,11 @@ def _scaled(function: Any, result: int | None, factor: float, only: int | None =
 
 # owner, attribute, which of its results
 _BACKWARD = {
-    "x of conv": (_conv2d_cpu, "conv2d_backward", 0),
-    "weight of conv": (_conv2d_cpu, "conv2d_backward", 1),
-    "bias of conv": (_conv2d_cpu, "conv2d_backward", 2),
-    "x of own dense conv": (torch.ops.advdl_ops, "dense_conv2d_backward", 0),
-    "weight of own dense conv": (torch.ops.advdl_ops, "dense_conv2d_backward", 1),
+    "x of conv": (operators, "backward", 0),
+    "weight of conv": (operators, "backward", 1),
+    "bias of conv": (operators, "backward", 2),
+    "x of own dense conv": (cpu, "_dense_backward_op", 0),
+    "weight of own dense conv": (cpu, "_dense_backward_op", 1),
     "x of batch norm": (batch_norm, "_backward_op", 0),
     "weight of batch norm": (batch_norm, "_backward_op", 2),
     "bias of batch norm": (batch_norm, "_backward_op", 3),
@@ -197,8 +197,8 @@ _BACKWARD = {
     "weight of transposed conv": (conv_transpose, "_convolution_backward_op", 1),
 }
 _FORWARD = {
-    "conv": (_conv2d_cpu, "conv2d", None),
-    "own dense conv": (torch.ops.advdl_ops, "dense_conv2d", None),
+    "conv": (operators, "forward", None),
+    "own dense conv": (cpu, "_dense_op", None),
     "batch norm": (batch_norm, "_forward_in_place_op", 0),
     "group norm": (group_norm, "_forward_op", 0),
 }
@@ -218,8 +218,8 @@ def test_a_wrong_call_is_refused(what: str, factor: float, monkeypatch: Any) -> 
 
 @pytest.mark.parametrize("only", range(4))
 def test_one_wrong_call_among_right_ones_is_refused(only: int, monkeypatch: Any) -> None:
-    wrong = _scaled(_conv2d_cpu.conv2d_backward, 1, 1.001, only)
-    monkeypatch.setattr(_conv2d_cpu, "conv2d_backward", wrong)
+    wrong = _scaled(operators.backward, 1, 1.001, only)
+    monkeypatch.setattr(operators, "backward", wrong)
     assert len(_check("train")) == 1
 
 
@@ -246,7 +246,7 @@ def test_a_gradient_changed_after_its_operator_is_refused() -> None:
 
 @pytest.mark.parametrize("only", range(3))
 def test_a_wrong_layer_of_inference_is_refused(only: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(layer, "onednn_conv_act", _scaled(layer.onednn_conv_act, None, 1.001, only))
+    monkeypatch.setattr(cpu, "onednn_fused", _scaled(cpu.onednn_fused, None, 1.001, only))
     refused = _check("inference")
     assert len(refused) == 1
     assert "output" in next(iter(refused.values()))

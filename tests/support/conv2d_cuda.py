@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from advdl_ops import _schemas, reference
+from advdl_ops import _schemas, reference, tuning
+from advdl_ops._conv import choice, cuda, operators, problem
+from advdl_ops._conv.problem import Conv, Epilogue, Problem
 from advdl_ops.activation import ACTIVATIONS, IDENTITY, Activation
-from advdl_ops.functional import _conv2d_cuda as cuda
 from advdl_ops.reference.batch_norm_act import acc_dtype
 from advdl_ops.triton.conv2d import Config
 
@@ -63,27 +65,32 @@ class Launchers:
     def __init__(self, depthwise: bool) -> None:
         self.depthwise, self.called = depthwise, []
 
-    def conv(self, options: dict[str, Any], channels: int) -> dict[str, Any]:
-        assert ("groups" in options) != self.depthwise
-        return {"groups": channels, **options}
+    def checked(self, conv: Conv, channels: int) -> Conv:
+        assert not self.depthwise or conv.groups == channels
+        return conv
 
-    def forward(
-        self, x, weight, *, scale, shift, residual, act, config, with_sums=False, **options
-    ):
-        self.called.append(("forward with sums" if with_sums else "forward", config))
-        options = self.conv(options, x.shape[1])
-        args = x, weight, None, *options_of(options), scale, shift, residual, act
-        out = last(reference.conv2d(*args))
-        return out if self.depthwise else (out, statistics_of(out) if with_sums else None)
+    def forward(self, x, weight, *, conv, epilogue, config):
+        self.called.append(("forward", config))
+        return self.computed(x, weight, conv, epilogue)
 
-    def input_gradient(self, dz, weight, x_shape, *, config, **options):
+    def forward_with_statistics(self, x, weight, *, conv, epilogue, config):
+        assert not self.depthwise
+        self.called.append(("forward with statistics", config))
+        out = self.computed(x, weight, conv, epilogue)
+        return out, statistics_of(out)
+
+    def computed(self, x, weight, conv, epilogue):
+        conv = self.checked(conv, x.shape[1])
+        return last(reference.conv2d(x, weight, None, *conv, *epilogue))
+
+    def input_gradient(self, dz, weight, x_shape, *, conv, config):
         self.called.append(("input_gradient", config))
-        options = self.conv(options, x_shape[1])
+        options = self.checked(conv, x_shape[1])._asdict()
         return last(torch.nn.grad.conv2d_input(x_shape, weight, dz, **options))
 
-    def weight_gradient(self, dz, x, weight_shape, *, config, **options):
+    def weight_gradient(self, dz, x, weight_shape, *, conv, config):
         self.called.append(("weight_gradient", config))
-        options = self.conv(options, x.shape[1])
+        options = self.checked(conv, x.shape[1])._asdict()
         dweight = torch.nn.grad.conv2d_weight(x.float(), weight_shape, dz.float(), **options)
         return last(dweight)
 
@@ -101,6 +108,28 @@ def options_of(options: dict[str, Any]) -> tuple[Any, ...]:
 
 def last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
+
+
+def serve_as_on_cuda(monkeypatch: Any, dense: Launchers, depthwise: Launchers) -> None:
+    """CPU tensors are served by the candidates of CUDA, the Triton kernels by these launchers."""
+
+    def chosen(problem: Problem, device: torch.device, trial: Any) -> choice.Candidate:
+        found = choice.candidates(problem, torch.device("cuda"))
+        return choice._by_measurement(problem, found, device, trial)
+
+    monkeypatch.setattr(choice, "chosen", chosen)
+    monkeypatch.setattr(choice, "is_torchs", lambda _: False)
+    # No cached answer of the real launchers, and none of these left behind.
+    for name in ("_on_cuda", "configs"):
+        module = choice if name == "_on_cuda" else cuda
+        monkeypatch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))
+    monkeypatch.setattr(problem, "_settings_on_cpu", problem._settings_on_cuda)
+    monkeypatch.setattr(
+        cuda, "launchers", lambda is_depthwise: depthwise if is_depthwise else dense
+    )
+    monkeypatch.setattr(cuda, "has_triton", lambda: True)
+    monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(tuning, "_unmeasured", {})
 
 
 class Tuner:
@@ -142,17 +171,11 @@ def forward(case: Case, i: Inputs, act: Activation, epilogue: tuple[str, ...]) -
     extras = [
         getattr(i, name) if name in epilogue else None for name in ("scale", "shift", "residual")
     ]
-    options = list(options_of(case.options))
-    if case.depthwise:
-        return cuda.depthwise_conv2d(i.x, i.weight, *extras, *options[:3], act.code, act.param)
-    return cuda.conv2d(i.x, i.weight, *extras, *options, act.code, act.param)
+    return operators.forward(i.x, i.weight, Conv(**case.options), Epilogue(*extras, act))
 
 
 def backward(case: Case, i: Inputs, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
-    options = list(options_of(case.options))
-    if case.depthwise:
-        return cuda.depthwise_conv2d_backward(i.dz, i.x, i.weight, *options[:3], *needs)
-    return cuda.conv2d_backward(i.dz, i.x, i.weight, *options, *needs)
+    return operators.backward(i.dz, i.x, i.weight, Conv(**case.options), needs)
 
 
 def wide(i: Inputs, dtype: torch.dtype) -> Inputs:

@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from advdl_ops.activation import ACTIVATIONS, IDENTITY
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Half of the distance from 1 to the next number: the largest relative error of one rounding.
@@ -196,3 +199,33 @@ def compile_kernel(
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, f"no register count in {usage!r}"
     return Compiled(int(found[2]), int(found[1]), compiled.metadata.shared, compiled.asm["ptx"])
+
+
+STEEPEST = 1.13  # of silu and gelu
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "hardswish": F.hardswish,
+    "relu6": F.relu6,
+}
+
+
+def case_id(case: dict[str, Any]) -> str:
+    return "-".join(
+        "x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in case.values()
+    )
+
+
+def act_of(name: str) -> Any:
+    return IDENTITY if name == "identity" else ACTIVATIONS[name]
+
+
+def per_channel(v: Tensor) -> Tensor:
+    return v.double()[:, None, None]

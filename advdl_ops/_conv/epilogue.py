@@ -10,7 +10,7 @@ from torch import Tensor
 from ..activation import Activation
 from ..backend import unwatched
 from ..reference.batch_norm_act import acc_dtype
-from ._activation import activated
+from .activation import activated
 
 _norm_op = torch.ops.advdl_ops.batch_norm_act.default
 

@@ -1,0 +1,435 @@
+"""Which implementation serves a convolution: for each device and direction an ordered list of candidates.
+
+A candidate *accepts* the problems that it can compute. Among those, on CPU, the first whose *rule* holds serves; a rule
+is a comparison with one of :data:`THRESHOLDS`, which were measured on one machine and may be wrong on another. A
+measured choice wins over the rules: :func:`advdl_ops.tune` measures and stores it (``tuning.py``). On CUDA there are no
+rules: every problem is measured when it is first met, and the first candidate serves where nothing may be measured.
+
+`python -m benchmarks run --suite choice` measures every candidate at the shapes around each threshold and prints the
+thresholds that the records support.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import tuning
+from .._library import cpu_capability, native
+from . import cpu, cuda
+from .problem import (
+    BOTH,
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    FOLDED,
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    WITH_NORM,
+    Problem,
+)
+
+
+class Thresholds(NamedTuple):
+    """Where one CPU implementation overtakes another, in fp32.
+
+    Attributes:
+        small: numbers of x up to which torch chooses what computes: a call of oneDNN takes 30 to 50 us.
+        few_channels: below, lanes of the dense kernel are empty.
+        few_pixels: of the output; below, the dense kernel packs a weight for too few products.
+        pixels, pixels_contiguous: up to these the dense kernel serves x in channels_last, in contiguous memory: oneDNN
+            reorders the whole weight in every call, which the products of a few pixels do not outweigh.
+        pixels_strided: so for a strided gradient of x, for which oneDNN multiplies zeros.
+        pixels_dweight, pixels_dweight_contiguous: so for the gradient of a weight of ``many_channels`` or more.
+        many_channels: see there.
+        pixels_dweight_dilated: so for the gradient of a weight of ``large_dilation`` or more.
+        large_dilation: from here on oneDNN is faster in channels_last by more than two conversions take.
+        short_row: pixels in a row of the output up to which, contiguous, oneDNN's prepacked depthwise convolution is
+            faster than the depthwise kernel.
+        depthwise_cached_bytes: size of x up to which, contiguous with a stride of 2, the depthwise kernel is faster by
+            way of channels_last.
+    """
+
+    small: int = 8192
+    few_channels: int = 32
+    few_pixels: int = 48
+    pixels: int = 256
+    pixels_contiguous: int = 128
+    pixels_strided: int = 800
+    pixels_dweight: int = 800
+    pixels_dweight_contiguous: int = 512
+    many_channels: int = 128
+    pixels_dweight_dilated: int = 2048
+    large_dilation: int = 8
+    short_row: int = 8
+    depthwise_cached_bytes: int = 8 << 20
+
+
+THRESHOLDS: Mapping[str, Thresholds] = {
+    "avx512": Thresholds(),
+    "avx2": Thresholds(),
+    "default": Thresholds(),
+}
+# Where they were measured.
+RECORDS: Mapping[str, str] = {
+    "avx512": "",
+    "avx2": "",
+    "default": "not measured: as avx2",
+}
+
+Accepts = Callable[[Problem], bool]
+
+
+class Rule(NamedTuple):
+    """Where, measured on another machine, a candidate is the fastest of those that follow it.
+
+    Attributes:
+        text: in words, with the values of the thresholds.
+        holds: the same as a function.
+    """
+
+    text: str
+    holds: Callable[[Problem, Thresholds], bool]
+
+
+class Candidate(NamedTuple):
+    """One implementation of one direction.
+
+    Attributes:
+        name: as records, the store of choices and ``explain`` have it.
+        run: see ``cpu.py``.
+        accepts: whether it can compute a problem.
+        rule: ``None`` where it always serves.
+        memory_format: in which it computes; ``None``: that of x.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    accepts: Accepts = lambda _: True
+    rule: Rule | None = None
+    memory_format: torch.memory_format | None = None
+
+    def format_for(self, problem: Problem) -> torch.memory_format:
+        return self.memory_format or problem.memory_format
+
+
+# ---- CPU ----
+
+
+def _accepts_depthwise(p: Problem) -> bool:
+    return p.is_depthwise and native("cpu")
+
+
+def _accepts_depthwise_contiguous(p: Problem) -> bool:
+    """The contiguous kernel copies the whole reach of a filter, most of which may lie outside of the image."""
+    if not _accepts_depthwise(p):
+        return False
+    if p.layout == CHANNELS_LAST:
+        return True
+    reach = [d * (k - 1) for d, k in zip(p.dilation, p.weight[2:], strict=True)]
+    height, width = p.x[2:]
+    is_far = reach[0] > 4 * height or reach[1] > 4 * width
+    return not is_far and (reach[0] + 4) * (reach[1] + p.out_size[1]) <= 1 << 18
+
+
+def _accepts_dense(p: Problem) -> bool:
+    return (
+        p.groups == 1
+        and p.dtype == torch.float32
+        and p.taps <= 64
+        and p.x_numel > 0
+        and native("cpu")
+    )
+
+
+def _accepts_onednn(p: Problem) -> bool:
+    return p.library and p.dtype == torch.float32 and p.x_numel > 0
+
+
+def _is_not_last(p: Problem) -> bool:
+    return p.layout not in (CHANNELS_LAST, BOTH)
+
+
+def _accepts_depthwise_in_last(p: Problem) -> bool:
+    return p.layout != CHANNELS_LAST and _accepts_depthwise(p)
+
+
+def _depthwise_is_fast_as_it_is(p: Problem, t: Thresholds) -> bool:
+    if p.layout == CHANNELS_LAST:
+        return True
+    # Of one output on an axis nothing is stepped over.
+    stride = max(s if size > 1 else 1 for s, size in zip(p.stride, p.out_size, strict=True))
+    is_cached = p.x_numel * p.dtype.itemsize <= t.depthwise_cached_bytes
+    return stride <= 4 and (p.x[1] < 16 or stride == 1 or (stride == 2 and not is_cached))
+
+
+def _dense_channels(p: Problem, t: Thresholds) -> bool:
+    return min(p.weight[:2]) >= t.few_channels and p.pixels >= t.few_pixels
+
+
+def _dilates_widely(p: Problem, t: Thresholds) -> bool:
+    return p.dtype == torch.float32 and max(p.dilation) >= t.large_dilation
+
+
+def _few_pixels(p: Problem, t: Thresholds) -> bool:
+    computes_last = p.is_channels_last or _dilates_widely(p, t)
+    limit = t.pixels if computes_last else t.pixels_contiguous
+    return _dense_channels(p, t) and p.pixels <= limit
+
+
+def _few_pixels_dx(p: Problem, t: Thresholds) -> bool:
+    limit = t.pixels if p.is_channels_last else t.pixels_contiguous
+    if max(p.stride) > 1:
+        limit = t.pixels_strided
+    return _dense_channels(p, t) and p.pixels <= limit
+
+
+def _few_pixels_dweight(p: Problem, t: Thresholds) -> bool:
+    limit = t.pixels
+    if _dilates_widely(p, t):
+        limit = t.pixels_dweight_dilated
+    elif min(p.weight[:2]) >= t.many_channels:
+        limit = t.pixels_dweight if p.is_channels_last else t.pixels_dweight_contiguous
+    return _dense_channels(p, t) and p.pixels <= limit
+
+
+def _is_large(p: Problem, t: Thresholds) -> bool:
+    # A weight larger than x is reordered in every call of oneDNN: 1x1 of 1x512x7x7 to 2048 channels in channels_last
+    # takes twice torch's time.
+    return p.x_numel > max(t.small, p.weight_numel)
+
+
+_AS_IT_IS = Rule(
+    "channels_last or stride 1; contiguous to stride 4 of less than 16 channels, to stride 2 of x above "
+    "{depthwise_cached_bytes} bytes",
+    _depthwise_is_fast_as_it_is,
+)
+_WIDE = Rule("dilation of {large_dilation} or more", _dilates_widely)
+_LARGE = Rule("x of more than {small} numbers, and more than the weight's", _is_large)
+_LARGE_AND_WIDE = Rule(
+    f"{_WIDE.text}, {_LARGE.text}", lambda p, t: _dilates_widely(p, t) and _is_large(p, t)
+)
+_DENSE = "{few_channels} channels or more and {few_pixels} output pixels"
+_FEW = Rule(f"{_DENSE} to {{pixels}} (contiguous: {{pixels_contiguous}})", _few_pixels)
+_FEW_DX = Rule(f"{_FEW.text}, strided to {{pixels_strided}}", _few_pixels_dx)
+_FEW_DWEIGHT = Rule(
+    f"{_DENSE} to {{pixels}}, of {{many_channels}} channels to {{pixels_dweight}} (contiguous: "
+    "{pixels_dweight_contiguous}), dilated by {large_dilation} to {pixels_dweight_dilated}",
+    _few_pixels_dweight,
+)
+
+
+def _rows_are_long(p: Problem, t: Thresholds) -> bool:
+    return p.layout != CONTIGUOUS or p.out_size[1] > t.short_row
+
+
+def _packing_pays(p: Problem, t: Thresholds) -> bool:
+    # oneDNN's fused call answers in channels_last: of contiguous images that are larger than the weight the conversion
+    # takes longer than what it saves.
+    return p.layout == CHANNELS_LAST or p.weight_numel >= p.x_numel
+
+
+_LONG_ROWS = Rule("channels_last, or rows of more than {short_row} output pixels", _rows_are_long)
+_LONG_ROWS_AS_IT_IS = Rule(
+    f"{_LONG_ROWS.text}; {_AS_IT_IS.text}",
+    lambda p, t: _rows_are_long(p, t) and _depthwise_is_fast_as_it_is(p, t),
+)
+_PACKING = Rule("channels_last, or a weight as large as x", _packing_pays)
+
+_LAST = torch.channels_last
+DEPTHWISE, DENSE, ONEDNN, TORCH = "depthwise kernel", "dense kernel", "onednn", "torch"
+PREPACKED = "onednn, prepacked"
+# With a norm in training behind it.
+APART = "convolution, then norm"
+
+
+def _by_way_of_last(name: str) -> str:
+    return f"{name} in channels_last"
+
+
+def _gradients_on_cpu(few_pixels: Rule) -> tuple[Candidate, ...]:
+    own, torch_ = cpu.depthwise_gradients, cpu.gradients_by_torch
+    return (
+        Candidate(DEPTHWISE, own, _accepts_depthwise_contiguous, _AS_IT_IS),
+        Candidate(_by_way_of_last(DEPTHWISE), own, _accepts_depthwise_in_last, None, _LAST),
+        Candidate(DENSE, cpu.dense_gradients, _accepts_dense, few_pixels),
+        Candidate(_by_way_of_last(TORCH), torch_, _is_not_last, _WIDE, _LAST),
+        Candidate(TORCH, torch_),
+    )
+
+
+ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
+    FORWARD: (
+        Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise_contiguous, _AS_IT_IS),
+        Candidate(
+            _by_way_of_last(DEPTHWISE), cpu.depthwise, _accepts_depthwise_in_last, None, _LAST
+        ),
+        Candidate(DENSE, cpu.dense, _accepts_dense, _FEW),
+        Candidate(
+            _by_way_of_last(ONEDNN),
+            cpu.onednn,
+            lambda p: _accepts_onednn(p) and _is_not_last(p),
+            _LARGE_AND_WIDE,
+            _LAST,
+        ),
+        Candidate(ONEDNN, cpu.onednn, _accepts_onednn, _LARGE),
+        Candidate(_by_way_of_last(TORCH), cpu.by_torch, _is_not_last, _WIDE, _LAST),
+        Candidate(TORCH, cpu.by_torch),
+    ),
+    # The weight has the norm's scale in it, and is kept; so a layout of oneDNN's own can be paid for once.
+    FOLDED: (
+        Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise_contiguous, _LONG_ROWS_AS_IT_IS),
+        Candidate(
+            _by_way_of_last(DEPTHWISE),
+            cpu.depthwise,
+            _accepts_depthwise_in_last,
+            _LONG_ROWS,
+            _LAST,
+        ),
+        Candidate(PREPACKED, cpu.prepacked, _accepts_onednn, _PACKING),
+        Candidate(TORCH, cpu.by_torch),
+    ),
+    INPUT_GRADIENT: _gradients_on_cpu(_FEW_DX),
+    WEIGHT_GRADIENT: _gradients_on_cpu(_FEW_DWEIGHT),
+}
+
+
+def capability() -> str:
+    """``"default"``, ``"avx2"`` or ``"avx512"``: what this package's kernels use, and whose thresholds hold."""
+    return cpu_capability()
+
+
+def thresholds() -> Thresholds:
+    return THRESHOLDS[capability()]
+
+
+# ---- CUDA ----
+
+
+@functools.cache
+def _on_cuda(
+    direction: str, depthwise: bool, dtype: torch.dtype, is_last: bool, tf32: bool
+) -> tuple[Candidate, ...]:
+    is_forward = direction == FORWARD
+    native_run = cuda.by_torch if is_forward else cuda.gradients_by_torch
+    triton_run: Any = cuda.triton_forward if is_forward else cuda.triton_gradients
+    name = "aten" if depthwise else "cudnn"
+    found = [Candidate(name, native_run)]
+    if direction == WITH_NORM:
+        # Apart the convolution is chosen for itself.
+        joined = cuda.configs(FORWARD, depthwise, dtype, tf32)
+        run = cuda.triton_forward_with_statistics
+        return Candidate(APART, native_run), *(
+            Candidate(f"{of} with statistics", functools.partial(run, config=config))
+            for of, config in joined.items()
+        )
+    if dtype in cuda.TRITON_DTYPES:
+        if not is_last:
+            found.append(Candidate(f"{name} channels_last", native_run, memory_format=_LAST))
+        for of, config in cuda.configs(direction, depthwise, dtype, tf32).items():
+            found.append(Candidate(of, functools.partial(triton_run, config=config)))
+    return tuple(found)
+
+
+# ---- the choice ----
+
+
+def candidates(problem: Problem, device: torch.device) -> tuple[Candidate, ...]:
+    """Those that accept, in order."""
+    if device.type == "cpu":
+        listed = ON_CPU[problem.direction]
+        return tuple(candidate for candidate in listed if candidate.accepts(problem))
+    is_empty = problem.x_numel == 0
+    return _on_cuda(
+        problem.direction, problem.is_depthwise, torch.float64 if is_empty else problem.dtype,
+        problem.layout == CHANNELS_LAST, problem.tf32,
+    )  # fmt: skip
+
+
+Trial = Callable[[Candidate], Any]
+
+# On CPU, what serves a problem: found once, until :func:`forget`.
+_chosen_on_cpu: dict[Problem, Candidate] = {}
+_torchs: dict[Problem, bool] = {}
+_KEPT_AT_MOST = 4096
+_CPU = torch.device("cpu")
+
+
+def chosen(problem: Problem, device: torch.device, trial: Trial) -> Candidate:
+    """The candidate that serves.
+
+    Args:
+        problem: of the call.
+        device: of its tensors.
+        trial: one call by a candidate, for a measurement; writes nothing that lasts.
+    """
+    if device.type != "cpu":
+        return _by_measurement(problem, candidates(problem, device), device, trial)
+    found = _chosen_on_cpu.get(problem)
+    if found is None:
+        accepting = candidates(problem, device)
+        # What the rules say comes first: it serves where nothing may be measured.
+        ordered = by_rule(problem, accepting), *accepting
+        found = _by_measurement(problem, ordered, device, trial)
+        if len(_chosen_on_cpu) >= _KEPT_AT_MOST:
+            _chosen_on_cpu.clear()
+        _chosen_on_cpu[problem] = found
+    return found
+
+
+def _by_measurement(
+    problem: Problem, ordered: tuple[Candidate, ...], device: torch.device, trial: Trial
+) -> Candidate:
+    """What was measured earlier, or is now; the first where neither may be."""
+    by_name = {candidate.name: candidate for candidate in ordered}
+    if len(by_name) == 1:
+        return ordered[0]
+    name = tuning.recall(problem, device)
+    if name is None:
+        calls = {name: functools.partial(trial, c) for name, c in by_name.items()}
+        name = tuning.choose(problem, calls, device)
+    return by_name[name]
+
+
+def by_rule(problem: Problem, accepting: tuple[Candidate, ...]) -> Candidate:
+    """The first whose rule holds, on CPU."""
+    t = thresholds()
+    return next(c for c in accepting if c.rule is None or c.rule.holds(problem, t))
+
+
+def is_torchs(problem: Problem) -> bool:
+    """Whether torch serves this forward on CPU and both of its gradients, in the format of x."""
+    if tuning.is_on(_CPU):
+        return False  # each is to be measured
+    found = _torchs.get(problem)
+    if found is None:
+        if len(_torchs) >= _KEPT_AT_MOST:
+            _torchs.clear()
+        forward = _named(problem) in (ONEDNN, TORCH)
+        gradient = problem._replace(epilogue=problem.layout)
+        found = _torchs[problem] = forward and all(
+            _named(gradient._replace(direction=direction)) == TORCH
+            for direction in (INPUT_GRADIENT, WEIGHT_GRADIENT)
+        )
+    return found
+
+
+def _named(problem: Problem) -> str:
+    """What serves on CPU: measured earlier, or by the rules; nothing is measured."""
+    accepting = candidates(problem, _CPU)
+    name = tuning.find(problem, [c.name for c in accepting], _CPU)
+    return by_rule(problem, accepting).name if name is None else name
+
+
+def forget() -> None:
+    """What serves on CPU is asked for again: of the store, a measurement or the rules."""
+    _chosen_on_cpu.clear()
+    _torchs.clear()
+
+
+def met() -> list[Problem]:
+    """The problems that this process has met on CPU since :func:`forget`."""
+    return list(_chosen_on_cpu)

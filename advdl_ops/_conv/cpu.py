@@ -1,0 +1,217 @@
+"""What computes a convolution on CPU: this package's kernels, oneDNN with its own epilogue, or torch.
+
+A forward takes ``(x, weight, conv, epilogue, memory_format)`` and returns the output; a gradient takes
+``(dz, x, weight, conv, needs, memory_format)``, ``needs`` being those of x, weight and bias, and returns all three,
+``None`` for what is not needed. ``memory_format`` is the one to compute in; the caller converts the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._stock_faults import fails_in_channels_last, padded, sees_nothing
+from ..activation import IDENTITY, Activation
+from ..reference.activation import activate
+from ..reference.batch_norm_act import acc_dtype
+from .activation import activated
+from .epilogue import epilogue as run_epilogue
+from .problem import Conv, Epilogue, convert, without_data
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Needs = tuple[bool, bool, bool]
+
+_depthwise_op = torch.ops.advdl_ops.depthwise_conv2d.default
+_depthwise_backward_op = torch.ops.advdl_ops.depthwise_conv2d_backward.default
+_dense_op = torch.ops.advdl_ops.dense_conv2d.default
+_dense_backward_op = torch.ops.advdl_ops.dense_conv2d_backward.default
+_torch_backward_op = torch.ops.aten.convolution_backward.default
+
+
+# ---- csrc/cpu/depthwise_conv2d.cpp and depthwise_conv2d_last.cpp ----
+
+
+def depthwise(
+    x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue, memory_format: torch.memory_format
+) -> Tensor:
+    scale, shift, residual, act = epilogue
+    x = convert(x, memory_format)
+    return _depthwise_op(x, weight, scale, shift, residual, *conv[:3], act.code, act.param)
+
+
+def depthwise_gradients(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    needs: Needs,
+    memory_format: torch.memory_format,
+) -> Gradients:
+    x = convert(x, memory_format) if needs[1] else without_data(x, memory_format)
+    found = _depthwise_backward_op(dz, x, weight, *conv[:3], *needs)
+    return _needed(found, needs)
+
+
+# ---- csrc/cpu/dense_conv2d.cpp ----
+
+
+def dense(
+    x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue, memory_format: torch.memory_format
+) -> Tensor:
+    weight, shift, rest = _folded(x, weight, epilogue)
+    act = rest.act
+    return _dense_op(x, weight, shift, rest.residual, *conv[:3], act.code, act.param)
+
+
+def dense_gradients(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    needs: Needs,
+    memory_format: torch.memory_format,
+) -> Gradients:
+    dx, dweight = _dense_backward_op(dz, x, weight, *conv[:3], *needs[:2])
+    return _needed((dx, dweight, sum_of(dz) if needs[2] else dx), needs)
+
+
+# ---- oneDNN's fused convolution ----
+
+# What oneDNN calls the activations that it applies to the output while that is in cache; elu is not offered.
+_ONEDNN_NAMES = {
+    "identity": "none",
+    "silu": "swish",
+    "gelu_tanh": "gelu",
+    "relu6": "hardtanh",
+    **{name: name for name in ("relu", "leaky_relu", "gelu", "sigmoid", "tanh", "hardswish")},
+}
+
+
+def onednn(
+    x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue, memory_format: torch.memory_format
+) -> Tensor:
+    weight, shift, (_, _, residual, act) = _folded(x, weight, epilogue)
+    x, conv = _seen(convert(x, memory_format), weight, conv)
+    # oneDNN's relu and relu6 would hide a NaN from whoever trains; a pass in place costs 0.3 % of a 3x3 convolution
+    # of 64 channels, 4 % of a 1x1.
+    later = act if act.name in ("relu", "relu6") else IDENTITY
+    inside = act if later is IDENTITY else IDENTITY
+    return activated(onednn_fused(x, weight, shift, conv, residual, inside), later, in_place=True)
+
+
+def onednn_fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Conv,
+    residual: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    """``act(conv2d(x, weight, bias) + residual)``, mostly in channels_last whatever ``x`` is.
+
+    oneDNN's relu and relu6 give 0 for NaN.
+    """
+    options = conv.padding, conv.stride, conv.dilation, conv.groups
+    ops = torch.ops.mkldnn
+    if residual is not None:
+        unary = "relu" if act.name == "relu" else None
+        out = ops._convolution_pointwise.binary(
+            x, residual, weight, bias, *options, "add", 1.0, unary, [], ""
+        )
+        return activate(out, act) if unary is None else out
+    if act.name in _ONEDNN_NAMES:
+        scalars = {"leaky_relu": [act.param], "relu6": [0.0, 6.0]}.get(act.name, [])
+        algorithm = {"gelu": "none", "gelu_tanh": "tanh"}.get(act.name, "")
+        return ops._convolution_pointwise(
+            x, weight, bias, *options, _ONEDNN_NAMES[act.name], scalars, algorithm
+        )
+    return activate(ops._convolution_pointwise(x, weight, bias, *options, "none", [], ""), act)
+
+
+def prepack(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+    """``weight`` in the blocked layout that oneDNN likes best for inputs of ``x``'s shape."""
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
+    )
+
+
+def prepacked(
+    x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue, memory_format: torch.memory_format
+) -> Tensor:
+    """Of what :func:`prepack` gave. As in what Inductor makes of a frozen network relu and relu6 give 0 for NaN."""
+    _, bias, residual, act = epilogue
+    return onednn_fused(x, weight, bias, conv, residual, act)
+
+
+# ---- torch's own: oneDNN, or a kernel of torch, as its dispatcher decides ----
+
+
+def by_torch(
+    x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue, memory_format: torch.memory_format
+) -> Tensor:
+    weight, bias, rest = _folded(x, weight, epilogue)
+    x, conv = _seen(convert(x, memory_format), weight, conv)
+    # The same operator by way of torch.ops takes 4 us more.
+    out = torch.convolution(
+        x, weight, bias, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
+    )
+    return run_epilogue(out, *rest)
+
+
+def gradients_by_torch(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    needs: Needs,
+    memory_format: torch.memory_format,
+) -> Gradients:
+    if needs[1] and fails_in_channels_last(x, weight, *conv):
+        memory_format = torch.contiguous_format
+        weight = convert(weight, memory_format)
+    dbias = sum_of(dz) if needs[2] else None
+    dz, x = convert(dz, memory_format), convert(x, memory_format)
+    dx, dweight, _ = _torch_backward_op(
+        dz, x, weight, None, *conv[:3], False, [0, 0], conv.groups, [*needs[:2], False]
+    )
+    return dx, dweight, dbias
+
+
+# ---- shared ----
+
+
+def sum_of(dz: Tensor) -> Tensor:
+    """The gradient of a bias: ``[C_out]``, in fp32 at least."""
+    return dz.sum((0, 2, 3), dtype=acc_dtype(dz.dtype))
+
+
+def _folded(
+    x: Tensor, weight: Tensor, epilogue: Epilogue
+) -> tuple[Tensor, Tensor | None, Epilogue]:
+    """Weight and bias of a convolution that needs no scale and no shift behind it, and what is left to do.
+
+    In half precision a folded scale would round the weights once more, and a wider shift would be rounded: those are
+    left.
+    """
+    scale, shift, residual, act = epilogue
+    if acc_dtype(x.dtype) != x.dtype and (
+        scale is not None or shift is None or shift.dtype != x.dtype
+    ):
+        return weight, None, epilogue
+    if scale is not None:
+        weight = weight * scale.view(-1, 1, 1, 1)
+    return weight, shift, Epilogue(None, None, residual, act)
+
+
+def _seen(x: Tensor, weight: Tensor, conv: Conv) -> tuple[Tensor, Conv]:
+    """Where no tap falls on a column of the image oneDNN may end the process: then the padding is part of ``x``."""
+    if not sees_nothing(x, weight, *conv[:3]):
+        return x, conv
+    return padded(x, conv.padding), conv._replace(padding=(0, 0))
+
+
+def _needed(found: tuple[Any, ...], needs: Needs) -> Gradients:
+    dx, dweight, dbias = (t if need else None for t, need in zip(found, needs, strict=True))
+    return dx, dweight, dbias
