@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from . import _library, _served, nn, tuning
+from ._conv import choice
+from ._conv.choice import APART
+from ._conv.problem import WITH_NORM, Problem
 from ._optimize import notes, record_of, summary
 from .backend import get_backend
-from .functional._conv2d_cuda import APART, WITH_NORM
 from .nn.group_norm import _InstanceNorm
 
 __all__ = ["Explanation", "Layer", "explain"]
@@ -28,31 +30,49 @@ _NOT_MEASURED = "not measured yet: run a forward"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A choice by measurement.
+class Chosen:
+    """What serves one direction of a convolution, and why.
 
     Attributes:
-        key: operator, direction, shapes and options, as of ``functional/_conv2d_cuda.py``.
-        chosen: the name of the fastest candidate.
-        seconds: median time of each candidate.
+        problem: the direction, shapes and options, see ``_conv/problem.py``.
+        name: of the candidate that serves.
+        why: the rule by which it does, and the record that the rule came from; empty where it was measured.
+        others: the names of the candidates that could serve as well, in order.
+        seconds: where it was measured, the median time of each candidate.
         failed: of those that did not run, the error.
     """
 
-    key: Any
-    chosen: str
+    problem: Problem
+    name: str
+    why: str
+    others: tuple[str, ...]
     seconds: dict[str, float]
     failed: dict[str, str]
 
     def __str__(self) -> str:
-        times = [
+        p = self.problem
+        dtype = str(p.dtype).removeprefix("torch.")
+        of = f"{p.direction} of {'x'.join(map(str, p.x))} {dtype} {p.layout}, epilogue {p.epilogue}"
+        reasons = [self.why] if self.why else []
+        reasons += [
             f"{name} {seconds * 1e6:.1f} us"
             for name, seconds in sorted(self.seconds.items(), key=lambda item: item[1])
         ]
-        times += [f"{name} failed ({why})" for name, why in self.failed.items()]
-        of = f"{self.key.direction} of {'x'.join(map(str, self.key.x))} {self.key.dtype} {self.key.layout}"
-        return (
-            f"{of}, epilogue {self.key.epilogue}: {self.chosen} ({', '.join(times) or 'not timed'})"
-        )
+        reasons += [f"{name} failed ({why})" for name, why in self.failed.items()]
+        if not self.seconds and self.others:
+            reasons.append(f"also accepted by {', '.join(self.others)}")
+        return f"{of}: {self.name} ({'; '.join(reasons) or 'not timed'})"
+
+
+def _chosen(problem: Problem) -> Chosen:
+    """On CPU."""
+    device = torch.device("cpu")
+    names = [candidate.name for candidate in choice.candidates(problem, device)]
+    candidate, measured = choice.expected(problem), tuning.find(problem, names, device)
+    others = tuple(name for name in names if name != candidate.name)
+    if measured is not None:
+        return Chosen(problem, candidate.name, "", others, measured.seconds, measured.failed)
+    return Chosen(problem, candidate.name, choice.reason(candidate), others, {}, {})
 
 
 @dataclass(frozen=True)
@@ -63,17 +83,17 @@ class Layer:
         name: in the model, as of ``named_modules``.
         kind: its class.
         served_by: the implementation; of the reference with the reason.
-        choices: what was measured for it in this process, or read from an earlier one's file.
+        choices: what serves each direction of a convolution, and why; on CPU for the inputs that were given.
     """
 
     name: str
     kind: str
     served_by: str
-    choices: tuple[Measured, ...] = ()
+    choices: tuple[Chosen, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.name or '(the module itself)'}  {self.kind}: {self.served_by}"]
-        return "\n".join([*lines, *(f"    {choice}" for choice in self.choices)])
+        return "\n".join([*lines, *(f"    {chosen}" for chosen in self.choices)])
 
 
 @dataclass(frozen=True)
@@ -147,9 +167,9 @@ def explain(
     default = _device(module) or next(
         (t.device for t in inputs if isinstance(t, Tensor)), torch.device("cpu")
     )
-    told = _run(module, inputs, default) if inputs else {}
+    told, met = _run(module, inputs, default) if inputs else ({}, {})
     layers = (
-        _layer(name, layer, _device(layer) or default, told.get(name))
+        _layer(name, layer, _device(layer) or default, told.get(name), met.get(name, ()))
         for name, layer in module.named_modules()
     )
     done = notes(module)
@@ -183,9 +203,15 @@ def _child(owner: torch.nn.Module, name: str) -> torch.nn.Module | None:
         return None
 
 
-def _run(module: torch.nn.Module, inputs: tuple[Any, ...], default: torch.device) -> dict[Any, str]:
-    """Runs a copy without gradients. Returns what served each layer on the CPU: by its name, of pairs by their note."""
+def _run(
+    module: torch.nn.Module, inputs: tuple[Any, ...], default: torch.device
+) -> tuple[dict[Any, str], dict[str, dict[Problem, None]]]:
+    """Runs a copy without gradients. Returns what served each layer on the CPU, and the problems of its convolutions.
+
+    By the layer's name; of pairs that :func:`.optimize` joined what served by their note.
+    """
     found: dict[Any, dict[str, None]] = {}
+    met: dict[str, dict[Problem, None]] = {}
     ran = _without_hooks(copy.deepcopy(module))
     copies = dict(ran.named_modules())
     originals = {id(copies[name]): (name, layer) for name, layer in module.named_modules()}
@@ -204,11 +230,19 @@ def _run(module: torch.nn.Module, inputs: tuple[Any, ...], default: torch.device
 
         copies[name].register_forward_pre_hook(hook, with_kwargs=True)
 
+    def meet(name: str, layer: torch.nn.Module) -> None:
+        def hook(_: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            for problem in _served.problems_of(layer, *args, **kwargs):
+                met.setdefault(name, {})[problem] = None
+
+        copies[name].register_forward_pre_hook(hook, with_kwargs=True)
+
     if not any(_is_compiled(layer) for layer in copies.values()):
         for name, layer in originals.values():
             device = _device(layer) or default
             if isinstance(layer, _OURS) and device.type == "cpu" and not _why_reference(device):
                 tell(name, functools.partial(_served.of_call, layer), name)
+                meet(name, layer)
         names = {id(layer): name for name, layer in originals.values()}
         for owner, at, conv, bn in _fused_pairs(module):
             if _device(conv) == torch.device("cpu"):
@@ -216,7 +250,7 @@ def _run(module: torch.nn.Module, inputs: tuple[Any, ...], default: torch.device
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices), torch.no_grad():
         ran(*inputs)
-    return {key: "; in another call ".join(texts) for key, texts in found.items()}
+    return {key: "; in another call ".join(texts) for key, texts in found.items()}, met
 
 
 def _joined_norm(conv: torch.nn.Module) -> tuple[torch.nn.Module | None, Tensor | None]:
@@ -255,9 +289,13 @@ def _device(module: torch.nn.Module) -> torch.device | None:
 
 
 def _layer(
-    name: str, layer: torch.nn.Module, device: torch.device, told: str | None = None
+    name: str,
+    layer: torch.nn.Module,
+    device: torch.device,
+    told: str | None = None,
+    met: Iterable[Problem] = (),
 ) -> Layer | None:
-    """``told``: what served it on the CPU, where that was seen."""
+    """``told``, ``met``: what served it on the CPU and its convolutions, where that was seen."""
     kind = type(layer).__name__
     if not isinstance(layer, _OURS):
         return None
@@ -272,10 +310,13 @@ def _layer(
     if device.type == "meta":
         return Layer(name, kind, "nothing: it has no data")
     if device.type == "cpu":
-        return Layer(name, kind, told or _served.of_layer(layer))
+        chosen = tuple(_chosen(problem) for problem in met)
+        return Layer(name, kind, told or _served.of_layer(layer), chosen)
     if isinstance(layer, nn.ConvBNAct):
-        joined = tuple(c for c in _choices_of(layer.conv, device) if c.key.op == WITH_NORM)
-        names = sorted({choice.chosen for choice in joined})
+        joined = tuple(
+            c for c in _choices_of(layer.conv, device) if c.problem.direction == WITH_NORM
+        )
+        names = sorted({c.name for c in joined})
         training = _names(names, joined) if joined else _served.TWO_LAYERS
         evaluation = " " + _served.TWO_LAYERS
         if _served.folds_any(layer.conv, layer.bn):
@@ -298,28 +339,28 @@ def _measured_layer(name: str, layer: Any, device: torch.device) -> Layer:
     if not choices:
         return Layer(name, kind, _NOT_MEASURED)
     # Apart from its norm what was chosen for the layer alone serves.
-    served = sorted({choice.chosen for choice in choices} - {APART})
+    served = sorted({c.name for c in choices} - {APART})
     return Layer(name, kind, _names(served, choices) if served else _NOT_MEASURED, choices)
 
 
-def _names(names: list[str], choices: tuple[Measured, ...]) -> str:
-    measured = any(choice.seconds for choice in choices)
+def _names(names: list[str], choices: tuple[Chosen, ...]) -> str:
+    measured = any(c.seconds for c in choices)
     return ", ".join(names) + (", by measurement" if measured else ", nothing was measured")
 
 
-def _choices_of(layer: Any, device: torch.device) -> tuple[Measured, ...]:
+def _choices_of(layer: Any, device: torch.device) -> tuple[Chosen, ...]:
     return tuple(
-        Measured(key, *choice)
-        for on, key, choice in tuning.known()
+        Chosen(key, found.name, "", (), found.seconds, found.failed)
+        for on, key, found in tuning.known()
         if on == device and _is_of(key, layer)
     )
 
 
 def _is_of(key: Any, layer: Any) -> bool:
     """Whether a layer of this weight and these options asks for it; the padding may be given by name, so it is free."""
-    dtypes = {str(layer.weight.dtype).removeprefix("torch.")}
+    dtypes = {layer.weight.dtype}
     if layer.weight.dtype == torch.float32:
-        dtypes |= {"bfloat16", "float16"}  # under autocast
+        dtypes |= {torch.bfloat16, torch.float16}  # under autocast
     # A transposed convolution is the gradient of the convolution that its output would be the input of.
     transposed = isinstance(layer, torch.nn.ConvTranspose2d)
     return (

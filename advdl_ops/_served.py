@@ -1,4 +1,4 @@
-"""What serves a layer on the CPU: asked of the conditions by which the calls themselves choose.
+"""What serves a layer on the CPU: asked of the choice that the calls themselves make.
 
 By the texts of :func:`of_layer` (before a call: with what it depends on) and :func:`of_call` (of one call).
 """
@@ -14,19 +14,26 @@ import torch
 from torch import Tensor
 
 from . import _library, nn
-from .functional._conv2d_cpu import (
+from ._conv import choice
+from ._conv.problem import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
     Conv,
-    appends,
-    compute_format,
-    convert,
-    own_kernel,
+    Epilogue,
+    Problem,
+    layout_of,
     pair,
+    problem_of,
 )
-from .functional.conv2d import _is_depthwise, _torch_derives_as_well, prepared
+from .functional.conv2d import _torch_derives_as_well, prepared
 from .functional.conv_bn_act import result_dtype
 from .functional.conv_transpose2d import Options, _has_own_operators, _is_gradient
+from .functional.conv_transpose2d import _problem as _problem_of_transposed
 from .nn.conv2d import padded_input
-from .nn.conv_bn_act import _SHORT_ROW, _packing_pays, _packs, _padded, evaluates_as_one
+from .nn.conv_bn_act import _padded, evaluates_as_one, problem_of_kept
 
 ONEDNN, TORCH, EITHER = "oneDNN", "torch's own", "oneDNN or torch's own"
 TWO_LAYERS = "its two layers"
@@ -46,8 +53,10 @@ def of_layer(layer: torch.nn.Module) -> str:
     if isinstance(layer, nn.ConvBNAct):
         return of_pair(layer.conv, layer.bn)
     if isinstance(layer, nn.ConvTranspose2d):
-        x = _large(layer)
-        return own() if _is_own_transposed(layer, x, layer.output_padding) else EITHER
+        if _is_depthwise_transposed(layer) and is_gradient(layer):
+            return own()
+        is_dense = layer.groups == 1 and result_dtype(layer.weight) == torch.float32
+        return f"{EITHER}; of few pixels {own()}" if is_dense and is_gradient(layer) else EITHER
     if isinstance(layer, nn.Conv2d):
         return _of_convolution(layer)
     return _of_other(layer)
@@ -64,14 +73,7 @@ def of_call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> str | None:
         residual = others[0] if others else kwargs.get("residual")
         if isinstance(layer, nn.ConvBNAct):
             return of_pair(layer.conv, layer.bn, x, residual)
-        parts = _parts(x, layer, residual)
-        further = {"under gradients": parts.derived}
-        if parts.dx == parts.dweight:
-            further["gradients"] = parts.dx
-        else:
-            further |= {"gradient of x": parts.dx, "gradient of the weight": parts.dweight}
-        differing = [f"{name} {by}" for name, by in further.items() if by != parts.forward]
-        return "; ".join([parts.forward, *differing])
+        return _parts(x, layer, residual).text()
     return _of_other(layer)
 
 
@@ -110,22 +112,22 @@ def _smallest(conv: torch.nn.Conv2d) -> Tensor:
 
 
 def _of_folded(conv: torch.nn.Conv2d, given: Tensor | None) -> str:
-    any_x = given is None
     x, options = _padded(conv, _smallest(conv) if given is None else given)
-    if any_x and _is_depthwise(x, conv.weight, conv.groups):
-        narrow = conv.weight.new_empty(1, conv.in_channels, 2, 1)
-        width = _SHORT_ROW * pair(conv.stride)[1]
-        short = f"; contiguous rows of up to {width}: {EITHER}"
-        return own() + (short if _packs(conv, narrow, options) else "")
-    if _packs(conv, x, options):
-        if any_x:
+    problem = problem_of_kept(conv, x, options)
+    if problem is not None:
+        if given is not None:
+            return _by(choice.expected(problem), x, conv.weight, problem.conv)
+        if not problem.is_depthwise:
             return EITHER
-        stride, padding, dilation = map(pair, options[:3])
-        by_torch = _by_torch(x, conv.weight, Conv(stride, padding, dilation, options.groups))
-        return ONEDNN if _packing_pays(x, conv.weight) else by_torch
+        short = choice.thresholds().short_row * pair(conv.stride)[1]
+        of_short = choice.expected(_of_shape(problem, 2, 1, CONTIGUOUS)).name
+        has_other = not of_short.startswith(choice.DEPTHWISE)
+        return own() + (f"; contiguous rows of up to {short}: {EITHER}" if has_other else "")
     if not _library.native("cpu"):
         return f"the reference, in plain PyTorch: {_library.status().get('cpu')}"
-    return _of_convolution(conv) if any_x else _parts(x, conv, None, options.padding).forward
+    if given is None:
+        return _of_convolution(conv)
+    return _parts(x, conv, None, options.padding).forward
 
 
 def _of_other(layer: torch.nn.Module) -> str:
@@ -145,32 +147,89 @@ class _Parts(NamedTuple):
     dx: str
     dweight: str
 
+    def text(self) -> str:
+        """The forward pass, and what is served by another."""
+        further = {"under gradients": self.derived}
+        if self.dx == self.dweight:
+            further["gradients"] = self.dx
+        else:
+            further |= {"gradient of x": self.dx, "gradient of the weight": self.dweight}
+        differing = [f"{name} {by}" for name, by in further.items() if by != self.forward]
+        return "; ".join([self.forward, *differing])
+
 
 def _parts(
     x: Tensor, layer: torch.nn.Conv2d, residual: Tensor | None, padding: Any = None
 ) -> _Parts:
+    x, weight, conv, epilogue = _call_of(x, layer, residual, padding)
+    forward = _by(choice.expected(_problem(FORWARD, x, weight, conv, epilogue)), x, weight, conv)
+    derived = residual is None and _torch_derives_as_well(
+        x, weight, epilogue.shift, conv, epilogue.act
+    )
+    dx, dweight = (
+        _by(choice.expected(_problem(direction, x, weight, conv)), x, weight, conv)
+        for direction in (INPUT_GRADIENT, WEIGHT_GRADIENT)
+    )
+    return _Parts(forward, _by_torch(x, weight, conv) if derived else forward, dx, dweight)
+
+
+def problems_of(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> list[Problem]:
+    """Those of a call on CPU: of a convolution every direction, of what is folded the one."""
+    x, *others = args or (kwargs.get("input", kwargs.get("x")),)
+    residual = others[0] if others else kwargs.get("residual")
+    if type(x) is not Tensor or isinstance(layer, nn.ConvTranspose2d):
+        return []
+    if isinstance(layer, nn.ConvBNAct):
+        if not isinstance(layer.bn, nn.BatchNormAct2d) or not _folds(
+            layer.conv, layer.bn, x, residual
+        ):
+            return problems_of(layer.conv, x) if isinstance(layer.conv, nn.Conv2d) else []
+        x, options = _padded(layer.conv, x)
+        problem = problem_of_kept(layer.conv, x, options)
+        if problem is None:
+            return problems_of(layer.conv, x)
+        epilogue = Epilogue(None, layer.conv.weight, residual, layer.bn.act)
+        return [problem._replace(epilogue=epilogue.name())]
+    if not isinstance(layer, nn.Conv2d):
+        return []
+    call = _call_of(x, layer, residual)
+    return [_problem(FORWARD, *call)] + [
+        _problem(direction, *call[:3]) for direction in (INPUT_GRADIENT, WEIGHT_GRADIENT)
+    ]
+
+
+def _call_of(
+    x: Tensor, layer: torch.nn.Conv2d, residual: Tensor | None, padding: Any = None
+) -> tuple[Tensor, Tensor, Conv, Epilogue]:
     if padding is None:
         x, padding = padded_input(layer, x)
-    x, weight, _, options = prepared(
+    stride: Any = layer.stride
+    dilation: Any = layer.dilation
+    x, weight, bias, conv = prepared(
         x if x.dim() == 4 else x.unsqueeze(0), layer.weight, layer.bias,
-        layer.stride, padding, layer.dilation, layer.groups,
+        Conv(stride, padding, dilation, layer.groups),
     )  # fmt: skip
-    if _is_depthwise(x, weight, layer.groups):
-        return _Parts(*[own()] * 4)
-    conv = Conv(*options[:4])
-    inside = convert(x, compute_format(x, conv.dilation))
-    by_torch = _by_torch(inside, weight, conv)
-    forward = ONEDNN if appends(inside, weight, conv) else by_torch
-    if own_kernel(inside, weight, conv).out:
-        forward = own()
-    derived = _torch_derives_as_well(x, weight, None, None, residual, options)
-    _, dx, dweight = own_kernel(x, weight, conv)
-    return _Parts(
-        forward,
-        by_torch if derived else forward,
-        own() if dx else by_torch,
-        own() if dweight else by_torch,
-    )
+    act = layer.act if isinstance(layer, nn.Conv2d) else Epilogue().act
+    return x, weight, conv, Epilogue(None, bias, residual, act)
+
+
+def _problem(
+    direction: str, x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue | None = None
+) -> Problem:
+    # The gradient of the output mostly lies as the input does.
+    name = layout_of(x) if epilogue is None else epilogue.name()
+    return problem_of(direction, x, weight, conv, name)
+
+
+def _by(candidate: choice.Candidate, x: Tensor, weight: Tensor, conv: Conv) -> str:
+    """Whose work a candidate is."""
+    if candidate.name.startswith((choice.DEPTHWISE, choice.DENSE)):
+        return own()
+    if candidate.name.startswith(choice.ONEDNN):
+        return ONEDNN
+    if candidate.memory_format is not None:
+        x = x.contiguous(memory_format=candidate.memory_format)
+    return _by_torch(x, weight, conv)
 
 
 def _by_torch(x: Tensor, weight: Tensor, conv: Conv, **transposed: Any) -> str:
@@ -190,21 +249,24 @@ def _of_convolution(layer: torch.nn.Conv2d) -> str:
     if layer.groups == layer.in_channels == layer.out_channels:
         return own()
     spans: dict[str, list[str]] = {}
-    for part in ("out", "dx", "dweight"):
+    for direction, part in _PARTS.items():
         last, contiguous = (
-            _span(_serves(layer, part, memory_format))
-            for memory_format in (torch.channels_last, torch.contiguous_format)
+            _span(_serves(layer, direction, layout)) for layout in (CHANNELS_LAST, CONTIGUOUS)
         )
         if last or contiguous:
             both = last if last == contiguous else f"{last} (contiguous: {contiguous})"
-            spans.setdefault(str(both), []).append(_PARTS[part])
+            spans.setdefault(str(both), []).append(part)
     found = [f"{' and '.join(parts)} at {span}" for span, parts in spans.items()]
     if not found:
         return EITHER
     return f"{EITHER}; by pixels of the output {own()}: {', '.join(found)}"
 
 
-_PARTS = {"out": "forward", "dx": "gradient of x", "dweight": "gradient of the weight"}
+_PARTS = {
+    FORWARD: "forward",
+    INPUT_GRADIENT: "gradient of x",
+    WEIGHT_GRADIENT: "gradient of the weight",
+}
 
 
 def _extent(layer: torch.nn.Conv2d) -> tuple[int, int]:
@@ -215,22 +277,24 @@ def _extent(layer: torch.nn.Conv2d) -> tuple[int, int]:
     return height, width
 
 
-def _serves(
-    layer: torch.nn.Conv2d, part: str, memory_format: torch.memory_format
-) -> Callable[[int], bool]:
-    """Whether the own kernel serves ``part`` where the output has so many pixels."""
-    conv = Conv(layer.stride, (0, 0), layer.dilation, layer.groups)
+def _of_shape(problem: Problem, height: int, width: int, layout: str) -> Problem:
+    return problem._replace(x=(*problem.x[:2], height, width), layout=layout)
+
+
+def _serves(layer: torch.nn.Conv2d, direction: str, layout: str) -> Callable[[int], bool]:
+    """Whether the dense kernel serves ``direction`` where the output has so many pixels, in a row."""
+    stride: Any = layer.stride
+    dilation: Any = layer.dilation
+    conv = Conv(stride, (0, 0), dilation, layer.groups)
     height, width = _extent(layer)
     dtype = result_dtype(layer.weight)
-    weight = layer.weight.to(dtype)
+    x = torch.empty(1, layer.in_channels, height, width, dtype=dtype)
+    problem = problem_of(direction, x, layer.weight, conv)
 
     def serves(pixels: int) -> bool:
-        shape = 1, layer.in_channels, height, (pixels - 1) * layer.stride[1] + width
-        x = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
-        if part == "out":
-            format_inside = compute_format(x, layer.dilation)
-            x = x.contiguous(memory_format=format_inside)
-        return bool(getattr(own_kernel(x, weight, conv), part))
+        across = (pixels - 1) * layer.stride[1] + width
+        found = choice.expected(_of_shape(problem, height, across, layout))
+        return found.name == choice.DENSE
 
     return serves
 
@@ -264,8 +328,8 @@ def _large(layer: nn.ConvTranspose2d) -> Tensor:
     return torch.empty(1, layer.in_channels, 1024, 1024, device="meta")
 
 
-def _is_own_transposed(layer: nn.ConvTranspose2d, x: Tensor, output_padding: Any) -> bool:
-    return _has_own_operators(x, layer.weight, _transposed_options(layer, output_padding))
+def _is_depthwise_transposed(layer: nn.ConvTranspose2d) -> bool:
+    return layer.groups == layer.in_channels == layer.out_channels
 
 
 def _transposed_options(layer: nn.ConvTranspose2d, output_padding: Any) -> Options:
@@ -282,11 +346,17 @@ def _of_transposed(
     if isinstance(match, Tensor):
         match = match.shape[-2:]
     output_padding, _ = layer.padding_of(x, size if size is None else tuple(size)[-2:], match)
-    if _is_own_transposed(layer, x, output_padding):
-        return own()
     dtype = result_dtype(x)
+    x, weight = x.to(dtype), layer.weight.to(dtype)
     options = _transposed_options(layer, output_padding)
     conv = Conv(options.stride, options.padding, options.dilation, options.groups)
-    return _by_torch(
-        x.to(dtype), layer.weight.to(dtype), conv, output_padding=tuple(output_padding)
+    if not _has_own_operators(x, weight, options):
+        return _by_torch(x, weight, conv, output_padding=tuple(output_padding))
+    # The layer is the gradient of a convolution, its gradient the convolution.
+    problem = _problem_of_transposed(x, weight, options)
+    like = torch.empty(problem.x, dtype=dtype)
+    forward, dx, dweight = (
+        _by(choice.expected(problem._replace(direction=direction)), like, weight, conv)
+        for direction in (INPUT_GRADIENT, FORWARD, WEIGHT_GRADIENT)
     )
+    return _Parts(forward, forward, dx, dweight).text()

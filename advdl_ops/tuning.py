@@ -70,10 +70,10 @@ def recall(key: Hashable, device: torch.device) -> str | None:
     return None if found is None else found.name
 
 
-def find(key: Any, names: Collection[str], device: torch.device) -> str | None:
-    """The one of ``names`` that was chosen for ``key``, in this process or an earlier one; measures nothing."""
+def find(key: Any, names: Collection[str], device: torch.device) -> Choice | None:
+    """What was chosen of ``names`` for ``key``, in this process or an earlier one; measures nothing."""
     found = _choices.get((device, key)) or _store_of(device).read().get(_text(key))
-    return found.name if found is not None and found.name in names else None
+    return found if found is not None and found.name in names else None
 
 
 @contextlib.contextmanager

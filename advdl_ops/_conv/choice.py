@@ -75,9 +75,9 @@ THRESHOLDS: Mapping[str, Thresholds] = {
 }
 # Where they were measured.
 RECORDS: Mapping[str, str] = {
-    "avx512": "",
-    "avx2": "",
-    "default": "not measured: as avx2",
+    "avx512": "a 2-core AVX-512 machine, before there was a record",
+    "avx2": "not measured: as avx512",
+    "default": "not measured: as avx512",
 }
 
 Accepts = Callable[[Problem], bool]
@@ -408,20 +408,28 @@ def is_torchs(problem: Problem) -> bool:
     if found is None:
         if len(_torchs) >= _KEPT_AT_MOST:
             _torchs.clear()
-        forward = _named(problem) in (ONEDNN, TORCH)
+        forward = expected(problem).name in (ONEDNN, TORCH)
         gradient = problem._replace(epilogue=problem.layout)
         found = _torchs[problem] = forward and all(
-            _named(gradient._replace(direction=direction)) == TORCH
+            expected(gradient._replace(direction=direction)).name == TORCH
             for direction in (INPUT_GRADIENT, WEIGHT_GRADIENT)
         )
     return found
 
 
-def _named(problem: Problem) -> str:
+def expected(problem: Problem) -> Candidate:
     """What serves on CPU: measured earlier, or by the rules; nothing is measured."""
-    accepting = candidates(problem, _CPU)
-    name = tuning.find(problem, [c.name for c in accepting], _CPU)
-    return by_rule(problem, accepting).name if name is None else name
+    by_name = {candidate.name: candidate for candidate in candidates(problem, _CPU)}
+    found = tuning.find(problem, by_name, _CPU)
+    return by_rule(problem, tuple(by_name.values())) if found is None else by_name[found.name]
+
+
+def reason(candidate: Candidate) -> str:
+    """Why, of those that accept, ``candidate`` serves on CPU where nothing was measured."""
+    if candidate.rule is None:
+        return "by rule: none before it applies"
+    text = candidate.rule.text.format(**thresholds()._asdict())
+    return f"by rule: {text}; {RECORDS[capability()]}"
 
 
 def forget() -> None:

@@ -7,7 +7,8 @@ import torch
 
 import advdl_ops
 from advdl_ops import _explain, _library, nn, tuning
-from advdl_ops.functional._conv2d_cuda import APART, WITH_NORM, Key
+from advdl_ops._conv.choice import APART
+from advdl_ops._conv.problem import WITH_NORM, Problem
 
 CUDA = torch.device("cuda", 0)
 
@@ -133,10 +134,10 @@ def test_inputs_run_a_copy() -> None:
 # ---- choices ----
 
 
-def key(**changes: object) -> Key:
-    made = Key(
-        "conv2d", "forward", (2, 4, 8, 8), (6, 4, 3, 3), "float32", "contiguous",
-        (1, 1), (2, 2), (2, 2), 1, "shift+relu", True, True,
+def key(**changes: object) -> Problem:
+    made = Problem(
+        "forward", (2, 4, 8, 8), (6, 4, 3, 3), torch.float32, "contiguous",
+        (1, 1), (2, 2), (2, 2), 1, "shift+relu", True, True, 0,
     )  # fmt: skip
     return made._replace(**changes)
 
@@ -171,25 +172,25 @@ def test_what_was_measured(gpu: None) -> None:
     assert str(row).splitlines() == [
         "conv  DilatedConv2d: triton 64x64x32 w4 s3, by measurement",
         "    forward of 2x4x8x8 float32 contiguous, epilogue shift+relu: triton 64x64x32 w4 s3 "
-        "(triton 64x64x32 w4 s3 20.5 us, cudnn 30.0 us, triton big failed (OutOfResources: shared))",
+        "(triton 64x64x32 w4 s3 20.5 us; cudnn 30.0 us; triton big failed (OutOfResources: shared))",
     ]
 
 
 def test_a_convolution_measured_with_its_norm(gpu: None) -> None:
     name = "triton 64x64x32 w4 s3 with statistics"
-    joined = key(op=WITH_NORM, epilogue="norm+running+relu")
+    joined = key(direction=WITH_NORM, epilogue="norm+running+relu")
     tuning._choices[CUDA, joined] = tuning.Choice(name, {APART: 30e-6, name: 20.5e-6}, {})
     layer = nn.ConvBNReLU(4, 6, 3, dilation=2)
     row = on_gpu(layer)
     assert row.served_by.startswith(f"in training {name}, by measurement; in evaluation without")
-    assert [choice.key for choice in row.choices] == [joined]
-    assert f"epilogue norm+running+relu: {name} ({name} 20.5 us, {APART} 30.0 us)" in str(row)
+    assert [choice.problem for choice in row.choices] == [joined]
+    assert f"epilogue norm+running+relu: {name} ({name} 20.5 us; {APART} 30.0 us)" in str(row)
     # Siblings have no row of their own.
     assert on_gpu(layer.conv).served_by == f"{name}, by measurement"
 
 
 def test_a_convolution_apart_from_its_norm(gpu: None) -> None:
-    joined = key(op=WITH_NORM, epilogue="norm+running+relu")
+    joined = key(direction=WITH_NORM, epilogue="norm+running+relu")
     tuning._choices[CUDA, joined] = tuning.Choice(APART, {APART: 30e-6}, {})
     layer = nn.ConvBNReLU(4, 6, 3, dilation=2)
     assert on_gpu(layer.conv).served_by == "not measured yet: run a forward"
@@ -205,7 +206,7 @@ def test_a_convolution_apart_from_its_norm(gpu: None) -> None:
         {"weight": (6, 4, 1, 1)},
         {"dilation": (1, 1)},
         {"stride": (2, 2)},
-        {"dtype": "float64"},
+        {"dtype": torch.float64},
         {"groups": 2},
         {"x": (2, 6, 8, 8)},  # of a transposed convolution
     ],
@@ -230,7 +231,7 @@ def test_a_transposed_convolution_is_a_gradient(gpu: None) -> None:
 
 
 def test_under_autocast(gpu: None) -> None:
-    tuning._choices[CUDA, key(dtype="bfloat16")] = tuning.Choice("cudnn", TIMES, {})
+    tuning._choices[CUDA, key(dtype=torch.bfloat16)] = tuning.Choice("cudnn", TIMES, {})
     assert on_gpu(nn.DilatedConv2d(4, 6, 3)).served_by == "cudnn, by measurement"
     assert on_gpu(nn.DilatedConv2d(4, 6, 3).half()).choices == ()
 
