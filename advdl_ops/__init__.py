@@ -13,7 +13,7 @@ from .backend import get_backend, use_backend  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
-    "explain", "functional", "get_backend", "models", "nn", "optimize", "restore", "use_backend",
+    "explain", "functional", "get_backend", "models", "nn", "optimize", "restore", "tune", "use_backend",
 ]  # fmt: skip
 
 
@@ -23,6 +23,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(".models", __name__)
     if name == "explain":
         return importlib.import_module("._explain", __name__).explain
+    if name == "tune":
+        return importlib.import_module("._tune", __name__).tune
     if name in ("optimize", "restore"):
         return getattr(importlib.import_module("._optimize", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

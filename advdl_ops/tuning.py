@@ -58,8 +58,8 @@ class Choice(NamedTuple):
 _choices: dict[tuple[torch.device, Hashable], Choice] = {}
 # What served where nothing might be measured: known, but asked for anew on every call.
 _unmeasured: dict[tuple[torch.device, Hashable], Choice] = {}
-# Of how many calls of `on` this process is in the middle: while it is above 0 the CPU's candidates are measured too.
-_on_count = 0
+# Of the calls of `on` that this process is in the middle of.
+_listeners: list[Callable[[Any, Choice], None]] = []
 # One at a time: two measurements at once, as of a backward thread's, would time each other.
 _lock = threading.RLock()
 
@@ -77,23 +77,26 @@ def find(key: Any, names: Collection[str], device: torch.device) -> Choice | Non
 
 
 @contextlib.contextmanager
-def on() -> Iterator[None]:
-    """Inside, candidates are measured on CPU as well, whatever ``ADVDL_OPS_TUNE`` says."""
-    global _on_count
+def on(tell: Callable[[Any, Choice], None] = lambda *_: None) -> Iterator[None]:
+    """Inside, candidates are measured on CPU as well, whatever ``ADVDL_OPS_TUNE`` says.
+
+    Args:
+        tell: is given the key and the choice of every measurement.
+    """
     with _lock:
-        _on_count += 1
+        _listeners.append(tell)
     try:
         yield
     finally:
         with _lock:
-            _on_count -= 1
+            _listeners.remove(tell)
 
 
 def is_on(device: torch.device) -> bool:
     """Whether what is not stored is measured on ``device``."""
     from . import _environment  # here, as the store is also of use without the package
 
-    return _on_count > 0 or _environment.flag("ADVDL_OPS_TUNE", device.type == "cuda")
+    return bool(_listeners) or _environment.flag("ADVDL_OPS_TUNE", device.type == "cuda")
 
 
 def known() -> list[tuple[torch.device, Any, Choice]]:
@@ -153,6 +156,8 @@ def _choose(
             return first
         measure = measure or (cuda_seconds if device.type == "cuda" else cpu_seconds)
         found, lasting = _measured(candidates, device, measure)
+        for tell in _listeners:
+            tell(key, found)
         if lasting and len(candidates) > 1:
             found = store.add(text, found, candidates)
     _choices[at] = found
@@ -176,7 +181,8 @@ def _measured(
                     times[name].append(measure(candidates[name]))
                 except Exception as error:
                     errors[name] = error
-    seconds = {name: statistics.median(t) for name, t in times.items() if name not in errors}
+    # The least: what else runs only ever adds to it.
+    seconds = {name: min(t) for name, t in times.items() if name not in errors}
     if not seconds:
         raise next(iter(errors.values()))
     failed = {name: _in_one_line(error) for name, error in errors.items()}

@@ -16,6 +16,7 @@ SUITES = {
     "quick": "BN + activation and the training of a small ResNet on real images, a few minutes",
     "ops": "each operator against stock PyTorch, the cost of one call, of the import, of the build",
     "models": "whole networks: inference, training steps, bytes held for backward",
+    "choice": "every implementation of a convolution around each threshold by which one is chosen on CPU",
 }
 
 
@@ -84,12 +85,15 @@ def select(
 ) -> list[Case]:
     """Cases of a suite (or all) whose name matches one of the patterns (or any).
 
-    A hidden case is only found by its full name.
+    A hidden case is only found by its full name. Those of the suite `choice`, which compare nothing with stock, are
+    only found by the suite's name.
     """
     patterns = list(patterns)
     found = []
     for case in all_cases().values():
         if suite is not None and suite not in case.suites and not case.hidden:
+            continue
+        if suite is None and case.suites == ("choice",):
             continue
         if device is not None and case.device != device:
             continue

@@ -26,7 +26,7 @@ def load(results: Path) -> dict[str, list[record.Record]]:
     found = {}
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
         runs: dict[str, list[record.Record]] = {}
-        for file in sorted(folder.glob("*.jsonl")):
+        for file in sorted(set(folder.glob("*.jsonl")) - {folder / "choice.jsonl"}):
             by_case: dict[str, list[record.Record]] = {}
             for item in record.read(file):
                 by_case.setdefault(item.case, []).append(item)

@@ -216,6 +216,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         for item in found.records:
             print(record.to_json(item))
+    elif arguments.suite == "choice":
+        from . import thresholds
+
+        thresholds.show(found.records)
     else:
         table.show_records(found.records)
     if arguments.output is not None:
@@ -246,5 +250,7 @@ def finish(results: Path, found: Collector, say: Callable[[str], None]) -> None:
         say(f"records: {file}")
         for name, data in found.artifacts.items():
             (file.parent / f"{name}.json").write_text(json.dumps(data) + "\n", encoding="utf-8")
+        if found.suite == "choice":
+            return  # its table is all there is to see
         say(f"plot: {plots.draw(file.parent, file.stem)}")
     say(f"overview: {report.write_readme(results)}")

@@ -11,8 +11,9 @@ thresholds that the records support.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -355,6 +356,7 @@ Trial = Callable[[Candidate], Any]
 _chosen_on_cpu: dict[Problem, Candidate] = {}
 _torchs: dict[Problem, bool] = {}
 _KEPT_AT_MOST = 4096
+_asks_every_direction = False
 _CPU = torch.device("cpu")
 
 
@@ -394,27 +396,42 @@ def _by_measurement(
     return by_name[name]
 
 
-def by_rule(problem: Problem, accepting: tuple[Candidate, ...]) -> Candidate:
-    """The first whose rule holds, on CPU."""
-    t = thresholds()
+def by_rule(
+    problem: Problem, accepting: tuple[Candidate, ...], t: Thresholds | None = None
+) -> Candidate:
+    """The first whose rule holds, on CPU; ``t`` in place of the thresholds of this CPU."""
+    t = thresholds() if t is None else t
     return next(c for c in accepting if c.rule is None or c.rule.holds(problem, t))
 
 
 def is_torchs(problem: Problem) -> bool:
     """Whether torch serves this forward on CPU and both of its gradients, in the format of x."""
-    if tuning.is_on(_CPU):
-        return False  # each is to be measured
+    if _asks_every_direction:
+        return False
     found = _torchs.get(problem)
     if found is None:
+        gradient = problem._replace(epilogue=problem.layout)
+        directions = (
+            problem,
+            *(
+                gradient._replace(direction=direction)
+                for direction in (INPUT_GRADIENT, WEIGHT_GRADIENT)
+            ),
+        )
+        if tuning.is_on(_CPU) and any(map(is_open, directions)):
+            return False  # each is to be measured
         if len(_torchs) >= _KEPT_AT_MOST:
             _torchs.clear()
-        forward = expected(problem).name in (ONEDNN, TORCH)
-        gradient = problem._replace(epilogue=problem.layout)
-        found = _torchs[problem] = forward and all(
-            expected(gradient._replace(direction=direction)).name == TORCH
-            for direction in (INPUT_GRADIENT, WEIGHT_GRADIENT)
-        )
+        forward, *gradients = (expected(p).name for p in directions)
+        found = forward in (ONEDNN, TORCH) and gradients == [TORCH, TORCH]
+        _torchs[problem] = found
     return found
+
+
+def is_open(problem: Problem) -> bool:
+    """Whether on CPU there is a choice that nobody has measured."""
+    names = [candidate.name for candidate in candidates(problem, _CPU)]
+    return len(names) > 1 and tuning.find(problem, names, _CPU) is None
 
 
 def expected(problem: Problem) -> Candidate:
@@ -436,6 +453,19 @@ def forget() -> None:
     """What serves on CPU is asked for again: of the store, a measurement or the rules."""
     _chosen_on_cpu.clear()
     _torchs.clear()
+
+
+@contextlib.contextmanager
+def every_direction_asked() -> Iterator[None]:
+    """Inside, every problem comes by :func:`chosen`, once; :func:`is_torchs` takes no shortcut past it."""
+    global _asks_every_direction
+    forget()
+    _asks_every_direction = True
+    try:
+        yield
+    finally:
+        _asks_every_direction = False
+        forget()
 
 
 def met() -> list[Problem]:

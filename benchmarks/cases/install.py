@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..environment import IN_CHECKOUT, ROOT
-from ..registry import SUITES, Case, register
+from ..registry import Case, register
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -96,7 +96,7 @@ def _register(
         Case(
             name=name,
             # Of every suite where a switch asks for it: `run --include-build` alone means the quick one.
-            suites=tuple(SUITES) if opt_in else ("ops",),
+            suites=("quick", "ops", "models") if opt_in else ("ops",),
             op=name,
             modes=modes,
             dtype="-",

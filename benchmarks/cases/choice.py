@@ -1,0 +1,285 @@
+"""Every candidate of a convolution on CPU, at the shapes around each threshold of ``advdl_ops/_conv/choice.py``.
+
+A case is the sweep of one threshold: a mode is a direction at one problem, a provider a candidate that accepts it. At
+its end `run --suite choice` prints which value of each threshold the records support, see ``thresholds.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..registry import Case, register
+
+if TYPE_CHECKING:
+    import torch
+
+    from advdl_ops._conv.problem import Problem
+
+    from ..session import Session
+
+CONTIGUOUS, LAST = "contiguous", "channels_last"
+FORWARD, DX, DWEIGHT, FOLDED = "forward", "input_gradient", "weight_gradient", "folded"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One convolution: x ``[N, C_in, H, W]``, weight ``[C_out, C_in / groups, k, k]``, fp32."""
+
+    x: tuple[int, int, int, int]
+    outputs: int
+    kernel: int = 3
+    stride: int = 1
+    dilation: int = 1
+    depthwise: bool = False
+    layout: str = CONTIGUOUS
+
+    def problem(self, direction: str) -> Problem:
+        """As the choice is asked with the threads that torch has now."""
+        import torch
+
+        from advdl_ops._conv.problem import Problem
+
+        channels = self.x[1]
+        groups = channels if self.depthwise else 1
+        padding = self.dilation * (self.kernel // 2)
+        weight = self.outputs, channels // groups, self.kernel, self.kernel
+        epilogue = "shift" if direction in (FORWARD, FOLDED) else self.layout
+        return Problem(
+            direction, self.x, weight, torch.float32, self.layout, (self.stride,) * 2,
+            (padding,) * 2, (self.dilation,) * 2, groups, epilogue, True, False, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        parts = ["x".join(map(str, self.x)), f"to {self.outputs}", f"{self.kernel}x{self.kernel}"]
+        if self.stride > 1:
+            parts.append(f"stride {self.stride}")
+        if self.dilation > 1:
+            parts.append(f"dilation {self.dilation}")
+        if self.depthwise:
+            parts.append("depthwise")
+        return " ".join([*parts, self.layout])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The points at which a threshold decides.
+
+    Attributes:
+        threshold: field of ``Thresholds``.
+        directions: that it is a threshold of.
+        values: that it might have.
+        points: on both sides of each value.
+    """
+
+    threshold: str
+    directions: tuple[str, ...]
+    values: tuple[int, ...]
+    points: tuple[Point, ...]
+
+    def problems(self) -> dict[str, Problem]:
+        """By the mode of their records."""
+        return {
+            f"{direction} {point}": point.problem(direction)
+            for direction in self.directions
+            for point in self.points
+        }
+
+
+def _images(channels: int, pixels: int, stride: int = 1) -> tuple[int, int, int, int]:
+    """An image of so many output pixels, in a batch of images of at most 14x14."""
+    side = next(s for s in (14, 8, 4, 2, 1) if pixels % (s * s) == 0)
+    return pixels // (side * side), channels, side * stride, side * stride
+
+
+def _by_pixels(
+    channels: Sequence[int], pixels: Sequence[int], layout: str, **options: Any
+) -> tuple[Point, ...]:
+    stride = options.get("stride", 1)
+    return tuple(
+        Point(_images(c, n, stride), c, kernel, layout=layout, **options)
+        for c in channels
+        for kernel in (1, 3)
+        for n in pixels
+    )
+
+
+_FEW = (64, 128, 196, 256, 392, 512, 784, 1024, 1568)
+_MANY = (*_FEW, 2048, 3136)
+_ROWS = (4, 6, 7, 8, 10, 12, 14, 20)
+_DILATIONS = (2, 3, 4, 6, 8, 12, 16)
+
+SWEEPS = (
+    Sweep(
+        "small",
+        (FORWARD,),
+        (1024, 2048, 4096, 8192, 16384, 32768, 65536),
+        tuple(
+            Point((1, c, side, side), c, kernel, layout=layout)
+            for c in (8, 16, 24)
+            for kernel in (1, 3)
+            for side in (8, 12, 16, 24, 32, 48)
+            for layout in (CONTIGUOUS, LAST)
+        ),
+    ),
+    Sweep(
+        "few_channels",
+        (FORWARD, DX, DWEIGHT),
+        (8, 16, 24, 32, 48, 64, 96),
+        tuple(
+            Point((2, c, 8, 8), c, kernel, layout=LAST)
+            for c in (8, 16, 24, 32, 48, 64)
+            for kernel in (1, 3)
+        ),
+    ),
+    Sweep(
+        "few_pixels",
+        (FORWARD, DX, DWEIGHT),
+        (1, 8, 16, 24, 32, 48, 64, 96, 128),
+        tuple(
+            Point((n, c, 1, 1) if kernel == 1 else (n, c, 2, 2), c, kernel, layout=LAST)
+            for c in (64, 256)
+            for kernel in (1, 3)
+            for n in (2, 4, 8, 12, 16, 24, 32)
+        ),
+    ),
+    Sweep("pixels", (FORWARD, DX), (0, *_FEW), _by_pixels((64, 256, 512), _FEW, LAST)),
+    Sweep(
+        "pixels_contiguous", (FORWARD, DX), (0, *_FEW), _by_pixels((64, 256, 512), _FEW, CONTIGUOUS)
+    ),
+    Sweep(
+        "pixels_strided",
+        (DX,),
+        (0, *_MANY),
+        _by_pixels((64, 256), _MANY, LAST, stride=2)
+        + _by_pixels((64, 256), _MANY, CONTIGUOUS, stride=2),
+    ),
+    Sweep("pixels_dweight", (DWEIGHT,), (0, *_MANY), _by_pixels((128, 256, 512), _MANY, LAST)),
+    Sweep(
+        "pixels_dweight_contiguous",
+        (DWEIGHT,),
+        (0, *_MANY),
+        _by_pixels((128, 256, 512), _MANY, CONTIGUOUS),
+    ),
+    Sweep(
+        "many_channels",
+        (DWEIGHT,),
+        (32, 64, 96, 128, 192, 256, 384),
+        _by_pixels((32, 64, 96, 128, 192, 256), (392, 512), LAST),
+    ),
+    Sweep(
+        "pixels_dweight_dilated",
+        (DWEIGHT,),
+        (0, *_MANY, 4096, 8192),
+        tuple(
+            Point((n, c, 16, 16), c, dilation=12, layout=layout)
+            for c in (32, 64, 256)
+            for n in (1, 2, 4, 8, 16, 32)
+            for layout in (CONTIGUOUS, LAST)
+        ),
+    ),
+    Sweep(
+        "large_dilation",
+        (FORWARD, DX, DWEIGHT),
+        (2, 3, 4, 6, 8, 12, 16, 24),
+        tuple(
+            Point(x, x[1], dilation=dilation)
+            for x in ((16, 64, 56, 56), (4, 128, 28, 28), (2, 256, 33, 33))
+            for dilation in _DILATIONS
+        ),
+    ),
+    Sweep(
+        "short_row",
+        (FOLDED,),
+        (0, 4, 6, 7, 8, 10, 12, 14, 20),
+        tuple(Point((8, c, n, n), c, depthwise=True) for c in (64, 256, 512) for n in _ROWS),
+    ),
+    Sweep(
+        "depthwise_cached_bytes",
+        (FORWARD, DX, DWEIGHT),
+        tuple(2**n for n in range(19, 27)),
+        tuple(
+            Point((8, c, side, side), c, stride=2, depthwise=True)
+            for c in (32, 128)
+            for side in (14, 28, 56, 112)
+        ),
+    ),
+)
+
+
+def run(case: Case, session: Session) -> None:
+    import torch
+
+    from advdl_ops._conv import choice
+
+    from .. import timing
+
+    sweep = case.options["sweep"]
+    assert isinstance(sweep, Sweep)
+    device = torch.device("cpu")
+    problems = sweep.problems()
+    for done, (mode, problem) in enumerate(problems.items()):
+        session.progress(mode, done, len(problems))
+        calls = {
+            candidate.name: timing.Timed(_call(problem, candidate))
+            for candidate in choice.candidates(problem, device)
+        }
+        if len(calls) > 1:
+            seconds = timing.measure(calls, device, session.rounds, session.block_seconds / 4)
+            for name, values in seconds.items():
+                session.record(name, mode, "time", "s", values)
+
+
+def _call(problem: Problem, candidate: Any) -> Callable[[], Any]:
+    """One call by a candidate, the conversions of its result counted; what is kept from call to call is not."""
+    import torch
+
+    from advdl_ops._conv import choice, cpu
+    from advdl_ops._conv.problem import Epilogue, convert
+
+    generator = torch.Generator().manual_seed(0)
+    given = problem.memory_format
+    conv, out = problem.conv, (problem.x[0], problem.weight[0], *problem.out_size)
+
+    def normal(shape: tuple[int, ...]) -> torch.Tensor:
+        return convert(torch.randn(shape, generator=generator), given)
+
+    x, weight = normal(problem.x), torch.randn(problem.weight, generator=generator)
+    memory_format = candidate.format_for(problem)
+    if problem.direction in (FORWARD, FOLDED):
+        if candidate.name == choice.PREPACKED:
+            weight = cpu.prepack(x, weight, conv)
+        epilogue = Epilogue(shift=torch.randn(problem.weight[0], generator=generator))
+        call = lambda: convert(candidate.run(x, weight, conv, epilogue, memory_format), given)  # noqa: E731
+    else:
+        dz = normal(out)
+        needs = problem.direction == DX, problem.direction == DWEIGHT, False
+        if problem.direction == DX:
+
+            def call() -> Any:
+                return convert(candidate.run(dz, x, weight, conv, needs, memory_format)[0], given)
+        else:
+
+            def call() -> Any:
+                return candidate.run(dz, x, weight, conv, needs, memory_format)[1]
+
+    return torch.inference_mode()(call)
+
+
+for _sweep in SWEEPS:
+    register(
+        Case(
+            name=f"choice/{_sweep.threshold}",
+            suites=("choice",),
+            op=_sweep.threshold,
+            modes=(),
+            dtype="float32",
+            layout="-",
+            shape=(),
+            device="cpu",
+            run=run,
+            rounds=5,
+            options={"sweep": _sweep},
+        )
+    )
