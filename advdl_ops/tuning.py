@@ -38,6 +38,7 @@ __all__ = ["Choice", "choose", "find", "is_on", "known", "on", "recall"]
 
 Call = Callable[[], Any]
 _FORMAT = 1
+_CPU_ROUNDS, _CPU_MARGIN = 3, 0.97
 
 
 class Choice(NamedTuple):
@@ -173,7 +174,7 @@ def _measured(
     times: dict[str, list[float]] = {name: [] for name in candidates}
     errors: dict[str, Exception] = {}
     # On CPU in turns: what else the machine does meets all of them.
-    rounds = 1 if device.type == "cuda" else 3
+    rounds = 1 if device.type == "cuda" else _CPU_ROUNDS
     with _on(device):
         for name in [name for _ in range(rounds) for name in candidates]:
             if name not in errors:
@@ -194,7 +195,7 @@ def _fastest(seconds: Mapping[str, float], device: torch.device) -> str:
     fastest = min(seconds, key=seconds.__getitem__)
     first = next(iter(seconds))
     # On CPU the first is what the rules choose. It stays unless another is faster by more than two runs differ.
-    if device.type == "cpu" and seconds[fastest] > 0.97 * seconds[first]:
+    if device.type == "cpu" and seconds[fastest] > _CPU_MARGIN * seconds[first]:
         return first
     return fastest
 

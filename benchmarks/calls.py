@@ -28,8 +28,7 @@ _Function = type[torch.autograd.Function]
 
 
 def _conv2d(x, weight, scale, shift, residual, options, *_):
-    stride, padding, dilation, groups, act = options
-    conv = stride, padding, dilation, groups
+    conv, act = options
     return (reference.conv2d(x, weight, None, *conv, scale, shift, residual, act),)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._schemas import conv2d_format
 from ..activation import Activation
+from ..backend import is_traced
 from . import choice, cpu
 from .choice import PREPACKED, Candidate
 from .problem import FOLDED, Conv, Epilogue, Problem, convert, problem_of
@@ -88,6 +89,8 @@ class FoldedConv:
 
 def problem_of_folded(x: Tensor, weight: Tensor, conv: Conv) -> Problem | None:
     """The problem where a kept weight serves: on CPU in fp32, where oneDNN may be used; else ``None``."""
+    if is_traced():  # nothing may be kept, and the steps stay operators that a compiler fuses
+        return None
     if not x.is_cpu or x.dtype != torch.float32 or weight.dtype != torch.float32 or x.dim() != 4:
         return None
     problem = problem_of(FOLDED, x, weight, conv)

@@ -12,7 +12,7 @@ from advdl_ops.nn import conv_bn_act as siblings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 f32, f64 = torch.float32, torch.float64
-# fp32 goes to oneDNN with a packed weight, which is kept; for the others nothing is.
+# In fp32 the weight with the norm in it is kept, in oneDNN's layout but for depthwise layers; in fp64 nothing is.
 KINDS = {"packed": {}, "plain": {"dtype": f64}, "depthwise": {"groups": 6}}
 KIND = pytest.mark.parametrize("kind", KINDS)
 
@@ -49,8 +49,7 @@ def assert_fresh(layer, x):
 def fill(layer, x):
     with torch.no_grad():
         out = layer(x)
-    keeps = x.dtype == f32 and layer.conv.groups == 1
-    assert (layer.bn.folded is not None) == keeps
+    assert (layer.bn.folded is not None) == (x.dtype == f32)
     return out
 
 
@@ -108,16 +107,20 @@ def test_padding_of_two_different_sides_is_not_kept():
     assert layer.bn.folded is None
 
 
-def test_a_depthwise_layer_of_short_contiguous_rows_is_kept():
-    layer, x = make("depthwise")
-    short = x[..., :8].contiguous()
+def test_a_weight_in_one_layout_is_given_back_in_the_other():
+    """Prepacked for channels_last, and plain where a contiguous image is larger than the weight."""
+    layer, _ = make()
+    large = torch.randn(2, 4, 20, 20)
+    last = large.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        layer(short.contiguous(memory_format=torch.channels_last))
-        assert layer.bn.folded is None
-        layer(short)
-    assert layer.bn.folded is not None
-    assert_fresh(layer, short)
-    assert_fresh(layer, x)
+        first, plain = layer(last), copy.deepcopy(layer)(large)
+        folded = layer.bn.folded
+        assert folded.prepacked is not None and folded.weight is None
+        assert torch.equal(layer(large), plain)
+        assert layer.bn.folded is folded
+        assert folded.prepacked is not None and folded.weight is not None
+        assert torch.equal(layer(last), first)
+    assert folded.weight is not None  # both are asked for
 
 
 DROPS = {

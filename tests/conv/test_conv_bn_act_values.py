@@ -137,7 +137,7 @@ def test_folded_module_in_every_activation(act, layout):
     with torch.no_grad():
         found = layer(x)
     if layout == "channels_last":
-        assert layer.bn.folded.packed
+        assert layer.bn.folded.prepacked is not None
     assert_accurate(found, exact, plain, term_size(x, t, **options), act)
 
 

@@ -185,7 +185,7 @@ def test_which_operators_run(backend, name):
     dout = torch.randn(F.conv_transpose2d(**t, **options).shape)
     with Recorded() as recorded:
         collect(conv_transpose2d, t, dout, same, act="relu", **options)
-    own = {"advdl_ops.depthwise_conv2d.default", "advdl_ops.depthwise_conv2d_backward.default"}
+    own = {"advdl_ops.conv2d.default", "advdl_ops.conv2d_backward.default"}
     expected = own if backend == "fused" and name == "depthwise" else set()
     assert {n for n in recorded.names if n.startswith("advdl_ops")} == expected
     stock = any("convolution" in n or "conv_transpose" in n for n in recorded.names)
@@ -204,7 +204,7 @@ def test_as_on_cuda(monkeypatch, name, layout):
         for key in ("out", "out without gradients", "dx"):
             assert found[key].stride() == in_layout(found[key], expected).stride(), key
         own = any(n.startswith("advdl_ops.conv2d") for n in recorded.names)
-        assert own == ("wide" not in name and name != "depthwise"), recorded.names
+        assert own == ("wide" not in name), recorded.names
 
 
 def test_cudnn_is_deterministic_where_there_is_no_such_gradient(monkeypatch):

@@ -48,7 +48,11 @@ def test_what_has_a_kernel_of_ours(layer: torch.nn.Module) -> None:
     ids=lambda layer: type(layer).__name__,
 )
 def test_what_torch_serves(layer: torch.nn.Module) -> None:
-    assert served_by(layer) == "oneDNN or torch's own"
+    text = served_by(layer)
+    if isinstance(layer, nn.ConvTranspose2d):
+        text, _, own = text.partition("; of few pixels ")
+        assert own.startswith("CPU C++ kernel")
+    assert text == "oneDNN or torch's own"
 
 
 def test_pixels_that_a_kernel_of_ours_serves() -> None:

@@ -115,7 +115,7 @@ def test_an_empty_variable_is_none():
         "import torch, advdl_ops; from advdl_ops import _environment, backend, tuning\n"
         "from advdl_ops.functional import batch_norm_act\n"
         "batch_norm_act(torch.randn(2, 3, 4), None, None, training=True)\n"
-        "print(advdl_ops.get_backend(), backend._require_native, tuning._may_measure(torch.device('cpu')),\n"
+        "print(advdl_ops.get_backend(), backend._require_native, tuning.is_on(torch.device('cuda')),\n"
         "      tuning._directory())"
     )
     empty, none = run_python(code, **EMPTY), run_python(code)
@@ -127,7 +127,7 @@ def test_an_empty_variable_is_none():
 def test_what_is_neither_0_nor_1_is_ignored_and_said(name):
     code = (
         "import torch, advdl_ops; from advdl_ops import backend, tuning\n"
-        "print(backend._require_native, [tuning._may_measure(torch.device('cpu')) for _ in range(2)])"
+        "print(backend._require_native, [tuning.is_on(torch.device('cuda')) for _ in range(2)])"
     )
     done = run_python(code, **{f"ADVDL_OPS_{name}": "no"})
     assert done.stdout == "False [True, True]\n"

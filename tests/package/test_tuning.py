@@ -36,7 +36,8 @@ KEY = Key("conv2d", (2, 3, 4, 5))
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     new_process(monkeypatch)
-    monkeypatch.delenv("ADVDL_OPS_TUNE", raising=False)
+    monkeypatch.setenv("ADVDL_OPS_TUNE", "1")  # on CPU nothing is measured otherwise
+    monkeypatch.setattr(tuning, "_CPU_ROUNDS", 1)
     yield
     tuning._warn_once.cache_clear()
 
@@ -46,7 +47,7 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_choices", {})
     monkeypatch.setattr(tuning, "_unmeasured", {})
     tuning._warn_once.cache_clear()
-    tuning._store_of.cache_clear()
+    tuning._store.cache_clear()
 
 
 class Clock:
@@ -185,7 +186,52 @@ def test_without_tuning_the_first_serves(store: Store, monkeypatch: pytest.Monke
     assert clock.choose(store) == "a"
     assert clock.measured == 0 and tuning.recall(KEY, CPU) is None and not store.path.exists()
     monkeypatch.delenv("ADVDL_OPS_TUNE")
-    assert clock.choose(store) == "b"
+    assert clock.choose(store) == "a"  # on CPU it must be asked for
+    with tuning.on():
+        assert clock.choose(store) == "b"
+
+
+def test_on_cpu_the_first_stays_unless_another_is_clearly_faster(store: Store) -> None:
+    clock = Clock(a=1.0, b=0.98)
+    assert clock.choose(store) == "a"
+    gpu = torch.device("cuda", 1)
+    assert tuning._fastest({"a": 1.0, "b": 0.98}, gpu) == "b"
+    assert tuning._fastest({"a": 1.0, "b": 0.96}, CPU) == "b"
+
+
+def test_on_cpu_candidates_take_turns_and_the_least_counts(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_CPU_ROUNDS", 3)
+    times = iter([1.0, 2.0, 9.0, 0.5, 1.0, 2.0])  # a, b, a, b, a, b
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+
+    def measure(call: Callable[[], Any]) -> float:
+        call()
+        return next(times)
+
+    assert choose(KEY, calls, CPU, measure=measure, store=store) == "b"
+    assert "".join(order) == "ababab"
+    assert store.read()[tuning._text(KEY)].seconds == {"a": 1.0, "b": 0.5}
+
+
+def test_what_is_measured_is_told(store: Store) -> None:
+    told: list[Any] = []
+    with tuning.on(lambda key, choice: told.append((key, choice.name))):
+        Clock(a=2.0, b=1.0).choose(store)
+        Clock(a=2.0, b=1.0).choose(store)
+    assert told == [(KEY, "b")]
+
+
+def test_find_measures_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ADVDL_OPS_CACHE", str(tmp_path))
+    assert tuning.find(KEY, ["a", "b"], CPU) is None
+    choose(KEY, Clock(a=2.0, b=1.0).candidates(), CPU, measure=lambda call: call())
+    new_process(monkeypatch)
+    found = tuning.find(KEY, ["a", "b"], CPU)
+    assert found is not None and found.name == "b"
+    assert tuning.find(KEY, ["a", "c"], CPU) is None
 
 
 def test_without_tuning_what_is_stored_serves(
@@ -407,17 +453,31 @@ def test_where_the_file_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_the_file_is_of_one_gpu_and_of_its_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB/HBM3")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
-    name = tuning._file_name(torch.device("cuda", 0))
-    assert name.startswith(f"NVIDIA-H100-80GB-HBM3_torch-{torch.__version__}_triton-")
-    assert "_cudnn-91002_advdl_ops-" in name and name.endswith(".json")
+    name = tuning._file_name(torch.device("cuda", 0), 0)
+    assert name.startswith(f"NVIDIA-H100-80GB-HBM3_torch-{torch.__version__}_advdl_ops-")
+    assert "_triton-" in name and name.endswith("_cudnn-91002.json")
     names = {name}
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91003)
-    names.add(tuning._file_name(torch.device("cuda", 0)))
+    names.add(tuning._file_name(torch.device("cuda", 0), 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    names.add(tuning._file_name(torch.device("cuda", 0)))
+    names.add(tuning._file_name(torch.device("cuda", 0), 0))
     monkeypatch.setattr(tuning, "_version", lambda package: "9.9")
-    names.add(tuning._file_name(torch.device("cuda", 0)))
+    names.add(tuning._file_name(torch.device("cuda", 0), 0))
     assert len(names) == 4
+
+
+def test_the_file_is_of_one_cpu_its_instructions_and_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from advdl_ops import _environment, _library
+
+    monkeypatch.setattr(_environment, "cpu_model", lambda: "AMD EPYC 9B14")
+    monkeypatch.setattr(_library, "cpu_capability", lambda: "avx2")
+    name = tuning._file_name(CPU, 2)
+    assert name.startswith(f"AMD-EPYC-9B14_avx2_2-threads_torch-{torch.__version__}_advdl_ops-")
+    assert tuning._file_name(CPU, 4) != name
+    monkeypatch.setattr(_library, "cpu_capability", lambda: "avx512")
+    assert tuning._file_name(CPU, 2) != name
 
 
 @pytest.mark.gpu
