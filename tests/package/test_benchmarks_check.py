@@ -135,7 +135,8 @@ def _network() -> nn.Module:
     return nn.Sequential(
         *(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
         *(nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.Hardswish()),
-        *(nn.ConvTranspose2d(64, 32, 2, 2), nn.GroupNorm(4, 32), nn.ReLU()),
+        # Of groups, which torch serves.
+        *(nn.ConvTranspose2d(64, 32, 2, 2, groups=2), nn.GroupNorm(4, 32), nn.ReLU()),
         *(nn.Conv2d(32, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.SiLU()),
         *(nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False), nn.BatchNorm2d(32), nn.ReLU6()),
         nn.Conv2d(32, 32, 3, padding=1),
