@@ -28,7 +28,8 @@ _Function = type[torch.autograd.Function]
 
 
 def _conv2d(x, weight, scale, shift, residual, options, *_):
-    conv, act = options
+    conv: tuple[Any, Any, Any, int] = options[0]
+    act = options[1]
     return (reference.conv2d(x, weight, None, *conv, scale, shift, residual, act),)
 
 

@@ -105,6 +105,7 @@ class Candidate(NamedTuple):
         accepts: whether it can compute a problem.
         rule: ``None`` where it always serves.
         memory_format: in which it computes; ``None``: that of x.
+        keeps_format: whether the output, and the gradient of x, need no conversion to the format of x.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Candidate(NamedTuple):
     accepts: Accepts = lambda _: True
     rule: Rule | None = None
     memory_format: torch.memory_format | None = None
+    keeps_format: bool = False
 
     def format_for(self, problem: Problem) -> torch.memory_format:
         return self.memory_format or problem.memory_format
@@ -254,9 +256,9 @@ def _by_way_of_last(name: str) -> str:
 def _gradients_on_cpu(few_pixels: Rule) -> tuple[Candidate, ...]:
     own, torch_ = cpu.depthwise_gradients, cpu.gradients_by_torch
     return (
-        Candidate(DEPTHWISE, own, _accepts_depthwise_contiguous, _AS_IT_IS),
+        Candidate(DEPTHWISE, own, _accepts_depthwise_contiguous, _AS_IT_IS, None, True),
         Candidate(_by_way_of_last(DEPTHWISE), own, _accepts_depthwise_in_last, None, _LAST),
-        Candidate(DENSE, cpu.dense_gradients, _accepts_dense, few_pixels),
+        Candidate(DENSE, cpu.dense_gradients, _accepts_dense, few_pixels, None, True),
         Candidate(_by_way_of_last(TORCH), torch_, _is_not_last, _WIDE, _LAST),
         Candidate(TORCH, torch_),
     )
@@ -264,11 +266,11 @@ def _gradients_on_cpu(few_pixels: Rule) -> tuple[Candidate, ...]:
 
 ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
     FORWARD: (
-        Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise_contiguous, _AS_IT_IS),
+        Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise_contiguous, _AS_IT_IS, None, True),
         Candidate(
             _by_way_of_last(DEPTHWISE), cpu.depthwise, _accepts_depthwise_in_last, None, _LAST
         ),
-        Candidate(DENSE, cpu.dense, _accepts_dense, _FEW),
+        Candidate(DENSE, cpu.dense, _accepts_dense, _FEW, None, True),
         Candidate(
             _by_way_of_last(ONEDNN),
             cpu.onednn,
@@ -354,7 +356,8 @@ Trial = Callable[[Candidate], Any]
 
 # On CPU, what serves a problem: found once, until :func:`forget`.
 _chosen_on_cpu: dict[Problem, Candidate] = {}
-_torchs: dict[Problem, bool] = {}
+# And what a call did, by its tensors' shapes and strides: quicker to look up. Of ``operators.py`` and ``is_torchs``.
+plans: dict[Any, Any] = {}
 _KEPT_AT_MOST = 4096
 _asks_every_direction = False
 _CPU = torch.device("cpu")
@@ -406,26 +409,18 @@ def by_rule(
 
 def is_torchs(problem: Problem) -> bool:
     """Whether torch serves this forward on CPU and both of its gradients, in the format of x."""
-    if _asks_every_direction:
-        return False
-    found = _torchs.get(problem)
-    if found is None:
-        gradient = problem._replace(epilogue=problem.layout)
-        directions = (
-            problem,
-            *(
-                gradient._replace(direction=direction)
-                for direction in (INPUT_GRADIENT, WEIGHT_GRADIENT)
-            ),
-        )
-        if tuning.is_on(_CPU) and any(map(is_open, directions)):
-            return False  # each is to be measured
-        if len(_torchs) >= _KEPT_AT_MOST:
-            _torchs.clear()
-        forward, *gradients = (expected(p).name for p in directions)
-        found = forward in (ONEDNN, TORCH) and gradients == [TORCH, TORCH]
-        _torchs[problem] = found
-    return found
+    gradient = problem._replace(epilogue=problem.layout)
+    directions = (
+        problem,
+        *(
+            gradient._replace(direction=direction)
+            for direction in (INPUT_GRADIENT, WEIGHT_GRADIENT)
+        ),
+    )
+    if _asks_every_direction or (tuning.is_on(_CPU) and any(map(is_open, directions))):
+        return False  # each is to be measured
+    forward, *gradients = (expected(p).name for p in directions)
+    return forward in (ONEDNN, TORCH) and gradients == [TORCH, TORCH]
 
 
 def is_open(problem: Problem) -> bool:
@@ -449,10 +444,19 @@ def reason(candidate: Candidate) -> str:
     return f"by rule: {text}; {RECORDS[capability()]}"
 
 
+def keep(key: Any, x: torch.Tensor, plan: Any) -> Any:
+    """``plan``, on CPU kept in :data:`plans` until :func:`forget`."""
+    if x.is_cpu:
+        if len(plans) >= _KEPT_AT_MOST:
+            plans.clear()
+        plans[key] = plan
+    return plan
+
+
 def forget() -> None:
     """What serves on CPU is asked for again: of the store, a measurement or the rules."""
     _chosen_on_cpu.clear()
-    _torchs.clear()
+    plans.clear()
 
 
 @contextlib.contextmanager

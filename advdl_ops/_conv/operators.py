@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._schemas import _check_devices, _library, conv2d_format
@@ -11,76 +13,129 @@ from ..activation import activation_of
 from ..reference.batch_norm_act import acc_dtype
 from . import choice
 from .choice import Candidate
-from .cpu import sum_of
+from .cpu import Gradients, Needs, sum_of
 from .problem import (
     FORWARD,
     INPUT_GRADIENT,
     WEIGHT_GRADIENT,
     Conv,
     Epilogue,
+    call_key,
     convert,
     layout_of,
     problem_of,
 )
 
 
+class _Plan(NamedTuple):
+    """What a call of the same kind did.
+
+    Attributes:
+        steps: candidates, with the gradients that each computes (of a forward: not of interest).
+        memory_format: of x, and of its gradient or the output.
+    """
+
+    steps: tuple[tuple[Candidate, Needs], ...]
+    memory_format: torch.memory_format
+
+
+_NOTHING: Needs = (False, False, False)
+
+
 def forward(x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue) -> Tensor:
     """``act(conv2d(x, weight) * scale + shift + residual)`` in ``x``'s memory format."""
-    problem = problem_of(FORWARD, x, weight, conv, epilogue.name())
-    given = conv2d_format(x)
+    scale, shift, residual, act = epilogue
+    parts = act.name, scale is None, shift is None, residual is None
+    key = call_key(x, weight, conv), parts
+    plan = choice.plans.get(key)
+    if plan is None:
+        given = conv2d_format(x)
+        problem = problem_of(FORWARD, x, weight, conv, epilogue.name())
 
-    def run(candidate: Candidate) -> Tensor:
-        out = candidate.run(x, weight, conv, epilogue, candidate.memory_format or given)
-        return convert(out, given)
+        def trial(candidate: Candidate) -> Tensor:
+            return _output(candidate, given, x, weight, conv, epilogue)
 
-    return run(choice.chosen(problem, x.device, run))
+        candidate = choice.chosen(problem, x.device, trial)
+        plan = choice.keep(key, x, _Plan(((candidate, _NOTHING),), given))
+    return _output(plan.steps[0][0], plan.memory_format, x, weight, conv, epilogue)
+
+
+def _output(
+    candidate: Candidate,
+    given: torch.memory_format,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    epilogue: Epilogue,
+) -> Tensor:
+    out = candidate.run(x, weight, conv, epilogue, candidate.memory_format or given)
+    return out if candidate.keeps_format else convert(out, given)
 
 
 def backward(
-    dz: Tensor, x: Tensor, weight: Tensor, conv: Conv, needs: tuple[bool, bool, bool]
+    dz: Tensor, x: Tensor, weight: Tensor, conv: Conv, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x``, of the weight and of a bias ``[C_out]``; empty where not needed.
 
     Those of x and weight are chosen each for itself; what one candidate serves it computes together.
     """
-    given, acc = conv2d_format(x), acc_dtype(x.dtype)
-
-    def run(candidate: Candidate, wanted: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-        memory_format = candidate.memory_format or given
-        dx, dweight, dbias = candidate.run(dz, x, weight, conv, wanted, memory_format)
-        return (
-            None if dx is None else convert(dx, given),
-            None if dweight is None else convert(dweight, conv2d_format(weight)).to(acc),
-            dbias,
-        )
-
-    found: list[Tensor | None] = [None, None, None]
-    serving: dict[str, tuple[Candidate, list[bool]]] = {}
-    layout = layout_of(dz)
-    for at, direction in enumerate((INPUT_GRADIENT, WEIGHT_GRADIENT)):
-        if needs[at]:
-            alone = at == 0, at == 1, False
-            candidate = choice.chosen(
-                problem_of(direction, x, weight, conv, layout),
-                x.device,
-                lambda c, alone=alone, at=at: run(c, alone)[at],  # type: ignore[misc]
-            )
-            serving.setdefault(candidate.name, (candidate, [False] * 3))[1][at] = True
-    if needs[2]:
-        if not serving:
-            found[2] = sum_of(dz)
-        else:
-            # The depthwise kernel sums dz as it reads it.
-            next(iter(serving.values()))[1][2] = True
-    for candidate, wanted in serving.values():
-        gradients = run(candidate, (wanted[0], wanted[1], wanted[2]))
-        found = [g if g is not None else f for g, f in zip(gradients, found, strict=True)]
-    dx, dweight, dbias = found
+    key = call_key(x, weight, conv), dz.stride(), needs
+    plan = choice.plans.get(key)
+    if plan is None:
+        plan = choice.keep(key, x, _plan_of_backward(dz, x, weight, conv, needs))
+    dx = dweight = dbias = None
+    for candidate, wanted in plan.steps:
+        gradients = _gradients(candidate, plan.memory_format, dz, x, weight, conv, wanted)
+        dx = dx if gradients[0] is None else gradients[0]
+        dweight = dweight if gradients[1] is None else gradients[1]
+        dbias = dbias if gradients[2] is None else gradients[2]
+    if needs[2] and dbias is None:
+        dbias = sum_of(dz)
+    acc = acc_dtype(x.dtype)
     return (
         x.new_empty(0) if dx is None else dx,
         x.new_empty(0, dtype=acc) if dweight is None else dweight,
         x.new_empty(0, dtype=acc) if dbias is None else dbias,
     )
+
+
+def _plan_of_backward(dz: Tensor, x: Tensor, weight: Tensor, conv: Conv, needs: Needs) -> _Plan:
+    given, layout = conv2d_format(x), layout_of(dz)
+    serving: dict[str, tuple[Candidate, list[bool]]] = {}
+    for at, direction in enumerate((INPUT_GRADIENT, WEIGHT_GRADIENT)):
+        if needs[at]:
+            alone = at == 0, at == 1, False
+
+            def trial(candidate: Candidate, alone: Needs = alone) -> Tensor | None:
+                dx, dweight, _ = _gradients(candidate, given, dz, x, weight, conv, alone)
+                return dx if alone[0] else dweight
+
+            problem = problem_of(direction, x, weight, conv, layout)
+            candidate = choice.chosen(problem, x.device, trial)
+            serving.setdefault(candidate.name, (candidate, [False] * 3))[1][at] = True
+    if needs[2] and serving:
+        # The depthwise kernel sums dz as it reads it.
+        next(iter(serving.values()))[1][2] = True
+    steps = ((candidate, (w[0], w[1], w[2])) for candidate, w in serving.values())
+    return _Plan(tuple(steps), given)
+
+
+def _gradients(
+    candidate: Candidate,
+    given: torch.memory_format,
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    needs: Needs,
+) -> Gradients:
+    memory_format = candidate.memory_format or given
+    dx, dweight, dbias = candidate.run(dz, x, weight, conv, needs, memory_format)
+    if dx is not None and not candidate.keeps_format:
+        dx = convert(dx, given)
+    if dweight is not None:
+        dweight = convert(dweight, conv2d_format(weight)).to(acc_dtype(x.dtype))
+    return dx, dweight, dbias
 
 
 def conv2d(

@@ -163,6 +163,14 @@ def _settings_on_cuda(x: Tensor, weight: Tensor) -> tuple[bool, bool, int]:
     return torch.backends.cudnn.enabled, allows_tf32(), 0
 
 
+def call_key(x: Tensor, weight: Tensor, conv: Conv) -> tuple[Any, ...]:
+    """All that a :class:`Problem` is made of, as it is at hand: quicker than to make one, for what is kept by it."""
+    return (
+        x.shape, x.stride(), weight.shape, weight.stride(), x.dtype, type(x), type(weight), conv,
+        torch._C._get_mkldnn_enabled(), torch.is_autocast_enabled("cpu"), torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def layout_of(t: Tensor) -> str:
     """The memory format of ``t`` ``[N, C, H, W]`` in a word."""
     if t.is_contiguous():

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import reference, tuning
 from .._conv import choice, operators
 from .._conv.activation import activated
 from .._conv.choice import Candidate
 from .._conv.epilogue import normalized, unit_statistics
-from .._conv.problem import FORWARD, Conv, Epilogue, has_format, problem_of
+from .._conv.problem import FORWARD, Conv, Epilogue, call_key, has_format, problem_of
 from .._schemas import conv2d_shape
 from .._stock_faults import sees_nothing
 from ..activation import IDENTITY, Activation, resolve_activation
@@ -210,9 +210,24 @@ def _torch_derives_as_well(
     channels_last: there oneDNN is slow for the gradient of a bias, and a weight in another format than ``x`` would
     decide the output's.
     """
+    if not x.is_cpu:
+        return False
+    if not unwatched(x, weight):  # a tracer's sizes are no numbers to look up by
+        return _is_as_good_as_torchs(x, weight, shift, conv, act)
+    key = "torch", call_key(x, weight, conv), shift is None, act.name
+    found = choice.plans.get(key)
+    if found is None:
+        found = _is_as_good_as_torchs(x, weight, shift, conv, act)
+        if not tuning.is_on(x.device):  # what is still to be measured may change it
+            choice.keep(key, x, found)
+    return bool(found)
+
+
+def _is_as_good_as_torchs(
+    x: Tensor, weight: Tensor, shift: Tensor | None, conv: Conv, act: Activation
+) -> bool:
     return (
-        x.is_cpu
-        and x.dtype not in HALF
+        x.dtype not in HALF
         and has_format(x, torch.contiguous_format)
         and has_format(weight, torch.contiguous_format)
         and choice.is_torchs(

@@ -118,6 +118,7 @@ def serve_as_on_cuda(monkeypatch: Any, dense: Launchers, depthwise: Launchers) -
         return choice._by_measurement(problem, found, device, trial)
 
     monkeypatch.setattr(choice, "chosen", chosen)
+    monkeypatch.setattr(choice, "plans", NothingKept())
     monkeypatch.setattr(choice, "is_torchs", lambda _: False)
     # No cached answer of the real launchers, and none of these left behind.
     for name in ("_on_cuda", "configs"):
@@ -130,6 +131,11 @@ def serve_as_on_cuda(monkeypatch: Any, dense: Launchers, depthwise: Launchers) -
     monkeypatch.setattr(cuda, "has_triton", lambda: True)
     monkeypatch.setattr(tuning, "_choices", {})
     monkeypatch.setattr(tuning, "_unmeasured", {})
+
+
+class NothingKept(dict):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
 
 
 class Tuner:
