@@ -126,18 +126,6 @@ def _accepts_depthwise(p: Problem) -> bool:
     return p.is_depthwise and native("cpu")
 
 
-def _accepts_depthwise_contiguous(p: Problem) -> bool:
-    """The contiguous kernel copies the whole reach of a filter, most of which may lie outside of the image."""
-    if not _accepts_depthwise(p):
-        return False
-    if p.layout == CHANNELS_LAST:
-        return True
-    reach = [d * (k - 1) for d, k in zip(p.dilation, p.weight[2:], strict=True)]
-    height, width = p.x[2:]
-    is_far = reach[0] > 4 * height or reach[1] > 4 * width
-    return not is_far and (reach[0] + 4) * (reach[1] + p.out_size[1]) <= 1 << 18
-
-
 def _accepts_dense(p: Problem) -> bool:
     return (
         p.groups == 1
@@ -256,7 +244,7 @@ def _by_way_of_last(name: str) -> str:
 def _gradients_on_cpu(few_pixels: Rule) -> tuple[Candidate, ...]:
     own, torch_ = cpu.depthwise_gradients, cpu.gradients_by_torch
     return (
-        Candidate(DEPTHWISE, own, _accepts_depthwise_contiguous, _AS_IT_IS, None, True),
+        Candidate(DEPTHWISE, own, _accepts_depthwise, _AS_IT_IS, None, True),
         Candidate(_by_way_of_last(DEPTHWISE), own, _accepts_depthwise_in_last, None, _LAST),
         Candidate(DENSE, cpu.dense_gradients, _accepts_dense, few_pixels, None, True),
         Candidate(_by_way_of_last(TORCH), torch_, _is_not_last, _WIDE, _LAST),
@@ -266,7 +254,7 @@ def _gradients_on_cpu(few_pixels: Rule) -> tuple[Candidate, ...]:
 
 ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
     FORWARD: (
-        Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise_contiguous, _AS_IT_IS, None, True),
+        Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise, _AS_IT_IS, None, True),
         Candidate(
             _by_way_of_last(DEPTHWISE), cpu.depthwise, _accepts_depthwise_in_last, None, _LAST
         ),
@@ -284,7 +272,7 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
     ),
     # The weight has the norm's scale in it, and is kept; so a layout of oneDNN's own can be paid for once.
     FOLDED: (
-        Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise_contiguous, _LONG_ROWS_AS_IT_IS),
+        Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise, _LONG_ROWS_AS_IT_IS),
         Candidate(
             _by_way_of_last(DEPTHWISE),
             cpu.depthwise,

@@ -37,7 +37,8 @@ def depthwise(
     x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue, memory_format: torch.memory_format
 ) -> Tensor:
     scale, shift, residual, act = epilogue
-    x = convert(x, memory_format)
+    if not x.is_contiguous(memory_format=memory_format):
+        x = convert(x, memory_format)
     return _depthwise_op(x, weight, scale, shift, residual, *conv[:3], act.code, act.param)
 
 
@@ -49,7 +50,8 @@ def depthwise_gradients(
     needs: Needs,
     memory_format: torch.memory_format,
 ) -> Gradients:
-    x = convert(x, memory_format) if needs[1] else without_data(x, memory_format)
+    if not x.is_contiguous(memory_format=memory_format):
+        x = convert(x, memory_format) if needs[1] else without_data(x, memory_format)
     found = _depthwise_backward_op(dz, x, weight, *conv[:3], *needs)
     return _needed(found, needs)
 

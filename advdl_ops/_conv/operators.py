@@ -134,7 +134,9 @@ def _gradients(
     if dx is not None and not candidate.keeps_format:
         dx = convert(dx, given)
     if dweight is not None:
-        dweight = convert(dweight, conv2d_format(weight)).to(acc_dtype(x.dtype))
+        if dweight.stride() != weight.stride():
+            dweight = convert(dweight, conv2d_format(weight))
+        dweight = dweight.to(acc_dtype(x.dtype))
     return dx, dweight, dbias
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import reference
 from .._conv import choice, cuda
 from .._conv.activation import DERIVATIVES, activated, derivative_from_output
-from .._conv.problem import FORWARD, Conv, Problem, problem_of
+from .._conv.problem import FORWARD, Conv, Problem, call_key, problem_of
 from .._schemas import conv2d_format
 from .._stock_faults import fails_in_channels_last, in_contiguous, padded, sees_nothing
 from ..activation import Activation, resolve_activation
@@ -150,7 +150,13 @@ def _has_own_operators(x: Tensor, weight: Tensor, options: Options) -> bool:
     if x.is_cuda or _is_depthwise(weight, options):
         return True
     # What a compiler sees of the others are aten operators.
-    return x.is_cpu and unwatched(x, weight) and not choice.is_torchs(_problem(x, weight, options))
+    if not x.is_cpu or not unwatched(x, weight):
+        return False
+    key = "transposed", call_key(x, weight, _conv(options)), options.output_padding
+    found = choice.plans.get(key)
+    if found is None:
+        found = choice.keep(key, x, not choice.is_torchs(_problem(x, weight, options)))
+    return bool(found)
 
 
 def _problem(x: Tensor, weight: Tensor, options: Options) -> Problem:

@@ -1,5 +1,5 @@
 // torch.ops.advdl_ops.depthwise_conv2d, its backward and convert_layout on CPU: argument checks, allocation, registration.
-// Which format is the faster one, advdl_ops/_conv/choice.py says.
+// In which format, where that is a matter of speed, advdl_ops/_conv/choice.py says.
 #if !defined(USE_CUDA)
 
 #include <tuple>
@@ -13,6 +13,13 @@ namespace {
 
 constexpr const char *kName = "depthwise_conv2d", *kBackwardName = "depthwise_conv2d_backward";
 
+// channels_first copies the whole reach of a filter, of which most may lie outside of the image: channels_last then.
+bool reaches_far(const DepthwiseConv2dShape& s) {
+  constexpr int64_t kLargeReach = 1 << 18;
+  return s.h.reach() > 4 * s.h.in || s.w.reach() > 4 * s.w.in ||
+         s.h.reach() + 4 > kLargeReach / (s.w.reach() + s.w.out);
+}
+
 DepthwiseConv2dShape shape_of(const Tensor& x, const Tensor& weight,
                               const std::vector<int64_t>& stride,
                               const std::vector<int64_t>& padding,
@@ -25,7 +32,7 @@ DepthwiseConv2dShape shape_of(const Tensor& x, const Tensor& weight,
   s.c = x.size(1);
   s.h = axis(x, weight, stride, padding, dilation, 0, function);
   s.w = axis(x, weight, stride, padding, dilation, 1, function);
-  s.layout = format_of(x);
+  s.layout = reaches_far(s) ? Layout::channels_last : format_of(x);
   s.dtype = dtype_of(x, function);
   return s;
 }
@@ -50,6 +57,7 @@ Tensor forward(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shi
              residual->device() == x.device()),
         kName, "residual must have the shape of the output and x's dtype and device");
   check(act >= 0 && act < kActivationCount, kName, "unknown activation code");
+  const Layout given = format_of(x);
   x = in_format(x, s.layout);
   weight = *contiguous(OptionalTensor(weight));
   scale = contiguous(scale);
@@ -71,7 +79,7 @@ Tensor forward(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shi
     return is_last ? cpu::depthwise_conv2d_last_forward_workspace(p)
                    : cpu::depthwise_conv2d_forward_workspace(p);
   }).run(is_last ? cpu::depthwise_conv2d_last_forward : cpu::depthwise_conv2d_forward, p);
-  return out;
+  return in_format(out, given);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
@@ -84,6 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
   const DepthwiseConv2dShape& s = p.shape;
   check(is_image(dz, s) && dz.scalar_type() == x.scalar_type() && dz.device() == x.device(),
         kBackwardName, "dz must have the shape of the output and x's dtype and device");
+  const Layout given = format_of(x);
   // Of x only the sizes and the format count where the weight needs no gradient.
   if (need_dweight) x = in_format(x, s.layout);
   dz = in_format(dz, s.layout);
@@ -106,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
     return is_last ? cpu::depthwise_conv2d_last_backward_workspace(p)
                    : cpu::depthwise_conv2d_backward_workspace(p);
   }).run(is_last ? cpu::depthwise_conv2d_last_backward : cpu::depthwise_conv2d_backward, p);
-  return {dx, dweight, dbias};
+  return {need_dx ? in_format(dx, given) : dx, dweight, dbias};
 }
 
 }  // namespace
