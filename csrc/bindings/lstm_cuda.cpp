@@ -1,19 +1,17 @@
 // The LSTM on CUDA, step by step: torch multiplies, csrc/cuda/lstm.cu does the rest. docs/kernels.md: launches.
 //
-// Included by lstm.cpp, behind its Arguments and its structs of tensors. Everything runs on the current stream, nothing
-// waits for it, and of the tensors' values only batch_sizes are looked at, which lie in the host's memory: CUDA graphs can
-// capture a call.
-#pragma once
-
+// Everything runs on the current stream, and nothing waits for it. The only values that are read are those of batch_sizes,
+// which is in host memory. So CUDA graphs can capture a call.
+#if defined(USE_CUDA)
 #include <array>
 #include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "tensor.h"
+#include "lstm.h"
 
-namespace advdl_ops {
+namespace advdl_ops::lstm {
 namespace {
 
 // ---- matrices ----
@@ -171,6 +169,25 @@ void run_step(Launch& launch, const Params& p, const Arguments&... arguments) {
   launch.run([&](const Params&, void*, void* stream) { kernel(p, arguments..., stream); }, p);
 }
 
+// x, with zeros for padding.
+Tensor without_padding(const Arguments& a, Launch& launch) {
+  if (!a.lengths.has_value()) return *contiguous(OptionalTensor(a.x));
+  const Tensor copy = allocate_rows(a.x, width_of(a.x));
+  const int64_t time = a.batch_first ? 1 : 0, batch = 1 - time;
+  LstmPadding p;
+  p.steps = a.steps();
+  p.batch = a.batch();
+  p.width = width_of(a.x);
+  p.dtype = dtype_of(a.x, kName);
+  p.lengths = static_cast<const int64_t*>(data(a.lengths));
+  p.x = {data(a.x), a.x.stride(time), a.x.stride(batch)};
+  p.out = {data(copy), copy.stride(time), copy.stride(batch)};
+  run_step<cuda::lstm_without_padding>(launch, p);
+  return copy;
+}
+
+}  // namespace
+
 // ---- forward ----
 
 void run_forward(const Arguments& a, const ForwardOutputs& o) {
@@ -241,23 +258,6 @@ void run_forward(const Arguments& a, const ForwardOutputs& o) {
 
 // ---- backward ----
 
-// x, with zeros for padding.
-Tensor without_padding(const Arguments& a, Launch& launch) {
-  if (!a.lengths.has_value()) return *contiguous(OptionalTensor(a.x));
-  const Tensor copy = allocate_rows(a.x, width_of(a.x));
-  const int64_t time = a.batch_first ? 1 : 0, batch = 1 - time;
-  LstmPadding p;
-  p.steps = a.steps();
-  p.batch = a.batch();
-  p.width = width_of(a.x);
-  p.dtype = dtype_of(a.x, kName);
-  p.lengths = static_cast<const int64_t*>(data(a.lengths));
-  p.x = {data(a.x), a.x.stride(time), a.x.stride(batch)};
-  p.out = {data(copy), copy.stride(time), copy.stride(batch)};
-  run_step<cuda::lstm_without_padding>(launch, p);
-  return copy;
-}
-
 void run_backward(const Arguments& a, const BackwardInputs& in, const BackwardOutputs& o) {
   const int64_t batch = a.batch(), hidden = a.hidden(), size = a.recurrent();
   if (batch == 0) {
@@ -283,8 +283,8 @@ void run_backward(const Arguments& a, const BackwardInputs& in, const BackwardOu
   const Tensor dfed = allocate_matrix(a.x, batch, size, dtype);
   set(dh, in.dh_n);
   set(dc, in.dc_n);
-  // Packed sequences that end earlier come in later, with nothing fed back yet; in reverse, those that have begun stay behind
-  // with what their first step fed back.
+  // Zero, as shorter packed sequences join in later and nothing was fed back to them before. In reverse, a sequence drops out
+  // after its first step, and what that fed back stays in dfed.
   set(dfed, std::nullopt);
   // Both in the order in which the steps are taken, for the one product of all.
   const int64_t kept_rows = wanted(o.dw_hr) ? count_rows(a.x) : batch;
@@ -358,5 +358,5 @@ void run_backward(const Arguments& a, const BackwardInputs& in, const BackwardOu
   }
 }
 
-}  // namespace
-}  // namespace advdl_ops
+}  // namespace advdl_ops::lstm
+#endif  // USE_CUDA
