@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..functional.lstm import check_rate, lstm, lstm_cell
+from ..functional._lstm_checks import check_rate
+from ..functional.lstm import lstm
+from ..functional.lstm_cell import lstm_cell
 
 _States = tuple[Tensor, Tensor]
 
