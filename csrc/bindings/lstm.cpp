@@ -106,7 +106,7 @@ void check_sequences(const Arguments& a) {
         "zoneout must lie in 0 .. 1");
 }
 
-// Rows of `t` [T, B, ...], [B, T, ...] or [rows, ...], elements of a row side by side.
+// `t` [T, B, ...], [B, T, ...] or [rows, ...]: itself where each row is contiguous, else a contiguous copy.
 Tensor with_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
