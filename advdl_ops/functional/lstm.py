@@ -38,7 +38,7 @@ from ._lstm_arguments import (
 )
 from ._lstm_checks import REFUSALS, check_rates, check_sequence, raise_named
 from ._lstm_gradients import reference_gradients
-from ._norm import gradient_like, needs_grad
+from ._norm import gradient_like
 
 _sequence_op = torch.ops.advdl_ops.lstm.default
 _sequence_backward_op = torch.ops.advdl_ops.lstm_backward.default
@@ -236,11 +236,17 @@ def _run(arguments: LSTMArguments) -> tuple[Tensor, Tensor, Tensor]:
     """``y``, ``h_n`` and ``c_n`` of one layer and direction."""
     if not serves_native(SEQUENCE, arguments.x):
         return reference.lstm(arguments)
-    if not needs_grad(*[t for t in arguments if isinstance(t, Tensor)]):
+    if not torch.is_grad_enabled() or not any(
+        t.requires_grad for t in arguments if isinstance(t, Tensor)
+    ):
         return _sequence_op(*arguments, False)[:3]
     if torch.compiler.is_compiling():
         return LSTMFunction.apply(*fixed(arguments))
     return _apply_sequence(*arguments)
+
+
+# The types of what is not a tensor in LSTMArguments; a bool is an int. Cheaper to ask for than Tensor.
+_NUMBERS = (float, int)
 
 
 class LSTMFunction(torch.autograd.Function):
@@ -250,8 +256,8 @@ class LSTMFunction(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         """``arguments`` are the fields of :class:`LSTMArguments`: autograd sees no tensor within a tuple."""
         y, h_n, c_n, *internal = _sequence_op(*arguments, True)
-        tensors = [value if isinstance(value, Tensor) else None for value in arguments]
-        ctx.options = [None if isinstance(value, Tensor) else value for value in arguments]
+        tensors = [None if isinstance(value, _NUMBERS) else value for value in arguments]
+        ctx.options = [value if isinstance(value, _NUMBERS) else None for value in arguments]
         ctx.save_for_backward(*tensors, y, *internal)
         ctx.set_materialize_grads(False)
         return y, h_n, c_n
@@ -263,7 +269,8 @@ class LSTMFunction(torch.autograd.Function):
         names = LSTMArguments._fields
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(names)
-        tensors, results = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
+        saved = ctx.saved_tensors
+        tensors, results = saved[: len(names)], saved[len(names) :]
         a = LSTMArguments(
             *[option if t is None else t for t, option in zip(tensors, ctx.options, strict=True)]
         )
@@ -272,12 +279,12 @@ class LSTMFunction(torch.autograd.Function):
                 lambda *aliases: reference.lstm(LSTMArguments(*aliases)),
                 a, ctx.needs_input_grad, (dy, dh_n, dc_n),
             )  # fmt: skip
-        need = dict(zip(names, ctx.needs_input_grad, strict=True))
-        need_dbias = need["b_ih"] or need["b_hh"] or need["ln_hh_bias"]
+        need = LSTMArguments(*ctx.needs_input_grad)
+        need_dbias = need.b_ih or need.b_hh or need.ln_hh_bias
         dx, dh0, dc0, dw_ih, dw_hh, dbias, dw_hr, dln_hh_weight, dln_c_weight, dln_c_bias = (
             _sequence_backward_op(
                 dy, dh_n, dc_n, *a, *results,
-                need["x"], need["w_ih"], need["w_hh"], need_dbias, need["w_hr"],
+                need.x, need.w_ih, need.w_hh, need_dbias, need.w_hr,
             )
         )  # fmt: skip
         grads = {
@@ -287,7 +294,7 @@ class LSTMFunction(torch.autograd.Function):
         return tuple(
             [
                 gradient_like(grads[name], t) if needed else None
-                for (name, needed), t in zip(need.items(), tensors, strict=True)
+                for name, needed, t in zip(names, need, tensors, strict=True)
             ]
         )
 
