@@ -29,6 +29,16 @@ class CMakeExtension(Extension):
 class CMakeBuild(build_ext):
     """Configure, build and install into the package: the source's own with ``--inplace``."""
 
+    user_options = [  # noqa: RUF012
+        *build_ext.user_options,
+        ("for-this-machine", None, "leave the CUDA library out where torch finds no GPU"),
+    ]
+    boolean_options = [*build_ext.boolean_options, "for-this-machine"]  # noqa: RUF012
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.for_this_machine = False
+
     def run(self) -> None:
         if importlib.util.find_spec("torch") is None:
             raise SystemExit(
@@ -48,12 +58,22 @@ class CMakeBuild(build_ext):
             f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DADVDL_OPS_CUDA={_cuda()}",
         )  # fmt: skip
-        self._cmake("--build", str(BUILD_DIR), "--parallel", str(_jobs()))
+        cpu_alone = bool(self.for_this_machine) and not _has_gpu()
+        if cpu_alone:
+            print(
+                "advdl_ops: torch finds no GPU here, so only the CPU library is built; "
+                "`make build` builds the CUDA library too, where there is nvcc",
+                flush=True,
+            )
+        # The configuration stays that of a whole build: another one would delete what that has compiled.
+        target = ["--target", "cpu"] if cpu_alone else []
+        self._cmake("--build", str(BUILD_DIR), "--parallel", str(_jobs()), *target)
         package = self._package_dir()
         for library in package.glob("lib/*.so"):
             if not (BUILD_DIR / library.name).exists():  # the CUDA library of a build that had nvcc
                 library.unlink()
-        self._cmake("--install", str(BUILD_DIR), "--prefix", str(package))
+        component = ["--component", "cpu"] if cpu_alone else []
+        self._cmake("--install", str(BUILD_DIR), "--prefix", str(package), *component)
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "advdl_ops"
@@ -97,6 +117,12 @@ def _cuda() -> str:
     if value not in ("", "0", "1"):
         raise SystemExit(f"advdl_ops: ADVDL_OPS_CUDA ({value!r}) must be 0, 1 or empty")
     return value
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _jobs() -> int:

@@ -1,14 +1,18 @@
 """Every raw operator: its schema, and its fake function with exact sizes, dtypes and strides.
 
-Raw operators write no argument, but for those whose name ends in ``_``. ``csrc/bindings/<family>.cpp`` implements them
-for CPU and CUDA; what they compute stands in ``csrc/common/<family>.h``.
+Only operators whose name ends in ``_`` write an argument. ``csrc/common/<family>.h`` says what a kernel computes. The
+implementations are in:
+
+- ``csrc/bindings/<family>.cpp``: the norms and the LSTM for CPU and CUDA, dense and depthwise convolution for CPU;
+- ``functional/_conv2d_cpu.py``: ``conv2d`` for CPU;
+- ``functional/_conv2d_cuda.py``: ``conv2d`` and ``depthwise_conv2d`` for CUDA.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,22 +92,58 @@ _library.define(
     "Tensor gates, bool need_dx, bool need_dw_ih, bool need_dw_hh, bool need_dbias) "
     "-> (Tensor dx, Tensor dh_in, Tensor dc_in, Tensor dw_ih, Tensor dw_hh, Tensor dbias)"
 )
-# One layer and direction over whole sequences. x is [T, B, I] or [B, T, I], or [rows, I] with batch_sizes as of a
-# PackedSequence; lengths [B] are of a padded x. The arguments from recurrent_mask on: csrc/common/lstm.h.
-# gates, cells and products (of layer norm alone) are for backward, with rows as x, empty unless `save`.
-_LSTM_INPUT = (
+# One layer and direction over whole sequences. gates, cells and products (of layer norm alone) are for backward: with
+# rows as x, empty unless `save`.
+_LSTM_ARGUMENTS = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
     "Tensor? lengths, Tensor? batch_sizes, Tensor? recurrent_mask, Tensor? zoneout_c_mask, Tensor? zoneout_h_mask, "
     "float zoneout_c, float zoneout_h, Tensor? ln_hh_weight, Tensor? ln_hh_bias, Tensor? ln_c_weight, "
     "Tensor? ln_c_bias, float eps, bool batch_first, bool reverse"
 )
+
+
+class LSTMArguments(NamedTuple):
+    """The arguments that ``lstm`` and ``lstm_backward`` share, in the order of their schemas; all but ``save``.
+
+    Sizes: T steps, B sequences, I features of ``x``, H the hidden size, R the size of ``h`` (H, or P with ``w_hr``).
+    Tensors have the dtype of ``x`` where no other is given.
+    """
+
+    x: Tensor  # [T, B, I], with batch_first [B, T, I], with batch_sizes [rows, I]
+    h0: Tensor | None  # [B, R]; None: zeros, but not beside batch_sizes
+    c0: Tensor | None  # [B, H]; None: zeros
+    w_ih: (
+        Tensor | None
+    )  # [4H, I], gates in the order i, f, g, o; None: x is multiplied by it already, I = 4H
+    w_hh: Tensor  # [4H, R]
+    b_ih: Tensor | None  # [4H]
+    b_hh: Tensor | None  # [4H]
+    w_hr: Tensor | None  # [P, H]: the projection
+    lengths: Tensor | None  # [B] int64, on x's device, of a padded x
+    batch_sizes: Tensor | None  # [T] int64, on the CPU, as of a PackedSequence
+    recurrent_mask: Tensor | None  # [B, R]: the factor of h before w_hh
+    zoneout_c_mask: (
+        Tensor | None
+    )  # uint8, rows as x, H wide; 1: the unit of the cell keeps its value
+    zoneout_h_mask: Tensor | None  # uint8, rows as x, R wide; 1: the unit of h keeps its value
+    zoneout_c: float  # the rate, used without a mask
+    zoneout_h: float
+    ln_hh_weight: Tensor | None  # [4H]: layer norm of w_hh h; all four are given or none
+    ln_hh_bias: Tensor | None  # [4H]
+    ln_c_weight: Tensor | None  # [H]: layer norm of the cell
+    ln_c_bias: Tensor | None  # [H]
+    eps: float  # of the layer norms
+    batch_first: bool
+    reverse: bool
+
+
 _library.define(
-    f"lstm({_LSTM_INPUT}, bool save) "
+    f"lstm({_LSTM_ARGUMENTS}, bool save) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor products)"
 )
 # dbias is that of b_ih, of b_hh and of ln_hh_bias.
 _library.define(
-    f"lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LSTM_INPUT}, Tensor y, Tensor gates, Tensor cells, "
+    f"lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LSTM_ARGUMENTS}, Tensor y, Tensor gates, Tensor cells, "
     "Tensor products, bool need_dx, bool need_dw_ih, bool need_dw_hh, bool need_dbias, bool need_dw_hr) "
     "-> (Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor dbias, Tensor dw_hr, "
     "Tensor dln_hh_weight, Tensor dln_c_weight, Tensor dln_c_bias)"
@@ -282,56 +322,53 @@ def _(dh, dc, x, h, c, w_ih, w_hh, gates, need_dx, need_dw_ih, need_dw_hh, need_
 
 
 @torch.library.register_fake("advdl_ops::lstm", lib=_library)
-def _(
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, batch_sizes, recurrent_mask, zoneout_c_mask, zoneout_h_mask,
-    zoneout_c, zoneout_h, ln_hh_weight, ln_hh_bias, ln_c_weight, ln_c_bias, eps, batch_first, reverse, save,
-):  # fmt: skip
-    _check_devices(
-        "lstm", x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, recurrent_mask, zoneout_c_mask, zoneout_h_mask,
-        ln_hh_weight, ln_hh_bias, ln_c_weight, ln_c_bias,
-    )  # fmt: skip
-    hidden, size = w_hh.shape[0] // 4, w_hh.shape[1]
-    batch = _lstm_batch(x, h0, batch_sizes, batch_first)
+def _(*given):
+    a, save = LSTMArguments(*given[:-1]), given[-1]
+    on_device = a._replace(batch_sizes=None)
+    _check_devices("lstm", a.x, *[t for t in on_device if isinstance(t, Tensor)])
+    x, hidden, size = a.x, a.w_hh.shape[0] // 4, a.w_hh.shape[1]
+    batch = _lstm_batch(a)
     return (
         x.new_empty((*x.shape[:-1], size)),
         x.new_empty((batch, size)),
         x.new_empty((batch, hidden)),
         x.new_empty((*x.shape[:-1], 4 * hidden) if save else 0),
         x.new_empty((*x.shape[:-1], hidden) if save else 0),
-        x.new_empty((*x.shape[:-1], 4 * hidden) if save and ln_hh_weight is not None else 0),
+        x.new_empty((*x.shape[:-1], 4 * hidden) if save and a.ln_hh_weight is not None else 0),
     )
 
 
 @torch.library.register_fake("advdl_ops::lstm_backward", lib=_library)
-def _(
-    dy, dh_n, dc_n,
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, batch_sizes, recurrent_mask, zoneout_c_mask, zoneout_h_mask,
-    zoneout_c, zoneout_h, ln_hh_weight, ln_hh_bias, ln_c_weight, ln_c_bias, eps, batch_first, reverse,
-    y, gates, cells, products, need_dx, need_dw_ih, need_dw_hh, need_dbias, need_dw_hr,
-):  # fmt: skip
-    hidden, size, acc = w_hh.shape[0] // 4, w_hh.shape[1], _acc(x)
-    batch = _lstm_batch(x, h0, batch_sizes, batch_first)
-    norm = ln_hh_weight is not None
+def _(dy, dh_n, dc_n, *given):
+    a = LSTMArguments(*given[: len(LSTMArguments._fields)])
+    need_dx, need_dw_ih, need_dw_hh, need_dbias, need_dw_hr = given[-5:]
+    x, hidden, size, acc = a.x, a.w_hh.shape[0] // 4, a.w_hh.shape[1], _acc(a.x)
+    batch = _lstm_batch(a)
+    norm = a.ln_hh_weight is not None
+
+    def gradient(weight, wanted):
+        return x.new_empty(weight.shape if wanted and weight is not None else 0, dtype=acc)
+
     return (
         x.new_empty(x.shape if need_dx else 0),
         x.new_empty((batch, size)),
         x.new_empty((batch, hidden)),
-        x.new_empty(w_ih.shape if need_dw_ih else 0, dtype=acc),
-        x.new_empty(w_hh.shape if need_dw_hh else 0, dtype=acc),
+        gradient(a.w_ih, need_dw_ih),
+        gradient(a.w_hh, need_dw_hh),
         x.new_empty(4 * hidden if need_dbias else 0, dtype=acc),
-        x.new_empty(w_hr.shape if need_dw_hr else 0, dtype=acc),
+        gradient(a.w_hr, need_dw_hr),
         x.new_empty(4 * hidden if norm else 0, dtype=acc),
         x.new_empty(hidden if norm else 0, dtype=acc),
         x.new_empty(hidden if norm else 0, dtype=acc),
     )
 
 
-def _lstm_batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None, batch_first: bool) -> int:
-    if batch_sizes is None:
-        return x.shape[0 if batch_first else 1]
-    # How many sequences a packed x has, batch_sizes alone would say, whose values no fake function may ask for.
-    assert h0 is not None, "lstm: h0 must be given beside batch_sizes"
-    return h0.shape[0]
+def _lstm_batch(a: LSTMArguments) -> int:
+    if a.batch_sizes is None:
+        return a.x.shape[0 if a.batch_first else 1]
+    # The number of sequences is batch_sizes[0], but a fake function may not read values.
+    assert a.h0 is not None, "lstm: h0 must be given beside batch_sizes"
+    return a.h0.shape[0]
 
 
 def _check_devices(function: str, x: Tensor, *others: Tensor | None) -> None:

@@ -50,10 +50,6 @@ class Case:
     opt_in: str = ""  # the switch without which the case is left out
     options: Mapping[str, object] = field(default_factory=dict, compare=False)
 
-    @property
-    def shape_text(self) -> str:
-        return "x".join(map(str, self.shape)) or "-"
-
 
 _cases: dict[str, Case] = {}
 

@@ -5,7 +5,8 @@ from .conv2d import conv2d
 from .conv_bn_act import conv_bn_act
 from .conv_transpose2d import conv_transpose2d
 from .group_norm import group_norm, instance_norm, layer_norm_2d
-from .lstm import lstm, lstm_cell
+from .lstm import lstm
+from .lstm_cell import lstm_cell
 
 __all__ = [
     "batch_norm_act",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from advdl_ops import nn
-from advdl_ops.functional.lstm import as_lengths, check_lengths, check_rate
+from advdl_ops.functional._lstm_arguments import as_lengths
+from advdl_ops.functional._lstm_checks import check_lengths, check_rate
 from advdl_ops.models._layers import check_counts, check_flags
 
 States = tuple[Tensor, Tensor]

@@ -1,4 +1,4 @@
-"""``torch.nn``'s LSTM and LSTMCell on fused kernels, and what recurrent networks are regularized by."""
+"""``torch.nn``'s LSTM and LSTMCell on fused kernels, with layer norm, zoneout and recurrent dropout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..functional.lstm import check_rate, lstm, lstm_cell
+from ..functional._lstm_checks import check_rate
+from ..functional.lstm import lstm
+from ..functional.lstm_cell import lstm_cell
 
 _States = tuple[Tensor, Tensor]
 
@@ -16,11 +18,11 @@ _States = tuple[Tensor, Tensor]
 class LSTMCell(torch.nn.LSTMCell):
     """One step of an LSTM: ``[N, input_size]`` or ``[input_size]`` -> ``(h, c)``.
 
-    Arguments, defaults and ``state_dict`` keys of :class:`torch.nn.LSTMCell`, and:
+    It has the arguments, defaults and ``state_dict`` keys of :class:`torch.nn.LSTMCell`, and:
 
     Args:
-        forget_bias: what the forget gate's bias is initialized to, all of it in ``bias_ih`` and 0 in ``bias_hh``
-            (Gers et al. 2000; Jozefowicz et al. 2015 recommend 1). ``None`` initializes as torch.
+        forget_bias: the initial value of the forget gate's bias (Gers et al. 2000; Jozefowicz et al. 2015 recommend 1).
+            It goes into ``bias_ih``; ``bias_hh`` starts at 0. ``None`` initializes as torch does.
 
     Raises:
         ValueError: ``forget_bias`` with ``bias=False``.
@@ -52,7 +54,7 @@ class LSTMCell(torch.nn.LSTMCell):
             ValueError: ``input`` or a state has neither one nor two dimensions.
         """
         x = input
-        # Through the dict: Module.__getattr__ costs as much as a part of the kernel.
+        # From the dict: Module.__getattr__ would add to the time of a small step.
         own = self._parameters
         weights: tuple[Any, ...]
         if "weight_ih" in own and "weight_hh" in own and "bias_ih" in own and "bias_hh" in own:
@@ -77,26 +79,26 @@ class LSTMCell(torch.nn.LSTMCell):
 
 
 class LSTM(torch.nn.RNNBase):
-    """Layers and directions of an LSTM over whole sequences: see :func:`.functional.lstm` for its formula.
+    """Layers and directions of an LSTM over whole sequences. :func:`.functional.lstm` has the formula.
 
-    Arguments, defaults, ``state_dict`` keys and outputs of :class:`torch.nn.LSTM`, which it is no subclass of, as
-    ``torch.compile`` refuses every instance of that. Beyond them, off by default:
+    It has the arguments, defaults, ``state_dict`` keys and outputs of :class:`torch.nn.LSTM`. It is not a subclass of
+    that, because ``torch.compile`` refuses every instance of :class:`torch.nn.LSTM`. Further arguments, off by default:
 
     Args:
         layer_norm: Ba et al. 2016 (arXiv:1607.06450): normalizes ``w_ih x``, ``w_hh h`` and the cell before its tanh.
             Parameters ``weight_ln_ih_l0``, ``bias_ln_ih_l0``, ``weight_ln_hh_l0``, ``bias_ln_hh_l0`` ``[4H]``,
             ``weight_ln_c_l0``, ``bias_ln_c_l0`` ``[H]``, and so on for each layer and direction.
-        zoneout: Krueger et al. 2017 (arXiv:1606.01305): the rate at which units of the cell and of ``h`` keep their
-            value in a step, one for both or ``(cell, h)``. Evaluation takes the expectation.
-        recurrent_dropout: Gal & Ghahramani 2016 (arXiv:1512.05287): the rate of dropout on ``h`` before ``w_hh``, with
-            one mask for all steps, in training.
-        forget_bias: what the forget gates' biases are initialized to, all of it in ``bias_ih`` and 0 in ``bias_hh``.
-            ``None`` initializes as torch.
+        zoneout: Krueger et al. 2017 (arXiv:1606.01305): the rate at which units keep their value in a step; one rate
+            for the cell and ``h``, or a pair ``(cell, h)``. Evaluation takes the expectation.
+        recurrent_dropout: Gal & Ghahramani 2016 (arXiv:1512.05287): in training, the rate of dropout on ``h`` before
+            ``w_hh``, with one mask for all steps.
+        forget_bias: the initial value of the forget gates' biases. It goes into ``bias_ih``; ``bias_hh`` starts at 0.
+            ``None`` initializes as torch does.
 
     Raises:
         ValueError: ``proj_size`` not below ``hidden_size``, a rate outside of 0..1, ``forget_bias`` with
             ``bias=False``; and what torch raises.
-        TypeError: a rate that is no number; and what torch raises.
+        TypeError: a rate that is not a number; and what torch raises.
     """
 
     def __init__(
@@ -135,9 +137,8 @@ class LSTM(torch.nn.RNNBase):
         self.zoneout = zoneout
         self.recurrent_dropout = recurrent_dropout
         self.forget_bias = forget_bias
-        self.layer_norm = (
-            False  # until the parameters are there: RNNBase's constructor resets what it has made
-        )
+        # Until the parameters are there: RNNBase's constructor calls reset_parameters.
+        self.layer_norm = False
         super().__init__(
             name, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
             device, dtype,
@@ -147,7 +148,7 @@ class LSTM(torch.nn.RNNBase):
         self.layer_norm = layer_norm
 
     def _add_layer_norms(self, device: Any, dtype: torch.dtype | None) -> None:
-        """Each layer and direction its own, after the parameters of torch: in the order that functional.lstm takes."""
+        """Parameters for each layer and direction, after torch's own, in the order that functional.lstm takes."""
         sizes = {"ih": 4 * self.hidden_size, "hh": 4 * self.hidden_size, "c": self.hidden_size}
         for names in self._all_weights:
             suffix = names[0].removeprefix("weight_ih")
@@ -170,11 +171,11 @@ class LSTM(torch.nn.RNNBase):
             if self.forget_bias is not None:
                 _set_forget_bias(own["bias_ih"], own["bias_hh"], self.forget_bias)
 
-    # What RNNBase keeps beside the parameters goes stale where they are replaced, parametrized or called functionally.
+    # RNNBase keeps a list of the parameters. It goes stale where they are replaced, parametrized or passed to a call.
     @property
     def _flat_weights(self) -> list[Any]:
         own = self._parameters
-        # Not in the dict where it is parametrized.
+        # A parametrized weight is not in the dict.
         return [
             own[name] if name in own else getattr(self, name, None)
             for name in self._flat_weights_names
@@ -185,12 +186,12 @@ class LSTM(torch.nn.RNNBase):
         pass
 
     def flatten_parameters(self) -> None:
-        """Does nothing: no kernel needs the weights in one piece of memory."""
+        """Does nothing: no kernel needs the weights in one block of memory."""
 
     def forward(
         self, input: Any, hx: _States | None = None, *, lengths: Tensor | list[int] | None = None
     ) -> tuple[Any, _States]:
-        """As :class:`torch.nn.LSTM`, and with ``lengths`` over padded sequences; errors as :func:`.lstm`.
+        """As :class:`torch.nn.LSTM`; with ``lengths`` also over padded sequences. Errors are those of :func:`.lstm`.
 
         Args:
             input: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``, unbatched ``[T, I]``, or a ``PackedSequence``.
@@ -202,8 +203,8 @@ class LSTM(torch.nn.RNNBase):
             ``y, (h_n, c_n)``; ``y`` ``[T, B, D * R]`` in the form of ``input``.
 
         Raises:
-            ValueError: ``input`` has neither two nor three dimensions, is of another dtype than the weights outside of
-                autocast; ``lengths`` beside a ``PackedSequence``.
+            ValueError: ``input`` has neither two nor three dimensions, or outside of autocast another dtype than the
+                weights; ``lengths`` beside a ``PackedSequence``.
         """
         x = input
         if isinstance(x, PackedSequence):
@@ -217,7 +218,7 @@ class LSTM(torch.nn.RNNBase):
             x = x.unsqueeze(0 if self.batch_first else 1)
             hx = self._batched_states(hx)
         weight = self._flat_weights[0]
-        # torch's own type for it. Of packed data it leaves the error to the arithmetic, as this does.
+        # torch raises a ValueError here too. For packed data both leave the error to the arithmetic.
         if (
             isinstance(x, Tensor)
             and x.dtype != weight.dtype
@@ -289,7 +290,7 @@ class LSTM(torch.nn.RNNBase):
 
 
 def _is_pair(hx: Any) -> TypeGuard[_States]:
-    """Of tensors; what else there is :func:`.lstm` refuses."""
+    """Whether ``hx`` is a pair of tensors. :func:`.lstm` refuses anything else."""
     return isinstance(hx, tuple | list) and len(hx) == 2 and all(isinstance(t, Tensor) for t in hx)
 
 
@@ -303,7 +304,7 @@ def _check_forget_bias(name: str, forget_bias: float | None, bias: bool) -> None
 
 
 def _set_forget_bias(b_ih: Tensor, b_hh: Tensor, value: float) -> None:
-    """The forget gate is the second of four; torch adds both biases."""
+    """The forget gate is the second of four, and torch adds both biases."""
     for bias, fill in ((b_ih, value), (b_hh, 0.0)):
         hidden = bias.shape[0] // 4
         with torch.no_grad():
@@ -311,7 +312,7 @@ def _set_forget_bias(b_ih: Tensor, b_hh: Tensor, value: float) -> None:
 
 
 def _check_cell_dims(name: str, tensors: Any) -> None:
-    """torch's own error of a rank that is neither one nor two."""
+    """torch's own error type for a rank that is neither one nor two."""
     for i, t in enumerate(tensors if isinstance(tensors, tuple | list) else ()):
         if isinstance(t, Tensor) and t.dim() not in (1, 2):
             part = name if name == "x" else f"{name}[{i}]"

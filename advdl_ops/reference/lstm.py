@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._schemas import LSTMArguments
 from .batch_norm_act import acc_dtype
 
 
@@ -36,87 +37,65 @@ def lstm_cell(
     return hidden.to(x.dtype), cell.to(x.dtype)
 
 
-def lstm(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor | None,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    w_hr: Tensor | None,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    recurrent_mask: Tensor | None,
-    zoneout_c_mask: Tensor | None,
-    zoneout_h_mask: Tensor | None,
-    zoneout_c: float,
-    zoneout_h: float,
-    ln_hh_weight: Tensor | None,
-    ln_hh_bias: Tensor | None,
-    ln_c_weight: Tensor | None,
-    ln_c_bias: Tensor | None,
-    eps: float,
-    batch_first: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer and direction: arguments of the operator ``lstm`` in ``_schemas.py``, but for ``save``.
+def lstm(arguments: LSTMArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer and direction, as the raw operator ``lstm``.
 
-    The loop over the steps is unrolled where it is traced, and ``batch_sizes`` are read: both are static there.
+    A compiler unrolls the loop over the steps and reads the values of ``batch_sizes``, so both are static there.
 
     Returns:
         ``y`` with rows as ``x``, ``h_n`` ``[B, R]`` and ``c_n`` ``[B, H]``.
     """
-    wide = _widened(x)
-    hidden_size, size = w_hh.shape[0] // 4, w_hh.shape[1]
-    dim = 0 if batch_sizes is not None or not batch_first else 1  # of time, where there is one
-    batch = _batch(x, batch_sizes, batch_first)
+    a = arguments
+    wide = _widened(a.x)
+    hidden_size, size = a.w_hh.shape[0] // 4, a.w_hh.shape[1]
+    dim = 0 if a.batch_sizes is not None or not a.batch_first else 1  # of time, where there is one
+    batch = batch_of(a)
 
     def steps(rows: Tensor | None) -> tuple[Any, ...]:
         """A tensor of rows as one tensor for each step."""
         if rows is None:
             return (None,) * count
-        return rows.unbind(dim) if batch_sizes is None else rows.split(batch_sizes.tolist())
+        return rows.unbind(dim) if a.batch_sizes is None else rows.split(a.batch_sizes.tolist())
 
-    count = x.shape[dim] if batch_sizes is None else batch_sizes.shape[0]
-    with _without_autocast(x):
-        weight, weight_hr = wide(w_hh), None if w_hr is None else wide(w_hr)
-        in_product = _normalization(ln_hh_weight, ln_hh_bias, eps, wide)
-        in_cell = _normalization(ln_c_weight, ln_c_bias, eps, wide)
-        mask = None if recurrent_mask is None else wide(recurrent_mask)
-        known = x if lengths is None else _without_padding(x, lengths, dim)
-        projected = steps(_projected(wide, known, w_ih, b_ih, b_hh))
-        keeps_c, keeps_h = steps(zoneout_c_mask), steps(zoneout_h_mask)
-        h = weight.new_zeros(batch, size) if h0 is None else wide(h0)
-        c = weight.new_zeros(batch, hidden_size) if c0 is None else wide(c0)
+    count = a.x.shape[dim] if a.batch_sizes is None else a.batch_sizes.shape[0]
+    with _without_autocast(a.x):
+        weight, weight_hr = wide(a.w_hh), None if a.w_hr is None else wide(a.w_hr)
+        in_product = _normalization(a.ln_hh_weight, a.ln_hh_bias, a.eps, wide)
+        in_cell = _normalization(a.ln_c_weight, a.ln_c_bias, a.eps, wide)
+        mask = None if a.recurrent_mask is None else wide(a.recurrent_mask)
+        known = a.x if a.lengths is None else _without_padding(a.x, a.lengths, dim)
+        projected = steps(_projected(wide, known, a.w_ih, a.b_ih, a.b_hh))
+        keeps_c, keeps_h = steps(a.zoneout_c_mask), steps(a.zoneout_h_mask)
+        h = weight.new_zeros(batch, size) if a.h0 is None else wide(a.h0)
+        c = weight.new_zeros(batch, hidden_size) if a.c0 is None else wide(a.c0)
         outputs: list[Any] = [None] * count
-        for t in reversed(range(count)) if reverse else range(count):
-            rows = projected[t].shape[
-                0
-            ]  # a packed step has those sequences alone that have this time
-            last_h, last_c = (h, c) if batch_sizes is None else (h[:rows], c[:rows])
+        for t in reversed(range(count)) if a.reverse else range(count):
+            # A packed step has only the sequences that reach it.
+            rows = projected[t].shape[0]
+            last_h, last_c = (h, c) if a.batch_sizes is None else (h[:rows], c[:rows])
             fed = last_h if mask is None else last_h * mask[:rows]
             z = projected[t] + in_product(F.linear(fed, weight))
             now_h, now_c = _step(z, last_c, in_cell)
             if weight_hr is not None:
                 now_h = F.linear(now_h, weight_hr)
-            now_c = _zoneout(keeps_c[t], zoneout_c, last_c, now_c)
-            now_h = _zoneout(keeps_h[t], zoneout_h, last_h, now_h)
+            now_c = _zoneout(keeps_c[t], a.zoneout_c, last_c, now_c)
+            now_h = _zoneout(keeps_h[t], a.zoneout_h, last_h, now_h)
             outputs[t] = now_h
-            if lengths is not None:
-                runs = (t < lengths).unsqueeze(1)
+            if a.lengths is not None:
+                runs = (t < a.lengths).unsqueeze(1)
                 outputs[t] = torch.where(runs, now_h, 0)
                 now_h, now_c = torch.where(runs, now_h, last_h), torch.where(runs, now_c, last_c)
-            h = now_h if batch_sizes is None else torch.cat([now_h, h[rows:]])
-            c = now_c if batch_sizes is None else torch.cat([now_c, c[rows:]])
-        y = torch.stack(outputs, dim) if batch_sizes is None else torch.cat(outputs)
-    return y.to(x.dtype), h.to(x.dtype), c.to(x.dtype)
+            h = now_h if a.batch_sizes is None else torch.cat([now_h, h[rows:]])
+            c = now_c if a.batch_sizes is None else torch.cat([now_c, c[rows:]])
+        y = torch.stack(outputs, dim) if a.batch_sizes is None else torch.cat(outputs)
+    return y.to(a.x.dtype), h.to(a.x.dtype), c.to(a.x.dtype)
 
 
-def _batch(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> int:
-    if batch_sizes is not None:
-        return int(batch_sizes[0])
-    return x.shape[0 if batch_first else 1]
+def batch_of(a: LSTMArguments) -> int:
+    """The number of sequences. It reads the value of ``batch_sizes[0]``."""
+    if a.batch_sizes is not None:
+        return int(a.batch_sizes[0])
+    return a.x.shape[0 if a.batch_first else 1]
 
 
 def _without_padding(x: Tensor, lengths: Tensor, dim: int) -> Tensor:
@@ -133,7 +112,7 @@ def _projected(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> Tensor:
-    """What of the pre-activations does not depend on ``h``; without ``w_ih`` ``x`` is multiplied already."""
+    """The part of the pre-activations that does not depend on ``h``. Without ``w_ih``, ``x`` is multiplied already."""
     z = wide(x) if w_ih is None else F.linear(wide(x), wide(w_ih))
     for bias in (b_ih, b_hh):
         if bias is not None:
@@ -158,7 +137,7 @@ def _zoneout(keep: Tensor | None, rate: float, before: Tensor, now: Tensor) -> T
 def _normalization(
     weight: Tensor | None, bias: Tensor | None, eps: float, wide: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """Layer norm over the last dimension, or what does nothing."""
+    """Layer norm over the last dimension; the identity without a weight."""
     if weight is None or bias is None:
         return lambda t: t
     wide_weight, wide_bias = wide(weight), wide(bias)
@@ -171,7 +150,7 @@ def _widened(x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast would multiply in half precision; where it is off, a traced graph shall not hold the switch."""
+    """Without autocast, which would multiply in half precision. Where it is off, a traced graph gets no switch."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()

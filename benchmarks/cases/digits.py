@@ -78,7 +78,7 @@ def check_exactly(training: ModuleType, train_set: Any, device: str) -> None:
             )
 
 
-def held_bytes(training: ModuleType, model: Any, batches: Any, case: Case) -> tuple[int, int]:
+def held_bytes(model: Any, batches: Any, case: Case) -> tuple[int, int]:
     """Bytes held for backward, and the peak, of one step in train mode."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -138,7 +138,7 @@ def run(case: Case, session: Session) -> None:
         right = training.accuracy(network, tests, case.device)
         session.record(provider, "step", "accuracy", "1", right)
         session.record(provider, "step", "final_loss", "1", statistics.fmean(losses[provider][-1]))
-        held, peak = held_bytes(training, network, batches, case)
+        held, peak = held_bytes(network, batches, case)
         session.record(provider, "step", "held", "B", held)
         session.record(provider, "step", "peak", "B", peak)
         if right <= ACCURACY and not session.settings.smoke:

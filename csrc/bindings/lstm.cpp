@@ -1,55 +1,13 @@
 // torch.ops.advdl_ops.lstm, lstm_cell and their backward: argument checks, allocation, registration.
-#include "../common/lstm.h"
+#include "lstm.h"
 
 #include <algorithm>
-#include <numeric>
 #include <tuple>
-#include <vector>
 
-#include "tensor.h"
-
-namespace advdl_ops {
+namespace advdl_ops::lstm {
 namespace {
 
-constexpr const char *kName = "lstm", *kCellName = "lstm_cell";
-
-// The arguments that forward and backward share, in the order of the schema.
-struct Arguments {
-  Tensor x;
-  OptionalTensor h0, c0, w_ih;
-  Tensor w_hh;
-  OptionalTensor b_ih, b_hh, w_hr, lengths, batch_sizes;
-  OptionalTensor recurrent_mask, zoneout_c_mask, zoneout_h_mask;
-  double zoneout_c = 0, zoneout_h = 0;
-  OptionalTensor ln_hh_weight, ln_hh_bias, ln_c_weight, ln_c_bias;
-  double eps = 1e-5;
-  bool batch_first = false, reverse = false;
-  bool cell = false;  // x is [B, I], one step of every sequence
-
-  int64_t gates() const { return w_hh.size(0); }
-  int64_t hidden() const { return w_hh.size(0) / kGates; }
-  int64_t recurrent() const { return w_hh.size(1); }
-  int64_t steps() const {
-    if (cell) return 1;
-    return batch_sizes.has_value() ? batch_sizes->size(0) : x.size(batch_first ? 1 : 0);
-  }
-  int64_t batch() const {
-    if (cell) return x.size(0);
-    return batch_sizes.has_value() ? h0->size(0) : x.size(batch_first ? 0 : 1);
-  }
-  static constexpr int64_t kGates = 4;
-};
-
-struct ForwardOutputs {
-  Tensor y, h_n, c_n, gates, cells, products;
-};
-struct BackwardInputs {
-  OptionalTensor dy, dh_n, dc_n;
-  Tensor y, gates, cells, products;
-};
-struct BackwardOutputs {
-  Tensor dx, dh0, dc0, dw_ih, dw_hh, dbias, dw_hr, dln_hh_weight, dln_c_weight, dln_c_bias;
-};
+constexpr const char* kCellName = "lstm_cell";
 
 bool has_sizes(const OptionalTensor& t, std::initializer_list<int64_t> sizes) {
   if (!t.has_value()) return true;
@@ -112,8 +70,6 @@ bool is_mask(const OptionalTensor& mask, const Tensor& x, int64_t size) {
   return true;
 }
 
-const int64_t* integers(const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); }
-
 // A vector of int64, on any device.
 bool is_index(const Tensor& t) { return t.dim() == 1 && t.scalar_type() == ScalarType::Long; }
 
@@ -150,7 +106,7 @@ void check_sequences(const Arguments& a) {
         "zoneout must lie in 0 .. 1");
 }
 
-// Rows of `t` [T, B, ...], [B, T, ...] or [rows, ...], elements of a row side by side.
+// `t` [T, B, ...], [B, T, ...] or [rows, ...]: itself where each row is contiguous, else a contiguous copy.
 Tensor with_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
@@ -159,29 +115,12 @@ OptionalTensor with_rows(const OptionalTensor& t) {
   return t.has_value() ? OptionalTensor(with_rows(*t)) : std::nullopt;
 }
 
-// Uninitialised rows of `size` elements, as many as x has, or none.
-Tensor allocate_rows(const Tensor& x, int64_t size, bool wanted = true) {
-  if (!wanted) return allocate_vector(x, 0, x.scalar_type());
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end()), strides(sizes.size());
-  sizes.back() = size;
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes[i], 1);
-  }
-  return allocate(x, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()),
-                  x.scalar_type());
-}
 // A gradient of a weight, empty where it is not wanted.
 Tensor allocate_gradient(const Tensor& x, const OptionalTensor& weight, bool wanted) {
   const ScalarType acc = acc_type(x.scalar_type());
   if (!wanted || !weight.has_value()) return allocate_vector(x, 0, acc);
   return weight->dim() == 1 ? allocate_vector(x, weight->size(0), acc)
                             : allocate_matrix(x, weight->size(0), weight->size(1), acc);
-}
-
-LstmLayerNorm norm_of(const Arguments& a) {
-  return {a.eps, data(a.ln_hh_weight), data(a.ln_hh_bias), data(a.ln_c_weight), data(a.ln_c_bias)};
 }
 
 void make_contiguous(Arguments& a) {
@@ -192,138 +131,6 @@ void make_contiguous(Arguments& a) {
         &a.zoneout_h_mask, &a.ln_hh_weight, &a.ln_hh_bias, &a.ln_c_weight, &a.ln_c_bias})
     *t = contiguous(*t);
 }
-
-}  // namespace
-}  // namespace advdl_ops
-
-#if defined(USE_CUDA)
-#include "lstm_steps.h"
-#else
-
-namespace advdl_ops {
-namespace {
-
-// LstmSequences of the arguments, and the arrays that it points to.
-class Sequences {
- public:
-  explicit Sequences(const Arguments& a) {
-    sequences_.steps = a.steps();
-    sequences_.batch = a.batch();
-    sequences_.reverse = a.reverse;
-    if (a.batch_sizes.has_value()) {
-      sequences_.batch_sizes = integers(*a.batch_sizes);
-      starts_.resize(sequences_.steps);
-      std::exclusive_scan(sequences_.batch_sizes, sequences_.batch_sizes + sequences_.steps,
-                          starts_.begin(), int64_t{0});
-      sequences_.starts = starts_.data();
-    } else if (a.lengths.has_value()) {
-      sort(integers(*a.lengths));
-    }
-  }
-  operator const LstmSequences&() const { return sequences_; }
-
- private:
-  void sort(const int64_t* lengths) {
-    for (int64_t k = 0; k < sequences_.batch; ++k)
-      check(lengths[k] >= 1 && lengths[k] <= sequences_.steps, kName,
-            "lengths must lie in 1 .. the steps of x");
-    order_.resize(sequences_.batch);
-    std::iota(order_.begin(), order_.end(), int64_t{0});
-    std::stable_sort(order_.begin(), order_.end(),
-                     [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-    batch_sizes_.resize(sequences_.steps);
-    int64_t active = sequences_.batch;
-    for (int64_t t = 0; t < sequences_.steps; ++t) {
-      while (active > 0 && lengths[order_[active - 1]] <= t) --active;
-      batch_sizes_[t] = active;
-    }
-    sequences_.order = order_.data();
-    sequences_.batch_sizes = batch_sizes_.data();
-  }
-
-  LstmSequences sequences_;
-  std::vector<int64_t> order_, batch_sizes_, starts_;
-};
-
-// The rows of a tensor as the arguments have them; null where it is empty or not given.
-template <class Rows>
-Rows rows_of(const Arguments& a, const OptionalTensor& t) {
-  if (!t.has_value() || t->numel() == 0) return {};
-  using Pointer = decltype(Rows::data);
-  const auto pointer = static_cast<Pointer>(t->data_ptr());
-  if (a.batch_sizes.has_value()) return {pointer, t->stride(0), 0};
-  if (a.cell) return {pointer, 0, t->stride(0)};
-  return {pointer, t->stride(a.batch_first ? 1 : 0), t->stride(a.batch_first ? 0 : 1)};
-}
-
-// What the parameters of both passes have in common.
-template <class Params>
-Params params_of(const Arguments& a, const LstmSequences& sequences) {
-  Params p;
-  p.shape.sequences = sequences;
-  p.shape.input = a.x.size(a.x.dim() - 1);
-  p.shape.hidden = a.hidden();
-  p.shape.projection = a.w_hr.has_value() ? a.recurrent() : 0;
-  p.shape.dtype = dtype_of(a.x, kName);
-  p.weights.w_ih = data(a.w_ih);
-  p.weights.w_hh = data(a.w_hh);
-  p.weights.b_ih = data(a.b_ih);
-  p.weights.b_hh = data(a.b_hh);
-  p.weights.w_hr = data(a.w_hr);
-  p.weights.recurrent_mask = data(a.recurrent_mask);
-  p.weights.norm = norm_of(a);
-  using Mask = LstmRows<const uint8_t*>;
-  p.zoneout_c = {rows_of<Mask>(a, a.zoneout_c_mask), a.zoneout_c};
-  p.zoneout_h = {rows_of<Mask>(a, a.zoneout_h_mask), a.zoneout_h};
-  p.x = rows_of<LstmInput>(a, a.x);
-  p.h0 = data(a.h0);
-  p.c0 = data(a.c0);
-  return p;
-}
-
-void run_forward(const Arguments& a, const ForwardOutputs& o) {
-  const Sequences sequences(a);
-  auto p = params_of<LstmForward>(a, sequences);
-  p.y = rows_of<LstmOutput>(a, o.y);
-  p.h_n = data(o.h_n);
-  p.c_n = data(o.c_n);
-  p.gates = rows_of<LstmOutput>(a, o.gates);
-  p.cells = rows_of<LstmOutput>(a, o.cells);
-  p.products = rows_of<LstmOutput>(a, o.products);
-  if (a.batch() == 0) return;
-  Launch(a.x, [&] { return cpu::lstm_forward_workspace(p); }).run(cpu::lstm_forward, p);
-}
-
-void run_backward(const Arguments& a, const BackwardInputs& in, const BackwardOutputs& o) {
-  const Sequences sequences(a);
-  auto p = params_of<LstmBackward>(a, sequences);
-  p.y = rows_of<LstmInput>(a, in.y);
-  p.gates = rows_of<LstmInput>(a, in.gates);
-  p.cells = rows_of<LstmInput>(a, in.cells);
-  p.products = rows_of<LstmInput>(a, in.products);
-  p.dy = rows_of<LstmInput>(a, in.dy);
-  p.dh_n = data(in.dh_n);
-  p.dc_n = data(in.dc_n);
-  p.dx = rows_of<LstmOutput>(a, o.dx);
-  p.dh0 = data(o.dh0);
-  p.dc0 = data(o.dc0);
-  const auto wanted = [](const Tensor& t) { return data_or_null(t, t.numel() > 0); };
-  p.dw_ih = wanted(o.dw_ih);
-  p.dw_hh = wanted(o.dw_hh);
-  p.dbias = wanted(o.dbias);
-  p.dw_hr = wanted(o.dw_hr);
-  p.dhh_weight = wanted(o.dln_hh_weight);
-  p.dc_weight = wanted(o.dln_c_weight);
-  p.dc_bias = wanted(o.dln_c_bias);
-  Launch(a.x, [&] { return cpu::lstm_backward_workspace(p); }).run(cpu::lstm_backward, p);
-}
-
-}  // namespace
-}  // namespace advdl_ops
-#endif
-
-namespace advdl_ops {
-namespace {
 
 ForwardOutputs allocate_and_run(Arguments& a, bool save) {
   make_contiguous(a);
@@ -384,51 +191,47 @@ void check_saved(const char* function, const Arguments& a, const BackwardInputs&
   check_like(function, in.dc_n, a.x, {a.batch(), a.hidden()}, "dc_n must be as c_n");
 }
 
-// Of what the schemas of both operators have in common, in their order.
-template <class... Given>
-Arguments checked(const Given&... given) {
-  Arguments a{given...};
-  check_weights(kName, a);
-  check_sequences(a);
-  check_states(kName, a);
-  return a;
-}
+// The operators lstm and lstm_backward. Shared: the types of the arguments that both have, as Arguments lists them.
+template <class... Shared>
+struct Operators {
+  static Arguments checked(const Shared&... shared) {
+    Arguments a{shared...};
+    check_weights(kName, a);
+    check_sequences(a);
+    check_states(kName, a);
+    return a;
+  }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    Tensor x, OptionalTensor h0, OptionalTensor c0, OptionalTensor w_ih, Tensor w_hh,
-    OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor lengths,
-    OptionalTensor batch_sizes, OptionalTensor recurrent_mask, OptionalTensor zoneout_c_mask,
-    OptionalTensor zoneout_h_mask, double zoneout_c, double zoneout_h, OptionalTensor ln_hh_weight,
-    OptionalTensor ln_hh_bias, OptionalTensor ln_c_weight, OptionalTensor ln_c_bias, double eps,
-    bool batch_first, bool reverse, bool save) {
-  Arguments a =
-      checked(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, batch_sizes, recurrent_mask,
-              zoneout_c_mask, zoneout_h_mask, zoneout_c, zoneout_h, ln_hh_weight, ln_hh_bias,
-              ln_c_weight, ln_c_bias, eps, batch_first, reverse);
-  ForwardOutputs o = allocate_and_run(a, save);
-  return {o.y, o.h_n, o.c_n, o.gates, o.cells, o.products};
-}
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Shared... shared,
+                                                                            bool save) {
+    Arguments a = checked(shared...);
+    ForwardOutputs o = allocate_and_run(a, save);
+    return {o.y, o.h_n, o.c_n, o.gates, o.cells, o.products};
+  }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, OptionalTensor h0,
-    OptionalTensor c0, OptionalTensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
-    OptionalTensor w_hr, OptionalTensor lengths, OptionalTensor batch_sizes,
-    OptionalTensor recurrent_mask, OptionalTensor zoneout_c_mask, OptionalTensor zoneout_h_mask,
-    double zoneout_c, double zoneout_h, OptionalTensor ln_hh_weight, OptionalTensor ln_hh_bias,
-    OptionalTensor ln_c_weight, OptionalTensor ln_c_bias, double eps, bool batch_first,
-    bool reverse, Tensor y, Tensor gates, Tensor cells, Tensor products, bool need_dx,
-    bool need_dw_ih, bool need_dw_hh, bool need_dbias, bool need_dw_hr) {
-  Arguments a =
-      checked(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, lengths, batch_sizes, recurrent_mask,
-              zoneout_c_mask, zoneout_h_mask, zoneout_c, zoneout_h, ln_hh_weight, ln_hh_bias,
-              ln_c_weight, ln_c_bias, eps, batch_first, reverse);
-  BackwardInputs in{dy, dh_n, dc_n, y, gates, cells, products};
-  check_saved(kName, a, in);
-  BackwardOutputs o =
-      allocate_and_run_backward(a, in, {need_dx, need_dw_ih, need_dw_hh, need_dbias, need_dw_hr});
-  return {o.dx,    o.dh0,   o.dc0,           o.dw_ih,        o.dw_hh,
-          o.dbias, o.dw_hr, o.dln_hh_weight, o.dln_c_weight, o.dln_c_bias};
-}
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+  backward(OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Shared... shared, Tensor y,
+           Tensor gates, Tensor cells, Tensor products, bool need_dx, bool need_dw_ih,
+           bool need_dw_hh, bool need_dbias, bool need_dw_hr) {
+    Arguments a = checked(shared...);
+    BackwardInputs in{dy, dh_n, dc_n, y, gates, cells, products};
+    check_saved(kName, a, in);
+    BackwardOutputs o =
+        allocate_and_run_backward(a, in, {need_dx, need_dw_ih, need_dw_hh, need_dbias, need_dw_hr});
+    return {o.dx,    o.dh0,   o.dc0,           o.dw_ih,        o.dw_hh,
+            o.dbias, o.dw_hr, o.dln_hh_weight, o.dln_c_weight, o.dln_c_bias};
+  }
+};
+// clang-format off
+using Sequence = Operators<
+    Tensor, OptionalTensor, OptionalTensor, OptionalTensor, Tensor,  // x, h0, c0, w_ih, w_hh
+    OptionalTensor, OptionalTensor, OptionalTensor,                  // b_ih, b_hh, w_hr
+    OptionalTensor, OptionalTensor,                                  // lengths, batch_sizes
+    OptionalTensor, OptionalTensor, OptionalTensor,                  // masks
+    double, double,                                                  // zoneout_c, zoneout_h
+    OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,  // layer norms
+    double, bool, bool>;                                             // eps, batch_first, reverse
+// clang-format on
 
 Arguments cell_arguments(Tensor x, OptionalTensor h, OptionalTensor c, Tensor w_ih, Tensor w_hh,
                          OptionalTensor b_ih, OptionalTensor b_hh) {
@@ -467,11 +270,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cell_backward(
 }
 
 }  // namespace
-}  // namespace advdl_ops
+}  // namespace advdl_ops::lstm
 
 STABLE_TORCH_LIBRARY_IMPL(advdl_ops, ADVDL_DISPATCH_KEY, m) {
-  m.impl("lstm", TORCH_BOX(&advdl_ops::forward));
-  m.impl("lstm_cell", TORCH_BOX(&advdl_ops::cell_forward));
-  m.impl("lstm_cell_backward", TORCH_BOX(&advdl_ops::cell_backward));
-  m.impl("lstm_backward", TORCH_BOX(&advdl_ops::backward));
+  m.impl("lstm", TORCH_BOX(&advdl_ops::lstm::Sequence::forward));
+  m.impl("lstm_cell", TORCH_BOX(&advdl_ops::lstm::cell_forward));
+  m.impl("lstm_cell_backward", TORCH_BOX(&advdl_ops::lstm::cell_backward));
+  m.impl("lstm_backward", TORCH_BOX(&advdl_ops::lstm::Sequence::backward));
 }

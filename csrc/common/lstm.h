@@ -4,8 +4,8 @@
 //   i, f, g, o = sigmoid, sigmoid, tanh, sigmoid of w_ih x + b_ih + w_hh (h * recurrent_mask) + b_hh,
 //   cell = f c + i g, hidden = o tanh(cell), projected = w_hr hidden (hidden itself without w_hr),
 //   c = zoneout(cell), h = zoneout(projected), each with what was before; y = h.
-// csrc/cpu/lstm.cpp does all of it. On CUDA csrc/bindings/lstm.cpp lets torch multiply, and launches the rest of each step
-// from csrc/cuda/lstm.cu. "acc" is float, or double where `dtype` is f64.
+// csrc/cpu/lstm.cpp does all of it. On CUDA csrc/bindings/lstm_cuda.cpp lets torch multiply, and launches the rest of each
+// step from csrc/cuda/lstm.cu. "acc" is float, or double where `dtype` is f64.
 #pragma once
 
 #include <cstddef>

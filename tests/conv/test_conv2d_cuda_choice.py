@@ -161,9 +161,7 @@ def test_what_is_not_needed_is_empty(needs: tuple[bool, ...], tuner: Tuner, laun
     assert len(tuner.asked) == (not needs[2])
 
 
-def test_the_key_tells_all_that_times_depend_on(
-    tuner: Tuner, launchers: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_key_tells_all_that_times_depend_on(tuner: Tuner, launchers: Any) -> None:
     base = Case((2, 4, 8, 8), (4, 4, 3, 3))
 
     def key(case: Case = base, dtype: torch.dtype = torch.float32, layout: str = "contiguous",

@@ -207,7 +207,7 @@ def test_as_on_cuda(monkeypatch, name, layout):
         assert own == ("wide" not in name), recorded.names
 
 
-def test_cudnn_is_deterministic_where_there_is_no_such_gradient(monkeypatch):
+def test_cudnn_is_deterministic_where_there_is_no_such_gradient():
     """What a CUDA tensor would be given, by a stand-in that says that it is one."""
 
     class OnCuda(torch.Tensor):

@@ -418,7 +418,7 @@ def train(case: Case, i: Inputs, dtype: torch.dtype, fused: bool) -> list[Tensor
     return [t.detach() for t in (out, *gradients, mean, var)]
 
 
-def ways_of_training(case: Case, i: Inputs) -> list[str]:
+def ways_of_training(i: Inputs) -> list[str]:
     format_, tf32 = cuda.conv2d_format(i.x), cuda._allows_tf32()
     names = cuda.implementations(cuda.DENSE, cuda.FORWARD, i.x.dtype, format_, tf32)
     triton = [name for name in names if name.startswith("triton")]
@@ -437,7 +437,7 @@ def test_training_with_a_norm(
     i = make_inputs(case, dtype, layout)
     exact, stock = train(case, i, torch.float64, False), train(case, i, dtype, False)
     names = "out", "dx", "dweight", "dgamma", "dbeta", "dresidual", "mean", "var"
-    for way in ways_of_training(case, i):
+    for way in ways_of_training(i):
         served = prefer(monkeypatch, way)
         found, again = train(case, i, dtype, True), train(case, i, dtype, True)
         assert ("forward", way) in served
@@ -449,7 +449,7 @@ def test_training_with_a_norm(
             assert error <= stock_error + 4 * eps, (way, what)
 
 
-def test_training_with_a_norm_is_measured_once(tmp_path: Path) -> None:
+def test_training_with_a_norm_is_measured_once() -> None:
     """The choice of the whole is stored, and measuring it writes no running statistics."""
     layer = nn.ConvBNAct(64, 64, 3, act="relu", device=DEVICE)
     x = torch.randn(4, 64, 33, 33, device=DEVICE)

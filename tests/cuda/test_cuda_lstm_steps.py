@@ -1,4 +1,4 @@
-"""The loop of every CUDA LSTM, csrc/bindings/lstm_steps.h, without a GPU: CPU tensors, and emulated kernels."""
+"""The loop of every CUDA LSTM, csrc/bindings/lstm_cuda.cpp, without a GPU: CPU tensors, and emulated kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from support.accuracy import acc_dtype, assert_accurate, f64
 from support.lstm_operator import VARIANTS, arguments
 from torch import Tensor
 
-# Not the function of the same name.
+from advdl_ops._schemas import LSTMArguments
+
+# The module, not the function of the same name.
 reference = importlib.import_module("advdl_ops.reference.lstm")
 
 OUTPUTS = ("y", "h_n", "c_n")
@@ -105,7 +107,8 @@ def make_outer(given: Arguments) -> list[Tensor | None]:
     """The gradients of y, h_n and c_n, laid out as x is."""
     g = torch.Generator().manual_seed(1)
     laid = (lambda t: t) if given["x"].is_contiguous() else apart
-    outer = [torch.randn(t.shape, generator=g, dtype=f64) for t in reference.lstm(*given.values())]
+    plain = reference.lstm(LSTMArguments(**given))
+    outer = [torch.randn(t.shape, generator=g, dtype=f64) for t in plain]
     return [laid(t.to(given["x"].dtype)) for t in outer]
 
 
@@ -115,12 +118,12 @@ def by_reference(
     """Outputs and gradients in ``dtype``."""
     wide = {n: t.detach().to(dtype) if is_number(t) else t for n, t in given.items()}
     gates, size = given["w_hh"].shape
-    batch = reference._batch(given["x"], given["batch_sizes"], given["batch_first"])
+    batch = reference.batch_of(LSTMArguments(**given))
     # What is not given is zero, and has a gradient.
     for n, shape in {"h0": (batch, size), "c0": (batch, gates // 4), "b_ih": (gates,)}.items():
         wide[n] = torch.zeros(shape, dtype=dtype) if wide[n] is None else wide[n]
     leaves = {n: wide[n].requires_grad_() for n in LEAVES if wide[n] is not None}
-    found = reference.lstm(*wide.values())
+    found = reference.lstm(LSTMArguments(**wide))
     pairs = zip(found, outer, strict=True)
     zeros = [torch.zeros_like(t) if d is None else d.to(dtype) for t, d in pairs]
     grads = torch.autograd.grad(found, list(leaves.values()), zeros)

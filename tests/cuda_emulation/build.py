@@ -157,7 +157,7 @@ def link(sources: list[tuple[Path, list[str]]], name: str, flags: list[str], ver
             # it sees none of the kernels' headers: a kernel's change leaves it alone
             headers = list(HERE.glob("**/*.h"))
         elif source == BINDING:
-            headers = [*ours, *CSRC.glob("bindings/*.h"), CSRC / "bindings" / "lstm.cpp"]
+            headers = [*ours, *CSRC.glob("bindings/*.h"), *CSRC.glob("bindings/lstm*.cpp")]
             headers += [Path(folder).parent / "version.py" for folder in folders]  # of torch
             includes += BINDING_FLAGS
         target = (

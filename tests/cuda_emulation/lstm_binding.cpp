@@ -1,6 +1,7 @@
-// The CUDA half of csrc/bindings/lstm.cpp on CPU tensors, so that its loop over the steps, lstm_steps.h, launches the
-// emulated kernels. lstm_worker.py loads it; not part of the module of module.cpp.
+// The LSTM's CUDA binding on CPU tensors: its loop over the steps, lstm_cuda.cpp, launches the emulated kernels.
+// lstm_worker.py loads it; it is no part of the module of module.cpp.
 #include "../../csrc/bindings/lstm.cpp"
+#include "../../csrc/bindings/lstm_cuda.cpp"
 
 // What a torch without CUDA lacks, or refuses.
 extern "C" {

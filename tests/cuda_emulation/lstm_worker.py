@@ -1,4 +1,4 @@
-"""The process that the CUDA half of csrc/bindings/lstm.cpp runs in, on CPU tensors: as worker.py, but with torch.
+"""The process that runs the LSTM's CUDA binding (lstm_binding.cpp) on CPU tensors: as worker.py, but with torch.
 
 A request names an operator and has its arguments, the reply is what it returns. What AddressSanitizer cannot see, as
 torch is not compiled with it, is checked here: the matrices that are multiplied, and that no argument is written.

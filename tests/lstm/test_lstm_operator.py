@@ -7,10 +7,11 @@ import pytest
 import torch
 from support.accuracy import f64
 from support.lstm import Case, make_problem, ours, with_lengths
-from support.lstm_operator import NAMES, VARIANTS, B, H, I, P, T, arguments
+from support.lstm_operator import VARIANTS, B, H, I, P, T, arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from advdl_ops import nn
+from advdl_ops._schemas import LSTMArguments
 
 OPS = torch.ops.advdl_ops
 CELL, CELL_BACKWARD = OPS.lstm_cell.default, OPS.lstm_cell_backward.default
@@ -30,6 +31,15 @@ def backward_arguments(given, needs=(True,) * 5, missing=()):
     outer = [torch.randn(t.shape).to(t.dtype) for t in (y, h_n, c_n)]
     outer = [None if i in missing else t for i, t in enumerate(outer)]
     return (*outer, *given.values(), y, *internal, *needs)
+
+
+def test_the_schemas_list_the_arguments_in_the_order_of_the_tuple():
+    forward, backward = (
+        [a.name for a in op._schema.arguments] for op in (SEQUENCE, SEQUENCE_BACKWARD)
+    )
+    names = [*LSTMArguments._fields]
+    assert forward == [*names, "save"]
+    assert backward[3:-9] == names
 
 
 @EVERY
@@ -272,7 +282,7 @@ def test_raw_operator_checks_its_arguments():
             "dy",
             "dh_n",
             "dc_n",
-            *NAMES,
+            *LSTMArguments._fields,
             "y",
             "gates",
             "cells",

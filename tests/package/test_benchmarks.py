@@ -168,7 +168,7 @@ def test_a_failure_replaces_the_figures_of_its_case(tmp_path: Any) -> None:
     assert plots.draw(file.parent, "ops").is_file()
 
 
-def test_records_from_before_the_reason_are_read(tmp_path: Any) -> None:
+def test_records_from_before_the_reason_are_read() -> None:
     session, stream = tiny_session()
     session.record("eager", "fwd", "time", "s", 1.0)
     data = events(stream)[0]["record"]

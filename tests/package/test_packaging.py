@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import setuptools
 import tomllib
+import torch
 
 import advdl_ops
 
@@ -133,7 +134,7 @@ def test_kernels_do_not_spill(kernel: str) -> None:
     assert spilled == [], f"{len(spilled)} of {functions}:\n" + "\n".join(spilled[:10])
 
 
-def test_error_without_torch_names_the_command(tmp_path: Path) -> None:
+def test_error_without_torch_names_the_command() -> None:
     code = (
         "import runpy, sys; sys.modules['torch'] = None; "
         "sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']; "
@@ -220,6 +221,46 @@ def test_variables_of_the_build(build: dict[str, Any], monkeypatch: pytest.Monke
             monkeypatch.setenv(name, value)
             with pytest.raises(SystemExit, match=re.escape(f"{name} ({value!r}) must be")):
                 read()
+
+
+@pytest.mark.parametrize(
+    ("option", "gpu", "cpu_alone"),
+    [(False, False, False), (True, True, False), (True, False, True)],
+)
+def test_the_cuda_library_is_left_out_where_there_is_no_gpu(
+    option: bool,
+    gpu: bool,
+    cpu_alone: bool,
+    build: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """What `make bench` asks for. The configuration stays the same, so a whole build later compiles the rest."""
+    commands: list[tuple[str, ...]] = []
+    command = build["CMakeBuild"](setuptools.Distribution())
+    command.ensure_finalized()
+    command.build_lib, command.for_this_machine = str(tmp_path), option
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(command, "_cmake", lambda *arguments: commands.append(arguments))
+    command._build()
+    configure, compile_, install = commands
+    assert configure[-1] == f"-DADVDL_OPS_CUDA={os.environ.get('ADVDL_OPS_CUDA', '')}"
+    assert (compile_[-2:] == ("--target", "cpu")) == cpu_alone
+    assert (install[-2:] == ("--component", "cpu")) == cpu_alone
+    assert ("torch finds no GPU" in capsys.readouterr().out) == cpu_alone
+
+
+def test_the_target_of_the_cpu_has_all_but_cuda(build: dict[str, Any]) -> None:
+    ninja = [build["_program"]("ninja"), "-C", str(NATIVE), "-t", "commands"]
+    whole, cpu = (
+        subprocess.run([*ninja, *target], capture_output=True, text=True, check=True).stdout
+        for target in ([], ["cpu"])
+    )
+    assert "libadvdl_ops_cpu.so" in cpu
+    assert ("/_C.dir/" in cpu) == ("/_C.dir/" in whole)
+    assert "csrc/cuda/" not in cpu
+    assert "advdl_ops_cuda" not in cpu
 
 
 def pins() -> dict[str, str]:

@@ -131,9 +131,7 @@ def test_a_stored_name_that_is_no_candidate_is_measured_again(
     assert Clock(a=1.0, b=2.0).choose(store) == "b"
 
 
-def test_of_two_processes_that_measured_the_first_to_write_decides(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_processes_that_measured_the_first_to_write_decides(store: Store) -> None:
     clock = Clock(a=2.0, b=1.0)
 
     def measure(call: Callable[[], Any]) -> float:

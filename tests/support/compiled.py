@@ -17,7 +17,7 @@ def step(module, x, *more):
     return (out.detach(), *grads, *(b.clone() for b in module.buffers()))
 
 
-def check_steps(module, run, backend="aot_eager", dtype=torch.float64):
+def check_steps(module, run, backend="aot_eager"):
     """The compiled module does what it does uncompiled, for several batch sizes, compiled once."""
     other = copy.deepcopy(module)
     counter = CompileCounterWithBackend(backend)

@@ -15,7 +15,6 @@ from advdl_ops.functional import conv2d
 from support.accuracy import ACTIVATIONS, SMOOTH, ULPS, acc_dtype, assert_accurate, f64, in_layout
 
 DTYPES = {"fp32": torch.float32, "fp64": f64, "bf16": torch.bfloat16, "fp16": torch.float16}
-HAS_DEPTHWISE = torch._C._dispatch_has_kernel_for_dispatch_key("advdl_ops::depthwise_conv2d", "CPU")
 
 
 @dataclass(frozen=True)

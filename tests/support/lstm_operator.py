@@ -2,14 +2,9 @@
 
 import torch
 
+from advdl_ops._schemas import LSTMArguments
 from support.accuracy import f64, strided
 
-# In the order of the schema.
-NAMES = (
-    "x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "lengths", "batch_sizes", "recurrent_mask",
-    "zoneout_c_mask", "zoneout_h_mask", "zoneout_c", "zoneout_h", "ln_hh_weight", "ln_hh_bias", "ln_c_weight",
-    "ln_c_bias", "eps", "batch_first", "reverse",
-)  # fmt: skip
 T, B, I, H, P = 4, 3, 5, 7, 2  # noqa: E741
 
 # What is changed in a plain call.
@@ -72,7 +67,7 @@ def arguments(
     batch=B,
     **changed,
 ):
-    """Of the forward operator by name, without ``save``."""
+    """The fields of LSTMArguments by name, in their order."""
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -83,7 +78,7 @@ def arguments(
     if changed.get("batch_sizes") is not None:
         rows = (int(changed["batch_sizes"].sum()),)
     features = 4 * H if "w_ih" in changed else I
-    found = dict.fromkeys(NAMES)
+    found = dict.fromkeys(LSTMArguments._fields)
     found |= {
         "x": normal(*rows, features),
         "h0": normal(batch, size),

@@ -1,24 +1,22 @@
 // The LSTM on CUDA, step by step: torch multiplies, csrc/cuda/lstm.cu does the rest. docs/kernels.md: launches.
 //
-// Included by lstm.cpp, behind its Arguments and its structs of tensors. Everything runs on the current stream, nothing
-// waits for it, and of the tensors' values only batch_sizes are looked at, which lie in the host's memory: CUDA graphs can
-// capture a call.
-#pragma once
-
+// Everything runs on the current stream, and nothing waits for it. The only values that are read are those of batch_sizes,
+// which is in host memory. So CUDA graphs can capture a call.
+#if defined(USE_CUDA)
 #include <array>
 #include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "tensor.h"
+#include "lstm.h"
 
-namespace advdl_ops {
+namespace advdl_ops::lstm {
 namespace {
 
 // ---- matrices ----
 
-// Of the memory of `t`, from its element `at` on. Autograd knows nothing of it, so it may stand beside an `out`.
+// A matrix on the memory of `t`, from its element `at` on. Autograd does not track it, so operators with an `out` accept it.
 Tensor matrix_of(const Tensor& t, int64_t at, std::array<int64_t, 2> sizes,
                  std::array<int64_t, 2> strides) {
   AtenTensorHandle handle = nullptr;
@@ -32,15 +30,16 @@ int64_t count_rows(const Tensor& t) {
   for (int64_t i = 0; i + 1 < t.dim(); ++i) count *= t.size(i);
   return count;
 }
-// All rows of a contiguous tensor; its first `rows`.
+// All rows of a contiguous tensor as a matrix.
 Tensor all_rows(const Tensor& t) {
   const int64_t width = width_of(t);
   return matrix_of(t, 0, {count_rows(t), width}, {width, 1});
 }
+// The first `rows` of a contiguous matrix.
 Tensor first_rows(const Tensor& t, int64_t rows) {
   return matrix_of(t, 0, {rows, width_of(t)}, {width_of(t), 1});
 }
-// Of a contiguous tensor, its rows as columns.
+// The rows of a contiguous tensor as columns of a matrix.
 Tensor transposed(const Tensor& t) {
   const int64_t width = width_of(t);
   return matrix_of(t, 0, {width, count_rows(t)}, {1, width});
@@ -70,7 +69,7 @@ void sum_rows(const Tensor& rows, Tensor out) {
                          out.scalar_type());
 }
 
-// Matrices.
+// Copies a tensor of the same rows, or zeros, into a matrix.
 void set(Tensor to, const OptionalTensor& from) {
   if (from.has_value()) {
     torch::stable::copy_(to, all_rows(*from));
@@ -81,7 +80,7 @@ void set(Tensor to, const OptionalTensor& from) {
 
 // ---- times ----
 
-// Which sequences have a time, and where the rows of a time lie in tensors that are laid out as x.
+// Which sequences have a time step, and where its rows are in tensors that are laid out as x.
 class Times {
  public:
   explicit Times(const Arguments& a) : a_(a), steps_(a.steps()) {
@@ -92,7 +91,7 @@ class Times {
     for (int64_t t = 1; t < steps_; ++t) starts_[t] = starts_[t - 1] + sizes_[t - 1];
   }
   int64_t steps() const { return steps_; }
-  // The time of a step, steps being counted in the order of forward.
+  // The time of a step. Steps are counted in the order in which forward takes them.
   int64_t of_step(int64_t step) const { return a_.reverse ? steps_ - 1 - step : step; }
   int64_t rows(int64_t time) const { return sizes_.empty() ? a_.batch() : sizes_[time]; }
 
@@ -142,7 +141,7 @@ LstmStep step_of(const Arguments& a, const Times& times, int64_t time) {
   return step;
 }
 
-// A step of all sequences and nothing but their h.
+// A step of all sequences that reads or writes only h.
 LstmStep state_step(const Arguments& a) {
   LstmStep step;
   step.rows = a.batch();
@@ -151,7 +150,7 @@ LstmStep state_step(const Arguments& a) {
   return step;
 }
 
-// The parts of `t` for a number of rows that seldom changes.
+// The first rows of `t`. The last view is kept, as the number of rows seldom changes from step to step.
 class FirstRows {
  public:
   explicit FirstRows(Tensor t) : t_(std::move(t)) {}
@@ -171,6 +170,25 @@ void run_step(Launch& launch, const Params& p, const Arguments&... arguments) {
   launch.run([&](const Params&, void*, void* stream) { kernel(p, arguments..., stream); }, p);
 }
 
+// x, contiguous, with zeros in place of the padding.
+Tensor without_padding(const Arguments& a, Launch& launch) {
+  if (!a.lengths.has_value()) return *contiguous(OptionalTensor(a.x));
+  const Tensor copy = allocate_rows(a.x, width_of(a.x));
+  const int64_t time = a.batch_first ? 1 : 0, batch = 1 - time;
+  LstmPadding p;
+  p.steps = a.steps();
+  p.batch = a.batch();
+  p.width = width_of(a.x);
+  p.dtype = dtype_of(a.x, kName);
+  p.lengths = static_cast<const int64_t*>(data(a.lengths));
+  p.x = {data(a.x), a.x.stride(time), a.x.stride(batch)};
+  p.out = {data(copy), copy.stride(time), copy.stride(batch)};
+  run_step<cuda::lstm_without_padding>(launch, p);
+  return copy;
+}
+
+}  // namespace
+
 // ---- forward ----
 
 void run_forward(const Arguments& a, const ForwardOutputs& o) {
@@ -180,7 +198,7 @@ void run_forward(const Arguments& a, const ForwardOutputs& o) {
   Launch launch(a.x, [] { return size_t{0}; });
   const Times times(a);
 
-  // The gates take the place of what they are made of.
+  // w_ih x of all steps. The gates of a step overwrite it.
   Tensor projected = a.x;
   if (a.w_ih.has_value()) {
     projected = o.gates.numel() > 0 ? o.gates : allocate_rows(a.x, a.gates());
@@ -241,23 +259,6 @@ void run_forward(const Arguments& a, const ForwardOutputs& o) {
 
 // ---- backward ----
 
-// x, with zeros for padding.
-Tensor without_padding(const Arguments& a, Launch& launch) {
-  if (!a.lengths.has_value()) return *contiguous(OptionalTensor(a.x));
-  const Tensor copy = allocate_rows(a.x, width_of(a.x));
-  const int64_t time = a.batch_first ? 1 : 0, batch = 1 - time;
-  LstmPadding p;
-  p.steps = a.steps();
-  p.batch = a.batch();
-  p.width = width_of(a.x);
-  p.dtype = dtype_of(a.x, kName);
-  p.lengths = static_cast<const int64_t*>(data(a.lengths));
-  p.x = {data(a.x), a.x.stride(time), a.x.stride(batch)};
-  p.out = {data(copy), copy.stride(time), copy.stride(batch)};
-  run_step<cuda::lstm_without_padding>(launch, p);
-  return copy;
-}
-
 void run_backward(const Arguments& a, const BackwardInputs& in, const BackwardOutputs& o) {
   const int64_t batch = a.batch(), hidden = a.hidden(), size = a.recurrent();
   if (batch == 0) {
@@ -283,10 +284,10 @@ void run_backward(const Arguments& a, const BackwardInputs& in, const BackwardOu
   const Tensor dfed = allocate_matrix(a.x, batch, size, dtype);
   set(dh, in.dh_n);
   set(dc, in.dc_n);
-  // Packed sequences that end earlier come in later, with nothing fed back yet; in reverse, those that have begun stay behind
-  // with what their first step fed back.
+  // Zero, as shorter packed sequences join in later and nothing was fed back to them before. In reverse, a sequence drops out
+  // after its first step, and what that fed back stays in dfed.
   set(dfed, std::nullopt);
-  // Both in the order in which the steps are taken, for the one product of all.
+  // Both collect the rows of all steps, in the order in which they are taken: dw_hr is one product of them.
   const int64_t kept_rows = wanted(o.dw_hr) ? count_rows(a.x) : batch;
   const Tensor dprojected = allocate_matrix(a.x, projects ? kept_rows : 0, size, dtype);
   const Tensor hidden_out = allocate_matrix(a.x, wanted(o.dw_hr) ? kept_rows : 0, hidden, dtype);
@@ -358,5 +359,5 @@ void run_backward(const Arguments& a, const BackwardInputs& in, const BackwardOu
   }
 }
 
-}  // namespace
-}  // namespace advdl_ops
+}  // namespace advdl_ops::lstm
+#endif  // USE_CUDA

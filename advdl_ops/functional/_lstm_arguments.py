@@ -1,0 +1,157 @@
+"""How the LSTM functions read their arguments: options, weights, states, lengths, and the casts of autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# The functions' names, as errors and the backend know them.
+CELL, SEQUENCE = "lstm_cell", "lstm"
+
+OptionalTensor = Tensor | None
+States = tuple[Tensor, Tensor]
+# Autocast casts these dtypes. It leaves fp64 as it is.
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Options(NamedTuple):
+    """Every option of :func:`.lstm` that is not a tensor."""
+
+    has_biases: bool
+    num_layers: int
+    directions: int
+    batch_first: bool
+    layer_norm: bool
+    train: bool
+    dropout: float
+    zoneout_c: float
+    zoneout_h: float
+    recurrent_dropout: float
+    eps: float
+
+    def draw_masks(self) -> bool:
+        """Whether the call changes the state of the random number generator."""
+        rates = self.dropout, self.zoneout_c, self.zoneout_h, self.recurrent_dropout
+        return self.train and any(rate > 0 for rate in rates)
+
+
+class Sequences(NamedTuple):
+    """How long each sequence is: ``lengths`` of a padded ``x``, or ``batch_sizes`` of a packed one."""
+
+    lengths: OptionalTensor
+    batch_sizes: OptionalTensor
+
+
+class Weights(NamedTuple):
+    """The weights of one layer and direction, in the order of ``params``."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: OptionalTensor
+    b_hh: OptionalTensor
+    w_hr: OptionalTensor
+    w_ln_ih: OptionalTensor
+    b_ln_ih: OptionalTensor
+    w_ln_hh: OptionalTensor
+    b_ln_hh: OptionalTensor
+    w_ln_c: OptionalTensor
+    b_ln_c: OptionalTensor
+
+
+def grouped(params: Sequence[Tensor], options: Options) -> list[Weights]:
+    """``params`` split into the weights of each layer and direction.
+
+    Raises:
+        RuntimeError: the number of tensors is wrong.
+    """
+    cells = options.num_layers * options.directions
+    least = 2 + 2 * options.has_biases + 6 * options.layer_norm
+    size, rest = divmod(len(params), cells)
+    if rest or size - least not in (0, 1):
+        raise RuntimeError(
+            f"{SEQUENCE}: params ({len(params)} tensors) must be {least}, with a projection {least + 1}, for each of "
+            f"the {cells} layers and directions"
+        )
+    missing: list[Any] = [None] * 6
+    groups = []
+    for first in range(0, len(params), size):
+        own = list(params[first : first + size])
+        biases = own[2:4] if options.has_biases else missing[:2]
+        w_hr = own[2 + 2 * options.has_biases] if size > least else None
+        norms = own[-6:] if options.layer_norm else missing
+        groups.append(Weights._make([*own[:2], *biases, w_hr, *norms]))
+    return groups
+
+
+def is_pair(hx: Any) -> bool:
+    return isinstance(hx, tuple | list) and len(hx) == 2
+
+
+def unstacked(hx: Any, count: int) -> tuple[Sequence[OptionalTensor], Sequence[OptionalTensor]]:
+    """The initial ``h`` and ``c`` of each of the ``count`` layers and directions.
+
+    Raises:
+        RuntimeError: ``hx`` is not a pair, or does not hold ``count`` states.
+    """
+    if hx is None:
+        return (None,) * count, (None,) * count
+    if not is_pair(hx) or hx[0].shape[0] != count or hx[1].shape[0] != count:
+        raise RuntimeError(f"{SEQUENCE}: hx must hold the states of {count} layers and directions")
+    return hx[0].unbind(0), hx[1].unbind(0)
+
+
+def as_lengths(function: str, lengths: Any) -> OptionalTensor:
+    """``lengths`` as a tensor of int64; a tensor or ``None`` stays as it is.
+
+    Raises:
+        TypeError: ``lengths`` is neither a tensor nor a list of integers.
+    """
+    if lengths is None or isinstance(lengths, Tensor):
+        return lengths
+    if not isinstance(lengths, list | tuple):
+        raise TypeError(
+            f"{function}: lengths ({type(lengths).__name__}) must be a Tensor or a list of integers"
+        )
+    for i, n in enumerate(lengths):
+        if isinstance(n, bool) or not isinstance(n, int | torch.SymInt):
+            raise TypeError(f"{function}: lengths[{i}] ({n!r}) must be an integer")
+    return torch.tensor(lengths, dtype=torch.int64)
+
+
+def pair_of_rates(zoneout: Any) -> tuple[float, float]:
+    """``zoneout`` as the rates of the cell and of ``h``.
+
+    Raises:
+        ValueError: a tuple or list that is not a pair.
+    """
+    if isinstance(zoneout, tuple | list):
+        if len(zoneout) != 2:
+            raise ValueError(f"{SEQUENCE}: zoneout ({zoneout!r}) must be a rate or a pair of them")
+        return zoneout[0], zoneout[1]
+    return zoneout, zoneout
+
+
+# ---- autocast ----
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of the active autocast; ``None`` where there is none, or where it leaves ``x`` as it is."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype not in _CAST:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def cast(t: Any, dtype: torch.dtype | None) -> Any:
+    return t.to(dtype) if dtype is not None and isinstance(t, Tensor) and t.dtype in _CAST else t
+
+
+def cast_all(tensors: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
+    return [cast(t, dtype) for t in tensors]
+
+
+def cast_pair(hx: Any, dtype: torch.dtype | None) -> Any:
+    return tuple(cast_all(hx, dtype)) if is_pair(hx) else hx
