@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import advdl_ops
-from advdl_ops import _explain, _library, nn, tuning
+from advdl_ops import _library, nn, tuning
+from advdl_ops._optimize import report
 from advdl_ops.functional._conv2d_cuda import APART, WITH_NORM, Key
 
 CUDA = torch.device("cuda", 0)
@@ -153,8 +154,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_unmeasured", {})
 
 
-def on_gpu(layer: torch.nn.Module) -> _explain.Layer:
-    row = _explain._layer("conv", layer, CUDA)
+def on_gpu(layer: torch.nn.Module) -> report.Layer:
+    row = report._layer("conv", layer, CUDA)
     assert row is not None
     return row
 

@@ -1,6 +1,6 @@
-"""The class of a module whose ``forward`` is made anew: of graphs, each for the calls that its guards let through.
+"""The class of a module with a new ``forward``: one function per graph, called where the graph's guards hold.
 
-What none of them is for gets the forward of before.
+`convert.py` gives a module this class. A call that no graph is for runs the forward that the module had before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._trace import Variant, children_of, default_name
+from .trace import Variant, children_of, default_name
 
 _Module = torch.nn.Module
 
@@ -23,10 +23,12 @@ _Module = torch.nn.Module
 def source_of(
     owner: _Module, variants: list[Variant], through: str = ""
 ) -> tuple[str, dict[str, Any]]:
-    """Source of the new ``forward`` and the objects that it names, but for those that :func:`fused_class` knows.
+    """Source of the new ``forward``, and by name the objects that it uses beside those of :func:`fused_class`.
 
     Args:
-        through: the name of a function (module, forward, args, kwargs) that calls it.
+        owner: the module, with the class that it had before.
+        variants: the graphs, and the guards under which each is called.
+        through: the name of a function ``(module, forward, args, kwargs)`` that is to call it; "": none.
     """
     called = "inside" if through else "forward"
     texts: list[str] = []
@@ -70,7 +72,7 @@ _classes: dict[tuple[type, str], type[_Module]] = {}
 
 
 def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> type[_Module]:
-    """``original`` with the forward of this source; the same for all modules of the same source."""
+    """``original`` with the forward of this source. Modules of equal class and source share one class."""
     found = _classes.get((original, source))
     if found is not None:
         return found
@@ -84,7 +86,7 @@ def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> 
     exec(compile(source, file, "exec"), scope)
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
 
-    # Modules, as torch where the forward calls torch.flatten, cannot be pickled or copied: they go by name.
+    # A Python module among the names (torch, where the forward calls torch.flatten) is pickled by its name.
     modules = {name: m.__name__ for name, m in names.items() if isinstance(m, ModuleType)}
     others = {name: value for name, value in names.items() if name not in modules}
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _library, nn
-from .functional._conv2d_cpu import (
+from .. import _library, nn
+from ..functional._conv2d_cpu import (
     Conv,
     appends,
     compute_format,
@@ -22,11 +22,11 @@ from .functional._conv2d_cpu import (
     own_kernel,
     pair,
 )
-from .functional.conv2d import _is_depthwise, _torch_derives_as_well, prepared
-from .functional.conv_bn_act import result_dtype
-from .functional.conv_transpose2d import Options, _has_own_operators, _is_gradient
-from .nn.conv2d import padded_input
-from .nn.conv_bn_act import _SHORT_ROW, _packing_pays, _packs, _padded, evaluates_as_one
+from ..functional.conv2d import _is_depthwise, _torch_derives_as_well, prepared
+from ..functional.conv_bn_act import result_dtype
+from ..functional.conv_transpose2d import Options, _has_own_operators, _is_gradient
+from ..nn.conv2d import padded_input
+from ..nn.conv_bn_act import _SHORT_ROW, _packing_pays, _packs, _padded, evaluates_as_one
 
 ONEDNN, TORCH, EITHER = "oneDNN", "torch's own", "oneDNN or torch's own"
 TWO_LAYERS = "its two layers"

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, _served, nn, tuning
-from ._optimize import notes, record_of, summary
-from .backend import get_backend
-from .functional._conv2d_cuda import APART, WITH_NORM
-from .nn.group_norm import _InstanceNorm
+from .. import _library, nn, tuning
+from ..backend import get_backend
+from ..functional._conv2d_cuda import APART, WITH_NORM
+from ..nn.group_norm import _InstanceNorm
+from . import served as _served
+from .record import notes, record_of, summary
 
 __all__ = ["Explanation", "Layer", "explain"]
 
