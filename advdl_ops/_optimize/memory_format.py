@@ -43,8 +43,9 @@ def _is_random(name: str) -> bool:
     """Whether torch's function or method of this name draws random numbers, of elements or not."""
     if name in _RANDOM:
         return True
+    # The namespace has attributes of its own, such as `name`.
     packet = getattr(torch.ops.aten, name, None)
-    return packet is not None and any(
+    return isinstance(packet, torch._ops.OpOverloadPacket) and any(
         torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags
         for overload in packet.overloads()
     )
