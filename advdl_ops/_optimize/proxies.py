@@ -10,7 +10,7 @@ import dis
 import operator
 import sys
 from collections.abc import Callable
-from types import FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def current_modes() -> tuple[Any, ...]:
 class _Proxy(fx.Proxy):
     """Records ``x += y`` apart from ``x = x + y``, and refuses what a graph would not hold."""
 
-    _OWN = frozenset({"tracer", "node"})
+    _FIELDS = frozenset({"tracer", "node"})
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -98,7 +98,7 @@ class _Proxy(fx.Proxy):
         return _class_for(self, sys._getframe(1))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self._OWN:
+        if name not in self._FIELDS:
             raise Untraceable(f"it assigns {name} of a tensor")
         super().__setattr__(name, value)
 
@@ -117,7 +117,7 @@ class _Proxy(fx.Proxy):
 class _Attribute(_Proxy, fx.proxy.Attribute):
     """An attribute of a proxy, or a method that is about to be called."""
 
-    _OWN = frozenset({"tracer", "root", "attr", "_node"})
+    _FIELDS = frozenset({"tracer", "root", "attr", "_node"})
     # Not through the method above: fx looks at the code that called it.
     __iter__ = fx.Proxy.__iter__
 
@@ -167,7 +167,7 @@ def with_own_isinstance(forward: Callable[..., Any], tracer: OwnCodeTracer) -> C
         )
         own.__kwdefaults__ = forward.__kwdefaults__
         returned = own(*args, **kwargs)
-        for name in forward.__code__.co_names:
+        for name in names_in(forward.__code__):
             if before.get(name) is not forward.__globals__.get(name):
                 raise Untraceable(f"the global {name} changes while it runs")
         return returned
@@ -176,6 +176,12 @@ def with_own_isinstance(forward: Callable[..., Any], tracer: OwnCodeTracer) -> C
 
 
 _MARK = "_advdl_answers"
+
+
+def names_in(code: CodeType) -> set[str]:
+    """The globals and attributes that the code uses, also in functions that it defines."""
+    inner = (names_in(c) for c in code.co_consts if isinstance(c, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _is_own_code(frame: FrameType | None) -> bool:

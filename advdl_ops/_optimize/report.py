@@ -1,4 +1,7 @@
-"""Which implementation serves each layer of a model, and why."""
+"""``explain``: which implementation serves each layer of a model and why, and what ``optimize`` did to it.
+
+The texts come from `served.py` (what serves a layer on the CPU) and `record.py` (what ``optimize`` did).
+"""
 
 from __future__ import annotations
 

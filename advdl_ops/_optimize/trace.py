@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from .proxies import OwnCodeTracer, Untraceable, current_modes, with_own_isinstance
+from .proxies import OwnCodeTracer, Untraceable, current_modes, names_in, with_own_isinstance
 from .shared_copy import CONTAINERS, copies_of
 
 _Module = torch.nn.Module
@@ -95,19 +95,21 @@ def variants_of(owner: _Module) -> list[Variant]:
 
 def _check_code(code: CodeType) -> None:
     """Raises for what a trace would not notice, in the forward and in the functions that it defines."""
-    names = set(code.co_names)
+    names = names_in(code)
     if names & {"is_grad_enabled", "is_tracing"}:
         raise Untraceable("its forward asks how it is called")
     if names & {"builtins", "__builtins__", "globals"}:  # the trace gives it others
         raise Untraceable("its forward uses its globals by other ways than their names")
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            raise Untraceable("its forward assigns a global")
-        if instruction.opname.startswith("MATCH_"):
-            raise Untraceable("its forward matches patterns")
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            _check_code(constant)
+    opnames = _opnames(code)
+    if opnames & {"STORE_GLOBAL", "DELETE_GLOBAL"}:
+        raise Untraceable("its forward assigns a global")
+    if any(name.startswith("MATCH_") for name in opnames):
+        raise Untraceable("its forward matches patterns")
+
+
+def _opnames(code: CodeType) -> set[str]:
+    inner = (_opnames(c) for c in code.co_consts if isinstance(c, CodeType))
+    return {i.opname for i in dis.get_instructions(code)}.union(*inner)
 
 
 def _calls(parameters: list[inspect.Parameter]) -> Iterator[tuple[str, ...]]:

@@ -249,9 +249,16 @@ def test_an_assigned_global_is_the_modules():
     assert calls == before + 1
 
 
-def test_a_global_that_a_helper_assigns_is_read_anew():
+class ReadsItInAFunction(Block):
+    def forward(self, x):
+        doubles_the_factor()
+        return (lambda y: factor * y)(torch.relu(self.norm1(self.conv1(x))))
+
+
+@pytest.mark.parametrize("kind", [ReadsAGlobalThatChanges, ReadsItInAFunction])
+def test_a_global_that_a_helper_assigns_is_read_anew(kind):
     global factor
-    block = made(ReadsAGlobalThatChanges).eval()
+    block = made(kind).eval()
     fast = advdl_ops.optimize(block)
     assert "the global factor changes while it runs" in str(advdl_ops.explain(fast))
     factor = 1.0
