@@ -13,7 +13,7 @@ from torch import fx
 
 from .plan import Effect, Plan
 from .proxies import IN_PLACE_OPERATORS
-from .trace import is_torchs
+from .trace import has_graph_for, is_torchs
 
 # Operators whose result is memory of its own.
 NEW_RESULTS = {
@@ -42,7 +42,7 @@ def effect_of(plan: Plan, module: torch.nn.Module) -> Effect:
 def writes(plan: Plan, node: fx.Node, owner: torch.nn.Module) -> bool:
     """Whether a node of a graph of ``owner`` may write one of its inputs."""
     if node.op == "call_module":
-        return _effect(plan, owner.get_submodule(str(node.target))).writes
+        return _effect_of_call(plan, node, owner).writes
     if node.op == "call_method":
         return str(node.target).endswith("_")
     named = getattr(node.target, "__name__", "")
@@ -56,6 +56,14 @@ def written_by(node: fx.Node) -> fx.Node | None:
     """The input that an operator writes, if it writes one."""
     target: Any = node.kwargs.get("out", node.args[0] if node.args else None)
     return target if isinstance(target, fx.Node) else None
+
+
+def _effect_of_call(plan: Plan, node: fx.Node, owner: torch.nn.Module) -> Effect:
+    module = owner.get_submodule(str(node.target))
+    graphs = plan[module].graphs
+    if graphs and not has_graph_for(module, graphs, node.args, node.kwargs):
+        return Effect(True, True)  # code that nobody has seen
+    return _effect(plan, module)
 
 
 def _effect(plan: Plan, module: torch.nn.Module) -> Effect:
@@ -86,7 +94,7 @@ def _effect_of_graph(plan: Plan, graph: fx.Graph, owner: torch.nn.Module) -> Eff
         elif node.op == "output":
             returned = bool(of_given)
         elif node.op == "call_module":
-            effect = _effect(plan, owner.get_submodule(str(node.target)))
+            effect = _effect_of_call(plan, node, owner)
             written |= bool(of_given) and effect.writes
             if of_given and effect.returns:
                 given.add(node)

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import linecache
 import re
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,7 @@ _Module = torch.nn.Module
 
 
 def source_of(
-    owner: _Module, variants: list[Variant], through: str = ""
+    owner: _Module, variants: list[Variant], through: str = "", seen: Sequence[Variant] = ()
 ) -> tuple[str, dict[str, Any]]:
     """Source of the new ``forward``, and by name the objects that it uses beside those of :func:`fused_class`.
 
@@ -29,6 +30,8 @@ def source_of(
         owner: the module, with the class that it had before.
         variants: the graphs, and the guards under which each is called.
         through: the name of a function ``(module, forward, args, kwargs)`` that is to call it; "": none.
+        seen: the graphs by which it was decided that ``through`` may; it does for no other call. Of a forward without
+            graphs the code was read, and it does for all.
     """
     called = "inside" if through else "forward"
     texts: list[str] = []
@@ -61,9 +64,13 @@ def source_of(
     texts.append(f"def {called}({head}):\n{''.join(tests)}    return before({passed})\n")
     if through:
         args, kwargs = ", ".join(positional[1:]), ", ".join(by_name)
+        conditions = (" and ".join(v.guards) or "True" for v in seen)
+        condition = " or ".join(f"({text})" for text in dict.fromkeys(conditions)) or "True"
         texts.append(
             f"def forward({head}):\n"
-            f"    return {through}(self, {called}, [{args}], dict({kwargs}))\n"
+            f"    if {condition}:\n"
+            f"        return {through}(self, {called}, [{args}], dict({kwargs}))\n"
+            f"    return {called}({passed})\n"
         )
     return "\n".join(texts), names
 

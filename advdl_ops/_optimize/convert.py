@@ -143,7 +143,9 @@ def _set_forward(owner: torch.nn.Module, planned: LayerPlan, channels_last: str)
     }[channels_last]  # fmt: skip
     names = tuple(tuple(group.names) for group in planned.groups)
     update_record(owner, original=type(owner), fused=names)
-    source, objects = source_of(owner, planned.forward, through.__name__ if through else "")
+    source, objects = source_of(
+        owner, planned.forward, through.__name__ if through else "", planned.graphs
+    )
     if through:
         objects[through.__name__] = through
     object.__setattr__(owner, "__class__", fused_class(type(owner), source, objects))

@@ -22,7 +22,7 @@ from .aliasing import NEW_RESULTS, effect_of, writes, written_by
 from .bytecode import is_function, why_format_may_matter
 from .fused_call import CONVOLUTIONS, has_hooks
 from .plan import LayerPlan, Plan
-from .trace import is_torchs
+from .trace import has_graph_for, has_optional_arguments, is_torchs
 
 # What shows, or depends on, how a tensor lies in memory.
 _METHODS = {
@@ -86,7 +86,7 @@ def _why_never(plan: Plan) -> str | None:
         elif layer.counterpart is None and layer_may_fail(module):
             why = "torch computes the gradient of its weight wrongly in channels_last"
         elif layer.counterpart is None and (layer.graphs or not _is_plainly_torchs(module)):
-            why = _why_not(plan, layer)
+            why = _why_not(plan, layer) or _why_not_called(plan, module)
         if why is not None:
             return f"{layer.name}: {why}" if layer.name else why
     # The model would write a copy of its input.
@@ -107,7 +107,7 @@ def _is_plainly_torchs(layer: torch.nn.Module) -> bool:
 def _why_not(plan: Plan, layer: LayerPlan) -> str | None:
     """Why a module's own code forbids channels_last; ``None``: it does not."""
     if not layer.graphs:
-        why = why_format_may_matter(layer.module, lambda name: name in _SHOWING or _is_random(name))
+        why = why_format_may_matter(layer.module, _shows)
         return why if why is None else f"its forward has no graph, and {why}"
     for variant in layer.graphs:
         # Nodes whose value is a view of another one or a copy, depending on the memory format.
@@ -129,6 +129,27 @@ def _why_not(plan: Plan, layer: LayerPlan) -> str | None:
             )
             if made or (of_either and node.target not in NEW_RESULTS):
                 either.add(node)
+    return None
+
+
+def _why_not_called(plan: Plan, owner: torch.nn.Module) -> str | None:
+    """Why a call of ``owner``'s code that no graph of the called module is for forbids channels_last."""
+    traced = [module for module in owner.modules() if plan[module].graphs]
+    if plan[owner].graphs:
+        calls = [n for v in plan[owner].graphs for n in v.graph.nodes if n.op == "call_module"]
+        nodes = [(owner.get_submodule(str(node.target)), node) for node in calls]
+        called = [
+            module
+            for module, node in nodes
+            if module in traced
+            and not has_graph_for(module, plan[module].graphs, node.args, node.kwargs)
+        ]
+    else:  # it may call any of them in any way
+        called = [module for module in traced if has_optional_arguments(module)]
+    for module in called:
+        why = why_format_may_matter(module, _shows)
+        if why is not None:
+            return f"it calls {plan[module].name} in a way that has no graph, and there {why}"
     return None
 
 
@@ -180,6 +201,10 @@ _SHOWING = (
     | {v for v in _VIEW_OR_COPY if isinstance(v, str)}
     | {"channels_last", "contiguous_format", "memory_format", "preserve_format"}
 )
+
+
+def _shows(name: str) -> bool:
+    return name in _SHOWING or _is_random(name)
 
 
 def _is_indifferent(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ import random
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -172,6 +172,39 @@ def children_of(module: _Module) -> tuple[str, ...]:
 
 def default_name(parameter: inspect.Parameter) -> str:
     return f"default_of_{parameter.name}"
+
+
+def has_graph_for(
+    module: _Module, variants: list[Variant], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether one of the module's graphs is for a call with these arguments of a graph's node."""
+    try:
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    except TypeError:
+        return False
+    given = {}
+    for name, value in bound.arguments.items():
+        p = bound.signature.parameters[name]
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            return False
+        if value is not p.default and value is not module:
+            given[name] = value
+    are_tensors = {isinstance(value, fx.Node) for value in given.values()}  # most probably
+    for variant in variants:
+        asks = {
+            guard.startswith("isinstance(") for guard in variant.guards if "isinstance(" in guard
+        }
+        if given.keys() == set(variant.arguments) and (not asks or asks == are_tensors):
+            return True
+    return False
+
+
+def has_optional_arguments(module: _Module) -> bool:
+    """Whether the module's forward can be called in several ways, of which some may have no graph."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return any(
+        p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
+    )
 
 
 # Names that the source of a new forward uses beside its arguments.

@@ -258,3 +258,69 @@ def test_hooks_forbid_channels_last():
     model = Chain(stock.Identity()).eval()
     model.between.register_forward_hook(lambda *_: None)
     assert "between: it has hooks" in str(advdl_ops.explain(advdl_ops.optimize(model)))
+
+
+# ---- calls that no graph is for ----
+
+
+class ViewsIfTold(stock.Module):
+    def forward(self, x, views=False):
+        return x.view(x.shape[0], -1).view(x.shape) * 2 if views else x * 2
+
+
+class Tells(Chain):
+    """Calls what is between with an argument."""
+
+    told = (True,)
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x), *self.told))
+
+
+class TellsOfSizes(Chain):
+    """The same without a graph."""
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.between(x, x.shape[0] > 1) if x.shape[0] > 1 else x)
+
+
+class ViewsOrNot(Chain):
+    def forward(self, x, views=False):
+        x = x.view(x.shape) * 2 if views else x
+        return self.last(self.between(self.first(x)))
+
+
+@pytest.mark.parametrize("kind", [Tells, TellsOfSizes])
+def test_a_call_that_no_graph_is_for_forbids_channels_last(kind):
+    model = kind(ViewsIfTold()).double().eval()
+    fast = advdl_ops.optimize(model)
+    assert "it calls between in a way that has no graph, and there it uses view" in str(
+        advdl_ops.explain(fast)
+    )
+    seen = formats_of_last(fast)
+    with torch.no_grad():
+        same(fast(X), model(X))
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("told", [(), (False,)])
+def test_a_call_that_a_graph_is_for_allows_channels_last(told):
+    kind = type("TellsNothing", (Tells,), {"told": told})
+    model = kind(ViewsIfTold()).double().eval()
+    fast = advdl_ops.optimize(model)
+    seen = formats_of_last(fast)
+    with torch.no_grad():
+        same(fast(X), model(X))
+    assert seen == [True]
+
+
+def test_the_model_is_called_as_it_was_traced_or_without_channels_last():
+    model = ViewsOrNot(stock.Identity()).double().eval()
+    fast = advdl_ops.optimize(model)
+    seen = formats_of_last(fast)
+    with torch.no_grad():
+        same(fast(X), model(X))
+        same(fast(X, True), model(X, True))
+        same(fast(X, views=False), model(X))
+    assert seen == [True, False, True]

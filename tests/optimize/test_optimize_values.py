@@ -222,6 +222,25 @@ class Doubled(stock.Module):
         return torch.add(x * 1, x * 1, out=x)
 
 
+class WritesIfTold(Block):
+    """The child's graph is of another call, that writes nothing."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.child = DoublesIfTold()
+
+    def forward(self, x):
+        x = x * 1
+        y = self.conv1(x)
+        self.child(x, True)
+        return F.relu(self.norm1(y)) + x
+
+
+class DoublesIfTold(stock.Module):
+    def forward(self, x, writes=False):
+        return x.mul_(2) if writes else x * 2
+
+
 class WrittenByPreHook(Block):
     def __init__(self, *args):
         super().__init__(*args)
@@ -244,13 +263,15 @@ KINDS = [
     Chained, ChainedInPlace, WritesInBody, IntoView, IntoBuffer, ReadsStatistics, DropsByChild,
     EnablesAutocast, EnablesGradients, KeepsInChild, FreezesChild, CountsInTensor, MarksTensor,
     AsksForTuple, AsksTorch, OtherNames, Strict, GateReadAgain, GateWritten, WrittenByItsGate, WrittenAfterItsGate,
-    AddsItself, AddsTwice, ReadsWhatIsAddedTo, WritesOut, WritesOutInChild, WrittenByPreHook, WrittenByHook,
+    AddsItself, AddsTwice, ReadsWhatIsAddedTo, WritesOut, WritesOutInChild, WritesIfTold, WrittenByPreHook,
+    WrittenByHook,
 ]  # fmt: skip
 
 
 # Of the first one every call counts, of the others torch refuses the gradients.
 WITHOUT_GRADIENTS = (
-    IntoBuffer, ChainedInPlace, WritesInBody, GateWritten, WritesOut, WritesOutInChild, WrittenByPreHook, WrittenByHook,
+    IntoBuffer, ChainedInPlace, WritesInBody, GateWritten, WritesOut, WritesOutInChild, WritesIfTold, WrittenByPreHook,
+    WrittenByHook,
 )  # fmt: skip
 
 
