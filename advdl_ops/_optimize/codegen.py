@@ -30,8 +30,8 @@ def source_of(
         owner: the module, with the class that it had before.
         variants: the graphs, and the guards under which each is called.
         through: the name of a function ``(module, forward, args, kwargs)`` that is to call it; "": none.
-        seen: the graphs by which it was decided that ``through`` may; it does for no other call. Of a forward without
-            graphs the code was read, and it does for all.
+        seen: the graphs for whose calls ``through`` is used. If there are none, as for a forward of ``torch.nn``, it is
+            used for every call.
     """
     called = "inside" if through else "forward"
     texts: list[str] = []

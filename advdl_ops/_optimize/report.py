@@ -188,13 +188,18 @@ def _child(owner: torch.nn.Module, name: str) -> torch.nn.Module | None:
 
 
 def _run(module: torch.nn.Module, inputs: tuple[Any, ...], default: torch.device) -> dict[Any, str]:
-    """Runs a copy without gradients. Returns what served each layer on the CPU: by its name, of pairs by their note."""
+    """Runs a copy of the module without gradients.
+
+    Returns:
+        What served each layer on the CPU, by its name; for a pair that ``optimize`` joined, by the name of its owner
+        and its place in the owner's notes.
+    """
     found: dict[Any, dict[str, None]] = {}
     ran = _without_hooks(copy.deepcopy(module))
     copies = dict(ran.named_modules())
     originals = {id(copies[name]): (name, layer) for name, layer in module.named_modules()}
 
-    # The hooks part layers that are joined otherwise: what they tell is of the originals.
+    # A hook separates layers that run as one op without it, so each text is about the original layers.
     def tell(key: Any, of: Callable[..., str | None], name: str) -> None:
         def hook(on: torch.nn.Module, args: Any, kwargs: Any) -> None:
             text = of(*args, **kwargs)
@@ -224,9 +229,9 @@ def _run(module: torch.nn.Module, inputs: tuple[Any, ...], default: torch.device
 
 
 def _joined_norm(conv: torch.nn.Module) -> tuple[torch.nn.Module | None, Tensor | None]:
-    """Norm and residual of the :func:`.nn.conv_bn_act` that calls this layer, which perhaps only our hook makes it do.
+    """Norm and residual of the :func:`.nn.conv_bn_act` that is calling this layer; ``None`` if none is.
 
-    A ``ConvBNAct`` has a row of its own for that.
+    Without the hook of :func:`_run` it might not have called the layer. A ``ConvBNAct`` has a row of its own instead.
     """
     frame = sys._getframe()
     while frame.f_back is not None:
@@ -239,12 +244,12 @@ def _joined_norm(conv: torch.nn.Module) -> tuple[torch.nn.Module | None, Tensor 
 
 
 def _is_compiled(layer: torch.nn.Module) -> bool:
-    """A compiler would trace the hooks too."""
+    """Whether a compiler runs the layer: it would trace our hooks, too."""
     return "_orig_mod" in layer._modules or layer._compiled_call_impl is not None
 
 
 def _without_hooks(module: torch.nn.Module) -> torch.nn.Module:
-    """They are the user's, and may write what is not of the copy."""
+    """Removes the user's hooks, which may write to objects outside of the copy."""
     for layer in module.modules():
         layer._forward_hooks.clear()
         layer._forward_pre_hooks.clear()
@@ -261,7 +266,11 @@ def _device(module: torch.nn.Module) -> torch.device | None:
 def _layer(
     name: str, layer: torch.nn.Module, device: torch.device, told: str | None = None
 ) -> Layer | None:
-    """``told``: what served it on the CPU, where that was seen."""
+    """The row of a layer; ``None`` for one that is not of advdl_ops.
+
+    Args:
+        told: what served it on the CPU, if a run has shown that.
+    """
     kind = type(layer).__name__
     if not isinstance(layer, _OURS):
         return None
