@@ -21,10 +21,8 @@ def __getattr__(name: str) -> Any:
     # Imported when first asked for: `import advdl_ops` stays quick.
     if name == "models":
         return importlib.import_module(".models", __name__)
-    if name == "explain":
-        return importlib.import_module("._explain", __name__).explain
     if name == "tune":
         return importlib.import_module("._tune", __name__).tune
-    if name in ("optimize", "restore"):
+    if name in ("explain", "optimize", "restore"):
         return getattr(importlib.import_module("._optimize", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

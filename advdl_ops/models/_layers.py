@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from advdl_ops import nn
+from advdl_ops._memory_format import runs_in_channels_last, trains
 from advdl_ops._schemas import conv2d_format
-from advdl_ops.functional._norm import needs_grad
-from advdl_ops.functional.conv_bn_act import in_channels_last, prefers_channels_last
+from advdl_ops.functional.conv_bn_act import in_channels_last
 from advdl_ops.models._weights import load_weights
 
 NormFactory = Callable[[int, str | None], torch.nn.Module]
@@ -87,11 +87,7 @@ def to_fast_format(model: torch.nn.Module, x: Tensor, also_trains: bool = True) 
     An image of one channel has both formats, and what follows takes it for contiguous: call this again behind the
     first convolution.
     """
-    # As it came -> in channels_last, fp32, 256x256 on one core: unet 790 -> 630 ms, unet_resnet34 140 -> 115,
-    # deeplabv3_resnet50 610 -> 395. Training, on two: resnet18 224 -> 204, resnet50 364 -> 339, unet 650 -> 640.
-    # The first parameter stands for all: most often either all of them want gradients or none.
-    trains = model.training or needs_grad(x, next(model.parameters(), None))
-    if (also_trains or not trains) and prefers_channels_last(x, trains):
+    if runs_in_channels_last(model, x) and (also_trains or not trains(model, x)):
         return in_channels_last(x)
     return x
 

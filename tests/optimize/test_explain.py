@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import advdl_ops
-from advdl_ops import _explain, _library, nn, tuning
+from advdl_ops import _library, nn, tuning
 from advdl_ops._conv.choice import APART
 from advdl_ops._conv.problem import WITH_NORM, Problem
+from advdl_ops._optimize import report
 
 CUDA = torch.device("cuda", 0)
 
@@ -158,8 +159,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_unmeasured", {})
 
 
-def on_gpu(layer: torch.nn.Module) -> _explain.Layer:
-    row = _explain._layer("conv", layer, CUDA)
+def on_gpu(layer: torch.nn.Module) -> report.Layer:
+    row = report._layer("conv", layer, CUDA)
     assert row is not None
     return row
 

@@ -1,5 +1,7 @@
 """What tests of optimize() compare: a model against what it was, over steps of training and in evaluation."""
 
+import math
+
 import torch
 from torch import nn as stock
 
@@ -98,3 +100,97 @@ X = torch.randn(2, 8, 9, 10, dtype=torch.float64, generator=torch.Generator().ma
 
 def made(kind):
     return kind(stock.BatchNorm2d, stock.ReLU()).double()
+
+
+def group_norm(channels):
+    return stock.GroupNorm(2, channels)
+
+
+class Counting(Block):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return torch.relu(self.norm1(self.conv1(x)))
+
+
+class Holds(Block):
+    """Its layers under other names, and a method, beside what is registered."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.layers = [self.conv1, self.norm1]
+        object.__setattr__(self, "last", self.norm2)
+        self.run = self.body
+
+    def body(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(self.conv2(x))
+
+    def forward(self, x):
+        return self.run(x) if x.sum() > 0 else self.run(-x)
+
+
+class Chain(stock.Module):
+    """Two convolutions and something between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first = stock.Conv2d(8, 8, 3)
+        self.between = between
+        self.last = stock.Conv2d(8, 8, 3)
+
+    def forward(self, x, *, y=None):
+        x = self.last(self.between(self.first(x)))
+        return {"x": x, "y": y, "rows": x.flatten(2)}  # y is the given one
+
+
+def branches(source):
+    """A layer whose forward has control flow on values, and then this."""
+    scope = {
+        "torch": torch,
+        "stock": stock,
+        "users": torch.autograd.Function.apply,
+        "F": torch.nn.functional,
+        "math": math,
+        "same": same,
+    }
+    text = "".join(f"    {line}\n" for line in ("if x.sum() > 1e9: x = -x", *source.split("; ")))
+    exec(f"def forward(self, x):\n{text}    return x\n", scope)
+    return type("Branches", (stock.Module,), {"forward": scope["forward"], "helps": abs})()
+
+
+def formats_of_last(fast):
+    seen = []
+    fast.last.register_forward_pre_hook(
+        lambda _, x: seen.append(x[0].is_contiguous(memory_format=torch.channels_last)) and None
+    )
+    return seen
+
+
+class Noise(stock.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x) if self.training else x
+
+
+BLOCKS = {
+    "batch norm, relu": (stock.BatchNorm2d, stock.ReLU(inplace=True), 2),
+    "batch norm, silu": (stock.BatchNorm2d, stock.SiLU(), 2),
+    "batch norm, relu6": (stock.BatchNorm2d, stock.ReLU6(), 2),
+    "group norm, silu": (group_norm, stock.SiLU(), 2),
+    "instance norm, leaky relu": (stock.InstanceNorm2d, stock.LeakyReLU(0.2), 2),
+}
+
+
+class ByMode(Block):
+    def forward(self, x):
+        y = torch.relu(self.norm1(self.conv1(x)))
+        return y if self.training else 2 * y
+
+
+class AsksForTuple(Block):
+    def forward(self, x):
+        if isinstance(x, tuple):
+            x = torch.cat(x, 1)
+        return self.act(self.norm1(self.conv1(x)))

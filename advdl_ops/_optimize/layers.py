@@ -1,4 +1,7 @@
-"""The layers of torch, torchvision and timm that this package has a class for."""
+"""Which layer of this package each layer of torch, torchvision and timm becomes.
+
+`convert.py` asks for the counterpart of every module, `record.py` for the reason where there is none.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import nn
-from .activation import IDENTITY, Activation, qualified_name, resolve_activation
+from .. import nn
+from ..activation import IDENTITY, Activation, qualified_name, resolve_activation
 
 
 class Left(Exception):
-    """Why a layer of a known kind stays as it is, as ``explain`` tells it."""
+    """Why a layer of a known kind keeps its class, as ``explain`` tells it."""
 
 
 class Counterpart(NamedTuple):
     """What a layer becomes.
 
     Attributes:
-        layer: its class.
-        attributes: those that it has beyond the ones that it brings.
+        layer: its new class.
+        attributes: by name those that the new class needs and the old one does not have.
     """
 
     layer: type[torch.nn.Module]
@@ -28,10 +31,10 @@ class Counterpart(NamedTuple):
 
 
 def counterpart_of(layer: torch.nn.Module) -> Counterpart | None:
-    """What ``layer`` becomes; ``None`` for what is of no known kind.
+    """What ``layer`` becomes; ``None`` for a module of no known kind.
 
     Raises:
-        Left: it is of one, but does, or may do, something else.
+        Left: it is of a known kind, but may compute something else than this package's layer.
     """
     kind = type(layer)
     make = _TORCH.get(kind) or _OTHERS.get(qualified_name(kind))
@@ -47,7 +50,7 @@ def counterpart_of(layer: torch.nn.Module) -> Counterpart | None:
         if name not in layer._parameters:
             raise Left(f"its {name} is no parameter: pruned, or normalized by a hook")
         parameter = layer._parameters[name]
-        # Sharded ones (DTensor, whose module only its users import) are gathered for the call.
+        # By name, as only its users import DTensor's module: a sharded weight, gathered for the call.
         if type(parameter).__name__ not in ("NoneType", "Parameter", "DTensor"):
             raise Left(f"its {name} is a {type(parameter).__name__}")
         if parameter is not None and not parameter.is_floating_point():
@@ -56,7 +59,7 @@ def counterpart_of(layer: torch.nn.Module) -> Counterpart | None:
 
 
 def own_activation(counterpart: Counterpart) -> Activation:
-    """What the layer applies by itself."""
+    """The activation that the new layer applies by itself."""
     return counterpart.attributes.get("act", IDENTITY)
 
 
@@ -66,7 +69,7 @@ def _plain(layer: type[torch.nn.Module], **attributes: Any) -> Callable[..., Cou
 
 
 def _timm_norm(layer: type[torch.nn.Module], **attributes: Any) -> Callable[..., Counterpart]:
-    """timm's norms, which may have dropout and an activation behind them."""
+    """For timm's norms, which may apply dropout and an activation after the norm."""
 
     def make(norm: Any) -> Counterpart:
         if getattr(norm, "_fast_norm", False):
@@ -110,7 +113,7 @@ _OTHERS: dict[str, Callable[..., Counterpart]] = {
     "timm.layers.norm_act.GroupNorm1Act": _timm_norm(nn.GroupNorm),
     "timm.layers.norm_act.LayerNormAct2d": _timm_norm(nn.LayerNorm2d),
 }
-# What a layer may become.
+# The classes that a layer may get.
 OURS = (
     nn.Conv2d, nn.ConvTranspose2d, nn.BatchNormAct2d, nn.GroupNorm, nn.LayerNorm2d, nn.InstanceNorm1d,
     nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LSTM, nn.LSTMCell,

@@ -1,23 +1,28 @@
-"""Whether a model may run in channels_last inside, where its convolutions are faster, and the call that does so."""
+"""Whether a model may run in channels_last inside, where its convolutions are faster, and the call that does so.
+
+`convert.py` calls :func:`plan_channels_last`; a model's new forward calls :func:`in_fast_format` or
+:func:`evaluated_in_fast_format`. When it is faster is decided by `advdl_ops/_memory_format.py`, as for the zoo.
+"""
 
 from __future__ import annotations
 
 import builtins
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ._code import is_function, why_layout_may_matter
-from ._effects import NEW_RESULTS, Effects, written_by
-from ._fuse import has_hooks
-from ._stock_faults import layer_may_fail
-from ._trace import is_torchs
-from .functional._norm import needs_grad
-from .functional.conv_bn_act import in_channels_last, prefers_channels_last
+from .._memory_format import runs_in_channels_last
+from .._stock_faults import layer_may_fail
+from ..functional.conv_bn_act import in_channels_last
+from .aliasing import NEW_RESULTS, effect_of, writes, written_by
+from .bytecode import is_function, why_format_may_matter
+from .fused_call import CONVOLUTIONS, has_hooks
+from .plan import LayerPlan, Plan
+from .trace import has_graph_for, has_optional_arguments, is_torchs
 
 # What shows, or depends on, how a tensor lies in memory.
 _METHODS = {
@@ -38,38 +43,54 @@ def _is_random(name: str) -> bool:
     """Whether torch's function or method of this name draws random numbers, of elements or not."""
     if name in _RANDOM:
         return True
+    # The namespace has attributes of its own, such as `name`.
     packet = getattr(torch.ops.aten, name, None)
-    return packet is not None and any(
+    return isinstance(packet, torch._ops.OpOverloadPacket) and any(
         torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags
         for overload in packet.overloads()
     )
 
 
-def why_not_inside(
-    model: torch.nn.Module,
-    known: Collection[int],
-    graphs: Mapping[int, Sequence[fx.Graph]],
-    effects: Effects,
-) -> str | None:
-    """Why ``model`` may not run in channels_last where it is given contiguous memory; ``None``: it may.
+def plan_channels_last(plan: Plan) -> None:
+    """Fills in when the model will run in channels_last inside, and a note that says so, or why it will not.
 
-    Args:
-        known: ids of layers that are as indifferent to the memory format as torch's.
-        graphs: by id of a module those of its own forward.
-        effects: of its modules.
+    Before `fuse.py` rewrites the graphs: its calls are not known here.
     """
-    for name, layer in model.named_modules():
+    convolves = any(
+        layer.counterpart is not None and issubclass(layer.counterpart.layer, CONVOLUTIONS)
+        for layer in plan
+    )
+    if plan[plan.model].counterpart is not None or not convolves:
+        return
+    told = "channels_last on CPU, whatever it is given"
+    why = _why_never(plan)
+    if why is None and _draws(plan, "not self.training"):
+        why = "it draws random numbers"
+    if why is not None:
+        plan[plan.model].notes.append(f"not in {told}: {why}")
+        return
+    plan.channels_last = "always"
+    if _draws(plan, "self.training"):
+        plan.channels_last = "in evaluation"
+        told += ", in evaluation: it draws random numbers"
+    plan[plan.model].notes.append(told)
+
+
+def _why_never(plan: Plan) -> str | None:
+    """Why the model may not run in channels_last where it is given contiguous memory; ``None``: it may."""
+    for layer in plan:
+        module = layer.module
         why = None
-        if has_hooks(layer):
+        if has_hooks(module):
             why = "it has hooks"
-        elif id(layer) not in known and layer_may_fail(layer):
+        elif layer.counterpart is None and layer_may_fail(module):
             why = "torch computes the gradient of its weight wrongly in channels_last"
-        elif id(layer) not in known and (id(layer) in graphs or not _is_plainly_torchs(layer)):
-            why = _why_not(layer, graphs, effects)
+        elif layer.counterpart is None and (layer.graphs or not _is_plainly_torchs(module)):
+            why = _why_not(plan, layer) or _why_not_called(plan, module)
         if why is not None:
-            return f"{name}: {why}" if name else why
-    # It would write a copy.
-    return "it may write what it is given" if effects.of(model).writes else None
+            return f"{layer.name}: {why}" if layer.name else why
+    # The model would write a copy of its input.
+    return "it may write what it is given" if effect_of(plan, plan.model).writes else None
 
 
 def _is_plainly_torchs(layer: torch.nn.Module) -> bool:
@@ -83,32 +104,52 @@ def _is_plainly_torchs(layer: torch.nn.Module) -> bool:
     return all(not callable(v) or name in known for kind in own for name, v in vars(kind).items())
 
 
-def _why_not(
-    layer: torch.nn.Module, all_graphs: Mapping[int, Sequence[fx.Graph]], effects: Effects
-) -> str | None:
-    graphs = all_graphs.get(id(layer))
-    if graphs is None:
-        why = why_layout_may_matter(layer, lambda name: name in _SHOWING or _is_random(name))
+def _why_not(plan: Plan, layer: LayerPlan) -> str | None:
+    """Why a module's own code forbids channels_last; ``None``: it does not."""
+    if not layer.graphs:
+        why = why_format_may_matter(layer.module, _shows)
         return why if why is None else f"its forward has no graph, and {why}"
-    for graph in graphs:
-        either: set[fx.Node] = (
-            set()
-        )  # a view of what it was made of, or a copy, by the memory format
-        for node in graph.nodes:
+    for variant in layer.graphs:
+        # Nodes whose value is a view of another one or a copy, depending on the memory format.
+        either: set[fx.Node] = set()
+        for node in variant.graph.nodes:
             if node.op == "call_method" and node.target in _METHODS:
                 return f"it calls {node.target}"
             if node.op == "call_function" and not _is_indifferent(node):
                 return f"it calls {getattr(node.target, '__name__', node.target)}"
-            if _strides(node) and not isinstance(layer, _CONVOLUTIONS):
+            if _strides(node) and not isinstance(layer.module, _CONVOLUTIONS):
                 return "it calls a convolution with a stride, of which torch computes some wrongly in channels_last"
             if any(isinstance(a, torch.memory_format) for a in (*node.args, *node.kwargs.values())):
                 return "it names a memory format"
-            if effects.writes(node, layer) and written_by(node) in either:
+            if writes(plan, node, layer.module) and written_by(node) in either:
                 return "it writes what may be a view or a copy"
             of_either = not either.isdisjoint(node.all_input_nodes)
-            made = _makes_either(node, layer, all_graphs) and not _takes_over(node, layer, effects)
+            made = _makes_either(plan, node, layer.module) and not _takes_over(
+                plan, node, layer.module
+            )
             if made or (of_either and node.target not in NEW_RESULTS):
                 either.add(node)
+    return None
+
+
+def _why_not_called(plan: Plan, owner: torch.nn.Module) -> str | None:
+    """Why a call of ``owner``'s code that no graph of the called module is for forbids channels_last."""
+    traced = [module for module in owner.modules() if plan[module].graphs]
+    if plan[owner].graphs:
+        calls = [n for v in plan[owner].graphs for n in v.graph.nodes if n.op == "call_module"]
+        nodes = [(owner.get_submodule(str(node.target)), node) for node in calls]
+        called = [
+            module
+            for module, node in nodes
+            if module in traced
+            and not has_graph_for(module, plan[module].graphs, node.args, node.kwargs)
+        ]
+    else:  # it may call any of them in any way
+        called = [module for module in traced if has_optional_arguments(module)]
+    for module in called:
+        why = why_format_may_matter(module, _shows)
+        if why is not None:
+            return f"it calls {plan[module].name} in a way that has no graph, and there {why}"
     return None
 
 
@@ -127,25 +168,23 @@ def _strides(node: fx.Node) -> bool:
     return stride not in (1, (1,), (1, 1), [1], [1, 1])
 
 
-def _takes_over(node: fx.Node, owner: torch.nn.Module, effects: Effects) -> bool:
-    """Whether what it is made of is memory of its own that nothing else reads, so that it may well be a view."""
+def _takes_over(plan: Plan, node: fx.Node, owner: torch.nn.Module) -> bool:
+    """Whether its input is memory that nothing else reads. Then it does not matter whether the result is a view."""
     source = node.all_input_nodes[0] if node.all_input_nodes else node
     if len(source.users) != 1:
         return False
     if source.op == "call_module":
-        return not effects.of(owner.get_submodule(str(source.target))).returns
+        return not effect_of(plan, owner.get_submodule(str(source.target))).returns
     return source.target in NEW_RESULTS
 
 
-def _makes_either(
-    node: fx.Node, owner: torch.nn.Module, graphs: Mapping[int, Sequence[fx.Graph]]
-) -> bool:
-    """Whether it gives a view or a copy, by the memory format."""
+def _makes_either(plan: Plan, node: fx.Node, owner: torch.nn.Module) -> bool:
+    """Whether it gives a view or a copy, depending on the memory format."""
     if node.op != "call_module":
         return node.target in _VIEW_OR_COPY
     return any(
         isinstance(layer, (torch.nn.Flatten, torch.nn.Unflatten))
-        or any(n.target in _VIEW_OR_COPY for g in graphs.get(id(layer), ()) for n in g.nodes)
+        or any(n.target in _VIEW_OR_COPY for v in plan[layer].graphs for n in v.graph.nodes)
         for layer in owner.get_submodule(str(node.target)).modules()
     )
 
@@ -164,6 +203,10 @@ _SHOWING = (
 )
 
 
+def _shows(name: str) -> bool:
+    return name in _SHOWING or _is_random(name)
+
+
 def _is_indifferent(node: fx.Node) -> bool:
     function: Any = node.target
     if function is builtins.getattr:
@@ -180,15 +223,22 @@ def _is_indifferent(node: fx.Node) -> bool:
     )
 
 
-def draws(graphs: Iterable[fx.Graph]) -> bool:
-    """Whether a forward draws random numbers, which in another memory format would fall on other elements."""
+def _draws(plan: Plan, mode: str) -> bool:
+    """Whether a forward draws random numbers for the elements of a tensor, in the order in which they lie in memory.
+
+    Args:
+        mode: the guard of this mode, ``"self.training"`` or ``"not self.training"``.
+    """
+    other = {"self.training": "not self.training", "not self.training": "self.training"}[mode]
     return any(
         node.op in ("call_function", "call_method")
         and _is_random(getattr(node.target, "__name__", node.target))
-        # Dropout that is told not to.
+        # Dropout may be told not to draw.
         and not ("dropout" in str(node.target) and _training(node) is False)
-        for graph in graphs
-        for node in graph.nodes
+        for layer in plan
+        for variant in layer.graphs
+        if other not in variant.guards
+        for node in variant.graph.nodes
     )
 
 
@@ -197,7 +247,7 @@ def _training(node: fx.Node) -> Any:
 
 
 def _layers_draw(model: torch.nn.Module) -> bool:
-    """The same of its layers, now."""
+    """Whether one of the layers draws them, in the mode that it is in now."""
     return any(
         isinstance(layer, _RANDOM_LAYERS) and layer.training and getattr(layer, "p", 1) > 0
         for layer in model.modules()
@@ -207,16 +257,20 @@ def _layers_draw(model: torch.nn.Module) -> bool:
 def in_fast_format(
     model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """``call(model, ...)`` with images in channels_last where that is faster; what it returns is contiguous then."""
-    # The first parameter stands for all: most often either all of them want gradients or none.
-    parameter = next(model.parameters(), None)
-    given: dict[int, Tensor] = {}  # by the id of what stands for it
+    """``call(model, ...)`` with images in channels_last where that is faster.
+
+    Returns:
+        What the call returns. Where an image was converted, its tensors are contiguous, and an input that is returned
+        is the one that was given.
+    """
+    given: dict[int, Tensor] = {}  # by the id of the converted tensor
 
     def convert(value: Any) -> Any:
-        if not _is_contiguous_image(value):
-            return value
-        trains = model.training or needs_grad(value, parameter)
-        if not prefers_channels_last(value, trains) or _layers_draw(model):
+        if (
+            not _is_contiguous_image(value)
+            or not runs_in_channels_last(model, value)
+            or _layers_draw(model)
+        ):
             return value
         converted = in_channels_last(value)
         given[id(converted)] = value
@@ -237,7 +291,7 @@ def in_fast_format(
 def evaluated_in_fast_format(
     model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """The same in evaluation alone."""
+    """As :func:`in_fast_format` in evaluation; in training the call as it is."""
     if model.training:
         return call(model, *args, **kwargs)
     return in_fast_format(model, call, args, kwargs)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _library, nn
-from ._conv import choice
-from ._conv.problem import (
+from .. import _library, nn
+from .._conv import choice
+from .._conv.problem import (
     CHANNELS_LAST,
     CONTIGUOUS,
     FORWARD,
@@ -28,12 +28,12 @@ from ._conv.problem import (
     pair,
     problem_of,
 )
-from .functional.conv2d import _torch_derives_as_well, prepared
-from .functional.conv_bn_act import result_dtype
-from .functional.conv_transpose2d import Options, _has_own_operators, _is_gradient
-from .functional.conv_transpose2d import _problem as _problem_of_transposed
-from .nn.conv2d import padded_input
-from .nn.conv_bn_act import _padded, evaluates_as_one, problem_of_kept
+from ..functional.conv2d import _torch_derives_as_well, prepared
+from ..functional.conv_bn_act import result_dtype
+from ..functional.conv_transpose2d import Options, _has_own_operators, _is_gradient
+from ..functional.conv_transpose2d import _problem as _problem_of_transposed
+from ..nn.conv2d import padded_input
+from ..nn.conv_bn_act import _padded, evaluates_as_one, problem_of_kept
 
 ONEDNN, TORCH, EITHER = "oneDNN", "torch's own", "oneDNN or torch's own"
 TWO_LAYERS = "its two layers"

@@ -1,6 +1,6 @@
-"""The class of a module whose ``forward`` is made anew: of graphs, each for the calls that its guards let through.
+"""The class of a module with a new ``forward``: one function per graph, called where the graph's guards hold.
 
-What none of them is for gets the forward of before.
+`convert.py` gives a module this class. A call that no graph is for runs the forward that the module had before.
 """
 
 from __future__ import annotations
@@ -9,24 +9,29 @@ import importlib
 import inspect
 import linecache
 import re
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._trace import Variant, children_of, default_name
+from .trace import Variant, children_of, default_name
 
 _Module = torch.nn.Module
 
 
 def source_of(
-    owner: _Module, variants: list[Variant], through: str = ""
+    owner: _Module, variants: list[Variant], through: str = "", seen: Sequence[Variant] = ()
 ) -> tuple[str, dict[str, Any]]:
-    """Source of the new ``forward`` and the objects that it names, but for those that :func:`fused_class` knows.
+    """Source of the new ``forward``, and by name the objects that it uses beside those of :func:`fused_class`.
 
     Args:
-        through: the name of a function (module, forward, args, kwargs) that calls it.
+        owner: the module, with the class that it had before.
+        variants: the graphs, and the guards under which each is called.
+        through: the name of a function ``(module, forward, args, kwargs)`` that is to call it; "": none.
+        seen: the graphs for whose calls ``through`` is used. If there are none, as for a forward of ``torch.nn``, it is
+            used for every call.
     """
     called = "inside" if through else "forward"
     texts: list[str] = []
@@ -59,9 +64,13 @@ def source_of(
     texts.append(f"def {called}({head}):\n{''.join(tests)}    return before({passed})\n")
     if through:
         args, kwargs = ", ".join(positional[1:]), ", ".join(by_name)
+        conditions = (" and ".join(v.guards) or "True" for v in seen)
+        condition = " or ".join(f"({text})" for text in dict.fromkeys(conditions)) or "True"
         texts.append(
             f"def forward({head}):\n"
-            f"    return {through}(self, {called}, [{args}], dict({kwargs}))\n"
+            f"    if {condition}:\n"
+            f"        return {through}(self, {called}, [{args}], dict({kwargs}))\n"
+            f"    return {called}({passed})\n"
         )
     return "\n".join(texts), names
 
@@ -70,7 +79,7 @@ _classes: dict[tuple[type, str], type[_Module]] = {}
 
 
 def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> type[_Module]:
-    """``original`` with the forward of this source; the same for all modules of the same source."""
+    """``original`` with the forward of this source. Modules of equal class and source share one class."""
     found = _classes.get((original, source))
     if found is not None:
         return found
@@ -84,7 +93,7 @@ def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> 
     exec(compile(source, file, "exec"), scope)
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
 
-    # Modules, as torch where the forward calls torch.flatten, cannot be pickled or copied: they go by name.
+    # A Python module among the names (torch, where the forward calls torch.flatten) is pickled by its name.
     modules = {name: m.__name__ for name, m in names.items() if isinstance(m, ModuleType)}
     others = {name: value for name, value in names.items() if name not in modules}
 

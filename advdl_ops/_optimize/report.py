@@ -1,4 +1,7 @@
-"""Which implementation serves each layer of a model, and why."""
+"""``explain``: which implementation serves each layer of a model and why, and what ``optimize`` did to it.
+
+The texts come from `served.py` (what serves a layer on the CPU) and `record.py` (what ``optimize`` did).
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library, _served, nn, tuning
-from ._conv import choice
-from ._conv.choice import APART
-from ._conv.problem import WITH_NORM, Problem
-from ._optimize import notes, record_of, summary
-from .backend import get_backend
-from .nn.group_norm import _InstanceNorm
+from .. import _library, nn, tuning
+from .._conv import choice
+from .._conv.choice import APART
+from .._conv.problem import WITH_NORM, Problem
+from ..backend import get_backend
+from ..nn.group_norm import _InstanceNorm
+from . import served as _served
+from .record import notes, record_of, summary
 
 __all__ = ["Explanation", "Layer", "explain"]
 
@@ -206,9 +210,11 @@ def _child(owner: torch.nn.Module, name: str) -> torch.nn.Module | None:
 def _run(
     module: torch.nn.Module, inputs: tuple[Any, ...], default: torch.device
 ) -> tuple[dict[Any, str], dict[str, dict[Problem, None]]]:
-    """Runs a copy without gradients. Returns what served each layer on the CPU, and the problems of its convolutions.
+    """Runs a copy of the module without gradients.
 
-    By the layer's name; of pairs that :func:`.optimize` joined what served by their note.
+    Returns:
+        What served each layer on the CPU, by its name; for a pair that ``optimize`` joined, by the name of its owner
+        and its place in the owner's notes. And by the name of a layer the problems of its convolutions.
     """
     found: dict[Any, dict[str, None]] = {}
     met: dict[str, dict[Problem, None]] = {}
@@ -216,7 +222,7 @@ def _run(
     copies = dict(ran.named_modules())
     originals = {id(copies[name]): (name, layer) for name, layer in module.named_modules()}
 
-    # The hooks part layers that are joined otherwise: what they tell is of the originals.
+    # A hook separates layers that run as one op without it, so each text is about the original layers.
     def tell(key: Any, of: Callable[..., str | None], name: str) -> None:
         def hook(on: torch.nn.Module, args: Any, kwargs: Any) -> None:
             text = of(*args, **kwargs)
@@ -254,9 +260,9 @@ def _run(
 
 
 def _joined_norm(conv: torch.nn.Module) -> tuple[torch.nn.Module | None, Tensor | None]:
-    """Norm and residual of the :func:`.nn.conv_bn_act` that calls this layer, which perhaps only our hook makes it do.
+    """Norm and residual of the :func:`.nn.conv_bn_act` that is calling this layer; ``None`` if none is.
 
-    A ``ConvBNAct`` has a row of its own for that.
+    Without the hook of :func:`_run` it might not have called the layer. A ``ConvBNAct`` has a row of its own instead.
     """
     frame = sys._getframe()
     while frame.f_back is not None:
@@ -269,12 +275,12 @@ def _joined_norm(conv: torch.nn.Module) -> tuple[torch.nn.Module | None, Tensor 
 
 
 def _is_compiled(layer: torch.nn.Module) -> bool:
-    """A compiler would trace the hooks too."""
+    """Whether a compiler runs the layer: it would trace our hooks, too."""
     return "_orig_mod" in layer._modules or layer._compiled_call_impl is not None
 
 
 def _without_hooks(module: torch.nn.Module) -> torch.nn.Module:
-    """They are the user's, and may write what is not of the copy."""
+    """Removes the user's hooks, which may write to objects outside of the copy."""
     for layer in module.modules():
         layer._forward_hooks.clear()
         layer._forward_pre_hooks.clear()
@@ -295,7 +301,12 @@ def _layer(
     told: str | None = None,
     met: Iterable[Problem] = (),
 ) -> Layer | None:
-    """``told``, ``met``: what served it on the CPU and its convolutions, where that was seen."""
+    """The row of a layer; ``None`` for one that is not of advdl_ops.
+
+    Args:
+        told: what served it on the CPU, if a run has shown that.
+        met: the problems of its convolutions, if so.
+    """
     kind = type(layer).__name__
     if not isinstance(layer, _OURS):
         return None

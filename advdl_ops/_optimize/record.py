@@ -1,0 +1,85 @@
+"""What ``optimize`` did to a module, as the module itself keeps it, and the texts of it for the report.
+
+`convert.py` writes the records; `report.py` reads them, as ``restore`` does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ..activation import qualified_name
+from .layers import Left, counterpart_of
+
+RECORD = "_advdl_optimized"
+
+
+class Record(NamedTuple):
+    """What ``optimize`` did to one module.
+
+    Attributes:
+        original: its class before; ``None`` where that was not changed.
+        added: names of the attributes that it got.
+        fused: for each group that its new forward runs as one op, the names of the layers and of what else is fused.
+        part: whether its parent runs it in such a group.
+        notes: further remarks, such as why it is not fused.
+    """
+
+    original: type | None = None
+    added: tuple[str, ...] = ()
+    fused: tuple[tuple[str, ...], ...] = ()
+    part: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def record_of(layer: torch.nn.Module) -> Record | None:
+    """What ``optimize`` did to this module; ``None`` if nothing."""
+    return layer.__dict__.get(RECORD)
+
+
+def update_record(layer: torch.nn.Module, **changed: Any) -> None:
+    layer.__dict__[RECORD] = (record_of(layer) or Record())._replace(**changed)
+
+
+def summary(model: torch.nn.Module) -> dict[str, Any]:
+    """``explain(model, as_dict=True)``: the groups, the layers replaced alone, and why which layers were left."""
+    fused: list[str] = []
+    replaced: list[str] = []
+    left: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        record = record_of(layer)
+        if record is None:
+            why = _why_left(layer)
+            if why is not None:
+                left[name] = why
+        elif record.fused:
+            prefix = f"{name}." if name else ""
+            fused += [prefix + " + ".join(names) for names in record.fused]
+        elif record.added and not record.part:
+            replaced.append(name)
+    return {"fused": fused, "replaced": replaced, "left": left}
+
+
+def notes(model: torch.nn.Module) -> dict[str, list[str]]:
+    """By the name of each module what ``optimize`` did to it, or why it did not. Groups come first."""
+    found = {}
+    for name, layer in model.named_modules():
+        record = record_of(layer)
+        if record is None:
+            why = _why_left(layer)
+            found[name] = [] if why is None else [f"left as it was: {why}"]
+            continue
+        found[name] = [f"one op: {' + '.join(names)}" for names in record.fused]
+        if record.original is not None and record.added:
+            found[name].append(f"was {qualified_name(record.original)}")
+        found[name] += record.notes
+    return found
+
+
+def _why_left(layer: torch.nn.Module) -> str | None:
+    """Why a layer of a known kind is as it was; ``None`` for any other module."""
+    try:
+        return None if counterpart_of(layer) is None else "optimize was not called"
+    except Left as reason:
+        return str(reason)

@@ -1,0 +1,61 @@
+"""A copy of a tree of modules over the same parameters and buffers.
+
+`convert.py` converts such a copy, unless it works in place; `trace.py` traces one, so that nothing that a forward
+assigns reaches the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict, deque
+from types import MethodType
+from typing import Any
+
+import torch
+
+# Exactly these classes: a subclass, such as the frozen dict of diffusers' configurations, may lose something in a copy.
+CONTAINERS = dict, OrderedDict, list, set
+
+
+def copies_of(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """By the id of each module of ``model`` a new module with the same attributes, whose children are new ones too."""
+    copies: dict[int, torch.nn.Module] = {}
+    for layer in model.modules():
+        copied = object.__new__(type(layer))  # fully_shard replaces __new__
+        # Registries are copied: what is registered later with a module must not reach the other one.
+        own = {
+            name: value.copy() if name.startswith("_") and type(value) in CONTAINERS else value
+            for name, value in layer.__dict__.items()
+        }
+        object.__setattr__(copied, "__dict__", own)
+        copies[id(layer)] = copied
+    for copied in copies.values():
+        own = copied.__dict__
+        for name, value in own.items():
+            own[name] = _with_copies(value, copies)
+    return copies
+
+
+def _with_copies(value: Any, copies: dict[int, torch.nn.Module]) -> Any:
+    """An attribute, with the copies in place of the modules that it holds or whose methods it holds."""
+    if isinstance(value, torch.nn.Module):
+        return copies.get(id(value), value)
+    if isinstance(value, MethodType):
+        owner = copies.get(id(value.__self__))
+        return value if owner is None else MethodType(value.__func__, owner)
+    kind: Any = type(value)
+    if kind is functools.partial:
+        function, *args = (_with_copies(part, copies) for part in (value.func, *value.args))
+        return functools.partial(function, *args, **_with_copies(value.keywords, copies))
+    if kind in (dict, OrderedDict):
+        found: Any = [(key, _with_copies(item, copies)) for key, item in value.items()]
+        changed = _differ([item for _, item in found], value.values())
+        return kind(found) if changed else value
+    if kind in (list, tuple, deque):
+        items = [_with_copies(item, copies) for item in value]
+        return kind(items) if _differ(items, value) else value
+    return value
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return any(x is not y for x, y in zip(a, b, strict=True))
