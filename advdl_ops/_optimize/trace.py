@@ -113,15 +113,19 @@ def _opnames(code: CodeType) -> set[str]:
 
 
 def _calls(parameters: list[inspect.Parameter]) -> Iterator[tuple[str, ...]]:
-    """Names of the arguments that are given: first the required ones, then also those with the default ``None``."""
+    """Names of the arguments that are given: the required ones alone, and with all whose default is ``None``.
+
+    Where there are two of these, also with each of them alone.
+    """
     named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
     required = tuple(p.name for p in parameters if p.kind in named and p.default is p.empty)
     further = tuple(p.name for p in parameters if p.kind in named and p.default is None)
     if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
         raise Untraceable("its forward takes arguments by position only")
     yield required
-    if further:
-        yield tuple(p.name for p in parameters if p.name in required + further)
+    alone = [(name,) for name in further] if len(further) == 2 else []
+    for optional in (*alone, further) if further else ():
+        yield tuple(p.name for p in parameters if p.name in required + optional)
 
 
 class _Call(NamedTuple):

@@ -10,6 +10,7 @@ from support.optimize import AsksForTuple, Block, ByMode, Counting, X, check_as,
 from torch import nn as stock
 
 import advdl_ops
+from advdl_ops._optimize.trace import variants_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,6 +118,11 @@ def test_optional_arguments(grad):
         ]:
             same(fast(X, *args, **options), twin(X, *args, **options))
     assert fast.forward.__defaults__ == (None,)
+
+
+def test_one_optional_argument_of_two_has_a_graph():
+    given = {variant.arguments for variant in variants_of(made(OptionalScale))}
+    assert given == {("x",), ("x", "scale"), ("x", "shift"), ("x", "scale", "shift")}
 
 
 def test_one_tensor_or_more():
