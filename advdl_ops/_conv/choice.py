@@ -24,7 +24,6 @@ from . import cpu, cuda
 from .problem import (
     BOTH,
     CHANNELS_LAST,
-    CONTIGUOUS,
     FOLDED,
     FORWARD,
     INPUT_GRADIENT,
@@ -47,11 +46,13 @@ class Thresholds(NamedTuple):
         pixels_dweight, pixels_dweight_contiguous: so for the gradient of a weight of ``many_channels`` or more.
         many_channels: see there.
         pixels_dweight_dilated: so for the gradient of a weight of ``large_dilation`` or more.
-        large_dilation: from here on oneDNN is faster in channels_last by more than two conversions take.
-        short_row: pixels in a row of the output up to which, contiguous, oneDNN's prepacked depthwise convolution is
-            faster than the depthwise kernel.
-        depthwise_cached_bytes: size of x up to which, contiguous with a stride of 2, the depthwise kernel is faster by
-            way of channels_last.
+        large_dilation, large_dilation_dweight: from here on oneDNN is faster in channels_last by more than two
+            conversions take: forward and gradient of x, gradient of the weight.
+        short_row: pixels in a row of the output up to which, contiguous, the depthwise kernel is faster by way of
+            channels_last.
+        depthwise_cached_bytes: size of x up to which the same holds with a stride of 2.
+        depthwise_strided_bytes: size of x up to which, contiguous and above ``depthwise_cached_bytes``, oneDNN's
+            depthwise forward with a stride of 2 is faster.
     """
 
     small: int = 8192
@@ -65,8 +66,10 @@ class Thresholds(NamedTuple):
     many_channels: int = 128
     pixels_dweight_dilated: int = 2048
     large_dilation: int = 8
+    large_dilation_dweight: int = 8
     short_row: int = 8
     depthwise_cached_bytes: int = 8 << 20
+    depthwise_strided_bytes: int = 8 << 20
 
 
 THRESHOLDS: Mapping[str, Thresholds] = {
@@ -148,13 +151,31 @@ def _accepts_depthwise_in_last(p: Problem) -> bool:
     return p.layout != CHANNELS_LAST and _accepts_depthwise(p)
 
 
-def _depthwise_is_fast_as_it_is(p: Problem, t: Thresholds) -> bool:
+def _is_onednns_depthwise(p: Problem, t: Thresholds) -> bool:
+    """Contiguous, strided and between two sizes, where oneDNN's forward is the faster one."""
+    bytes_ = p.x_numel * p.dtype.itemsize
+    return (
+        p.dtype == torch.float32
+        and p.layout != CHANNELS_LAST
+        and p.x[1] >= 16
+        and _steps(p) == 2
+        and t.depthwise_cached_bytes < bytes_ <= t.depthwise_strided_bytes
+    )
+
+
+def _steps(p: Problem) -> int:
+    """The larger stride; over one output on an axis nothing is stepped."""
+    return max(s if size > 1 else 1 for s, size in zip(p.stride, p.out_size, strict=True))
+
+
+def _depthwise_as_it_is(p: Problem, t: Thresholds) -> bool:
     if p.layout == CHANNELS_LAST:
         return True
-    # Of one output on an axis nothing is stepped over.
-    stride = max(s if size > 1 else 1 for s, size in zip(p.stride, p.out_size, strict=True))
+    stride = _steps(p)
+    if stride == 1:
+        return p.out_size[1] > t.short_row
     is_cached = p.x_numel * p.dtype.itemsize <= t.depthwise_cached_bytes
-    return stride <= 4 and (p.x[1] < 16 or stride == 1 or (stride == 2 and not is_cached))
+    return stride <= 4 and (p.x[1] < 16 or (stride == 2 and not is_cached))
 
 
 def _dense_channels(p: Problem, t: Thresholds) -> bool:
@@ -178,6 +199,10 @@ def _few_pixels_dx(p: Problem, t: Thresholds) -> bool:
     return _dense_channels(p, t) and p.pixels <= limit
 
 
+def _dilates_widely_dweight(p: Problem, t: Thresholds) -> bool:
+    return p.dtype == torch.float32 and max(p.dilation) >= t.large_dilation_dweight
+
+
 def _few_pixels_dweight(p: Problem, t: Thresholds) -> bool:
     limit = t.pixels
     if _dilates_widely(p, t):
@@ -194,10 +219,17 @@ def _is_large(p: Problem, t: Thresholds) -> bool:
 
 
 _AS_IT_IS = Rule(
-    "channels_last or stride 1; contiguous to stride 4 of less than 16 channels, to stride 2 of x above "
-    "{depthwise_cached_bytes} bytes",
-    _depthwise_is_fast_as_it_is,
+    "channels_last; contiguous rows of more than {short_row} output pixels, with a stride to 4 of less than 16 "
+    "channels or of 2 and x above {depthwise_cached_bytes} bytes",
+    _depthwise_as_it_is,
 )
+_ONEDNNS = "not contiguous with a stride of 2 and x of {depthwise_cached_bytes} to {depthwise_strided_bytes} bytes"
+_AS_IT_IS_FORWARD = Rule(
+    f"{_AS_IT_IS.text}; {_ONEDNNS}",
+    lambda p, t: _depthwise_as_it_is(p, t) and not _is_onednns_depthwise(p, t),
+)
+_NOT_ONEDNNS = Rule(_ONEDNNS, lambda p, t: not _is_onednns_depthwise(p, t))
+_WIDE_DWEIGHT = Rule("dilation of {large_dilation_dweight} or more", _dilates_widely_dweight)
 _WIDE = Rule("dilation of {large_dilation} or more", _dilates_widely)
 _LARGE = Rule("x of more than {small} numbers, and more than the weight's", _is_large)
 _LARGE_AND_WIDE = Rule(
@@ -213,21 +245,12 @@ _FEW_DWEIGHT = Rule(
 )
 
 
-def _rows_are_long(p: Problem, t: Thresholds) -> bool:
-    return p.layout != CONTIGUOUS or p.out_size[1] > t.short_row
-
-
 def _packing_pays(p: Problem, t: Thresholds) -> bool:
     # oneDNN's fused call answers in channels_last: of contiguous images that are larger than the weight the conversion
     # takes longer than what it saves.
     return p.layout == CHANNELS_LAST or p.weight_numel >= p.x_numel
 
 
-_LONG_ROWS = Rule("channels_last, or rows of more than {short_row} output pixels", _rows_are_long)
-_LONG_ROWS_AS_IT_IS = Rule(
-    f"{_LONG_ROWS.text}; {_AS_IT_IS.text}",
-    lambda p, t: _rows_are_long(p, t) and _depthwise_is_fast_as_it_is(p, t),
-)
 _PACKING = Rule("channels_last, or a weight as large as x", _packing_pays)
 
 _LAST = torch.channels_last
@@ -241,23 +264,31 @@ def _by_way_of_last(name: str) -> str:
     return f"{name} in channels_last"
 
 
-def _gradients_on_cpu(few_pixels: Rule) -> tuple[Candidate, ...]:
+def _gradients_on_cpu(few_pixels: Rule, wide: Rule) -> tuple[Candidate, ...]:
     own, torch_ = cpu.depthwise_gradients, cpu.gradients_by_torch
     return (
         Candidate(DEPTHWISE, own, _accepts_depthwise, _AS_IT_IS, None, True),
         Candidate(_by_way_of_last(DEPTHWISE), own, _accepts_depthwise_in_last, None, _LAST),
         Candidate(DENSE, cpu.dense_gradients, _accepts_dense, few_pixels, None, True),
-        Candidate(_by_way_of_last(TORCH), torch_, _is_not_last, _WIDE, _LAST),
+        Candidate(_by_way_of_last(TORCH), torch_, _is_not_last, wide, _LAST),
         Candidate(TORCH, torch_),
     )
 
 
+_DEPTHWISE_FORWARD = (
+    Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise, _AS_IT_IS_FORWARD, None, True),
+    Candidate(
+        _by_way_of_last(DEPTHWISE),
+        cpu.depthwise,
+        _accepts_depthwise_in_last,
+        _NOT_ONEDNNS,
+        _LAST,
+    ),
+)
+
 ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
     FORWARD: (
-        Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise, _AS_IT_IS, None, True),
-        Candidate(
-            _by_way_of_last(DEPTHWISE), cpu.depthwise, _accepts_depthwise_in_last, None, _LAST
-        ),
+        *_DEPTHWISE_FORWARD,
         Candidate(DENSE, cpu.dense, _accepts_dense, _FEW, None, True),
         Candidate(
             _by_way_of_last(ONEDNN),
@@ -272,19 +303,12 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
     ),
     # The weight has the norm's scale in it, and is kept; so a layout of oneDNN's own can be paid for once.
     FOLDED: (
-        Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise, _LONG_ROWS_AS_IT_IS),
-        Candidate(
-            _by_way_of_last(DEPTHWISE),
-            cpu.depthwise,
-            _accepts_depthwise_in_last,
-            _LONG_ROWS,
-            _LAST,
-        ),
+        *_DEPTHWISE_FORWARD,
         Candidate(PREPACKED, cpu.prepacked, _accepts_onednn, _PACKING),
         Candidate(TORCH, cpu.by_torch),
     ),
-    INPUT_GRADIENT: _gradients_on_cpu(_FEW_DX),
-    WEIGHT_GRADIENT: _gradients_on_cpu(_FEW_DWEIGHT),
+    INPUT_GRADIENT: _gradients_on_cpu(_FEW_DX, _WIDE),
+    WEIGHT_GRADIENT: _gradients_on_cpu(_FEW_DWEIGHT, _WIDE_DWEIGHT),
 }
 
 

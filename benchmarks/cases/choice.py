@@ -107,8 +107,18 @@ def _by_pixels(
 
 _FEW = (64, 128, 196, 256, 392, 512, 784, 1024, 1568)
 _MANY = (*_FEW, 2048, 3136)
-_ROWS = (4, 6, 7, 8, 10, 12, 14, 20)
-_DILATIONS = (2, 3, 4, 6, 8, 12, 16)
+_DILATION_VALUES = (2, 3, 4, 6, 8, 12, 16, 24)
+_DILATED = tuple(
+    Point(x, x[1], dilation=dilation)
+    for x in ((16, 64, 56, 56), (4, 128, 28, 28), (2, 256, 33, 33))
+    for dilation in (2, 3, 4, 6, 8, 12, 16)
+)
+_SIZES = tuple(int(2 ** (n / 2)) for n in range(38, 56))
+_STRIDED_DEPTHWISE = tuple(
+    Point((8, c, side, side), c, stride=2, depthwise=True)
+    for c in (32, 128)
+    for side in (14, 28, 40, 56, 80, 112)
+)
 
 SWEEPS = (
     Sweep(
@@ -173,38 +183,25 @@ SWEEPS = (
         (DWEIGHT,),
         (0, *_MANY, 4096, 8192),
         tuple(
-            Point((n, c, 16, 16), c, dilation=12, layout=layout)
-            for c in (32, 64, 256)
-            for n in (1, 2, 4, 8, 16, 32)
+            Point((n, c, side, side), c, dilation=12, layout=layout)
+            for c in (64, 256)
+            for side in (16, 33)
+            for n in (1, 2, 4, 8)
             for layout in (CONTIGUOUS, LAST)
         ),
     ),
-    Sweep(
-        "large_dilation",
-        (FORWARD, DX, DWEIGHT),
-        (2, 3, 4, 6, 8, 12, 16, 24),
-        tuple(
-            Point(x, x[1], dilation=dilation)
-            for x in ((16, 64, 56, 56), (4, 128, 28, 28), (2, 256, 33, 33))
-            for dilation in _DILATIONS
-        ),
-    ),
+    Sweep("large_dilation", (FORWARD, DX), _DILATION_VALUES, _DILATED),
+    Sweep("large_dilation_dweight", (DWEIGHT,), _DILATION_VALUES, _DILATED),
     Sweep(
         "short_row",
-        (FOLDED,),
+        (FORWARD, DX, DWEIGHT, FOLDED),
         (0, 4, 6, 7, 8, 10, 12, 14, 20),
-        tuple(Point((8, c, n, n), c, depthwise=True) for c in (64, 256, 512) for n in _ROWS),
-    ),
-    Sweep(
-        "depthwise_cached_bytes",
-        (FORWARD, DX, DWEIGHT),
-        tuple(2**n for n in range(19, 27)),
         tuple(
-            Point((8, c, side, side), c, stride=2, depthwise=True)
-            for c in (32, 128)
-            for side in (14, 28, 56, 112)
+            Point((8, c, n, n), c, depthwise=True) for c in (64, 256) for n in (4, 7, 10, 14, 20)
         ),
     ),
+    Sweep("depthwise_cached_bytes", (FORWARD, DX, DWEIGHT), _SIZES, _STRIDED_DEPTHWISE),
+    Sweep("depthwise_strided_bytes", (FORWARD,), _SIZES, _STRIDED_DEPTHWISE),
 )
 
 

@@ -105,11 +105,20 @@ EDGES: dict[str, tuple[str, str, str, Any]] = {
         lambda n: {"dilation": (n - 1, 1), "padding": (n - 1, 1)},
     ),
     "short_row": (
-        FOLDED, "torch", "depthwise kernel", lambda n: {"x": (8, 64, 8, n), **DEPTHWISE},
+        FOLDED, "depthwise kernel in channels_last", "depthwise kernel",
+        lambda n: {"x": (8, 64, 8, n), **DEPTHWISE},
     ),
     "depthwise_cached_bytes": (
-        FORWARD, "depthwise kernel in channels_last", "depthwise kernel",
+        INPUT_GRADIENT, "depthwise kernel in channels_last", "depthwise kernel",
         lambda n: {"x": (1, 64, 1, n // 256), "stride": (2, 2), **DEPTHWISE},
+    ),
+    "depthwise_strided_bytes": (
+        FORWARD, "onednn", "depthwise kernel",
+        lambda n: {"x": (1, 64, 1, n // 256), "stride": (2, 2), **DEPTHWISE},
+    ),
+    "large_dilation_dweight": (
+        WEIGHT_GRADIENT, "torch", "torch in channels_last",
+        lambda n: {"x": (16, 64, 40, 40), "dilation": (n - 1, 1), "padding": (n - 1, 1)},
     ),
 }  # fmt: skip
 
@@ -125,13 +134,15 @@ def test_an_edge(name: str, capability: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(choice, "cpu_capability", lambda: capability)
     direction, below, above, options = EDGES[name]
     # Apart from the others, so that it alone decides.
-    value = {"few_channels": 40, "many_channels": 200, "short_row": 9}.get(name)
+    value = {
+        "few_channels": 40, "many_channels": 200, "short_row": 9, "depthwise_strided_bytes": 1 << 26
+    }.get(name)  # fmt: skip
     value = value or getattr(choice.THRESHOLDS[capability], name)
     if value == 0:
         pytest.skip("the candidate never serves")
     changed = choice.THRESHOLDS[capability]._replace(**{name: value})
     monkeypatch.setattr(choice, "THRESHOLDS", {capability: changed})
-    step = 256 if name == "depthwise_cached_bytes" else 1
+    step = 256 if name.endswith("_bytes") else 1
     assert served(problem(direction, **options(value))) == below
     assert served(problem(direction, **options(value + step))) == above
 
