@@ -25,11 +25,11 @@ class Support:
 
     Attributes:
         threshold: its name.
-        used: the value in use, and
-        supported: the one whose choices take the least time.
-        lost_used, lost_supported: by how much their choices are slower than the fastest candidate of each problem, the
-            geometric mean over the problems; 0.02 is 2 %.
-        worst_used: the largest of them, and
+        used: the value in use.
+        supported: that of the table which the records support, see :func:`fitted`.
+        lost_used, lost_supported: by how much the choices of the two tables are slower than the fastest candidate, the
+            geometric mean over the problems of the sweep; 0.02 is 2 %.
+        worst: the largest of them, with the supported table.
         at: the problem that it is of.
     """
 
@@ -38,8 +38,40 @@ class Support:
     supported: int
     lost_used: float
     lost_supported: float
-    worst_used: float
+    worst: float
     at: str
+
+
+class Measured:
+    """A sweep with its records: problems, their candidates and the times of those."""
+
+    def __init__(self, sweep: Sweep, times: Times) -> None:
+        import torch
+
+        from advdl_ops._conv import choice
+
+        self.sweep = sweep
+        self.rows = [
+            (mode, problem, choice.candidates(problem, torch.device("cpu")), times[mode])
+            for mode, problem in sweep.problems().items()
+            if mode in times
+        ]
+
+    def losses(self, thresholds: Thresholds) -> dict[str, float]:
+        """By mode, the logarithm of the time of the rules' choice over that of the fastest candidate."""
+        from advdl_ops._conv import choice
+
+        return {
+            mode: math.log(
+                times[choice.by_rule(problem, accepting, thresholds).name] / min(times.values())
+            )
+            for mode, problem, accepting, times in self.rows
+        }
+
+    def loss(self, thresholds: Thresholds) -> float:
+        """Their mean."""
+        found = self.losses(thresholds).values()
+        return sum(found) / len(found)
 
 
 def times_of(records: Sequence[Record]) -> dict[str, Times]:
@@ -51,45 +83,55 @@ def times_of(records: Sequence[Record]) -> dict[str, Times]:
     return dict(found)
 
 
-def support(sweep: Sweep, times: Times, thresholds: Thresholds) -> Support:
-    """The value of the sweep's threshold that loses the least, the others as they are; of equals the one in use."""
-    used = getattr(thresholds, sweep.threshold)
-    losses = {
-        value: _losses(sweep, times, thresholds._replace(**{sweep.threshold: value}))
-        for value in {used, *sweep.values}
-    }
-    means = {value: sum(lost.values()) / len(lost) for value, lost in losses.items()}
-    # A tenth of a percent is nothing: the value nearest to the one in use then.
-    best = min(means.values())
-    supported = min(
-        (value for value, mean in means.items() if mean <= best + 0.001),
-        key=lambda value: abs(math.log((value + 1) / (used + 1))),
-    )
-    at = max(losses[used], key=losses[used].__getitem__)
-    return Support(
-        sweep.threshold,
-        used,
-        supported,
-        lost_used=math.expm1(means[used]),
-        lost_supported=math.expm1(means[supported]),
-        worst_used=math.expm1(losses[used][at]),
-        at=at,
-    )
+def measured(records: Sequence[Record]) -> list[Measured]:
+    """The sweeps that the records are of."""
+    found = times_of(records)
+    sweeps = (sweep for sweep in SWEEPS if f"choice/{sweep.threshold}" in found)
+    return [Measured(sweep, found[f"choice/{sweep.threshold}"]) for sweep in sweeps]
 
 
-def _losses(sweep: Sweep, times: Times, thresholds: Thresholds) -> dict[str, float]:
-    """By mode, the logarithm of the time of the rules' choice over that of the fastest candidate."""
-    import torch
+def fitted(sweeps: Sequence[Measured], thresholds: Thresholds) -> Thresholds:
+    """The table whose choices lose the least over all sweeps, found one threshold after the other.
 
-    from advdl_ops._conv import choice
+    Thresholds depend on each other, so they are gone through until none changes. One that gains less than a
+    thousandth keeps its value: times of two runs differ by more.
+    """
 
-    found = {}
-    for mode, problem in sweep.problems().items():
-        if mode in times:
-            accepting = choice.candidates(problem, torch.device("cpu"))
-            name = choice.by_rule(problem, accepting, thresholds).name
-            seconds = times[mode]
-            found[mode] = math.log(seconds[name] / min(seconds.values()))
+    def total(table: Thresholds) -> float:
+        return sum(sweep.loss(table) for sweep in sweeps)
+
+    best, least = thresholds, total(thresholds)
+    before = None
+    while best != before:
+        before = best
+        for sweep in sweeps:
+            for value in sweep.sweep.values:
+                table = best._replace(**{sweep.sweep.threshold: value})
+                found = total(table)
+                if found < least - 0.001:
+                    best, least = table, found
+    return best
+
+
+def support(sweeps: Sequence[Measured], thresholds: Thresholds) -> list[Support]:
+    """A row for each sweep."""
+    table = fitted(sweeps, thresholds)
+    found = []
+    for sweep in sweeps:
+        name = sweep.sweep.threshold
+        losses = sweep.losses(table)
+        at = max(losses, key=losses.__getitem__)
+        found.append(
+            Support(
+                name,
+                getattr(thresholds, name),
+                getattr(table, name),
+                lost_used=math.expm1(sweep.loss(thresholds)),
+                lost_supported=math.expm1(sweep.loss(table)),
+                worst=math.expm1(losses[at]),
+                at=at,
+            )
+        )
     return found
 
 
@@ -97,17 +139,13 @@ def show(records: Sequence[Record]) -> None:
     """A table of every threshold that the records are of."""
     from advdl_ops._conv import choice
 
-    found = times_of(records)
     grid = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, pad_edge=False)
-    for title in ("threshold", "in use", "supported", "lost in use", "lost then", "worst in use"):
+    for title in ("threshold", "in use", "supported", "lost in use", "lost then", "worst then"):
         grid.add_column(title, overflow="fold")
-    for sweep in SWEEPS:
-        times = found.get(f"choice/{sweep.threshold}")
-        if times:
-            s = support(sweep, times, choice.thresholds())
-            shares = (f"{100 * lost:.1f} %" for lost in (s.lost_used, s.lost_supported))
-            worst = f"{100 * s.worst_used:.0f} %: {s.at}"
-            grid.add_row(s.threshold, str(s.used), str(s.supported), *shares, worst)
+    for row in support(measured(records), choice.thresholds()):
+        shares = (f"{100 * lost:.1f} %" for lost in (row.lost_used, row.lost_supported))
+        worst = f"{100 * row.worst:.0f} %: {row.at}"
+        grid.add_row(row.threshold, str(row.used), str(row.supported), *shares, worst)
     console = table.new_console()
     console.print(f"thresholds of {choice.capability()} (advdl_ops/_conv/choice.py)")
     console.print(grid)
