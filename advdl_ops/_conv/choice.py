@@ -43,7 +43,8 @@ class Thresholds(NamedTuple):
         pixels, pixels_contiguous: up to these the dense kernel serves x in channels_last, in contiguous memory: oneDNN
             reorders the whole weight in every call, which the products of a few pixels do not outweigh.
         pixels_strided: so for a strided gradient of x, for which oneDNN multiplies zeros.
-        pixels_dweight, pixels_dweight_contiguous: so for the gradient of a weight of ``many_channels`` or more.
+        pixels_dweight, pixels_dweight_contiguous, pixels_dweight_1x1: so for the gradient of a weight of
+            ``many_channels`` or more, the last for a kernel of one tap in either format.
         many_channels: see there.
         pixels_dweight_dilated: so for the gradient of a weight of ``large_dilation`` or more.
         large_dilation, large_dilation_dweight: from here on oneDNN is faster in channels_last by more than two
@@ -55,33 +56,69 @@ class Thresholds(NamedTuple):
             depthwise forward with a stride of 2 is faster.
     """
 
-    small: int = 8192
-    few_channels: int = 32
-    few_pixels: int = 48
-    pixels: int = 256
-    pixels_contiguous: int = 128
-    pixels_strided: int = 800
-    pixels_dweight: int = 800
-    pixels_dweight_contiguous: int = 512
-    many_channels: int = 128
-    pixels_dweight_dilated: int = 2048
-    large_dilation: int = 8
-    large_dilation_dweight: int = 8
-    short_row: int = 8
-    depthwise_cached_bytes: int = 8 << 20
-    depthwise_strided_bytes: int = 8 << 20
+    small: int
+    few_channels: int
+    few_pixels: int
+    pixels: int
+    pixels_contiguous: int
+    pixels_strided: int
+    pixels_dweight: int
+    pixels_dweight_contiguous: int
+    pixels_dweight_1x1: int
+    many_channels: int
+    pixels_dweight_dilated: int
+    large_dilation: int
+    large_dilation_dweight: int
+    short_row: int
+    depthwise_cached_bytes: int
+    depthwise_strided_bytes: int
 
 
+_AVX2 = Thresholds(
+    small=65536,
+    few_channels=8,
+    few_pixels=1,
+    pixels=1024,
+    pixels_contiguous=784,
+    pixels_strided=256,
+    pixels_dweight=3136,
+    pixels_dweight_contiguous=3136,
+    pixels_dweight_1x1=0,
+    many_channels=128,
+    pixels_dweight_dilated=8192,
+    large_dilation=4,
+    large_dilation_dweight=24,
+    short_row=14,
+    depthwise_cached_bytes=4 << 20,
+    depthwise_strided_bytes=16 << 20,
+)
 THRESHOLDS: Mapping[str, Thresholds] = {
-    "avx512": Thresholds(),
-    "avx2": Thresholds(),
-    "default": Thresholds(),
+    "avx512": Thresholds(
+        small=65536,
+        few_channels=8,
+        few_pixels=1,
+        pixels=784,
+        pixels_contiguous=392,
+        pixels_strided=3136,
+        pixels_dweight=196,
+        pixels_dweight_contiguous=0,
+        pixels_dweight_1x1=0,
+        many_channels=96,
+        pixels_dweight_dilated=2048,
+        large_dilation=8,
+        large_dilation_dweight=24,
+        short_row=10,
+        depthwise_cached_bytes=4 << 20,
+        depthwise_strided_bytes=64 << 20,
+    ),
+    "avx2": _AVX2,
+    "default": _AVX2,
 }
 # Where they were measured.
 RECORDS: Mapping[str, str] = {
-    "avx512": "a 2-core AVX-512 machine, before there was a record",
-    "avx2": "not measured: as avx512",
-    "default": "not measured: as avx512",
+    "avx512": "benchmarks/results/amd-epyc-2-cores-avx512/choice.jsonl",
+    "avx2": "benchmarks/results/amd-epyc-2-cores-avx2/choice.jsonl, an AVX-512 machine held to AVX2",
+    "default": "not measured: as avx2",
 }
 
 Accepts = Callable[[Problem], bool]
@@ -209,6 +246,7 @@ def _few_pixels_dweight(p: Problem, t: Thresholds) -> bool:
         limit = t.pixels_dweight_dilated
     elif min(p.weight[:2]) >= t.many_channels:
         limit = t.pixels_dweight if p.is_channels_last else t.pixels_dweight_contiguous
+        limit = t.pixels_dweight_1x1 if p.taps == 1 else limit
     return _dense_channels(p, t) and p.pixels <= limit
 
 
@@ -240,7 +278,7 @@ _FEW = Rule(f"{_DENSE} to {{pixels}} (contiguous: {{pixels_contiguous}})", _few_
 _FEW_DX = Rule(f"{_FEW.text}, strided to {{pixels_strided}}", _few_pixels_dx)
 _FEW_DWEIGHT = Rule(
     f"{_DENSE} to {{pixels}}, of {{many_channels}} channels to {{pixels_dweight}} (contiguous: "
-    "{pixels_dweight_contiguous}), dilated by {large_dilation} to {pixels_dweight_dilated}",
+    "{pixels_dweight_contiguous}; 1x1: {pixels_dweight_1x1}), dilated by {large_dilation} to {pixels_dweight_dilated}",
     _few_pixels_dweight,
 )
 

@@ -94,13 +94,17 @@ def _images(channels: int, pixels: int, stride: int = 1) -> tuple[int, int, int,
 
 
 def _by_pixels(
-    channels: Sequence[int], pixels: Sequence[int], layout: str, **options: Any
+    channels: Sequence[int],
+    pixels: Sequence[int],
+    layout: str,
+    kernels: tuple[int, ...] = (1, 3),
+    **options: Any,
 ) -> tuple[Point, ...]:
     stride = options.get("stride", 1)
     return tuple(
         Point(_images(c, n, stride), c, kernel, layout=layout, **options)
         for c in channels
-        for kernel in (1, 3)
+        for kernel in kernels
         for n in pixels
     )
 
@@ -165,12 +169,21 @@ SWEEPS = (
         _by_pixels((64, 256), _MANY, LAST, stride=2)
         + _by_pixels((64, 256), _MANY, CONTIGUOUS, stride=2),
     ),
-    Sweep("pixels_dweight", (DWEIGHT,), (0, *_MANY), _by_pixels((128, 256, 512), _MANY, LAST)),
+    Sweep(
+        "pixels_dweight", (DWEIGHT,), (0, *_MANY), _by_pixels((128, 256, 512), _MANY, LAST, (3,))
+    ),
     Sweep(
         "pixels_dweight_contiguous",
         (DWEIGHT,),
         (0, *_MANY),
-        _by_pixels((128, 256, 512), _MANY, CONTIGUOUS),
+        _by_pixels((128, 256, 512), _MANY, CONTIGUOUS, (3,)),
+    ),
+    Sweep(
+        "pixels_dweight_1x1",
+        (DWEIGHT,),
+        (0, *_MANY),
+        _by_pixels((128, 256, 512), _MANY, LAST, (1,))
+        + _by_pixels((128, 256, 512), _MANY, CONTIGUOUS, (1,)),
     ),
     Sweep(
         "many_channels",

@@ -7,7 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import ACTIVATIONS, LAYOUTS, channels_last
-from support.conv2d import CASES, DTYPES, NAMES, Case, call_ours, check, make_inputs, results
+from support.conv2d import (
+    CASES,
+    DTYPES,
+    NAMES,
+    THRESHOLDS,
+    Case,
+    call_ours,
+    check,
+    make_inputs,
+    results,
+)
 
 import advdl_ops
 from advdl_ops._conv import choice
@@ -22,8 +32,8 @@ BACKENDS = pytest.mark.parametrize("backend", ["fused", "reference"])
 @pytest.fixture
 def by_onednn(monkeypatch):
     """As if the images of these tests were not small ones, which torch's own kernels serve."""
-    small = choice.thresholds()._replace(small=0)
-    monkeypatch.setattr(choice, "thresholds", lambda: small)
+    table = THRESHOLDS._replace(small=0, pixels=0, pixels_contiguous=0)
+    monkeypatch.setattr(choice, "thresholds", lambda: table)
     choice.forget()
     yield
     choice.forget()

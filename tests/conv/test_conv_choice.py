@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.conv2d import THRESHOLDS, fixed_thresholds
 
 import advdl_ops
 from advdl_ops import nn, tuning
@@ -35,10 +36,9 @@ def _own_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     monkeypatch.delenv("ADVDL_OPS_TUNE", raising=False)
     monkeypatch.setattr(tuning, "_choices", {})
     tuning._store.cache_clear()
-    choice.forget()
-    yield
+    with fixed_thresholds():
+        yield
     tuning._store.cache_clear()
-    choice.forget()
 
 
 def problem(
@@ -87,14 +87,18 @@ EDGES: dict[str, tuple[str, str, str, Any]] = {
         lambda n: {"x": (1, 64, 1, 2 * n), "kernel": 1, "padding": (0, 0), "stride": (2, 2)},
     ),
     "pixels_dweight": (
-        WEIGHT_GRADIENT, "dense kernel", "torch", lambda n: pixels(n, 128, outputs=128, **LAST),
+        WEIGHT_GRADIENT, "dense kernel", "torch",
+        lambda n: {"x": (1, 128, 1, n), "outputs": 128, **LAST},
     ),
     "pixels_dweight_contiguous": (
+        WEIGHT_GRADIENT, "dense kernel", "torch", lambda n: {"x": (1, 128, 1, n), "outputs": 128},
+    ),
+    "pixels_dweight_1x1": (
         WEIGHT_GRADIENT, "dense kernel", "torch", lambda n: pixels(n, 128, outputs=128),
     ),
     "many_channels": (
         WEIGHT_GRADIENT, "torch", "dense kernel",
-        lambda n: pixels(512, n - 1, outputs=512, layout=CHANNELS_LAST),
+        lambda n: {"x": (1, n - 1, 1, 512), "outputs": 512, **LAST},
     ),
     "pixels_dweight_dilated": (
         WEIGHT_GRADIENT, "dense kernel", "torch in channels_last",
@@ -127,29 +131,29 @@ def test_every_threshold_is_looked_at() -> None:
     assert set(EDGES) == set(choice.Thresholds._fields)
 
 
-@pytest.mark.parametrize("capability", choice.THRESHOLDS)
 @pytest.mark.parametrize("name", EDGES)
-def test_an_edge(name: str, capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right at a threshold the other candidate takes over, by the table of this CPU's instructions."""
-    monkeypatch.setattr(choice, "cpu_capability", lambda: capability)
+def test_an_edge(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right at a threshold the other candidate takes over."""
     direction, below, above, options = EDGES[name]
     # Apart from the others, so that it alone decides.
     value = {
         "few_channels": 40, "many_channels": 200, "short_row": 9, "depthwise_strided_bytes": 1 << 26
     }.get(name)  # fmt: skip
-    value = value or getattr(choice.THRESHOLDS[capability], name)
-    if value == 0:
-        pytest.skip("the candidate never serves")
-    changed = choice.THRESHOLDS[capability]._replace(**{name: value})
-    monkeypatch.setattr(choice, "THRESHOLDS", {capability: changed})
+    value = value or getattr(THRESHOLDS, name)
+    monkeypatch.setattr(choice, "thresholds", lambda: THRESHOLDS._replace(**{name: value}))
     step = 256 if name.endswith("_bytes") else 1
     assert served(problem(direction, **options(value))) == below
     assert served(problem(direction, **options(value + step))) == above
 
 
-@pytest.mark.parametrize("capability", choice.THRESHOLDS)
-def test_every_table_has_a_record(capability: str) -> None:
-    assert choice.RECORDS[capability]
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_each_capability_has_its_table_and_record(
+    capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "cpu_capability", lambda: capability)
+    tables = {**dict.fromkeys(choice.THRESHOLDS, THRESHOLDS), capability: "mine"}
+    monkeypatch.setattr(choice, "THRESHOLDS", tables)
+    assert choice.thresholds() == "mine" and choice.RECORDS[capability]
 
 
 # ---- the lists ----

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import ACTIVATIONS, assert_accurate, f64, in_layout
-from support.conv2d import Case, check, make_inputs
+from support.conv2d import Case, check, fixed_thresholds, make_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
@@ -233,6 +233,12 @@ SERVED = [
 ]
 
 
+@pytest.fixture
+def _fixed_thresholds():
+    with fixed_thresholds():
+        yield
+
+
 def served(x, weight, conv):
     """Whether the kernel serves the output, the gradient of x and that of the weight."""
     found = []
@@ -249,6 +255,7 @@ def used(call):
     return sorted({e.name for e in found.events() if "dense_conv2d" in e.name})
 
 
+@pytest.mark.usefixtures("_fixed_thresholds")
 @pytest.mark.parametrize(("shape", "filters", "stride", "last", "expected"), SERVED)
 def test_what_it_serves(shape, filters, stride, last, expected):
     from advdl_ops.functional import conv2d

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.conv2d import fixed_thresholds
 
 import advdl_ops
 from advdl_ops import _library, nn, tuning
@@ -57,6 +58,11 @@ def test_what_torch_serves(layer: torch.nn.Module) -> None:
 
 
 def test_pixels_that_a_kernel_of_ours_serves() -> None:
+    with fixed_thresholds():
+        check_pixels()
+
+
+def check_pixels() -> None:
     text = served_by(nn.Conv2d(32, 32, 3))
     known, _, own = text.partition("; by pixels of the output CPU C++ kernel")
     assert known == "oneDNN or torch's own"

@@ -6,11 +6,12 @@ oneDNN's convolutions are no operators where torch calls them in backward or tra
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from support.conv2d import fixed_thresholds
 from torch.profiler import ProfilerActivity, profile
 
 import advdl_ops
@@ -55,8 +56,9 @@ class Recorder:
 
 
 @pytest.fixture
-def recorder(capfd: pytest.CaptureFixture[str], one_thread: None) -> Recorder:
-    return Recorder(capfd)
+def recorder(capfd: pytest.CaptureFixture[str], one_thread: None) -> Iterator[Recorder]:
+    with fixed_thresholds():
+        yield Recorder(capfd)
 
 
 def served_by(module: torch.nn.Module, *inputs: torch.Tensor) -> str:

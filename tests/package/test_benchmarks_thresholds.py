@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.conv2d import THRESHOLDS
 
 from advdl_ops._conv import choice
 from advdl_ops._conv.choice import Thresholds
@@ -56,10 +57,10 @@ def made(sweep: Sweep, table: Thresholds) -> thresholds.Measured:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("large_dilation", 4), ("pixels", 512), ("pixels_strided", 196), ("short_row", 12)],
+    [("large_dilation", 12), ("pixels", 512), ("pixels_strided", 196), ("short_row", 7)],
 )
 def test_the_value_of_the_machine_is_found(name: str, value: int) -> None:
-    start = choice.THRESHOLDS["default"]
+    start = THRESHOLDS._replace(short_row=14)
     machine = start._replace(**{name: value})
     (row,) = thresholds.support([made(BY_NAME[name], machine)], start)
     used = getattr(start, name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import advdl_ops
+from advdl_ops._conv import choice
+from advdl_ops._conv.choice import Thresholds
 from advdl_ops.functional import conv2d
 from support.accuracy import ACTIVATIONS, SMOOTH, ULPS, acc_dtype, assert_accurate, f64, in_layout
 
@@ -247,3 +251,25 @@ def check(
         acc = acc_dtype(p.x.dtype)
         assert_accurate(found[name], value, plain[name], size, (name, act, backend, what), acc)
     return found
+
+
+# Thresholds under which each candidate serves something: tests do not depend on what was measured.
+THRESHOLDS = Thresholds(
+    small=8192, few_channels=32, few_pixels=48, pixels=256, pixels_contiguous=128, pixels_strided=800,
+    pixels_dweight=800, pixels_dweight_contiguous=512, pixels_dweight_1x1=640, many_channels=128,
+    pixels_dweight_dilated=2048, large_dilation=8, large_dilation_dweight=8, short_row=8,
+    depthwise_cached_bytes=8 << 20, depthwise_strided_bytes=16 << 20,
+)  # fmt: skip
+
+
+@contextmanager
+def fixed_thresholds() -> Iterator[None]:
+    """Inside, :data:`THRESHOLDS` hold on every CPU."""
+    before = choice.THRESHOLDS
+    choice.THRESHOLDS = dict.fromkeys(before, THRESHOLDS)
+    choice.forget()
+    try:
+        yield
+    finally:
+        choice.THRESHOLDS = before
+        choice.forget()
