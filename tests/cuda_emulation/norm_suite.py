@@ -1,6 +1,6 @@
 """What the common tests of tests/cuda/test_cuda_norms.py ask of each norm family.
 
-A *path* is one way through the kernels, as "fused" or "split" over blocks. The shared memory of the emulated GPU chooses it.
+A *path* is one way through the kernels, as "fused" or "split" over blocks. The emulated shared memory chooses it.
 """
 
 from __future__ import annotations
