@@ -72,7 +72,8 @@ set(ADVDL_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
 set(ADVDL_PTXAS_REPORT ${CMAKE_CURRENT_LIST_DIR}/ptxas_report.sh)
 # Kernels of many types and layouts are alike: compressed for size they take a ninth. (nvcc 13 needs a
 # driver that can read it anyway.)
-set(ADVDL_CUDA_FLAGS ${ADVDL_STANDARD} ${gencode} -Xptxas=-v -Xcompiler=-Wall,-Wextra)
+set(ADVDL_CUDA_FLAGS ${ADVDL_STANDARD} ${gencode} -Xptxas=-v -Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas
+    -Xcompiler=-O1)  # of the host code, which only launches
 if(ADVDL_CUDA_VERSION VERSION_GREATER_EQUAL 13.0)
   list(APPEND ADVDL_CUDA_FLAGS --compress-mode=size)
 endif()

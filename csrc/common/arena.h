@@ -31,9 +31,9 @@ struct ArenaOf {
 // Of a workspace: arrays begin at cache lines.
 using Arena = ArenaOf<64>;
 
-// The bytes that take(arena) takes.
+// Host: the bytes that take(arena) takes.
 template <class Take>
-ADVDL_HOST_DEVICE size_t bytes_taken(const Take& take) {
+inline __attribute__((always_inline)) size_t bytes_taken(const Take& take) {
   Arena counted;
   take(counted);
   return static_cast<size_t>(counted.bytes);
