@@ -38,7 +38,7 @@ struct BatchNormShared {
 
 inline bool channels_last(const BatchNormActShape& s) { return s.layout == Layout::channels_last; }
 
-// Channels of a tile, the most over the pack sizes; from the shape alone, as the two functions below.
+// Channels of a tile, the most over the pack sizes. This depends on the shape alone, as do the two functions below.
 inline int64_t tile_channels_of(const BatchNormActShape& s, bool fused) {
   if (!channels_last(s)) return 1;
   return std::min<int64_t>(s.c, fused ? kFusedTileBytes / element_bytes(s.dtype) : 256);

@@ -18,7 +18,7 @@ inline constexpr int64_t kLaunchBytes = 10 * 1024 * 1024;  // copied in the 2.5 
 // Half of the L2: writes pass through it too.
 inline constexpr int64_t kCachedBytes = 25 * 1024 * 1024;
 
-// Elements of a pack of the kernels for vectors; fp64 has none.
+// Elements of a pack of 16 bytes; fp64 has no kernels for packs.
 inline int pack_elements(DType dtype) {
   return dtype == DType::f64 ? 1 : kVectorBytes / element_bytes(dtype);
 }
@@ -69,8 +69,8 @@ struct Balance {
   int64_t split_blocks, more_launches;
 };
 
-// Fused, a multiprocessor works on one tile at a time and those without a tile are idle; over splits there is work for
-// all, but more of it and in more launches. A multiprocessor moves its share of the copy rate, busy neighbours or not.
+// A fused launch gives a multiprocessor one tile at a time, and those without a tile are idle. Splits give work to all, but more of
+// it, and in more launches. A multiprocessor moves its share of the copy rate, whether its neighbours are busy or not.
 inline bool fused_is_faster(const Balance& b, Traffic fused, Traffic split) {
   const int64_t rounds = divide_up(b.fused_tiles, kMultiprocessors);
   const int64_t fused_pass = rounds * kMultiprocessors * b.tile_bytes;
@@ -134,7 +134,7 @@ void with_type(DType dtype, Body body) {
   }
 }
 
-// The same for a type known at run time.
+// with_pack() for an element type that is known at run time.
 template <bool CL, class Body>
 void dispatch_packs(DType dtype, bool vectors, Activation act, Body body) {
   with_type(dtype, [&]<class T>() { with_pack<T, CL>(vectors, is_simple(act), body); });

@@ -12,8 +12,8 @@
 namespace advdl_ops::cuda {
 
 inline constexpr int kThreads = 256;  // of the kernels that split a channel over blocks
-inline constexpr int kFusedThreads =
-    512;                                // of the kernels that keep a slab in shared memory, at most
+// Of the kernels that keep a slab in shared memory, at most.
+inline constexpr int kFusedThreads = 512;
 inline constexpr int kMaxColumns = 32;  // of a tile: a warp side by side
 
 // Of a block's shared memory.
