@@ -20,16 +20,15 @@ ADVDL_HOST_DEVICE constexpr int backward_unroll() {
 template <class A>
 struct RowsShared {
   SharedArena arena;
-  A* buffers[2];
+  A *buffer, *other;
   GradientSums<A>* channel_sums;  // [warps, or teams of several][team * V]
 
   ADVDL_HOST_DEVICE RowsShared(unsigned char* memory, const PositionPlan& plan, int sums,
                                int channels_per_thread)
       : arena(memory) {
     const int64_t size = plan.threads / kWarp * sums;
-    A* both = arena.take<A>(2 * size);
-    buffers[0] = both;
-    buffers[1] = both + size;
+    buffer = arena.take<A>(2 * size);
+    other = buffer + size;
     const int groups = plan.threads / (plan.team > kWarp ? plan.team : kWarp);
     channel_sums = arena.take<GradientSums<A>>(groups * plan.team * channels_per_thread);
   }
@@ -132,7 +131,7 @@ __global__ void __launch_bounds__(kMaxTeam, 1)
 #pragma unroll
       for (int j = 0; j < V; ++j) mean[r] += to_acc(packs[r].v[j]);
     }
-    reduce_team(team, shared.buffers[0], mean);
+    reduce_team(team, shared.buffer, mean);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       mean[r] /= count;
@@ -143,7 +142,7 @@ __global__ void __launch_bounds__(kMaxTeam, 1)
         var[r] += d * d;
       }
     }
-    reduce_team(team, shared.buffers[1], var);
+    reduce_team(team, shared.other, var);
     A y[R * V];
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -204,7 +203,7 @@ __global__ void __launch_bounds__(kMaxTeam, 1)
   ADVDL_DYNAMIC_SHARED(memory);
   const Team<V> team(plan);
   const RowsShared<A> shared(memory, plan, 2 * R, V);
-  int turn = 0;
+  A *buffer = shared.buffer, *other = shared.other;  // they take turns
   const A param = static_cast<A>(p.act_param), count = static_cast<A>(plan.channels);
   int channels[V];
 #pragma unroll
@@ -253,8 +252,10 @@ __global__ void __launch_bounds__(kMaxTeam, 1)
         store_values<T, V>(static_cast<T*>(p.dresidual), rows.at(r), dz, r);
     }
     if (p.dx == nullptr) continue;
-    reduce_team(team, shared.buffers[turn], sums);
-    turn = 1 - turn;
+    reduce_team(team, buffer, sums);
+    A* const used = buffer;
+    buffer = other;
+    other = used;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const A shift = sums[2 * r] / count, slope = sums[2 * r + 1] / count;
