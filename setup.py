@@ -87,7 +87,9 @@ class CMakeBuild(build_ext):
 
     def _cmake(self, *arguments: str) -> None:
         command = [_program("cmake"), *arguments]
-        if subprocess.run(command, check=False).returncode:
+        # Ninja's progress, with the seconds since its start. On a terminal it rewrites one line.
+        environment = {"NINJA_STATUS": "[%f/%t, %e s] ", **os.environ}
+        if subprocess.run(command, env=environment, check=False).returncode:
             raise SystemExit(f"advdl_ops: this command failed: {' '.join(command)}")
 
 

@@ -1,6 +1,6 @@
 """Every call of this package's differentiable operators in a training step, judged where and as it is made.
 
-Of a whole network in fp32 gradients can only be compared loosely (``model_flow.py``), and in fp64 other kernels serve.
+In fp32 the gradients of a whole network can be compared only loosely (``measure_model.py``); fp64 has other kernels.
 So the :class:`torch.autograd.Function` of each operator is wrapped during one step: what it returns, forward and
 backward, is compared with plain PyTorch's fp64 on the very tensors that it was given. No mode, hook or subclass
 is in the way, which would make operators choose otherwise: what is judged is what is timed. What a network leaves

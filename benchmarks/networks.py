@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 from .registry import Case, register
 
 if TYPE_CHECKING:
-    from .model_flow import Subject
+    from .measure_model import Subject
     from .session import Session
 
 
 def run(subject: Callable[[Case], Subject], case: Case, session: Session) -> None:
     import torch
 
-    from .model_flow import measure_model
+    from .measure_model import measure_model
 
     torch.manual_seed(0)  # the first weights
     measure_model(case, session, subject(case))

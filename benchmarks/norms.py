@@ -11,7 +11,7 @@ from .registry import Case, register
 if TYPE_CHECKING:
     import torch
 
-    from .op_flow import Function, Problem
+    from .measure_op import Function, Problem
     from .session import Session
 
 SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -72,7 +72,7 @@ class Random:
 
 def run(problem: Callable[[Case], Problem]) -> Callable[[Case, Session], None]:
     def measure(case: Case, session: Session) -> None:
-        from .op_flow import measure_op
+        from .measure_op import measure_op
 
         measure_op(case, session, problem(case))
 

@@ -29,7 +29,7 @@ from ..registry import Case
 if TYPE_CHECKING:
     import torch
 
-    from ..op_flow import Function, Problem, Tensors
+    from ..measure_op import Function, Problem, Tensors
 
 
 def passes(training: bool, residual: bool, cached: bool) -> dict[str, int]:
@@ -89,7 +89,7 @@ def fused(act: str | None, training: bool) -> Function:
 
 
 def problem(case: Case) -> Problem:
-    from ..op_flow import Problem
+    from ..measure_op import Problem
 
     training, act = bool(case.options["training"]), case.options["act"]
     assert act is None or isinstance(act, str)

@@ -20,7 +20,7 @@ from ..registry import Case, register
 if TYPE_CHECKING:
     import torch
 
-    from ..op_flow import Function, Problem, Tensors
+    from ..measure_op import Function, Problem, Tensors
 
 
 class Conv(NamedTuple):
@@ -145,7 +145,7 @@ def fused(conv: Conv, act: bool) -> Function:
 def problem(case: Case) -> Problem:
     import torch
 
-    from ..op_flow import Problem
+    from ..measure_op import Problem
 
     conv, act = case.options["conv"], bool(case.options["epilogue"])
     assert isinstance(conv, Conv)

@@ -119,7 +119,7 @@ def run(case: Case, session: Session) -> None:
             losses[provider][epoch].append(loss)
         session.progress("train", step + 1, total)
 
-    from ..op_flow import report_times
+    from ..measure_op import report_times
 
     warm = total // 10  # the first steps allocate
     session.event(

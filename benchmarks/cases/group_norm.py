@@ -22,7 +22,7 @@ from ..registry import Case
 if TYPE_CHECKING:
     import torch
 
-    from ..op_flow import Function, Problem, Tensors
+    from ..measure_op import Function, Problem, Tensors
 
 PASSES = {"fwd": 2, "bwd": 3, "full": 5}
 FLOPS = {"fwd": 7, "bwd": 10, "full": 17}
@@ -91,7 +91,7 @@ def fused(case: Case, act: str | None) -> Function:
 
 
 def problem(case: Case) -> Problem:
-    from ..op_flow import Problem
+    from ..measure_op import Problem
 
     act = case.options["act"]
     assert act is None or isinstance(act, str)

@@ -25,7 +25,7 @@ from ..registry import Case, register
 if TYPE_CHECKING:
     import torch
 
-    from ..op_flow import Function, Problem, Tensors
+    from ..measure_op import Function, Problem, Tensors
 
 WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
 
@@ -95,7 +95,7 @@ def packed(lengths: torch.Tensor) -> Function:
 def problem(case: Case) -> Problem:
     import torch
 
-    from ..op_flow import Problem
+    from ..measure_op import Problem
 
     random, dtype = RandomTensors(case), getattr(torch, case.dtype)
     training = case.options["training"]

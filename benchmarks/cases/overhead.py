@@ -261,7 +261,7 @@ def run(case: Case, session: Session) -> None:
     import torch
 
     from .. import timing
-    from ..op_flow import report_over_stock, report_times
+    from ..measure_op import report_over_stock, report_times
 
     calls = {
         "batch_norm": batch_norm_calls,

@@ -11,12 +11,12 @@ from ..networks import add
 from ..registry import Case
 
 if TYPE_CHECKING:
-    from ..model_flow import Subject
+    from ..measure_model import Subject
 
 
 def subject(case: Case) -> Subject:
     from ..extras import require
-    from ..model_flow import Subject, from_zoo, random_images, random_labels
+    from ..measure_model import Subject, from_zoo, random_images, random_labels
     from ..stock_resnet import stock_resnet
 
     name = str(case.options["model"])

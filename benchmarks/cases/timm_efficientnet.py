@@ -13,12 +13,12 @@ from .. import networks
 from ..registry import Case
 
 if TYPE_CHECKING:
-    from ..model_flow import Subject
+    from ..measure_model import Subject
 
 
 def subject(case: Case) -> Subject:
     from ..extras import require
-    from ..model_flow import Subject, random_images, random_labels
+    from ..measure_model import Subject, random_images, random_labels
 
     # Dropped paths are random: no two providers would compute the same.
     stock = require("timm").create_model("efficientnet_b0", drop_rate=0.0, drop_path_rate=0.0)

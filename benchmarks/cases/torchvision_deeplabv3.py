@@ -9,12 +9,12 @@ from .. import networks
 from ..registry import Case
 
 if TYPE_CHECKING:
-    from ..model_flow import Subject
+    from ..measure_model import Subject
 
 
 def subject(case: Case) -> Subject:
     from ..extras import require
-    from ..model_flow import Subject, from_zoo, random_images, random_labels
+    from ..measure_model import Subject, from_zoo, random_images, random_labels
 
     stock = require("torchvision.models").segmentation.deeplabv3_resnet50(
         weights=None, weights_backbone=None, num_classes=21

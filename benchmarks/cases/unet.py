@@ -8,11 +8,11 @@ from ..networks import add
 from ..registry import Case
 
 if TYPE_CHECKING:
-    from ..model_flow import Subject
+    from ..measure_model import Subject
 
 
 def subject(case: Case) -> Subject:
-    from ..model_flow import Subject, from_zoo, random_images, random_labels
+    from ..measure_model import Subject, from_zoo, random_images, random_labels
     from ..stock_unet import StockUNet
 
     width = 4 if case.hidden else 64

@@ -12,14 +12,14 @@ from .. import networks
 from ..registry import Case
 
 if TYPE_CHECKING:
-    from ..model_flow import Subject
+    from ..measure_model import Subject
 
 
 def subject(case: Case) -> Subject:
     import torch
 
     from ..extras import require
-    from ..model_flow import Subject, random_images
+    from ..measure_model import Subject, random_images
 
     narrow = 4 if case.hidden else 1
     stock = require("diffusers").UNet2DModel(

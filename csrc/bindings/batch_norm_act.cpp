@@ -4,7 +4,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "norm.h"
+#include "tensor.h"
 
 namespace advdl_ops {
 namespace {

@@ -1,8 +1,6 @@
 // Says which instructions the CPU kernels use, for Python without `_C` (advdl_ops/_library.py).
-#if !defined(USE_CUDA)
 #include "../cpu/dispatch.h"
 
 extern "C" __attribute__((visibility("default"))) const char* advdl_ops_cpu_capability() {
   return advdl_ops::cpu::capability();
 }
-#endif

@@ -5,7 +5,7 @@
 
 #include "../common/conv2d_axis.h"
 #include "../common/convert_layout.h"
-#include "norm.h"
+#include "tensor.h"
 
 namespace advdl_ops {
 

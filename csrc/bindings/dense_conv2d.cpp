@@ -1,6 +1,5 @@
 // torch.ops.advdl_ops.dense_conv2d and its backward, on CPU alone: argument checks, allocation, registration. Which convolutions
 // they serve, advdl_ops/_conv/choice.py says.
-#if !defined(USE_CUDA)
 
 #include "../common/dense_conv2d.h"
 
@@ -114,5 +113,3 @@ STABLE_TORCH_LIBRARY_IMPL(advdl_ops, CPU, m) {
   m.impl("dense_conv2d", TORCH_BOX(&advdl_ops::forward));
   m.impl("dense_conv2d_backward", TORCH_BOX(&advdl_ops::backward));
 }
-
-#endif  // !USE_CUDA

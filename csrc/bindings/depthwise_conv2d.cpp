@@ -1,6 +1,5 @@
 // torch.ops.advdl_ops.depthwise_conv2d, its backward and convert_layout on CPU: argument checks, allocation, registration.
 // In which format, where that is a matter of speed, advdl_ops/_conv/choice.py says.
-#if !defined(USE_CUDA)
 
 #include <tuple>
 #include <vector>
@@ -126,5 +125,3 @@ STABLE_TORCH_LIBRARY_IMPL(advdl_ops, CPU, m) {
   m.impl("depthwise_conv2d_backward", TORCH_BOX(&advdl_ops::backward));
   m.impl("convert_layout", TORCH_BOX(&advdl_ops::convert_layout));
 }
-
-#endif  // !USE_CUDA

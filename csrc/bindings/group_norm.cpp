@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "norm.h"
+#include "tensor.h"
 
 namespace advdl_ops {
 namespace {

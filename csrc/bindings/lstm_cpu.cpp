@@ -1,5 +1,4 @@
 // The LSTM on CPU: csrc/cpu/lstm.cpp does a whole layer and direction. This gives it the tensors' pointers and strides.
-#if !defined(USE_CUDA)
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -127,4 +126,3 @@ void run_backward(const Arguments& a, const BackwardInputs& in, const BackwardOu
 }
 
 }  // namespace advdl_ops::lstm
-#endif  // !USE_CUDA

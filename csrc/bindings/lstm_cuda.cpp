@@ -2,7 +2,6 @@
 //
 // Everything runs on the current stream, and nothing waits for it. The only values that are read are those of batch_sizes,
 // which is in host memory. So CUDA graphs can capture a call.
-#if defined(USE_CUDA)
 #include <array>
 #include <optional>
 #include <type_traits>
@@ -360,4 +359,3 @@ void run_backward(const Arguments& a, const BackwardInputs& in, const BackwardOu
 }
 
 }  // namespace advdl_ops::lstm
-#endif  // USE_CUDA

@@ -1,9 +1,8 @@
 // Lends torch's thread pool to the CPU kernels: a pool of our own beside it would halve the speed of both.
-#if !defined(USE_CUDA)
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../cpu/parallel.h"
+#include "../cpu/dispatch.h"
 
 namespace advdl_ops::cpu {
 namespace {
@@ -25,4 +24,3 @@ int torch_threads() {
 
 }  // namespace
 }  // namespace advdl_ops::cpu
-#endif

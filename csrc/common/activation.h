@@ -9,12 +9,6 @@
 
 #include "tensor_types.h"
 
-#if defined(__CUDACC__)
-#define ADVDL_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define ADVDL_HOST_DEVICE inline __attribute__((always_inline))
-#endif
-
 namespace advdl_ops {
 
 namespace math {
@@ -49,6 +43,12 @@ struct Lanes {
 template <class T>
 ADVDL_HOST_DEVICE T sigmoid(T z) {
   return Lanes<T>::set(1.0) / math::one_plus_exp(-z);
+}
+
+// Whether the gradient dz of the pre-activation, stored in a tensor of elements of so many bytes, is dz itself. In half
+// precision it is rounded, but for relu and identity, where dz is dout or 0. dx must be made of the same dz as the sums.
+ADVDL_HOST_DEVICE bool stored_dz_is_exact(int bytes, Activation act) {
+  return bytes >= 4 || act == Activation::identity || act == Activation::relu;
 }
 
 // y = act(z). NaN passes through every activation, as in torch.

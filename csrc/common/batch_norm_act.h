@@ -1,6 +1,6 @@
 // y = act(batch_norm(x) + residual) and its gradients: what a launcher is given.
 //
-// csrc/cpu/batch_norm_act.cpp and csrc/cuda/batch_norm_act.cu implement the same functions on these structs;
+// csrc/cpu/batch_norm_act.cpp and csrc/cuda/batch_norm_act_*.cu implement the same functions on these structs;
 // csrc/bindings/batch_norm_act.cpp checks, allocates and fills them. No pointer aliases another one, but for running_*_out.
 // "acc" is float, or double where `dtype` is f64: the type of statistics, sums and arithmetic.
 #pragma once

@@ -1,7 +1,7 @@
 // y = act(group_norm(x) + residual) and its gradients: what a launcher is given. Instance norm is one channel per group;
 // the layer norm over the channels of each position ("layer norm 2d") is the same with another set of elements.
 //
-// csrc/cpu and csrc/cuda implement these functions in group_norm and layer_norm_2d (groups == kEachPosition);
+// csrc/cpu and csrc/cuda implement these functions in group_norm* and layer_norm_2d* (groups == kEachPosition);
 // csrc/bindings/group_norm.cpp checks, allocates and fills the structs. No pointer aliases another one.
 // "acc" is float, or double where `dtype` is f64: the type of statistics, sums and arithmetic.
 #pragma once

@@ -3,9 +3,20 @@
 
 #include <cstdint>
 
+// Of functions that CPU and CUDA kernels share. Always inlined: one that was compiled for AVX-512 must not serve another CPU.
+#if defined(__CUDACC__)
+#define ADVDL_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define ADVDL_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
 namespace advdl_ops {
 
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+
+ADVDL_HOST_DEVICE constexpr int element_bytes(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
 
 // How [N, C, spatial...] lies in memory, with S the product of the spatial sizes.
 enum class Layout : int {

@@ -1,18 +1,18 @@
 // Batch norm, residual addition and activation on the CPU; what is computed stands in ../common/batch_norm_act.h.
 //
-// channels_first: a channel is N runs of S elements. They are cut into blocks of up to kBlock elements, which stay in
-// L1 for two passes (mean, squares about it), and blocks are grouped into chunks. With channels enough for all threads, one
-// thread does a few neighbouring channels from statistics to output while they lie in L2: x is read from memory once.
-// channels_last, and short runs: rows cut into chunks; statistics of all chunks, then the apply over the same chunks in
-// reverse, so that what was read last, and is still in cache, is used first.
+// channels_first: a channel is N runs of S elements. They are cut into blocks of up to kBlock elements, which stay in L1 while
+// their moments are computed; blocks are grouped into chunks. Where there are channels enough for all threads, one thread does a
+// few neighbouring channels from statistics to output while they lie in L2, so that x is read from memory once.
+// channels_last, and short runs: rows are cut into chunks (norm_columns.h). The statistics of all chunks come first, then the
+// output of the same chunks in reverse, so that what was read last, and is still in cache, is used first.
 //
-// Chunks depend on the shape only, and partial sums are merged in chunk order in double: the result does
-// not depend on the number of threads.
+// Chunks depend on the shape only, and partial sums are merged in chunk order in double: the result does not depend on the
+// number of threads.
 #include "../common/batch_norm_act.h"
 
 #include "dispatch.h"
-#include "norm.h"
-#include "parallel.h"
+#include "norm_columns.h"
+#include "norm_runs.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
@@ -20,10 +20,16 @@ namespace {
 
 using cpu::parallel_ranges;
 
+// Runs from here on are blocks of their own: rows side by side lose the prefetchers.
+constexpr int64_t kLongRun = 512;
+// Neighbouring channels of so many bytes in x take turns, block by block. Their runs lie side by side; the runs of one channel
+// lie far apart, each on pages that the TLB does not hold.
+constexpr int64_t kGroupBytes = 1 << 20;
+
 // From the moments of channel c: everything that forward stores or applies.
 template <class Acc>
-void finish_statistics(const BatchNormActForward& p, int64_t c, const Moments& m, Acc* scale,
-                       Acc* shift) {
+void finish_statistics(const BatchNormActForward& p, int64_t c, const Moments<double>& m,
+                       Acc* scale, Acc* shift) {
   const double m2 = m.m2 < 0 ? 0 : m.m2;  // rounding may leave a trace below zero; NaN stays
   const double var = m2 / m.count;
   const Acc rstd = static_cast<Acc>(1.0 / __builtin_sqrt(var + p.eps));
@@ -53,18 +59,18 @@ void use_running_statistics(const BatchNormActForward& p, int64_t c, Acc* scale,
 
 // dx = scale * dz + slope * (x - mean) + offset.
 template <class Acc>
-void finish_gradients(const BatchNormActBackward& p, int64_t c, double sum_dz,
-                      double sum_dz_centred, Acc* slope, Acc* offset) {
+void finish_gradients(const BatchNormActBackward& p, int64_t c, const GradientSums<double>& sums,
+                      Acc* slope, Acc* offset) {
   const Acc rstd = static_cast<const Acc*>(p.rstd)[c];
-  static_cast<Acc*>(p.dbias)[c] = static_cast<Acc>(sum_dz);
-  static_cast<Acc*>(p.dweight)[c] = static_cast<Acc>(sum_dz_centred * rstd);
+  static_cast<Acc*>(p.dbias)[c] = static_cast<Acc>(sums.dz);
+  static_cast<Acc*>(p.dweight)[c] = static_cast<Acc>(sums.dz_x * rstd);
   *slope = *offset = Acc(0);
   if (!p.training) return;
   const double count = static_cast<double>(p.shape.n) * static_cast<double>(p.shape.s);
   const double weight = p.weight == nullptr ? 1.0 : read_scalar(p.weight, p.shape.weight_dtype, c);
   const double scale = weight * rstd;
-  *slope = static_cast<Acc>(-scale * rstd * rstd * sum_dz_centred / count);
-  *offset = static_cast<Acc>(-scale * sum_dz / count);
+  *slope = static_cast<Acc>(-scale * rstd * rstd * sums.dz_x / count);
+  *offset = static_cast<Acc>(-scale * sums.dz / count);
 }
 
 // --- channels_first ------------------------------------------------------------------------------
@@ -100,12 +106,21 @@ struct ChannelBlocks {
   bool channel_per_thread() const { return chunks == 1 || c >= 4 * cpu::thread_count(); }
 };
 
+// Partial: the moments of a chunk, or its gradient sums.
+template <class Acc, class Partial>
+struct ChannelsMemory {
+  Constants<Acc> constants;
+  Partial* partial;  // [C, chunks]
+  ChannelsMemory(const ChannelBlocks& cut, Arena& arena)
+      : constants(take_constants<Acc>(arena, cut.c)),
+        partial(arena.take<Partial>(cut.c * cut.chunks)) {}
+};
+
 template <class T, ForwardAct kAct, bool kResidual>
 void forward_channels_first(const BatchNormActForward& p, Arena arena) {
   using Acc = acc_t<T>;
   const ChannelBlocks cut(p.shape, sizeof(T));
-  Constants<Acc> k = arena.take_constants<Acc>(cut.c);
-  Moments* partial = arena.take<Moments>(cut.c * cut.chunks);
+  auto [k, partial] = ChannelsMemory<Acc, Moments<double>>(cut, arena);
   k.mean = static_cast<Acc*>(p.mean);
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
@@ -114,7 +129,7 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
   const int64_t stride = cut.c * cut.s;
 
   const auto collect = [&](int64_t first, int64_t last, int64_t chunk) {
-    for (int64_t c = first; c < last; ++c) partial[c * cut.chunks + chunk] = Moments{};
+    for (int64_t c = first; c < last; ++c) partial[c * cut.chunks + chunk] = {};
     cut.for_blocks(first, last, chunk,
                    [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
                      add_block(x + offset, length, runs, stride, &partial[c * cut.chunks + chunk]);
@@ -122,11 +137,8 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
   };
   const auto finish = [&](int64_t c) {
     if (!p.training) return use_running_statistics<Acc>(p, c, k.scale + c, k.shift + c);
-    Moments m;
-    for (int64_t i = 0; i < cut.chunks; ++i) {
-      const Moments& part = partial[c * cut.chunks + i];
-      m.merge(part.count, part.mean, part.m2);
-    }
+    Moments<double> m = partial[c * cut.chunks];
+    for (int64_t i = 1; i < cut.chunks; ++i) m.merge(partial[c * cut.chunks + i]);
     finish_statistics<Acc>(p, c, m, k.scale + c, k.shift + c);
   };
   const auto apply = [&](int64_t first, int64_t last, int64_t chunk) {
@@ -176,8 +188,7 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   const ChannelBlocks cut(p.shape, sizeof(T));
-  Constants<Acc> k = arena.take_constants<Acc>(cut.c);
-  GradientSums* partial = arena.take<GradientSums>(cut.c * cut.chunks);
+  auto [k, partial] = ChannelsMemory<Acc, GradientSums<double>>(cut, arena);
   k.mean = const_cast<Acc*>(static_cast<const Acc*>(p.mean));
   const T* dout = static_cast<const T*>(p.dout);
   const T* x = static_cast<const T*>(p.x);
@@ -195,7 +206,7 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   const int64_t stride = cut.c * cut.s;
 
   const auto collect = [&](int64_t first, int64_t last, int64_t chunk) {
-    for (int64_t c = first; c < last; ++c) partial[c * cut.chunks + chunk] = GradientSums{};
+    for (int64_t c = first; c < last; ++c) partial[c * cut.chunks + chunk] = {};
     cut.for_blocks(first, last, chunk,
                    [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
                      Vec dz_sum[4] = {}, dz_centred_sum[4] = {};
@@ -212,10 +223,10 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
                                  dz_centred_sum[index.value] += lanes.counted(dz * centred);
                                });
                      }
-                     GradientSums& sums = partial[c * cut.chunks + chunk];
+                     GradientSums<double>& sums = partial[c * cut.chunks + chunk];
                      sums.dz += lane_sum((dz_sum[0] + dz_sum[1]) + (dz_sum[2] + dz_sum[3]));
-                     sums.dz_centred += lane_sum((dz_centred_sum[0] + dz_centred_sum[1]) +
-                                                 (dz_centred_sum[2] + dz_centred_sum[3]));
+                     sums.dz_x += lane_sum((dz_centred_sum[0] + dz_centred_sum[1]) +
+                                           (dz_centred_sum[2] + dz_centred_sum[3]));
                    });
   };
   const auto begin_channel = [&](int64_t c) {
@@ -223,30 +234,29 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
                    k.scale + c, k.shift + c);
   };
   const auto finish = [&](int64_t c) {
-    GradientSums sums;
-    for (int64_t i = 0; i < cut.chunks; ++i) {
-      sums.dz += partial[c * cut.chunks + i].dz;
-      sums.dz_centred += partial[c * cut.chunks + i].dz_centred;
-    }
-    finish_gradients<Acc>(p, c, sums.dz, sums.dz_centred, k.slope + c, k.offset + c);
+    GradientSums<double> sums;
+    for (int64_t i = 0; i < cut.chunks; ++i) sums.merge(partial[c * cut.chunks + i]);
+    finish_gradients<Acc>(p, c, sums, k.slope + c, k.offset + c);
   };
+  const auto gradient_of_kept = p.training ? gradient_run<T, BackwardAct::kept, PerRun, true>
+                                           : gradient_run<T, BackwardAct::kept, PerRun, false>;
+  const auto gradient_of_dout =
+      p.training ? gradient_run<T, kAct, PerRun, true> : gradient_run<T, kAct, PerRun, false>;
   const auto apply = [&](int64_t first, int64_t last, int64_t chunk) {
     if (dx == nullptr) return;
-    cut.for_blocks(
-        first, last, chunk, [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
-          for (int64_t r = 0; r < runs; ++r, offset += stride) {
-            if (kept != nullptr) {
-              // Already holds dz.
-              gradient_run<T, BackwardAct::kept, PerRun>(kept + offset, x + offset, nullptr,
-                                                         dx + offset, length, k, c, p.act, param,
-                                                         p.training, stream_out);
-            } else {
-              gradient_run<T, kAct, PerRun>(
-                  dout + offset, x + offset, saved == nullptr ? nullptr : saved + offset,
-                  dx + offset, length, k, c, p.act, param, p.training, stream_out);
-            }
-          }
-        });
+    cut.for_blocks(first, last, chunk,
+                   [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
+                     for (int64_t r = 0; r < runs; ++r, offset += stride) {
+                       if (kept != nullptr) {
+                         gradient_of_kept(kept + offset, x + offset, nullptr, dx + offset, length,
+                                          k, c, p.act, param, stream_out);
+                       } else {
+                         gradient_of_dout(dout + offset, x + offset,
+                                          saved == nullptr ? nullptr : saved + offset, dx + offset,
+                                          length, k, c, p.act, param, stream_out);
+                       }
+                     }
+                   });
   };
 
   if (cut.channel_per_thread()) {
@@ -285,18 +295,27 @@ RowChunks row_chunks(const BatchNormActShape& shape) {
   return {last ? shape.n * shape.s : shape.n, shape.c, last ? 1 : shape.s};
 }
 
-// Whether a tensor is read so, and not channel by channel.
+// Whether a tensor is read as rows of channels, and not channel by channel.
 bool by_rows(const BatchNormActShape& shape) {
   return shape.layout == Layout::channels_last || (shape.s > 0 && shape.s < kShortRun);
 }
+
+template <class Acc>
+struct RowsMemory {
+  Constants<Acc> constants;
+  double *partial_first, *partial_second;  // [chunks, width]: means and m2, or the gradient sums
+  RowsMemory(const RowChunks& cut, Arena& arena)
+      : constants(take_constants<Acc>(arena, cut.width)),
+        partial_first(arena.take<double>(cut.chunks * cut.width)),
+        partial_second(arena.take<double>(cut.chunks * cut.width)) {}
+};
 
 template <class T, ForwardAct kAct, bool kResidual>
 void forward_rows(const BatchNormActForward& p, Arena arena) {
   using Acc = acc_t<T>;
   const RowChunks cut = row_chunks(p.shape);
-  Constants<Acc> k = arena.take_constants<Acc>(cut.width);
-  double* partial_mean = arena.take<double>(cut.chunks * cut.width);
-  double* partial_m2 = arena.take<double>(cut.chunks * cut.width);
+  const RowsMemory<Acc> memory(cut, arena);
+  const auto& [k, partial_mean, partial_m2] = memory;
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
@@ -312,7 +331,7 @@ void forward_rows(const BatchNormActForward& p, Arena arena) {
                   [&](int64_t begin, int64_t end) {
                     for (int64_t first = begin; first < end; first += kMergedChannels) {
                       const int64_t channels = min_of(kMergedChannels, end - first);
-                      Moments moments[kMergedChannels];
+                      Moments<double> moments[kMergedChannels];
                       if (p.training)
                         merge_moments(cut, partial_mean, partial_m2, first, channels, moments);
                       for (int64_t c = 0; c < channels; ++c) {
@@ -340,9 +359,8 @@ template <class T, BackwardAct kAct>
 void backward_rows(const BatchNormActBackward& p, Arena arena) {
   using Acc = acc_t<T>;
   const RowChunks cut = row_chunks(p.shape);
-  Constants<Acc> k = arena.take_constants<Acc>(cut.width);
-  double* partial_dz = arena.take<double>(cut.chunks * cut.width);
-  double* partial_dz_centred = arena.take<double>(cut.chunks * cut.width);
+  const RowsMemory<Acc> memory(cut, arena);
+  const auto& [k, partial_dz, partial_dz_x] = memory;
   const T* dout = static_cast<const T*>(p.dout);
   const T* x = static_cast<const T*>(p.x);
   const T* saved = static_cast<const T*>(p.saved);
@@ -365,27 +383,28 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
   parallel_ranges(cut.chunks, cut.elements_per_chunk(), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
       collect_gradients<T, kAct>(p, cut, chunk, dout, x, saved, stores_dz, k, stream_residual,
-                                 partial_dz, partial_dz_centred);
+                                 partial_dz, partial_dz_x);
     if (stream_residual) stream_fence();
   });
-  parallel_ranges(cut.channels, 8 * cut.chunks * cut.columns_per_channel(),
-                  [&](int64_t begin, int64_t end) {
-                    for (int64_t first = begin; first < end; first += kMergedChannels) {
-                      const int64_t channels = min_of(kMergedChannels, end - first);
-                      GradientSums sums[kMergedChannels];
-                      merge_gradients(cut, partial_dz, partial_dz_centred, first, channels, sums);
-                      for (int64_t c = 0; c < channels; ++c) {
-                        finish_gradients<Acc>(p, first + c, sums[c].dz, sums[c].dz_centred,
-                                              k.slope + first + c, k.offset + first + c);
-                      }
-                    }
-                  });
+  parallel_ranges(
+      cut.channels, 8 * cut.chunks * cut.columns_per_channel(), [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin; first < end; first += kMergedChannels) {
+          const int64_t channels = min_of(kMergedChannels, end - first);
+          GradientSums<double> sums[kMergedChannels];
+          merge_gradients(cut, partial_dz, partial_dz_x, first, channels, sums);
+          for (int64_t c = 0; c < channels; ++c) {
+            finish_gradients<Acc>(p, first + c, sums[c], k.slope + first + c, k.offset + first + c);
+          }
+        }
+      });
   if (dx == nullptr) return;
   repeat(cut, k.slope);
   repeat(cut, k.offset);
+  const auto gradients = p.training ? gradient_chunk<T, kAct, true, BatchNormActBackward>
+                                    : gradient_chunk<T, kAct, false, BatchNormActBackward>;
   parallel_ranges(cut.chunks, cut.elements_per_chunk(), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = end - 1; chunk >= begin; --chunk)
-      gradient_chunk<T, kAct>(p, cut, chunk, dout, x, saved, kept, dx, k, p.training, stream_out);
+      gradients(p, cut, chunk, dout, x, saved, kept, dx, k, stream_out);
     if (stream_out) stream_fence();
   });
 }
@@ -395,7 +414,7 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
 void forward(const BatchNormActForward& p, void* workspace) {
   // Nothing to normalize; evaluation still has mean and rstd to report.
   if (p.shape.c == 0 || (p.training && p.shape.n * p.shape.s == 0)) return;
-  const Arena arena{static_cast<char*>(workspace)};
+  const Arena arena(workspace);
   dispatch_forward(p, [&]<class T, ForwardAct kAct, bool kResidual>() {
     by_rows(p.shape) ? forward_rows<T, kAct, kResidual>(p, arena)
                      : forward_channels_first<T, kAct, kResidual>(p, arena);
@@ -404,44 +423,36 @@ void forward(const BatchNormActForward& p, void* workspace) {
 
 void backward(const BatchNormActBackward& p, void* workspace) {
   if (p.shape.c == 0) return;
-  const Arena arena{static_cast<char*>(workspace)};
+  const Arena arena(workspace);
   dispatch_backward(p, [&]<class T, BackwardAct kAct>() {
     by_rows(p.shape) ? backward_rows<T, kAct>(p, arena)
                      : backward_channels_first<T, kAct>(p, arena);
   });
 }
 
-template <class Acc, class Partial>
-size_t workspace_of(const BatchNormActShape& shape) {
-  if (shape.c == 0) return 0;
-  Arena arena{nullptr};
-  if (!by_rows(shape)) {
-    const ChannelBlocks cut(shape, 1);  // the size of groups needs no memory
-    arena.take_constants<Acc>(cut.c);
-    arena.take<Partial>(cut.c * cut.chunks);
-  } else {
-    const RowChunks cut = row_chunks(shape);
-    arena.take_constants<Acc>(cut.width);
-    arena.take<double>(cut.chunks * cut.width);
-    arena.take<double>(cut.chunks * cut.width);
-  }
-  return arena.used;
-}
-
+// Partial: Moments<double> of forward, GradientSums<double> of backward.
 template <class Partial>
 size_t workspace_bytes(const BatchNormActShape& shape) {
-  return shape.dtype == DType::f64 ? workspace_of<double, Partial>(shape)
-                                   : workspace_of<float, Partial>(shape);
+  if (shape.c == 0) return 0;
+  return bytes_taken([&](Arena& arena) {
+    with_type(shape.dtype, [&]<class T>() {
+      using Acc = acc_t<T>;
+      if (by_rows(shape))
+        RowsMemory<Acc>(row_chunks(shape), arena);
+      else
+        ChannelsMemory<Acc, Partial>(ChannelBlocks(shape, sizeof(T)), arena);
+    });
+  });
 }
 
 }  // namespace
 
 void add_batch_norm_act(cpu::KernelTable& table) {
   table.batch_norm_act_forward_workspace = [](const BatchNormActForward& p) {
-    return workspace_bytes<Moments>(p.shape);
+    return workspace_bytes<Moments<double>>(p.shape);
   };
   table.batch_norm_act_backward_workspace = [](const BatchNormActBackward& p) {
-    return workspace_bytes<GradientSums>(p.shape);
+    return workspace_bytes<GradientSums<double>>(p.shape);
   };
   table.batch_norm_act_forward = forward;
   table.batch_norm_act_backward = backward;

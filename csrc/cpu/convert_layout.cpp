@@ -2,8 +2,7 @@
 #include "../common/convert_layout.h"
 
 #include "dispatch.h"
-#include "parallel.h"
-#include "runs.h"
+#include "vector_loops.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {

@@ -10,7 +10,6 @@
 #include "depthwise_conv2d.h"
 #include "dispatch.h"
 #include "matmul.h"
-#include "parallel.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "../common/depthwise_conv2d.h"
-#include "parallel.h"
-#include "runs.h"
+#include "dispatch.h"
+#include "vector_loops.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {

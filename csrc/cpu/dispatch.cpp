@@ -4,8 +4,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "parallel.h"
-
 namespace advdl_ops {
 
 // Each family adds its kernels to the table of each capability; a new one adds its line here.

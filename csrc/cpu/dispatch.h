@@ -1,5 +1,8 @@
-// The kernels of one capability, as a table; dispatch.cpp chooses one at load.
+// What runs the CPU kernels: the table of one capability's kernels, chosen at load, and the threads.
 #pragma once
+
+#include <cstddef>
+#include <cstdint>
 
 #include "../common/batch_norm_act.h"
 #include "../common/convert_layout.h"
@@ -55,5 +58,30 @@ const char* capability();
 
 // Uses the named capability from now on; false, and nothing changed, where this build or CPU lacks it.
 bool set_capability(const char* name);
+
+// --- threads -------------------------------------------------------------------------------------
+
+using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFunction,
+                             void* context);
+
+// Kernels run on the thread pool that is given here (the binding gives torch's), or on one thread.
+void set_parallel_for(ParallelFor parallel_for, int (*thread_count)());
+void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context);
+int thread_count();
+
+// f(begin, end) on parts of [0, count), none so small that a thread costs more than it saves. `work` is the number of elements
+// that one index stands for.
+template <class F>
+void parallel_ranges(int64_t count, int64_t work, F&& f) {
+  constexpr int64_t kGrain = 32768;
+  if (count <= 0) return;
+  const int64_t grain = kGrain / (work > 0 ? work : 1) + 1;
+  if (count <= grain) return f(0, count);
+  parallel_for(
+      0, count, grain,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
 
 }  // namespace advdl_ops::cpu

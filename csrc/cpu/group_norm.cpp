@@ -1,19 +1,21 @@
 // Group norm, residual addition and activation on the CPU; what is computed stands in ../common/group_norm.h.
 //
-// channels_first: a set (a group of a sample) is one contiguous run of D channels of S elements, D = C / groups. Its
-// statistics are those of the run, block by block; the apply goes over it again, mostly in L2, channel by channel. Where a
-// channel is too short for vectors the run is normalized as a whole, by weights for each element (contiguous_sets.cpp).
-// channels_last: a sample is S rows of C columns; the moments of its columns are merged to those of its groups.
+// channels_first: a set (a group of a sample) is one contiguous run of D channels of S elements, D = C / groups. The first pass
+// takes the moments of the run, block by block. The second pass normalizes it channel by channel; the run is mostly still in L2.
+// Where a channel is too short for vectors the run is normalized as a whole, with a weight for each element
+// (norm_elementwise_affine.cpp). channels_last: a sample is S rows of C columns (norm_columns.h); the moments of the columns are
+// merged to those of the groups.
 //
-// With sets (samples) enough for all threads one thread does each from statistics to output; otherwise their chunks are
-// shared out, pass by pass. Chunks depend on the shape only, and partial sums are merged in chunk order in double: the
-// result does not depend on the number of threads.
+// Where there are sets (or samples) enough for all threads, one thread does each from statistics to output. Otherwise the chunks
+// of each set are shared out, pass by pass. Chunks depend on the shape only, and partial sums are merged in chunk order in
+// double: the result does not depend on the number of threads.
 #include "../common/group_norm.h"
 
-#include "contiguous_sets.h"
 #include "dispatch.h"
-#include "group_norm.h"
-#include "parallel.h"
+#include "norm_columns.h"
+#include "norm_elementwise_affine.h"
+#include "norm_runs.h"
+#include "norm_sets.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
@@ -21,7 +23,7 @@ namespace {
 
 using cpu::parallel_ranges;
 
-// Whether whole sets (or samples) keep all threads busy, or their chunks must.
+// Whether whole sets (or samples) are enough to keep all threads busy, without their chunks.
 bool shares_out_whole(int64_t count, int64_t chunks) {
   const int64_t threads = cpu::thread_count();
   return chunks == 1 || count >= 4 * threads || count % threads == 0;
@@ -29,7 +31,7 @@ bool shares_out_whole(int64_t count, int64_t chunks) {
 
 // dweight, dbias [C] from the sums of each sample's channels, sums [N, C, pieces].
 template <class Acc>
-void sum_over_samples(const GroupNormBackward& p, const GradientSums* sums, int64_t pieces,
+void sum_over_samples(const GroupNormBackward& p, const GradientSums<double>* sums, int64_t pieces,
                       const Acc* rstd) {
   if (p.dweight == nullptr) return;
   const GroupNormShape& shape = p.shape;
@@ -43,9 +45,9 @@ void sum_over_samples(const GroupNormBackward& p, const GradientSums* sums, int6
           const int64_t channel = first + c;
           const double r = rstd[n * shape.groups + channel / per_group];
           for (int64_t i = 0; i < pieces; ++i) {
-            const GradientSums& s = sums[(n * shape.c + channel) * pieces + i];
+            const GradientSums<double>& s = sums[(n * shape.c + channel) * pieces + i];
             dbias[c] += s.dz;
-            dweight[c] += s.dz_centred * r;
+            dweight[c] += s.dz_x * r;
           }
         }
       }
@@ -71,31 +73,39 @@ struct SetChunks {
   int64_t begin_of(int64_t chunk) const { return min_of(chunk * blocks / chunks * kBlock, length); }
 };
 
+template <class Acc>
+struct RunsForwardMemory {
+  Moments<double>* partial;  // [sets, chunks]
+  Acc* rstd;                 // [sets]
+  Affine<Acc> affine;
+  RunsForwardMemory(const GroupNormShape& shape, Arena& arena)
+      : partial(arena.take<Moments<double>>(shape.sets() * SetChunks(shape).chunks)),
+        rstd(arena.take<Acc>(shape.sets())),
+        affine(shape.c, arena) {}
+};
+
 template <class T, ForwardAct kAct, bool kResidual>
 void forward_channels_first(const GroupNormForward& p, Arena arena) {
   using Acc = acc_t<T>;
   const SetChunks cut(p.shape);
-  Moments* partial = arena.take<Moments>(cut.sets * cut.chunks);
-  Acc* rstd = arena.take<Acc>(cut.sets);
-  const Affine<Acc> affine(p, arena);
+  const RunsForwardMemory<Acc> memory(p.shape, arena);
+  const auto& [partial, rstd, affine] = memory;
+  affine.fill(p);
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
   const bool stream_out = streams<T>(cut.sets * cut.length, kStreamBytes);
 
   const auto collect = [&](int64_t set, int64_t chunk) {
-    Moments m;
+    Moments<double> m;
     const int64_t end = cut.begin_of(chunk + 1);
     for (int64_t i = cut.begin_of(chunk); i < end; i += kBlock)
       add_block(x + set * cut.length + i, min_of(kBlock, end - i), 1, 0, &m);
     partial[set * cut.chunks + chunk] = m;
   };
   const auto finish = [&](int64_t set) {
-    Moments m;
-    for (int64_t i = 0; i < cut.chunks; ++i) {
-      const Moments& part = partial[set * cut.chunks + i];
-      m.merge(part.count, part.mean, part.m2);
-    }
+    Moments<double> m = partial[set * cut.chunks];
+    for (int64_t i = 1; i < cut.chunks; ++i) m.merge(partial[set * cut.chunks + i]);
     rstd[set] = write_statistics<Acc>(p, set, m);
   };
   const auto apply = [&](int64_t set, int64_t chunk) {
@@ -147,17 +157,29 @@ struct RowPieces {
   }
 };
 
+template <class Acc>
+struct RunsBackwardMemory {
+  GradientSums<double>* sums;    // [rows, pieces]
+  Acc *slopes, *offsets, *rstd;  // [sets]
+  Affine<Acc> affine;
+  RunsBackwardMemory(const GroupNormShape& shape, Arena& arena)
+      : sums(arena.take<GradientSums<double>>(shape.n * shape.c * RowPieces(shape).pieces)),
+        slopes(arena.take<Acc>(shape.sets())),
+        offsets(arena.take<Acc>(shape.sets())),
+        rstd(arena.take<Acc>(shape.sets())),
+        affine(shape.c, arena) {}
+};
+
 template <class T, BackwardAct kAct>
 void backward_channels_first(const GroupNormBackward& p, Arena arena) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   const RowPieces cut(p.shape);
   const int64_t sets = p.shape.sets(), per_set = p.shape.c / p.shape.groups;
-  GradientSums* sums = arena.take<GradientSums>(cut.rows * cut.pieces);
-  Acc* slopes = arena.take<Acc>(sets);
-  Acc* offsets = arena.take<Acc>(sets);
-  const Acc* rstd = read_rstd<Acc>(p, arena);
-  const Affine<Acc> affine(p, arena);
+  const RunsBackwardMemory<Acc> memory(p.shape, arena);
+  const auto& [sums, slopes, offsets, rstd, affine] = memory;
+  fill_rstd(p, rstd);
+  affine.fill(p);
   Acc* means = const_cast<Acc*>(static_cast<const Acc*>(p.mean));
   const T* dout = static_cast<const T*>(p.dout);
   const T* x = static_cast<const T*>(p.x);
@@ -184,7 +206,7 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
   };
   const auto collect = [&](int64_t row, int64_t piece) {
     with_piece(row, piece, [&](int64_t at, int64_t length, const Constants<Acc>& k) {
-      GradientSums total;
+      GradientSums<double> total;
       for (int64_t end = at + length; at < end; at += kBlock) {
         Vec dz_sum[4] = {}, dz_centred_sum[4] = {};
         const bool streams_dz = stream_residual && is_aligned(stores_dz + at);
@@ -198,32 +220,30 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
                   dz_centred_sum[index.value] += lanes.counted(dz * centred);
                 });
         total.dz += lane_sum((dz_sum[0] + dz_sum[1]) + (dz_sum[2] + dz_sum[3]));
-        total.dz_centred += lane_sum((dz_centred_sum[0] + dz_centred_sum[1]) +
-                                     (dz_centred_sum[2] + dz_centred_sum[3]));
+        total.dz_x += lane_sum((dz_centred_sum[0] + dz_centred_sum[1]) +
+                               (dz_centred_sum[2] + dz_centred_sum[3]));
       }
       sums[row * cut.pieces + piece] = total;
     });
   };
   const auto finish = [&](int64_t set) {
-    SetSums total;
+    GradientSums<double> total;
     for (int64_t row = set * per_set; row < (set + 1) * per_set; ++row) {
-      GradientSums channel;
-      for (int64_t i = 0; i < cut.pieces; ++i) {
-        channel.dz += sums[row * cut.pieces + i].dz;
-        channel.dz_centred += sums[row * cut.pieces + i].dz_centred;
-      }
-      total.add(affine.weight[row % p.shape.c], channel);
+      GradientSums<double> channel;
+      for (int64_t i = 0; i < cut.pieces; ++i) channel.merge(sums[row * cut.pieces + i]);
+      add_weighted(total, affine.weight[row % p.shape.c], channel);
     }
-    total.finish(static_cast<double>(p.shape.set_size()), rstd[set], slopes + set, offsets + set);
+    finish_gradients(total, static_cast<double>(p.shape.set_size()), rstd[set], slopes + set,
+                     offsets + set);
   };
   const auto apply = [&](int64_t row, int64_t piece) {
     with_piece(row, piece, [&](int64_t at, int64_t length, const Constants<Acc>& k) {
       if (kept != nullptr) {
         gradient_run<T, BackwardAct::kept, PerRun>(kept + at, x + at, nullptr, dx + at, length, k,
-                                                   0, p.act, param, true, stream_out);
+                                                   0, p.act, param, stream_out);
       } else {
         gradient_run<T, kAct, PerRun>(dout + at, x + at, saved == nullptr ? nullptr : saved + at,
-                                      dx + at, length, k, 0, p.act, param, true, stream_out);
+                                      dx + at, length, k, 0, p.act, param, stream_out);
       }
     });
   };
@@ -300,7 +320,7 @@ struct Columns {
   int64_t stride;
   Constants<Acc> all;
   double *partial_first, *partial_second;  // [N, chunks, width]
-  Columns(const GroupNormShape& shape, Arena& arena, bool backward)
+  Columns(const GroupNormShape& shape, bool backward, Arena& arena)
       : cut(group_columns(shape)), channels(shape.s, shape.c, 1), stride(cut.width + kPad) {
     all.mean = arena.take<Acc>(shape.n * stride);
     all.scale = arena.take<Acc>(shape.n * stride);
@@ -332,14 +352,23 @@ struct Columns {
   }
 };
 
+template <class Acc>
+struct ColumnsForwardMemory {
+  Columns<Acc> columns;
+  Acc* rstd;  // [sets]
+  Affine<Acc> affine;
+  ColumnsForwardMemory(const GroupNormShape& shape, Arena& arena)
+      : columns(shape, false, arena), rstd(arena.take<Acc>(shape.sets())), affine(shape.c, arena) {}
+};
+
 template <class T, ForwardAct kAct, bool kResidual>
 void forward_channels_last(const GroupNormForward& p, Arena arena) {
   using Acc = acc_t<T>;
   const GroupNormShape& shape = p.shape;
-  const Columns<Acc> columns(shape, arena, false);
+  const ColumnsForwardMemory<Acc> memory(shape, arena);
+  const auto& [columns, rstd, affine] = memory;
   const RowChunks& cut = columns.cut;
-  Acc* rstd = arena.take<Acc>(shape.sets());
-  const Affine<Acc> affine(p, arena);
+  affine.fill(p);
   const int64_t sample = shape.c * shape.s;
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
@@ -353,7 +382,7 @@ void forward_channels_last(const GroupNormForward& p, Arena arena) {
       [&](int64_t n) {
         for (int64_t first = 0; first < shape.groups; first += kMergedChannels) {
           const int64_t groups = min_of(kMergedChannels, shape.groups - first);
-          Moments moments[kMergedChannels];
+          Moments<double> moments[kMergedChannels];
           merge_moments(cut, columns.first(n), columns.second(n), first, groups, moments);
           for (int64_t g = 0; g < groups; ++g)
             rstd[n * shape.groups + first + g] =
@@ -369,15 +398,28 @@ void forward_channels_last(const GroupNormForward& p, Arena arena) {
       stream_out);
 }
 
+template <class Acc>
+struct ColumnsBackwardMemory {
+  Columns<Acc> columns;
+  GradientSums<double>* sums;  // [N, C]
+  Acc* rstd;                   // [sets]
+  Affine<Acc> affine;
+  ColumnsBackwardMemory(const GroupNormShape& shape, Arena& arena)
+      : columns(shape, true, arena),
+        sums(arena.take<GradientSums<double>>(shape.n * shape.c)),
+        rstd(arena.take<Acc>(shape.sets())),
+        affine(shape.c, arena) {}
+};
+
 template <class T, BackwardAct kAct>
 void backward_channels_last(const GroupNormBackward& p, Arena arena) {
   using Acc = acc_t<T>;
   const GroupNormShape& shape = p.shape;
-  const Columns<Acc> columns(shape, arena, true);
+  const ColumnsBackwardMemory<Acc> memory(shape, arena);
+  const auto& [columns, sums, rstd, affine] = memory;
   const RowChunks& cut = columns.cut;
-  GradientSums* sums = arena.take<GradientSums>(shape.n * shape.c);
-  const Acc* rstd = read_rstd<Acc>(p, arena);
-  const Affine<Acc> affine(p, arena);
+  fill_rstd(p, rstd);
+  affine.fill(p);
   const int64_t sample = shape.c * shape.s;
   const auto at = [&](const void* tensor, int64_t n) {
     return tensor == nullptr ? nullptr : static_cast<const T*>(tensor) + n * sample;
@@ -403,7 +445,7 @@ void backward_channels_last(const GroupNormBackward& p, Arena arena) {
                                    columns.second(n));
       },
       [&](int64_t n) {
-        GradientSums* of_sample = sums + n * shape.c;
+        GradientSums<double>* of_sample = sums + n * shape.c;
         for (int64_t first = 0; first < shape.c; first += kMergedChannels) {
           const int64_t channels = min_of(kMergedChannels, shape.c - first);
           for (int64_t c = 0; c < channels; ++c) of_sample[first + c] = {};
@@ -412,11 +454,11 @@ void backward_channels_last(const GroupNormBackward& p, Arena arena) {
         }
         const Constants<Acc> k = columns.of(n);
         for (int64_t g = 0; g < shape.groups; ++g) {
-          SetSums total;
+          GradientSums<double> total;
           for (int64_t c = g * cut.inner; c < (g + 1) * cut.inner; ++c)
-            total.add(affine.weight[c], of_sample[c]);
-          total.finish(static_cast<double>(shape.set_size()), rstd[n * shape.groups + g],
-                       k.slope + g, k.offset + g);
+            add_weighted(total, affine.weight[c], of_sample[c]);
+          finish_gradients(total, static_cast<double>(shape.set_size()), rstd[n * shape.groups + g],
+                           k.slope + g, k.offset + g);
         }
         repeat(cut, k.slope);
         repeat(cut, k.offset);
@@ -424,7 +466,7 @@ void backward_channels_last(const GroupNormBackward& p, Arena arena) {
       [&](int64_t n, int64_t chunk) {
         if (dx == nullptr) return;
         gradient_chunk<T, kAct>(p, cut, chunk, at(p.dout, n), at(p.x, n), at(p.saved, n),
-                                out_at(kept, n), out_at(dx, n), columns.of(n), true, stream_out);
+                                out_at(kept, n), out_at(dx, n), columns.of(n), stream_out);
       },
       stream_out);
   sum_over_samples(p, sums, 1, rstd);
@@ -436,21 +478,22 @@ bool is_channels_last(const GroupNormShape& shape) {
   return shape.layout == Layout::channels_last && shape.s > 1;
 }
 
-// Whether the channels of a contiguous sample are too short for loops of their own. A ragged one (7x7) costs a vector in part
-// and two reductions, longer than the weights of each element.
-bool has_short_runs(const GroupNormShape& shape) {
+// Whether the channels of a contiguous sample are too short for loops of their own. A channel that is not made of whole vectors
+// (7x7) costs a vector in part and two reductions, which take longer than to read a weight for each element.
+bool has_short_channels(const GroupNormShape& shape) {
   if (is_channels_last(shape)) return false;
   return shape.s < kShortRun || (shape.s < 4 * kShortRun && shape.s % 8 != 0);
 }
 
-ContiguousSets short_sets(const GroupNormShape& shape) {
+ContiguousSets contiguous_sets(const GroupNormShape& shape) {
   return {shape.n, shape.groups, shape.set_size(), shape.s};
 }
 
 void forward(const GroupNormForward& p, void* workspace) {
   if (p.shape.is_empty()) return;
-  const Arena arena{static_cast<char*>(workspace)};
-  if (has_short_runs(p.shape)) return contiguous_sets_forward(p, short_sets(p.shape), arena);
+  const Arena arena(workspace);
+  if (has_short_channels(p.shape))
+    return elementwise_affine_forward(p, contiguous_sets(p.shape), arena);
   dispatch_forward(p, [&]<class T, ForwardAct kAct, bool kResidual>() {
     is_channels_last(p.shape) ? forward_channels_last<T, kAct, kResidual>(p, arena)
                               : forward_channels_first<T, kAct, kResidual>(p, arena);
@@ -458,9 +501,10 @@ void forward(const GroupNormForward& p, void* workspace) {
 }
 
 void backward(const GroupNormBackward& p, void* workspace) {
-  if (zero_gradients_of_nothing(p)) return;
-  const Arena arena{static_cast<char*>(workspace)};
-  if (has_short_runs(p.shape)) return contiguous_sets_backward(p, short_sets(p.shape), arena);
+  if (p.shape.is_empty()) return zero_parameter_gradients(p);
+  const Arena arena(workspace);
+  if (has_short_channels(p.shape))
+    return elementwise_affine_backward(p, contiguous_sets(p.shape), arena);
   dispatch_backward(p, [&]<class T, BackwardAct kAct>() {
     is_channels_last(p.shape) ? backward_channels_last<T, kAct>(p, arena)
                               : backward_channels_first<T, kAct>(p, arena);
@@ -468,33 +512,27 @@ void backward(const GroupNormBackward& p, void* workspace) {
 }
 
 template <class Acc>
-size_t workspace_of(const GroupNormShape& shape, bool backward) {
-  Arena arena{nullptr};
-  if (has_short_runs(shape)) {
-    contiguous_sets_workspace(shape, short_sets(shape), backward, arena);
-    return arena.used;
-  }
-  arena.take<Acc>(shape.sets());
-  Affine<Acc>(shape, arena);
+void take_workspace(const GroupNormShape& shape, bool backward, Arena& arena) {
+  if (has_short_channels(shape))
+    return take_elementwise_affine<Acc>(contiguous_sets(shape), backward, arena);
   if (is_channels_last(shape)) {
-    const Columns<Acc> columns(shape, arena, backward);
-    if (backward) arena.take<GradientSums>(shape.n * shape.c);
+    if (backward)
+      ColumnsBackwardMemory<Acc>(shape, arena);
+    else
+      ColumnsForwardMemory<Acc>(shape, arena);
   } else if (backward) {
-    const RowPieces cut(shape);
-    arena.take<GradientSums>(cut.rows * cut.pieces);
-    arena.take<Acc>(shape.sets());
-    arena.take<Acc>(shape.sets());
+    RunsBackwardMemory<Acc>(shape, arena);
   } else {
-    const SetChunks cut(shape);
-    arena.take<Moments>(cut.sets * cut.chunks);
+    RunsForwardMemory<Acc>(shape, arena);
   }
-  return arena.used;
 }
 
 size_t workspace_bytes(const GroupNormShape& shape, bool backward) {
   if (shape.is_empty()) return 0;
-  return shape.dtype == DType::f64 ? workspace_of<double>(shape, backward)
-                                   : workspace_of<float>(shape, backward);
+  return bytes_taken([&](Arena& arena) {
+    shape.dtype == DType::f64 ? take_workspace<double>(shape, backward, arena)
+                              : take_workspace<float>(shape, backward, arena);
+  });
 }
 
 }  // namespace

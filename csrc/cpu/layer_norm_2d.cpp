@@ -1,14 +1,16 @@
 // Layer norm over the channels of each position, residual addition and activation on the CPU; what is computed stands in
 // ../common/group_norm.h.
 //
-// channels_last: a position is a contiguous run (contiguous_sets.cpp). channels_first: tiles of neighbouring positions, C rows
-// of up to kMaxTileWidth elements that lie S apart; the moments and the gradient sums of the positions are those of the tile's
-// columns, the gradients of weight and bias sums along its rows. A tile is small enough to be found in L2 by its second pass.
+// channels_last: a position is a contiguous run (norm_elementwise_affine.cpp). channels_first: tiles of neighbouring positions,
+// which are C rows of up to kMaxTileWidth elements that lie S apart. The moments and the gradient sums of the positions are those
+// of the tile's columns; the gradients of weight and bias are sums along its rows. A tile is small enough to be found in L2 by
+// its second pass.
 #include "../common/group_norm.h"
 
-#include "contiguous_sets.h"
 #include "dispatch.h"
-#include "parallel.h"
+#include "norm_columns.h"
+#include "norm_elementwise_affine.h"
+#include "norm_sets.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
@@ -55,7 +57,8 @@ template <class T, ForwardAct kAct, bool kResidual>
 void forward_channels_first(const GroupNormForward& p, Arena arena) {
   using Acc = acc_t<T>;
   const Tiles cut(p.shape, sizeof(T));
-  const Affine<Acc> affine(p, arena);
+  const Affine<Acc> affine(p.shape.c, arena);
+  affine.fill(p);
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
@@ -83,14 +86,24 @@ void forward_channels_first(const GroupNormForward& p, Arena arena) {
   });
 }
 
+template <class Acc>
+struct TilesBackwardMemory {
+  Affine<Acc> affine;
+  double *dbias, *dweight;  // [chunks, C]
+  TilesBackwardMemory(const Tiles& cut, Arena& arena)
+      : affine(cut.c, arena),
+        dbias(arena.take<double>(cut.chunks * cut.c)),
+        dweight(arena.take<double>(cut.chunks * cut.c)) {}
+};
+
 template <class T, BackwardAct kAct>
 void backward_channels_first(const GroupNormBackward& p, Arena arena) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   const Tiles cut(p.shape, sizeof(T));
-  const Affine<Acc> affine(p, arena);
-  double* dbias = arena.take<double>(cut.chunks * cut.c);
-  double* dweight = arena.take<double>(cut.chunks * cut.c);
+  const TilesBackwardMemory<Acc> memory(cut, arena);
+  const auto& [affine, dbias, dweight] = memory;
+  affine.fill(p);
   const T* dout = static_cast<const T*>(p.dout);
   const T* x = static_cast<const T*>(p.x);
   const T* saved = static_cast<const T*>(p.saved);
@@ -105,7 +118,7 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
     TileStatistics<Acc> statistics;
     alignas(64) Acc slope[kMaxTileWidth + kPad], offsets[kMaxTileWidth + kPad];
     alignas(64) Acc sum[kMaxTileWidth + kPad] = {}, centred_sum[kMaxTileWidth + kPad] = {};
-    SetSums total[kMaxTileWidth];
+    GradientSums<double> total[kMaxTileWidth];
     statistics.read(p, position, width);
     const auto constants = [&](int64_t c) {
       return Constants<Acc>{statistics.mean, affine.weight + c, affine.bias + c,
@@ -134,23 +147,23 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
       if (c % kMaxRows != kMaxRows - 1 && c != cut.c - 1) continue;
       for (int64_t i = 0; i < width; ++i) {
         total[i].dz += sum[i];
-        total[i].dz_centred += centred_sum[i];
+        total[i].dz_x += centred_sum[i];
         sum[i] = centred_sum[i] = Acc(0);
       }
     }
     if (dx == nullptr) return;
     for (int64_t i = 0; i < width; ++i)
-      total[i].finish(static_cast<double>(cut.c), statistics.rstd[i], slope + i, offsets + i);
+      finish_gradients(total[i], static_cast<double>(cut.c), statistics.rstd[i], slope + i,
+                       offsets + i);
     for (int64_t c = cut.c - 1; c >= 0; --c) {
       const int64_t at = offset + c * cut.s;
       if (kept != nullptr) {
-        gradient_run<T, BackwardAct::kept, StatisticsPerElement>(kept + at, x + at, nullptr,
-                                                                 dx + at, width, constants(c), 0,
-                                                                 p.act, param, true, stream_out);
+        gradient_run<T, BackwardAct::kept, StatisticsPerElement>(
+            kept + at, x + at, nullptr, dx + at, width, constants(c), 0, p.act, param, stream_out);
       } else {
         gradient_run<T, kAct, StatisticsPerElement>(
             dout + at, x + at, saved == nullptr ? nullptr : saved + at, dx + at, width,
-            constants(c), 0, p.act, param, true, stream_out);
+            constants(c), 0, p.act, param, stream_out);
       }
     }
   };
@@ -182,33 +195,36 @@ ContiguousSets position_sets(const GroupNormShape& shape) {
 
 void forward(const GroupNormForward& p, void* workspace) {
   if (p.shape.is_empty()) return;
-  const Arena arena{static_cast<char*>(workspace)};
-  if (positions_are_runs(p.shape)) return contiguous_sets_forward(p, position_sets(p.shape), arena);
+  const Arena arena(workspace);
+  if (positions_are_runs(p.shape))
+    return elementwise_affine_forward(p, position_sets(p.shape), arena);
   dispatch_forward(p, [&]<class T, ForwardAct kAct, bool kResidual>() {
     forward_channels_first<T, kAct, kResidual>(p, arena);
   });
 }
 
 void backward(const GroupNormBackward& p, void* workspace) {
-  if (zero_gradients_of_nothing(p)) return;
-  const Arena arena{static_cast<char*>(workspace)};
+  if (p.shape.is_empty()) return zero_parameter_gradients(p);
+  const Arena arena(workspace);
   if (positions_are_runs(p.shape))
-    return contiguous_sets_backward(p, position_sets(p.shape), arena);
+    return elementwise_affine_backward(p, position_sets(p.shape), arena);
   dispatch_backward(
       p, [&]<class T, BackwardAct kAct>() { backward_channels_first<T, kAct>(p, arena); });
 }
 
 size_t workspace_bytes(const GroupNormShape& shape, bool backward) {
   if (shape.is_empty()) return 0;
-  Arena arena{nullptr};
-  if (positions_are_runs(shape)) {
-    contiguous_sets_workspace(shape, position_sets(shape), backward, arena);
-    return arena.used;
-  }
-  // The widest type: what is counted too much is little.
-  Affine<double>(shape, arena);
-  if (backward) arena.take<double>(2 * kMaxChunks * (shape.c + 8));
-  return arena.used;
+  return bytes_taken([&](Arena& arena) {
+    with_type(shape.dtype, [&]<class T>() {
+      using Acc = acc_t<T>;
+      if (positions_are_runs(shape))
+        take_elementwise_affine<Acc>(position_sets(shape), backward, arena);
+      else if (backward)
+        TilesBackwardMemory<Acc>(Tiles(shape, sizeof(T)), arena);
+      else
+        Affine<Acc>(shape.c, arena);
+    });
+  });
 }
 
 }  // namespace

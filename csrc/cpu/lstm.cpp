@@ -45,7 +45,7 @@ class Forward {
       packed_hr_ = scratch_.take<A>(output_panels() * size_.hidden * kPanel<A>);
   }
 
-  size_t workspace() const { return scratch_.bytes(); }
+  size_t workspace() const { return static_cast<size_t>(scratch_.bytes); }
 
   void run() {
     pack();
@@ -69,7 +69,7 @@ class Forward {
   const Times times_;
   const LstmSizes<A> size_;
   const bool few_;
-  Scratch scratch_;
+  Arena scratch_;
   int64_t chunk_rows_;
   A* biases_;       // [units][panel]
   A* projected_;    // [units][chunk rows][panel]: w_ih x + biases

@@ -1,11 +1,11 @@
 // What the forward and the backward pass of the LSTM share: sizes, where rows lie, scratch memory, and products of few rows.
 #pragma once
 
+#include "../common/arena.h"
 #include "../common/lstm.h"
 
 #include "dispatch.h"
 #include "matmul.h"
-#include "parallel.h"
 
 // After the vectors' overloads: its formulas look the functions up where they stand.
 #include "../common/lstm_gates.h"
@@ -66,23 +66,6 @@ struct LstmSizes {
         hidden_row(units * Simd<A>::lanes),
         recurrent_row(round_up(recurrent, Simd<A>::lanes)),
         gates_row(round_up(gates, Simd<A>::lanes) + Simd<A>::lanes) {}
-};
-
-// Cuts the workspace into arrays; without one it counts the bytes.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <class T>
-  T* take(int64_t count) {
-    const size_t at = bytes_;
-    bytes_ += (count * sizeof(T) + 63) / 64 * 64;
-    return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + at);
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* memory_;
-  size_t bytes_ = 0;
 };
 
 // How many tiles cover these rows.

@@ -70,7 +70,7 @@ class Backward {
       packed_hr_ = scratch_.take<A>(panels(size_.hidden) * size_.recurrent * kPanel<A>);
   }
 
-  size_t workspace() const { return scratch_.bytes(); }
+  size_t workspace() const { return static_cast<size_t>(scratch_.bytes); }
 
   void run() {
     pack();
@@ -92,7 +92,7 @@ class Backward {
   const Times times_;
   const LstmSizes<A> size_;
   const bool few_, packs_;
-  Scratch scratch_;
+  Arena scratch_;
   A* dh_;  // [B][R]: of h, beside what w_hh feeds back
   A* dc_;  // [B][H]: of c
   Chunk chunks_[2];

@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kUnitThreads)
 
 // Statistics of N values about their own mean, merged after Chan.
 template <int N, class A>
-__device__ __forceinline__ void merge_values(Welford<A>& state, const A (&values)[N]) {
+__device__ __forceinline__ void merge_values(Moments<A>& state, const A (&values)[N]) {
   A sum = A(0), m2 = A(0);
 #pragma unroll
   for (int i = 0; i < N; ++i) sum += values[i];
@@ -301,7 +301,7 @@ __device__ __forceinline__ void merge_values(Welford<A>& state, const A (&values
 }
 
 template <class A, int V>
-__device__ __forceinline__ void merge_gates(Welford<A>& state, const A (&gates)[kLstmGates][V]) {
+__device__ __forceinline__ void merge_gates(Moments<A>& state, const A (&gates)[kLstmGates][V]) {
   A values[kLstmGates * V];
 #pragma unroll
   for (int i = 0; i < kLstmGates * V; ++i) values[i] = gates[i / V][i % V];
@@ -312,7 +312,7 @@ template <class A>
 struct Normalization {
   A mean, rstd;
 
-  __device__ __forceinline__ Normalization(const Welford<A>& s, double eps)
+  __device__ __forceinline__ Normalization(const Moments<A>& s, double eps)
       : mean(s.mean), rstd(reciprocal_std(s.m2 / s.count, eps)) {}
   __device__ __forceinline__ A operator()(A value) const { return (value - mean) * rstd; }
 };
@@ -328,13 +328,13 @@ struct RowMemory {
   __device__ RowMemory(unsigned char* memory, int64_t slots)
       : kept(reinterpret_cast<A*>(memory)), reduction(memory + slots * sizeof(A)) {}
   static size_t bytes(int64_t slots, int threads) {
-    return slots * sizeof(A) + (1 + threads / kWarp) * kStates * sizeof(Welford<A>);
+    return slots * sizeof(A) + (1 + threads / kWarp) * kStates * sizeof(Moments<A>);
   }
   template <int N, class State>
   __device__ __forceinline__ const State* reduce(State (&states)[N]) const {
-    static_assert(N <= kStates && sizeof(State) <= sizeof(Welford<A>));
+    static_assert(N <= kStates && sizeof(State) <= sizeof(Moments<A>));
     auto* result = reinterpret_cast<State*>(reduction);
-    block_reduce(states, 1, reinterpret_cast<State*>(reduction + kStates * sizeof(Welford<A>)),
+    block_reduce(states, 1, reinterpret_cast<State*>(reduction + kStates * sizeof(Moments<A>)),
                  result);
     return result;
   }
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(kRowThreads<V>, 1) lstm_rows(const Forward p) 
     walk_row<V>(hidden, [&](int64_t unit) { skip_forward<T, V>(p, row, unit); });
     return;
   }
-  Welford<A> product_state[1], cell_state[1];
+  Moments<A> product_state[1], cell_state[1];
   walk_row<V>(hidden, [&](int64_t unit) {
     Raw<T, V> product[kLstmGates];
     load_gates(p.product, row * kLstmGates * hidden + unit, hidden, product);
@@ -562,9 +562,10 @@ template <class A>
 struct NormalizationGradient {
   A shift, slope, rstd;
 
-  __device__ __forceinline__ NormalizationGradient(const SumPair<A>& sums, int64_t count, A rstd)
-      : shift(sums.first / static_cast<A>(count)),
-        slope(sums.second / static_cast<A>(count)),
+  __device__ __forceinline__ NormalizationGradient(const GradientSums<A>& sums, int64_t count,
+                                                   A rstd)
+      : shift(sums.dz / static_cast<A>(count)),
+        slope(sums.dz_x / static_cast<A>(count)),
         rstd(rstd) {}
   __device__ __forceinline__ A operator()(A weighted, A xhat) const {
     return rstd * (weighted - shift - xhat * slope);
@@ -581,7 +582,7 @@ __global__ void __launch_bounds__(kRowThreads<V>, 1) lstm_backward_rows(const Ba
     walk_row<V>(hidden, [&](int64_t unit) { skip_backward<T, V>(p, row, unit); });
     return;
   }
-  Welford<A> states[2];  // of the product, of the cell
+  Moments<A> states[2];  // of the product, of the cell
   walk_row<V>(hidden, [&](int64_t unit) {
     Raw<T, V> product[kLstmGates];
     load_gates(p.products.data, offset(p.products, row, unit), hidden, product);
@@ -597,11 +598,11 @@ __global__ void __launch_bounds__(kRowThreads<V>, 1) lstm_backward_rows(const Ba
     merge_gates(states[0], values);
     merge_values(states[1], cell);
   });
-  const Welford<A>* merged = memory.reduce(states);
+  const Moments<A>* merged = memory.reduce(states);
   const Normalization<A> in_product(merged[0], p.norm.eps), in_cell(merged[1], p.norm.eps);
 
   // Through tanh; keeps dhidden and t.
-  SumPair<A> cell_sums[1];
+  GradientSums<A> cell_sums[1];
   walk_row<V>(hidden, [&](int64_t unit) {
     CellInputs<T, V> in;
     in.load(p, row, unit);
@@ -628,7 +629,7 @@ __global__ void __launch_bounds__(kRowThreads<V>, 1) lstm_backward_rows(const Ba
   const NormalizationGradient<A> of_cell(*memory.reduce(cell_sums), hidden, in_cell.rstd);
 
   // Through the gates; keeps their gradients.
-  SumPair<A> product_sums[1];
+  GradientSums<A> product_sums[1];
   walk_row<V>(hidden, [&](int64_t unit) {
     CellInputs<T, V> in;
     in.load(p, row, unit);

@@ -1,14 +1,14 @@
 // Reductions in a fixed order, so that two runs agree bit for bit: over a warp by shuffles, over a block
 // through shared memory, and over blocks through partial results in a workspace.
 //
-// A state is a Welford or a SumPair (csrc/common/welford.h): anything with merge() and shuffle_xor().
+// A state is Moments or GradientSums (csrc/common/moments.h): anything with merge() and shuffle_xor().
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "../common/welford.h"
+#include "../common/moments.h"
 
 namespace advdl_ops::cuda {
 
@@ -25,15 +25,14 @@ __device__ __forceinline__ A reciprocal_std(A var, double eps) {
 }
 
 template <class T>
-__device__ __forceinline__ Welford<T> shuffle_xor(const Welford<T>& s, int offset) {
+__device__ __forceinline__ Moments<T> shuffle_xor(const Moments<T>& s, int offset) {
   return {__shfl_xor_sync(kWholeWarp, s.count, offset), __shfl_xor_sync(kWholeWarp, s.mean, offset),
           __shfl_xor_sync(kWholeWarp, s.m2, offset)};
 }
 
 template <class T>
-__device__ __forceinline__ SumPair<T> shuffle_xor(const SumPair<T>& s, int offset) {
-  return {__shfl_xor_sync(kWholeWarp, s.first, offset),
-          __shfl_xor_sync(kWholeWarp, s.second, offset)};
+__device__ __forceinline__ GradientSums<T> shuffle_xor(const GradientSums<T>& s, int offset) {
+  return {__shfl_xor_sync(kWholeWarp, s.dz, offset), __shfl_xor_sync(kWholeWarp, s.dz_x, offset)};
 }
 
 // Rows of columns that the threads of a block form: a warp is one, merged by shuffles, or a part of one.
@@ -84,7 +83,7 @@ __device__ __forceinline__ void block_reduce(State (&states)[Lanes], int columns
 // Partial results of the splits of one reduction: `fields` arrays of [splits][columns].
 template <class T>
 __device__ __forceinline__ void store_partial(T* workspace, int64_t splits, int64_t columns,
-                                              int64_t split, int64_t column, const Welford<T>& s) {
+                                              int64_t split, int64_t column, const Moments<T>& s) {
   const int64_t field = splits * columns, at = split * columns + column;
   workspace[at] = s.count;
   workspace[at + field] = s.mean;
@@ -93,22 +92,23 @@ __device__ __forceinline__ void store_partial(T* workspace, int64_t splits, int6
 
 template <class T>
 __device__ __forceinline__ void store_partial(T* workspace, int64_t splits, int64_t columns,
-                                              int64_t split, int64_t column, const SumPair<T>& s) {
+                                              int64_t split, int64_t column,
+                                              const GradientSums<T>& s) {
   const int64_t field = splits * columns, at = split * columns + column;
-  workspace[at] = s.first;
-  workspace[at + field] = s.second;
+  workspace[at] = s.dz;
+  workspace[at + field] = s.dz_x;
 }
 
 template <class T>
 __device__ __forceinline__ void load_partial(const T* workspace, int64_t splits, int64_t columns,
-                                             int64_t split, int64_t column, Welford<T>& s) {
+                                             int64_t split, int64_t column, Moments<T>& s) {
   const int64_t field = splits * columns, at = split * columns + column;
   s = {workspace[at], workspace[at + field], workspace[at + 2 * field]};
 }
 
 template <class T>
 __device__ __forceinline__ void load_partial(const T* workspace, int64_t splits, int64_t columns,
-                                             int64_t split, int64_t column, SumPair<T>& s) {
+                                             int64_t split, int64_t column, GradientSums<T>& s) {
   const int64_t field = splits * columns, at = split * columns + column;
   s = {workspace[at], workspace[at + field]};
 }

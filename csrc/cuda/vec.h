@@ -54,10 +54,6 @@ ADVDL_HOST_DEVICE void from_acc2(float a, float b, __nv_bfloat16& first, __nv_bf
   second = pair.y;
 }
 
-inline int element_bytes(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T v[V];

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cuda_emulation import batch_norm_act as bna
 from cuda_emulation.batch_norm_act import ACTS, DTYPES, Case
-from test_cuda_batch_norm_act import BACKWARD, CASES
+from cuda_emulation.batch_norm_act_cases import BACKWARD, CASES
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from cuda_emulation import group_norm as gn
 from cuda_emulation.group_norm import Case
+from cuda_emulation.group_norm_cases import BACKWARD, CASES
 from cuda_emulation.norms import ACTS, DTYPES, EPS, Z_INPUT, Z_OUTPUT, Z_RESIDUAL, assert_within
 from test_cuda_gpu import DEVICE, on_gpu
-from test_cuda_group_norm import BACKWARD, CASES
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -17,10 +17,7 @@ namespace cuda_emulation {
 
 namespace py = pybind11;
 using advdl_ops::DType;
-
-inline size_t element_bytes(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+using advdl_ops::element_bytes;
 
 // Owns the buffers of one call.
 class Arena {

@@ -18,9 +18,9 @@ from benchmarks import (
     compare,
     environment,
     extras,
-    model_flow,
+    measure_model,
+    measure_op,
     norms,
-    op_flow,
     plots,
     record,
     registry,
@@ -49,7 +49,7 @@ def events(stream: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
-def stock_problem() -> op_flow.Problem:
+def stock_problem() -> measure_op.Problem:
     """The tiny case with stock PyTorch on both sides."""
     case = registry.all_cases()[TINY]
     problem = batch_norm_act.problem(case)
@@ -101,7 +101,7 @@ def test_a_provider_with_wrong_values_is_refused(plant: Callable, name: str) -> 
     session, stream = tiny_session()
     problem = stock_problem()
     problem.functions["advdl_ops"] = plant(problem.functions["eager"])
-    op_flow.measure_op(session.case, session, problem)
+    measure_op.measure_op(session.case, session, problem)
     refused = [e for e in events(stream) if e["event"] == "refused"]
     assert [e["provider"] for e in refused] == ["advdl_ops"]
     assert name in refused[0]["why"]
@@ -126,13 +126,13 @@ def test_where_stock_fails_its_next_form_competes_and_the_failure_is_stored() ->
     problem = stock_problem()
     problem.functions["eager other"] = problem.functions["eager"]
     problem.functions["eager"] = _raises_but_in_fp64(problem.functions["eager"])
-    assert set(op_flow.providers(problem, session)) == {"eager other", "advdl_ops"}
+    assert set(measure_op.providers(problem, session)) == {"eager other", "advdl_ops"}
     items = [record.from_dict(e["record"]) for e in events(stream) if e["event"] == "record"]
     why = "RuntimeError: could not create a primitive descriptor"
     assert [(r.provider, r.metric, r.why) for r in items] == [("eager", "refused", why)]
     problem.functions["eager other"] = problem.functions["eager"]
     with pytest.raises(RuntimeError, match=r"no stock form runs: eager: .*; eager other: "):
-        op_flow.providers(problem, session)
+        measure_op.providers(problem, session)
 
 
 @pytest.mark.parametrize("provider", ["torch.compile group_norm", "advdl_ops"])
@@ -211,12 +211,12 @@ def test_stock_is_compiled_in_every_form(ours: bool, monkeypatch: Any) -> None:
     name = "instance_norm_add_silu/train/2x8x4x4/contiguous/float32/cpu"
     case = dataclasses.replace(registry.all_cases()[name], compile=True, compile_ours=ours)
     problem = group_norm.problem(case)
-    found = op_flow.compiled_functions(problem, Session(case, "ops", Settings(), io.StringIO()))
+    found = measure_op.compiled_functions(problem, Session(case, "ops", Settings(), io.StringIO()))
     forms = {f"torch.compile{form}" for form in ("", " group_norm", " layer_norm")}
     assert set(found) == forms | ({"advdl_ops + torch.compile"} if ours else set())
     assert [c["fullgraph"] for c in calls].count(True) == ours  # stock may break its graph
     quick = Session(case, "quick", Settings(), io.StringIO())
-    assert not op_flow.compiled_functions(problem, quick)
+    assert not measure_op.compiled_functions(problem, quick)
 
 
 def test_every_case_on_the_cpu_has_stock_compiled() -> None:
@@ -236,7 +236,7 @@ def test_inference_is_compiled_with_freezing(monkeypatch: Any) -> None:
     )
     problem = batch_norm_act.problem(case)
     session = Session(case, "ops", Settings(), io.StringIO())
-    kept = op_flow.providers(problem, session)
+    kept = measure_op.providers(problem, session)
     assert "torch.compile freezing" in kept
     assert {"freezing": True} in [c.get("options") for c in calls]
     # Weights and statistics are its own: what is passed later does not count.
@@ -244,7 +244,7 @@ def test_inference_is_compiled_with_freezing(monkeypatch: Any) -> None:
     for name in ("weight", "bias"):
         problem.inputs[name] = torch.zeros_like(problem.inputs[name])
     torch.testing.assert_close(
-        op_flow.Provider(kept["torch.compile freezing"].function, problem).values()["output"],
+        measure_op.Provider(kept["torch.compile freezing"].function, problem).values()["output"],
         values,
     )
 
@@ -261,7 +261,7 @@ def test_convolutions_compete_with_stock_in_both_layouts(
     problem = conv2d.problem(case)
     session = Session(case, "ops", Settings(smoke=True), io.StringIO())
     other = next(name for name in norms.LAYOUTS if name != layout)
-    kept = op_flow.providers(problem, session)
+    kept = measure_op.providers(problem, session)
     assert set(kept) == {"eager", "advdl_ops", f"eager {other}", *forms}
     assert len({provider.forward().stride() for provider in kept.values()}) == 1
 
@@ -301,7 +301,7 @@ def test_running_statistics_fit_the_timed_images() -> None:
     whole = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.BatchNorm2d(3))
     images = torch.randn(2, 3, 256, 256)
     for model in (pooled, whole):
-        model_flow.take_statistics(model, images)
+        measure_model.take_statistics(model, images)
     assert 0.5 < float(norm.running_var.mean()) * 256 < 2
     assert 0.2 < float(whole[1].running_var.mean()) * 128 * 128 < 5
     assert norm.momentum == 0.1
@@ -314,13 +314,13 @@ def test_half_precision_lstm_has_a_stock_form_on_every_cpu() -> None:
         options={"training": True, "lengths": None},
     )
     problem = lstm.problem(case)
-    kept = op_flow.providers(problem, Session(case, "ops", Settings(smoke=True), io.StringIO()))
+    kept = measure_op.providers(problem, Session(case, "ops", Settings(smoke=True), io.StringIO()))
     assert {"eager float32", "advdl_ops"} <= set(kept)
 
 
 def test_a_right_provider_is_timed_in_every_mode() -> None:
     session, stream = tiny_session()
-    op_flow.measure_op(session.case, session, stock_problem())
+    measure_op.measure_op(session.case, session, stock_problem())
     found = events(stream)
     assert not [e for e in found if e["event"] == "refused"]
     records = [record.from_dict(e["record"]) for e in found if e["event"] == "record"]
@@ -341,12 +341,12 @@ def test_a_network_with_wrong_values_is_refused(kind: str, wrong: str) -> None:
     providers = ("eager channels_last", "advdl_ops optimize")
     session = Session(case, "models", Settings(smoke=True, providers=providers), stream)
     subject = resnet.subject(case)
-    made = model_flow.models(subject, "cpu", kind == "train")
-    found = model_flow.networks(subject, session, made)
+    made = measure_model.models(subject, "cpu", kind == "train")
+    found = measure_model.networks(subject, session, made)
     # Small enough to pass among rounding errors of fp32 gradients; the comparison in fp64 sees it.
     with torch.no_grad():
         found[wrong].model.get_parameter("layer4.0.bn1.bias").add_(1e-3)
-    right = model_flow.check(found, session, model_flow.expected_values(found["eager"]))
+    right = measure_model.check(found, session, measure_model.expected_values(found["eager"]))
     assert set(right) == {"eager", "advdl_ops", *providers} - {wrong}
     refused = [e for e in events(stream) if e["event"] == "refused"]
     assert [e["provider"] for e in refused] == [wrong]
@@ -379,7 +379,7 @@ def test_the_networks_are_measured(name: str, ours: set[str] | None, monkeypatch
             extras.require(module)
     except extras.MissingExtra as missing:
         pytest.skip(str(missing))
-    monkeypatch.setattr(model_flow.ceilings, "ceilings", lambda *arguments: (1.0, 1.0))
+    monkeypatch.setattr(measure_model.ceilings, "ceilings", lambda *arguments: (1.0, 1.0))
     stream = io.StringIO()
     settings = Settings(smoke=True, providers=("advdl_ops optimize",))
     assert run_cases([case.name], "models", settings, stream) == 0, stream.getvalue()
@@ -406,21 +406,21 @@ def test_flops_of_a_training_step_are_three_times_those_of_inference(
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     loss = torch.nn.functional.mse_loss
     target = torch.zeros_like(model(x))
-    network = model_flow.Network("eager", model, (x,), target, loss, model, optimizer)
-    inference = model_flow.counted_flops(network, False)
+    network = measure_model.Network("eager", model, (x,), target, loss, model, optimizer)
+    inference = measure_model.counted_flops(network, False)
     pixels = 36 if kind is torch.nn.ConvTranspose2d else 16
     assert inference == 2 * 2 * pixels * 8 * 8 // groups * 9
-    assert model_flow.counted_flops(network, True) == 3 * inference
+    assert measure_model.counted_flops(network, True) == 3 * inference
 
 
 def test_a_gradient_of_nothing_but_rounding_is_compared_with_zero() -> None:
-    truth = model_flow._without_rounding(
+    truth = measure_model._without_rounding(
         {"loss": torch.ones((), dtype=torch.float64), "zero": torch.full((4,), 1e-17).double()}
     )
     noise = {"loss": truth["loss"], "zero": torch.full((4,), -3e-17).double()}
-    assert wrong_values(noise, truth, truth, model_flow.EXACT_SLACK) is None
+    assert wrong_values(noise, truth, truth, measure_model.EXACT_SLACK) is None
     noise["zero"] += 1e-3
-    assert wrong_values(noise, truth, truth, model_flow.EXACT_SLACK) is not None
+    assert wrong_values(noise, truth, truth, measure_model.EXACT_SLACK) is not None
 
 
 def test_a_shape_or_a_nan_is_never_within_the_bound() -> None:
@@ -503,10 +503,10 @@ def test_rounds_alternate_and_preparation_is_not_timed() -> None:
 
 @pytest.mark.parametrize("passes", range(2, 14))
 def test_the_floor_moves_the_stated_passes(passes: int) -> None:
-    clones, adds = op_flow._split(passes)
+    clones, adds = measure_op._split(passes)
     assert 2 * clones + 3 * adds == passes
     like = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
-    assert op_flow.floor_call(like, passes).once().equal(like)
+    assert measure_op.floor_call(like, passes).once().equal(like)
 
 
 def test_quantiles_are_those_of_the_rounds() -> None:
@@ -663,9 +663,9 @@ def test_the_group_norms_compete_with_their_stock_forms(kind: str, layout: str) 
     problem = group_norm.problem(case)
     stock = {"eager", *(f"eager {form}" for form in group_norm.forms(case))}
     assert (len(stock) > 1) == (kind != "group_norm2")
-    assert set(op_flow.providers(problem, session)) == {*stock, "advdl_ops"}
+    assert set(measure_op.providers(problem, session)) == {*stock, "advdl_ops"}
     problem.functions["advdl_ops"] = lambda inputs, state: inputs["x"] + inputs["residual"]
-    assert set(op_flow.providers(problem, session)) == stock
+    assert set(measure_op.providers(problem, session)) == stock
 
 
 def test_every_case_says_what_it_moves() -> None:
@@ -684,15 +684,15 @@ def test_the_lstm_competes_with_right_stock_forms(name: str) -> None:
     """Packed, padded and ours agree where they are compared; a padded output past the end is not."""
     case = registry.all_cases()[f"{name}/float32/cpu"]
     problem = lstm.problem(case)
-    exact = op_flow.Provider(problem.functions["eager"], problem, torch.float64).values()
-    plain = op_flow.Provider(problem.functions["eager"], problem).values()
+    exact = measure_op.Provider(problem.functions["eager"], problem, torch.float64).values()
+    plain = measure_op.Provider(problem.functions["eager"], problem).values()
     for function in problem.functions.values():
-        assert wrong_values(op_flow.Provider(function, problem).values(), plain, exact) is None
+        assert wrong_values(measure_op.Provider(function, problem).values(), plain, exact) is None
     if "lengths" in name:
         assert len(problem.functions) == 3
         assert problem.ignored is not None and problem.ignored.any()
         problem.ignored = None
-        padded = op_flow.Provider(problem.functions["eager padded"], problem).values()
+        padded = measure_op.Provider(problem.functions["eager padded"], problem).values()
         assert wrong_values(padded, plain, exact) is not None
 
 
@@ -709,5 +709,5 @@ def test_another_form_of_stock_may_be_less_accurate_and_ours_may_not(
         "eager twin": lambda inputs, state: inputs["x"] * 3 * (1 + off),
         "advdl_ops": lambda inputs, state: inputs["x"] * 3 * (1 + off),
     }
-    kept = op_flow.providers(op_flow.Problem({"x": x}, {}, functions), session)
+    kept = measure_op.providers(measure_op.Problem({"x": x}, {}, functions), session)
     assert sorted(set(functions) - set(kept)) == refused

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import advdl_ops
 from advdl_ops._conv import cpu, operators
-from benchmarks import calls, memory, model_flow, op_flow, registry
+from benchmarks import calls, measure_model, measure_op, memory, registry
 from benchmarks.check import wrong_values
 from benchmarks.record import compiled_name
 from benchmarks.session import Session, Settings
@@ -60,7 +60,7 @@ def test_an_op_may_be_off_by_four_times_stocks_error_and_eight_ulps(
 
     functions = {"eager": eager, "advdl_ops": lambda inputs, state: inputs["x"] * (1 + off)}
     session, stream = _session("inference")
-    kept = op_flow.providers(op_flow.Problem({"x": torch.ones(3)}, {}, functions), session)
+    kept = measure_op.providers(measure_op.Problem({"x": torch.ones(3)}, {}, functions), session)
     assert ("advdl_ops" in kept) == accepted, _refused(stream)
 
 
@@ -103,7 +103,7 @@ def test_a_network_may_be_off_by_its_slack_beside_that(
         off = {name: exact[name] * (1 + share * (slack + 8 * EPS32))}
         network = _Values("eager", off)
     session, stream = _session("inference" if kind == "inference" else "train")
-    right = model_flow.check({"it": network}, session, (truth, exact))  # type: ignore[dict-item]
+    right = measure_model.check({"it": network}, session, (truth, exact))  # type: ignore[dict-item]
     assert ("it" in right) == accepted, _refused(stream)
 
 
@@ -121,7 +121,7 @@ def test_ours_compiled_gives_what_it_gave_before(share: float, accepted: bool) -
         compiled_name("eager"): _Values("eager", off, uncompiled=_Values("eager", moved)),
     }
     expected = truth, {"gradient": torch.ones(4)}
-    right = model_flow.check(networks, session, expected)  # type: ignore[arg-type]
+    right = measure_model.check(networks, session, expected)  # type: ignore[arg-type]
     assert set(networks) - set(right) == (set() if accepted else {compiled_name(OURS)})
     assert all("before it was compiled" in why for why in _refused(stream).values())
 
@@ -149,14 +149,14 @@ def _check(kind: str, plant: Callable[[dict[str, Any]], None] | None = None) -> 
     session, stream = _session(kind)
     session.settings.providers = ("advdl_ops optimize channels_last", OURS)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    subject = model_flow.Subject(_network(), None, (images,), torch.tensor([3, 7]))
-    found = model_flow.networks(
-        subject, session, model_flow.models(subject, "cpu", kind == "train")
+    subject = measure_model.Subject(_network(), None, (images,), torch.tensor([3, 7]))
+    found = measure_model.networks(
+        subject, session, measure_model.models(subject, "cpu", kind == "train")
     )
-    expected = model_flow.expected_values(found["eager"])
+    expected = measure_model.expected_values(found["eager"])
     if plant is not None:
         plant(found)
-    right = model_flow.check(found, session, expected)
+    right = measure_model.check(found, session, expected)
     assert "eager" in right
     refused = _refused(stream)
     assert set(right) == set(found) - set(refused)
@@ -364,7 +364,7 @@ def test_what_is_zero_but_for_rounding_may_be_off_by_roundings(
 
 
 def test_the_peak_of_inference_counts_what_is_kept(monkeypatch: Any) -> None:
-    monkeypatch.setattr(model_flow.ceilings, "ceilings", lambda *arguments: (1.0, 1.0))
+    monkeypatch.setattr(measure_model.ceilings, "ceilings", lambda *arguments: (1.0, 1.0))
     session, stream = _session("inference")
     session.settings.providers = (OURS,)
     torch.manual_seed(0)
@@ -373,8 +373,8 @@ def test_the_peak_of_inference_counts_what_is_kept(monkeypatch: Any) -> None:
         *(nn.Conv2d(64, 96, 3, padding=1), nn.BatchNorm2d(96), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10)),
     )
-    subject = model_flow.Subject(stock, None, (torch.randn(2, 16, 8, 8),), torch.tensor([3, 7]))
-    model_flow._measure(session.case, session, subject, torch.device("cpu"))
+    subject = measure_model.Subject(stock, None, (torch.randn(2, 16, 8, 8),), torch.tensor([3, 7]))
+    measure_model._measure(session.case, session, subject, torch.device("cpu"))
     found = [json.loads(line) for line in stream.getvalue().splitlines()]
     records = [e["record"] for e in found if e["event"] == "record"]
     value = {(r["provider"], r["metric"]): r["p50"] for r in records}

@@ -14,8 +14,8 @@ import pytest
 from benchmarks import (
     environment,
     figures,
-    model_flow,
-    op_flow,
+    measure_model,
+    measure_op,
     plots,
     record,
     registry,
@@ -49,7 +49,7 @@ def made(case: str, **times: float) -> list[Record]:
     """The records of one case in mode full, with these times per provider; ``torch_compile`` is that one."""
     session, stream = measured()
     names = {name.replace("torch_", "torch."): [value] for name, value in times.items()}
-    op_flow.report_times(session, "full", names)
+    measure_op.report_times(session, "full", names)
     changed = {
         "case": case,
         "device": MACHINE,
@@ -188,8 +188,8 @@ def test_the_cost_of_a_call_has_a_row_for_each_mode(tmp_path: Path) -> None:
 def test_the_faster_of_function_and_module_is_the_cost_of_a_call(tmp_path: Path) -> None:
     session, stream = measured()
     times = {"eager": [3.0], "eager functional": [2.0], "functional": [1.0], "advdl_ops": [4.0]}
-    op_flow.report_times(session, "fwd", times)
-    op_flow.report_over_stock(session, "fwd", times)
+    measure_op.report_times(session, "fwd", times)
+    measure_op.report_over_stock(session, "fwd", times)
     case = "overhead/conv2d_relu/cpu"
     store(tmp_path, changed(records(stream), case=case, device=MACHINE, commit="aaaaaaaaaa"))
     (machine,) = figures.machines(tmp_path)
@@ -351,7 +351,7 @@ def test_a_plot_says_of_how_many_commits_it_is() -> None:
 def test_best_stock_is_the_fastest_stock_provider() -> None:
     session, stream = measured()
     times = {"eager": [3.0], "torch.compile": [2.0], "advdl_ops": [1.0], "floor": [0.5]}
-    op_flow.report_times(session, "fwd", times)
+    measure_op.report_times(session, "fwd", times)
     items = records(stream)
     best = report.best_stock(items, "fwd")
     assert best is not None
@@ -368,13 +368,13 @@ def test_the_report_tells_the_zoo_from_the_optimized_network() -> None:
         "advdl_ops optimize": [4.0],
         "advdl_ops optimize + torch.compile": [0.1],
     }
-    op_flow.report_times(session, "fwd", times, "advdl_ops channels_last")
+    measure_op.report_times(session, "fwd", times, "advdl_ops channels_last")
     before = records(stream)
     # As networks were recorded before optimize competed.
     assert report.summary([i for i in before if "optimize" not in i.provider]) == (
         "fwd 4.00x (4.00-4.00) vs torch.compile channels_last"
     )
-    model_flow.report_over_stock(session, "fwd", times)
+    measure_model.report_over_stock(session, "fwd", times)
     items = records(stream)
     assert report.summary(items) == (
         "fwd 4.00x (4.00-4.00) vs torch.compile channels_last; "
@@ -394,8 +394,8 @@ def test_a_slow_round_does_not_choose_the_fastest_stock_provider() -> None:
         "torch.compile": [1.1, 1.1, 1.1, 4.4, 4.4],
         "advdl_ops": [0.5, 0.5, 0.5, 2.0, 2.0],
     }
-    op_flow.report_times(session, "full", times)
+    measure_op.report_times(session, "full", times)
     found = records(stream)
     assert report.fastest_stock(found, "full") == "eager"
-    op_flow.report_over_stock(session, "full", times)
+    measure_op.report_over_stock(session, "full", times)
     assert report.fastest_stock(records(stream), "full") == "eager"

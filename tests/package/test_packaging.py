@@ -20,7 +20,8 @@ import advdl_ops
 ROOT = Path(__file__).resolve().parents[2]
 LIB = ROOT / "advdl_ops" / "lib"
 NATIVE = ROOT / "build" / "native"
-KERNELS = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+CUDA_SOURCES = (ROOT / "csrc" / "cuda").glob("*.cu")
+KERNELS = sorted(path.stem for path in CUDA_SOURCES if "__global__" in path.read_text())
 
 # torch's stable C interface, and what every Linux process has.
 TORCH_SYMBOL = re.compile(r"(aoti_torch|torch)_\w+")

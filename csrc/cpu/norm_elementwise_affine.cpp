@@ -1,9 +1,11 @@
-// A set is one run, mostly of a few hundred elements: its statistics or gradient sums, and then its output, while it lies in
-// L1. The gradients of weight and bias are sums down the columns of the rows: rows are cut into chunks, each with sums of its
-// own, in the precision of the arithmetic for kMaxRows rows and in double beyond.
-#include "contiguous_sets.h"
+// A set is one run, mostly of a few hundred elements. Its statistics or gradient sums are computed, and then its output while
+// it lies in L1. The gradients of weight and bias are sums down the columns of the rows. Rows are cut into chunks, each with sums
+// of its own: in the precision of the arithmetic for kMaxRows rows, and in double beyond.
+#include "norm_elementwise_affine.h"
 
-#include "parallel.h"
+#include "dispatch.h"
+#include "norm_runs.h"
+#include "norm_sets.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
@@ -41,9 +43,9 @@ void for_spans(const ContiguousSets& cut, int64_t chunks, const F& f) {
   });
 }
 
-// Weights and biases of every element of a row. Where a channel's are repeated each chunk has its own, filled by the thread
-// that reads them: as one array that one thread fills, it would travel from core to core at every call. Behind each set lies
-// padding then, as a vector in part is read whole and its neighbour's may be another thread's.
+// Weights and biases of every element of a row. Where a channel's values are repeated each chunk has an array of its own, filled
+// by the thread that reads it: one array filled by one thread would travel from core to core at every call. Each set is then
+// followed by padding, as a vector in part is read whole, and what comes next may be another thread's.
 template <class Acc>
 struct ElementAffine {
   int64_t inner, sets, length, set_stride, chunk_stride;
@@ -58,14 +60,14 @@ struct ElementAffine {
     weights = arena.take<Acc>(count);
     biases = arena.take<Acc>(count);
   }
+  // Fills the one array of all chunks, where there is one.
   template <class Params>
-  ElementAffine(const Params& p, const ContiguousSets& cut, int64_t chunks, Arena& arena)
-      : ElementAffine(cut, chunks, arena) {
+  void fill_common(const Params& p) const {
     if (inner == 1) fill(p, 0, 0, sets);
   }
   // Where those of a set begin.
   int64_t at(int64_t chunk, int64_t set) const { return chunk * chunk_stride + set * set_stride; }
-  // What the span reads is there after this.
+  // Fills what the span reads.
   template <class Params>
   void prepare(const Params& p, const Span& span) const {
     if (inner > 1) fill(p, span.chunk, span.first_set, span.last_set);
@@ -88,14 +90,15 @@ template <class T, ForwardAct kAct, bool kResidual>
 void forward(const GroupNormForward& p, const ContiguousSets& cut, Arena arena) {
   using Acc = acc_t<T>;
   const int64_t chunks = forward_chunks(cut);
-  const ElementAffine<Acc> affine(p, cut, chunks, arena);
+  const ElementAffine<Acc> affine(cut, chunks, arena);
+  affine.fill_common(p);
   const T* x = static_cast<const T*>(p.x);
   const T* residual = static_cast<const T*>(p.residual);
   T* out = static_cast<T*>(p.out);
   const bool stream_out = streams<T>(cut.rows * cut.width(), kStreamBytes);
   const auto do_set = [&](int64_t set, Acc* weight, Acc* bias) {
     const int64_t at = set * cut.length;
-    Moments m;
+    Moments<double> m;
     for (int64_t i = 0; i < cut.length; i += kBlock)
       add_block(x + at + i, min_of(kBlock, cut.length - i), 1, 0, &m);
     Acc rstd = write_statistics<Acc>(p, set, m);
@@ -145,13 +148,22 @@ struct ColumnSums {
   }
 };
 
+template <class Acc>
+struct BackwardMemory {
+  ElementAffine<Acc> affine;
+  ColumnSums<Acc> columns;
+  BackwardMemory(const ContiguousSets& cut, Arena& arena)
+      : affine(cut, chunks_of(cut), arena), columns(cut, chunks_of(cut), arena) {}
+};
+
 template <class T, BackwardAct kAct>
 void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   const int64_t chunks = chunks_of(cut);
-  const ElementAffine<Acc> affine(p, cut, chunks, arena);
-  const ColumnSums<Acc> columns(cut, chunks, arena);
+  const BackwardMemory<Acc> memory(cut, arena);
+  const auto& [affine, columns] = memory;
+  affine.fill_common(p);
   const T* dout = static_cast<const T*>(p.dout);
   const T* x = static_cast<const T*>(p.x);
   const T* saved = static_cast<const T*>(p.saved);
@@ -174,7 +186,7 @@ void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena
                            &rstd};
     const ChannelValue<Acc, true> weight(weights);
     const Vec rstd_vec = broadcast(rstd);
-    SetSums total;
+    GradientSums<double> total;
     for (int64_t begin = 0; begin < cut.length; begin += kBlock) {
       Vec sum[4] = {}, centred_sum[4] = {};
       const Constants<Acc> block{k.mean,  k.scale + begin, k.shift + begin,
@@ -198,17 +210,16 @@ void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena
                 centred_sum[index.value] += product * weights;
               });
       total.dz += lane_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-      total.dz_centred +=
-          lane_sum((centred_sum[0] + centred_sum[1]) + (centred_sum[2] + centred_sum[3]));
+      total.dz_x += lane_sum((centred_sum[0] + centred_sum[1]) + (centred_sum[2] + centred_sum[3]));
     }
     if (dx == nullptr) return;
-    total.finish(static_cast<double>(cut.length), rstd, &slope, &offset);
+    finish_gradients(total, static_cast<double>(cut.length), rstd, &slope, &offset);
     if (kept != nullptr) {
       gradient_run<T, BackwardAct::kept, AffinePerElement>(
-          kept + at, x + at, nullptr, dx + at, cut.length, k, 0, p.act, param, true, stream_out);
+          kept + at, x + at, nullptr, dx + at, cut.length, k, 0, p.act, param, stream_out);
     } else {
       gradient_run<T, kAct, AffinePerElement>(dout + at, x + at, saved_at, dx + at, cut.length, k,
-                                              0, p.act, param, true, stream_out);
+                                              0, p.act, param, stream_out);
     }
   };
 
@@ -233,30 +244,28 @@ void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena
   if (p.dweight != nullptr) sum_parts<Acc>(p, columns.dbias, columns.dweight, chunks, cut.inner);
 }
 
-template <class Acc>
-void count_workspace(const ContiguousSets& cut, bool backward, Arena& arena) {
-  const int64_t chunks = chunks_of(cut);
-  ElementAffine<Acc>(cut, chunks, arena);
-  if (backward) ColumnSums<Acc>(cut, chunks, arena);
-}
-
 }  // namespace
 
-void contiguous_sets_forward(const GroupNormForward& p, const ContiguousSets& cut, Arena arena) {
+void elementwise_affine_forward(const GroupNormForward& p, const ContiguousSets& cut, Arena arena) {
   dispatch_forward(p, [&]<class T, ForwardAct kAct, bool kResidual>() {
     forward<T, kAct, kResidual>(p, cut, arena);
   });
 }
 
-void contiguous_sets_backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena) {
+void elementwise_affine_backward(const GroupNormBackward& p, const ContiguousSets& cut,
+                                 Arena arena) {
   dispatch_backward(p, [&]<class T, BackwardAct kAct>() { backward<T, kAct>(p, cut, arena); });
 }
 
-void contiguous_sets_workspace(const GroupNormShape& shape, const ContiguousSets& cut,
-                               bool backward, Arena& arena) {
-  shape.dtype == DType::f64 ? count_workspace<double>(cut, backward, arena)
-                            : count_workspace<float>(cut, backward, arena);
+template <class Acc>
+void take_elementwise_affine(const ContiguousSets& cut, bool backward, Arena& arena) {
+  if (backward)
+    BackwardMemory<Acc>(cut, arena);
+  else
+    ElementAffine<Acc>(cut, forward_chunks(cut), arena);
 }
+template void take_elementwise_affine<float>(const ContiguousSets&, bool, Arena&);
+template void take_elementwise_affine<double>(const ContiguousSets&, bool, Arena&);
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE
 }  // namespace advdl_ops

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from . import ceilings, memory, timing
 from .calls import Calls
 from .check import wrong_values
-from .op_flow import report_over_stock, report_rates, report_times
+from .measure_op import report_over_stock, report_rates, report_times
 from .record import CHANNELS_LAST, OPTIMIZED, OURS, STOCK, compiled_name
 from .registry import Case
 from .session import Refused, Session, in_one_line
