@@ -1,4 +1,4 @@
-"""The figures in README.md and docs/performance.md: made from the records of one commit; a GPU has a commit of its own."""
+"""The figures in README.md and docs/performance.md: made from the records of one commit, of a GPU from its own."""
 
 from __future__ import annotations
 
