@@ -208,9 +208,10 @@ def main() -> None:
     lines = [
         "# Accuracy",
         "",
-        "`python tools/accuracy.py` writes this file; do not edit it. Each cell has two errors: that of `advdl_ops`, then",
-        "that of stock PyTorch in the same dtype. An error is the largest difference from the fp64 result, divided by the",
-        f"largest fp64 value, for one random input of shape {shape} on the CPU (torch {torch.__version__}, {capability}).",
+        "`python tools/accuracy.py` writes this file; do not edit it. Each cell has two errors: that of `advdl_ops`,",
+        "then that of stock PyTorch in the same dtype. An error is the largest difference from the fp64 result, divided by",
+        f"the largest fp64 value, for one random input of shape {shape} on the CPU (torch {torch.__version__},",
+        f"{capability}).",
         "The tests allow each op, dtype, layout and backend the error of stock plus a few units in the last place",
         "(`tests/support/accuracy.py`).",
         "",
