@@ -1,4 +1,4 @@
-"""Fused layers for PyTorch: drop-in for ``torch.nn``, one op where stock PyTorch runs several."""
+"""Fused layers for PyTorch with the parameters and ``state_dict`` keys of ``torch.nn``."""
 
 import importlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""The figures in README.md and docs/performance.md: blocks made from the records of one commit, a GPU's of its own."""
+"""The figures in README.md and docs/performance.md: made from the records of one commit, of a GPU from its own."""
 
 from __future__ import annotations
 
@@ -37,6 +37,28 @@ FAMILIES = (
     ("other", r""),
 )
 HELD = "bytes held for backward"
+
+# The rows of README.md's table, those that lose included: what each is, and its name as of :func:`name`. All others are
+# in docs/performance.md.
+README_ROWS = {
+    "batch norm + ReLU, training": "batch_norm_relu/train/16x64x56x56/contiguous full",
+    "group norm + SiLU, training": "group_norm_silu/train/16x64x56x56/contiguous full",
+    "instance norm + leaky ReLU, training": (
+        "instance_norm_leaky_relu/train/16x64x56x56/contiguous full"
+    ),
+    "depthwise 7x7 convolution, training": "conv2d_depthwise_7x7/16x64x56x56/channels_last full",
+    "dilated 3x3 convolution + ReLU, training": (
+        "conv2d_3x3_d2_bias_relu/16x64x56x56/channels_last full"
+    ),
+    "LSTM, training": "lstm/train/100x64x256x256 full",
+    "LSTM over padded sequences, training": "lstm_lengths/train/200x32x128x256 full",
+    "one call on a tiny input, group norm + SiLU": "overhead/group_norm_silu full",
+    "one call on a tiny input, convolution + ReLU": "overhead/conv2d_relu full",
+    "ResNet-50, training": "resnet50/train/8x3x112x112 full optimize()",
+    "ResNet-50, inference": "resnet50/inference/8x3x224x224 fwd optimize()",
+    "EfficientNet-B0, training": "efficientnet_b0/train/16x3x128x128 full optimize()",
+    "EfficientNet-B0, inference": "efficientnet_b0/inference/8x3x224x224 fwd optimize()",
+}
 
 
 @dataclass(frozen=True)
@@ -204,22 +226,22 @@ def heading(found: list[Machine], older: list[Machine]) -> list[str]:
 
 
 def readme_block(results: Path) -> list[str]:
+    """One short table, and how many rows are slower than stock."""
     found, older = at_one_commit(machines(results))
-    shown = {machine.kind: list(figures(machine)) for machine in found}
+    shown = [{figure.name: figure.value for figure in figures(machine)} for machine in found]
     lines = [
-        "Time of the fastest stock provider of the same run (eager or `torch.compile`) over that of `advdl_ops`:",
-        "above 1 `advdl_ops` is faster. Of what trains it is the time of forward and backward (`full`); of bytes",
-        "the fewest that a stock provider holds over those of ours.",
+        "Time of the fastest stock provider in the same run (eager or `torch.compile`), divided by the time of",
+        "`advdl_ops`. Above 1, `advdl_ops` is faster. Training is forward and backward. A network is `optimize(stock)`",
+        "against the stock network.",
         "",
         *heading(found, older),
         "",
     ]
-    families = dict.fromkeys(title for kind in ("AVX512", *shown) for title in titles(kind))
     lines += grid(
-        ["", *(machine.kind for machine in found)],
+        ["", "case and mode", *(machine.kind for machine in found)],
         [
-            [title, *(cell(title, machine, shown[machine.kind]) for machine in found)]
-            for title in families
+            [title, f"`{row}`", *(_shown(values.get(f"`{row}`")) for values in shown)]
+            for title, row in README_ROWS.items()
         ],
     )
     lines.append("")
@@ -227,16 +249,27 @@ def readme_block(results: Path) -> list[str]:
         every = list(figures(machine, every_mode=True))
         slower = sum(f.value < SLOWER for f in every)
         lines.append(
-            f"On {machine.kind} {slower} of {len(every)} rows of every mode (forward and backward alone, too) are below"
-            f" {SLOWER}: [docs/performance.md](docs/performance.md) names each."
+            f"On {machine.kind}, {slower} of {len(every)} rows are below {SLOWER} (every mode counts: forward alone,"
+            f" backward alone, bytes held). [docs/performance.md](docs/performance.md) names each."
         )
-    plots = [f"{machine.folder}/ops.png" for machine in found]
-    plots = [plot for plot in plots if (results / plot).exists()][:1]
-    lines += [
-        f"\n![time of each provider over that of advdl_ops](benchmarks/results/{plot})"
-        for plot in plots
-    ]
     return lines
+
+
+def _shown(value: float | None) -> str:
+    return "not measured at this commit" if value is None else f"{table.ratio(value)}x"
+
+
+def families(found: list[Machine]) -> list[str]:
+    """A table of median, best and worst of every family of cases."""
+    shown = {machine.kind: list(figures(machine)) for machine in found}
+    named = dict.fromkeys(title for kind in ("AVX512", *shown) for title in titles(kind))
+    return grid(
+        ["", *(machine.kind for machine in found)],
+        [
+            [title, *(cell(title, machine, shown[machine.kind]) for machine in found)]
+            for title in named
+        ],
+    )
 
 
 def target_rows(machine: Machine) -> Iterator[list[str]]:
@@ -251,7 +284,21 @@ def target_rows(machine: Machine) -> Iterator[list[str]]:
 
 def performance_block(results: Path) -> list[str]:
     found, older = at_one_commit(machines(results))
-    lines = [*heading(found, older), "", "Every row with a target:", ""]
+    lines = [
+        *heading(found, older),
+        "",
+        "Families of cases. For cases that train, the figure is the time of forward and backward (`full`). For bytes,",
+        "it is the fewest bytes that a stock provider holds, divided by those that `advdl_ops` holds:",
+        "",
+        *families(found),
+    ]
+    plots = [f"{machine.folder}/ops.png" for machine in found]
+    plots = [plot for plot in plots if (results / plot).exists()][:1]
+    lines += [
+        f"\n![time of each provider over that of advdl_ops](../benchmarks/results/{plot})"
+        for plot in plots
+    ]
+    lines += ["", "Every row with a target:", ""]
     lines += grid(
         ["case and mode", "machine", "ratio (p20-p80)", "fastest stock", "target: value"],
         [line for machine in found if machine.kind != "CUDA" for line in target_rows(machine)],

@@ -1,16 +1,18 @@
 """Transposed convolution and activation (Zeiler et al. 2010; the arithmetic: Dumoulin & Visin 2016, arXiv:1603.07285).
 
-On CPU the forward of dense layers is oneDNN's, through torch: measured in fp32 with 2 threads, nothing of our own beats
-it. For kernel 2, stride 2, where outputs do not overlap, a matrix product and a pixel shuffle took (channels_last, ms,
-against oneDNN): 2.8 / 2.2 for x [8, 128, 28, 28] to 64 channels, 11.7 / 9.1 at 56 x 56, 6.4 / 6.0 for
-[4, 512, 16, 16] to 256, 4.1 / 3.1 for [2, 64, 128, 128] to 32.
+On CPU, layers for which ``_conv/choice.py`` chooses torch in every direction are oneDNN's, through torch. All others
+(depthwise layers, and dense ones of few pixels) are gradients of this package's convolution. For dense layers of many
+pixels nothing of our own beats oneDNN, measured in fp32 with 2 threads. For kernel 2, stride 2, where outputs do not
+overlap, a matrix product and a pixel shuffle took (channels_last, ms, against oneDNN): 2.8 / 2.2 for x
+[8, 128, 28, 28] to 64 channels, 11.7 / 9.1 at 56 x 56, 6.4 / 6.0 for [4, 512, 16, 16] to 256, 4.1 / 3.1 for
+[2, 64, 128, 128] to 32.
 
-Ours are the activation, written over the convolution's output where its derivative follows from that output or nobody
-asks for it (at 56 x 56 above: 15 ms, against 23 ms with a tensor of its own), the gradient of a bias in channels_last
-(:func:`_sums_bias`), and depthwise layers, which are the gradients of this package's depthwise convolution.
+The activation is written over the convolution's output where its derivative follows from that output or nobody asks for
+it (at 56 x 56 above: 15 ms, against 23 ms with a tensor of its own). The gradient of a bias in channels_last is a sum
+of its own (:func:`_sums_bias`).
 
-On CUDA every layer is the gradient of this package's convolution, so that what was measured to be the fastest serves,
-cuDNN deterministically. What no such gradient gives, see :func:`_is_gradient`, is cuDNN's, so too.
+On CUDA every layer is a gradient of this package's convolution, so that the candidate measured to be the fastest
+serves. A layer that is no such gradient, see :func:`_is_gradient`, is cuDNN's, in deterministic mode.
 """
 
 from __future__ import annotations

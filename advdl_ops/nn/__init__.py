@@ -1,4 +1,8 @@
-"""Drop-in layers: ``torch.nn`` names, constructors and ``state_dict`` keys, with fused kernels behind them."""
+"""Layers with fused kernels and the ``state_dict`` keys of ``torch.nn``.
+
+A layer with the name of a ``torch.nn`` layer takes its arguments, with the same defaults, and further keyword
+arguments. The others say in their docstring what they take.
+"""
 
 from .batch_norm_act import BatchNormAct2d
 from .conv2d import Conv2d, DepthwiseConv2d, DilatedConv2d, HybridDilatedConv

@@ -1,4 +1,4 @@
-"""Convolution, batch norm and activation as one layer; in evaluation as one op."""
+"""Convolution, batch norm and activation as one layer; in evaluation as one op if the norm can be folded."""
 
 from __future__ import annotations
 
