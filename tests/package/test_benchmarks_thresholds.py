@@ -11,7 +11,7 @@ from support.conv2d import THRESHOLDS
 
 from advdl_ops._conv import choice
 from advdl_ops._conv.choice import Thresholds
-from benchmarks import registry, thresholds
+from benchmarks import record, registry, thresholds
 from benchmarks.cases.choice import SWEEPS, Sweep
 from benchmarks.environment import ROOT
 
@@ -23,11 +23,10 @@ def test_every_threshold_has_a_sweep() -> None:
     assert sorted(BY_NAME) == sorted(Thresholds._fields) and len(SWEEPS) == len(BY_NAME)
 
 
-@pytest.mark.parametrize("capability", choice.THRESHOLDS)
 @pytest.mark.parametrize("name", BY_NAME)
-def test_a_sweep_stands_on_both_sides_of_its_threshold(name: str, capability: str) -> None:
+def test_a_sweep_stands_on_both_sides_of_its_threshold(name: str) -> None:
     """Else its records could say nothing: the rules choose differently for the smallest value and the largest."""
-    sweep, table = BY_NAME[name], choice.THRESHOLDS[capability]
+    sweep, table = BY_NAME[name], THRESHOLDS
     if name == "depthwise_strided_bytes":
         table = table._replace(depthwise_cached_bytes=0)
     names = [
@@ -79,6 +78,20 @@ def test_thresholds_that_depend_on_each_other_are_found_together() -> None:
 def test_what_gains_nothing_keeps_its_value() -> None:
     start = choice.THRESHOLDS["default"]
     assert thresholds.fitted([made(sweep, start) for sweep in SWEEPS[:3]], start) == start
+
+
+@pytest.mark.parametrize("capability", ["avx2", "avx512"])
+def test_the_tables_are_those_that_their_records_support(capability: str) -> None:
+    """Within what two runs differ by."""
+    file = ROOT / choice.RECORDS[capability].partition(",")[0]
+    sweeps = thresholds.measured(record.read(file))
+    assert {m.sweep.threshold for m in sweeps} == set(Thresholds._fields)
+    table = choice.THRESHOLDS[capability]
+    used, best = (
+        sum(m.loss(t) for m in sweeps) / len(sweeps)
+        for t in (table, thresholds.fitted(sweeps, table))
+    )
+    assert used - best < 0.005
 
 
 def test_its_cases_are_no_rows_of_the_report() -> None:
