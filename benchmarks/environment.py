@@ -6,7 +6,6 @@ import datetime
 import functools
 import importlib.metadata
 import os
-import platform
 import subprocess
 import tempfile
 import zlib
@@ -31,9 +30,10 @@ def cpu_name() -> str:
     """Model, cores and vector units: of a virtual machine the model's name alone may tell no generation."""
     import torch
 
-    name = _cpu_info("model name") or platform.processor() or platform.machine()
+    from advdl_ops._environment import cpu_model
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{cpu_model()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def device_name(device: str) -> str:
@@ -107,7 +107,7 @@ def inductor_cache() -> str:
     return str(Path(tempfile.gettempdir()) / f"advdl_ops_inductor_{os.getuid()}_{which:08x}")
 
 
-def worker_environment() -> dict[str, str]:
+def worker_environment(device: str) -> dict[str, str]:
     """Environment of a measuring process.
 
     glibc gives freed memory back to the kernel and maps large blocks anew, and the page faults of that
@@ -124,6 +124,11 @@ def worker_environment() -> dict[str, str]:
     )
     env.setdefault("ADVDL_OPS_REQUIRE_NATIVE", "1")
     env.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor_cache())
+    if device == "cpu":
+        # As for a new user, whatever `tune` has stored on this machine. On CUDA every run would measure again.
+        env["ADVDL_OPS_CACHE"] = str(
+            Path(tempfile.gettempdir()) / f"advdl_ops_untuned_{os.getpid()}"
+        )
     if IN_CHECKOUT:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return env

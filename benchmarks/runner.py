@@ -43,7 +43,7 @@ def events(names: list[str], suite: str, settings: Settings, timeout: float) -> 
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=environment.worker_environment(),
+            env=environment.worker_environment(registry.all_cases()[names[0]].device),
         )
         watchdog = threading.Timer(timeout, process.kill)
         watchdog.start()

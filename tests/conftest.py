@@ -34,6 +34,11 @@ def pytest_configure(config: pytest.Config) -> None:
         )
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
         config.add_cleanup(folder.cleanup)
+    if "ADVDL_OPS_CACHE" not in os.environ:
+        # What `tune` has stored for this machine would choose other kernels than a test expects.
+        store = tempfile.TemporaryDirectory(prefix="advdl_ops_cache_", ignore_cleanup_errors=True)
+        os.environ["ADVDL_OPS_CACHE"] = store.name
+        config.add_cleanup(store.cleanup)
     os.environ.setdefault("EXTRA_PART", str(extra_part_of_commit()))
     os.environ["EXTRA_PART"] = str(int(os.environ["EXTRA_PART"]) % EXTRA_PARTS)
     if config.getoption("dist", "no") != "no":  # the one that starts them

@@ -2,7 +2,6 @@
 
 from .batch_norm_act import batch_norm_act
 from .conv2d import conv2d
-from .conv_bn_act import conv_bn_act
 from .conv_transpose2d import conv_transpose2d
 from .group_norm import group_norm
 from .lstm import lstm, lstm_cell
@@ -10,7 +9,6 @@ from .lstm import lstm, lstm_cell
 __all__ = [
     "batch_norm_act",
     "conv2d",
-    "conv_bn_act",
     "conv_transpose2d",
     "group_norm",
     "lstm",

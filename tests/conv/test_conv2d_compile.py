@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from support.accuracy import ACTIVATIONS, channels_last
+from support.compiled import check_steps
 from support.conv2d import CASES, call_ours, make_inputs
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import advdl_ops
 from advdl_ops.functional import conv2d
@@ -31,29 +31,6 @@ def batch(n, layout="contiguous", dtype=f64, channels=6, size=(8, 7)):
     x = channels_last(x) if layout == "channels_last" else x
     torch._dynamo.mark_dynamic(x, 0)
     return x.requires_grad_()
-
-
-def step(module, x, *more):
-    """Output and gradients of one call."""
-    out = module(x, *more)
-    leaves = [t for t in (x, *more, *module.parameters()) if t.requires_grad]
-    return (out.detach(), *torch.autograd.grad(out.square().sum(), leaves))
-
-
-def check_steps(module, run, backend="aot_eager"):
-    """The compiled module does what it does uncompiled, for several batch sizes, compiled once."""
-    counter = CompileCounterWithBackend(backend)
-    fast = torch.compile(copy.deepcopy(module), fullgraph=True, backend=counter)
-    for n in (3, 4, 7):
-        x = run(n)
-        again = [t.detach().clone(memory_format=torch.preserve_format) for t in x]
-        for a, b in zip(again, x, strict=True):
-            torch._dynamo.mark_dynamic(a, 0)
-            a.requires_grad_(b.requires_grad)
-        for found, expected in zip(step(fast, *again), step(module, *x), strict=True):
-            torch.testing.assert_close(found, expected)
-            assert found.stride() == expected.stride()
-    assert counter.frame_count == 1
 
 
 @NAMES

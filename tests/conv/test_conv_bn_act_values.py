@@ -10,9 +10,8 @@ from support.accuracy import ACTIVATIONS, LAYOUTS, ULPS, acc_dtype, error, in_la
 from torch.autograd import gradcheck, gradgradcheck
 
 import advdl_ops
-from advdl_ops.activation import resolve_activation
 from advdl_ops.functional import conv_bn_act
-from advdl_ops.functional.conv_bn_act import ORDERS, scale_and_shift
+from advdl_ops.functional.conv_bn_act import scale_and_shift
 from advdl_ops.nn import BatchNormAct2d, Conv2d, ConvBNAct, ConvBNReLU, DepthwiseConv2d
 from advdl_ops.nn import conv_bn_act as siblings
 
@@ -205,25 +204,6 @@ def test_order_conv_act_bn(backend):
                 training=training,
             )  # fmt: skip
         torch.testing.assert_close(found, expected)
-
-
-def test_the_reference_is_the_same_function():
-    x, t = make(f64)
-    residual = torch.randn(3, CHANNELS, 5, 4, dtype=f64)
-    for act, order, training in itertools.product(("relu", "gelu"), ORDERS, (True, False)):
-        buffers = t["running_mean"].clone(), t["running_var"].clone()
-        found, *running = advdl_ops.reference.conv_bn_act(
-            x, t["weight"], *buffers, t["bn_weight"], t["bn_bias"], t["bias"], ((2, 2), 1, 1, 1),
-            training, 0.1, 1e-5, residual, resolve_activation("test", act), order,
-        )  # fmt: skip
-        written = dict(t, running_mean=buffers[0], running_var=buffers[1])
-        expected = conv_bn_act(
-            x, **written, stride=2, padding=1, residual=residual, act=act, order=order,
-            training=training,
-        )  # fmt: skip
-        torch.testing.assert_close(found, expected)
-        if training:
-            torch.testing.assert_close(running, list(buffers))
 
 
 def test_optional_tensors(backend):

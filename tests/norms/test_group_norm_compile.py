@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from support.accuracy import ACTIVATIONS, channels_last
+from support.compiled import check_steps
 from support.group_norm import INSTANCE, POSITION, call_ours, call_stock, problem_of
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import advdl_ops
 from advdl_ops.functional import instance_norm
@@ -37,31 +37,6 @@ def batch(n, layout="contiguous", dtype=f64):
     x = channels_last(x) if layout == "channels_last" else x
     torch._dynamo.mark_dynamic(x, 0)
     return x.requires_grad_()
-
-
-def step(module, x, *more):
-    """Output, gradients and buffers after one call; nothing is left on the module's parameters."""
-    out = module(x, *more)
-    leaves = [t for t in (x, *more, *module.parameters()) if t.requires_grad]
-    grads = torch.autograd.grad(out.square().sum(), leaves) if out.requires_grad else ()
-    return (out.detach(), *grads, *(b.clone() for b in module.buffers()))
-
-
-def check_steps(module, run, backend="aot_eager"):
-    """The compiled module does what it does uncompiled, for several batch sizes, compiled once."""
-    other = copy.deepcopy(module)
-    counter = CompileCounterWithBackend(backend)
-    fast = torch.compile(other, fullgraph=True, backend=counter)
-    for n in (3, 4, 7):
-        x = run(n)
-        again = [t.detach().clone(memory_format=torch.preserve_format) for t in x]
-        for a, b in zip(again, x, strict=True):
-            torch._dynamo.mark_dynamic(a, 0)
-            a.requires_grad_(b.requires_grad)
-        for found, expected in zip(step(fast, *again), step(module, *x), strict=True):
-            torch.testing.assert_close(found, expected)
-            assert found.stride() == expected.stride()
-    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])

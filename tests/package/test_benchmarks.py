@@ -598,7 +598,7 @@ def test_environment_of_measuring_processes(monkeypatch: Any) -> None:
     monkeypatch.delenv("ADVDL_OPS_REQUIRE_NATIVE", raising=False)
     for name in ("TORCHINDUCTOR_CACHE_DIR", "ATEN_CPU_CAPABILITY"):
         monkeypatch.delenv(name, raising=False)
-    env = environment.worker_environment()
+    env = environment.worker_environment("cpu")
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"):
         assert int(env[name]) >= 2**28
     assert env["ADVDL_OPS_REQUIRE_NATIVE"] == "1"
@@ -606,7 +606,7 @@ def test_environment_of_measuring_processes(monkeypatch: Any) -> None:
     folders = {env["TORCHINDUCTOR_CACHE_DIR"]}
     for held in ("avx2", "default"):
         monkeypatch.setenv("ATEN_CPU_CAPABILITY", held)
-        folders.add(environment.worker_environment()["TORCHINDUCTOR_CACHE_DIR"])
+        folders.add(environment.worker_environment("cpu")["TORCHINDUCTOR_CACHE_DIR"])
     assert len(folders) == 3
 
 
