@@ -439,14 +439,13 @@ def _by_measurement(
     problem: Problem, ordered: tuple[Candidate, ...], device: torch.device, trial: Trial
 ) -> Candidate:
     """What was measured earlier, or is now; the first where neither may be."""
-    by_name = {candidate.name: candidate for candidate in ordered}
-    if len(by_name) == 1:
+    if len(ordered) == 1:
         return ordered[0]
     name = tuning.recall(problem, device)
     if name is None:
-        calls = {name: functools.partial(trial, c) for name, c in by_name.items()}
+        calls = {candidate.name: functools.partial(trial, candidate) for candidate in ordered}
         name = tuning.choose(problem, calls, device)
-    return by_name[name]
+    return next(candidate for candidate in ordered if candidate.name == name)
 
 
 def by_rule(

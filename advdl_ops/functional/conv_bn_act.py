@@ -121,11 +121,16 @@ class Norm(NamedTuple):
 STATISTICS_DEVICE = "cuda"
 
 
+def asks_for_statistics(x: Tensor) -> bool:
+    """Whether on the device of ``x`` a convolution can give the norm behind it the statistics."""
+    return x.device.type == STATISTICS_DEVICE
+
+
 def gives_statistics(
     norm: Norm, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int
 ) -> bool:
     """Whether the convolution of ``x`` may give the norm behind it the statistics, if that is faster."""
-    if x.device.type != STATISTICS_DEVICE or x.dim() != 4 or x.numel() == 0:
+    if not asks_for_statistics(x) or x.dim() != 4 or x.numel() == 0:
         return False
     mean, var, norm_weight, norm_bias, residual, _ = norm
     return (

@@ -16,6 +16,7 @@ from ..functional._norm import check_per_channel, check_residual
 from ..functional.conv_bn_act import (
     ORDERS,
     Norm,
+    asks_for_statistics,
     convolution_before,
     folds,
     gives_statistics,
@@ -139,20 +140,19 @@ def conv_bn_act(
     if not isinstance(bn, BatchNormAct2d):
         return _by_another_norm(conv, bn, x, residual, given)
     activation = resolve_activation("conv_bn_act", bn.act) if given is None else given
-    if isinstance(conv, torch.nn.Conv2d) and _plain(conv, bn):
-        if not bn.training:
-            source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
-            if evaluates_as_one(conv, bn, x, residual, source):
-                return _folded(conv, bn, x, residual, activation, source)
-        if (bn.training or bn.running_mean is None) and isinstance(conv, Conv2d):
-            running = (bn.running_mean, bn.running_var) if bn.track_running_stats else (None, None)
-            norm = Norm(*running, bn.weight, bn.bias, residual, activation)
-            if gives_statistics(norm, x, conv.weight, conv.bias, conv.groups):
-                bn.folded = None
-                x, options = _padded(conv, x)
-                z, statistics = convolution_before(norm, x, conv.weight, conv.bias, options)
-                return bn.normalized(z, residual, activation, statistics)
+    if not bn.training:
+        source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        if evaluates_as_one(conv, bn, x, residual, source):
+            return _folded(conv, bn, x, residual, activation, source)
     bn.folded = None
+    uses_batch = bn.training or bn.running_mean is None
+    if uses_batch and asks_for_statistics(x) and isinstance(conv, Conv2d) and _plain(conv, bn):
+        running = (bn.running_mean, bn.running_var) if bn.track_running_stats else (None, None)
+        norm = Norm(*running, bn.weight, bn.bias, residual, activation)
+        if gives_statistics(norm, x, conv.weight, conv.bias, conv.groups):
+            x, options = _padded(conv, x)
+            z, statistics = convolution_before(norm, x, conv.weight, conv.bias, options)
+            return bn.normalized(z, residual, activation, statistics)
     # A subclass with a forward of its own may know no activation: it is passed none unless one was asked for.
     further = {} if act is None else {"act": activation}
     return bn(conv(x), residual, **further)
