@@ -1,4 +1,4 @@
-"""conv2d and depthwise_conv2d on a real GPU: every candidate's values, determinism, graph capture, a second stream."""
+"""conv2d on a real GPU, depthwise too: every candidate's values, determinism, graph capture, a second stream."""
 
 from __future__ import annotations
 
@@ -15,8 +15,18 @@ from torch import Tensor
 
 import advdl_ops
 from advdl_ops import nn, reference, tuning
+from advdl_ops._conv import choice
+from advdl_ops._conv.choice import APART
+from advdl_ops._conv.problem import (
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    WITH_NORM,
+    Conv,
+    problem_of,
+)
+from advdl_ops._schemas import conv2d_format
 from advdl_ops.activation import ACTIVATIONS, IDENTITY, Activation
-from advdl_ops.functional import _conv2d_cuda as cuda
 from advdl_ops.functional import conv2d, conv_bn_act
 
 pytestmark = pytest.mark.gpu
@@ -39,11 +49,6 @@ class Case(NamedTuple):
     @property
     def options(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups
-
-    @property
-    def family(self) -> cuda.Family:
-        depthwise = self.groups == self.weight[0] == self.x[1]
-        return cuda.DEPTHWISE if depthwise else cuda.DENSE
 
 
 CASES = {
@@ -84,10 +89,10 @@ def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(tuning, "_choices", {})
     monkeypatch.setattr(tuning, "_unmeasured", {})
     monkeypatch.setenv("ADVDL_OPS_CACHE", str(tmp_path))
-    tuning._store_of.cache_clear()
+    tuning._store.cache_clear()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
-    tuning._store_of.cache_clear()
+    tuning._store.cache_clear()
 
 
 def make_inputs(case: Case, dtype: torch.dtype, layout: str, seed: int = 0) -> Inputs:
@@ -111,21 +116,12 @@ def forward(
     case: Case, i: Inputs, act: Activation = SILU, parts: tuple[str, ...] = EVERY
 ) -> Tensor:
     extras = [getattr(i, name) if name in parts else None for name in EVERY]
-    *options, groups = case.options
-    if case.family is cuda.DEPTHWISE:
-        return torch.ops.advdl_ops.depthwise_conv2d(
-            i.x, i.weight, *extras, *options, act.code, act.param
-        )
-    return torch.ops.advdl_ops.conv2d(i.x, i.weight, *extras, *options, groups, act.code, act.param)
+    return torch.ops.advdl_ops.conv2d(i.x, i.weight, *extras, *case.options, act.code, act.param)
 
 
 def backward(case: Case, i: Inputs) -> list[Tensor]:
-    *options, groups = case.options
-    if case.family is cuda.DEPTHWISE:
-        op, last = torch.ops.advdl_ops.depthwise_conv2d_backward, []
-    else:
-        op, last = torch.ops.advdl_ops.conv2d_backward, [groups]
-    return list(op(i.dz, i.x, i.weight, *options, *last, True, True, True))
+    needs = True, True, True
+    return list(torch.ops.advdl_ops.conv2d_backward(i.dz, i.x, i.weight, *case.options, *needs))
 
 
 def plain_forward(
@@ -165,15 +161,16 @@ def prefer(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[str, str]]:
     return served
 
 
-def candidates(case: Case, dtype: torch.dtype, x: Tensor) -> list[str]:
-    format_ = cuda.conv2d_format(x)
-    directions = cuda.FORWARD, cuda.INPUT_GRADIENT, cuda.WEIGHT_GRADIENT
-    found = [
-        name
-        for d in directions
-        for name in cuda.implementations(case.family, d, dtype, format_, cuda._allows_tf32())
-    ]
-    return list(dict.fromkeys(found))
+def ways(case: Case, i: Inputs, direction: str = FORWARD) -> list[str]:
+    """The candidates of one direction."""
+    problem = problem_of(direction, i.x, i.weight, Conv(*case.options))
+    return [candidate.name for candidate in choice.candidates(problem, i.x.device)]
+
+
+def candidates(case: Case, i: Inputs) -> list[str]:
+    """Those of every direction."""
+    directions = FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+    return list(dict.fromkeys(name for d in directions for name in ways(case, i, d)))
 
 
 # ---- values ----
@@ -190,7 +187,7 @@ def test_every_candidate(
     exact = [plain_forward(case, wide), *plain_backward(case, wide)]
     stock = [plain_forward(case, i), *plain_backward(case, i)]
     sizes = terms(case, i)
-    tried = candidates(case, dtype, i.x)
+    tried = candidates(case, i)
     assert any(name.startswith("triton") for name in tried)
     for name in tried:
         served = prefer(monkeypatch, name)
@@ -200,8 +197,8 @@ def test_every_candidate(
             found, exact, stock, sizes, ("out", "dx", "dweight", "dbias"), strict=True
         ):
             assert_accurate(own.to(s.dtype), e, s, size, (name, what))
-        assert found[0].is_contiguous(memory_format=cuda.conv2d_format(i.x))
-        assert found[1].is_contiguous(memory_format=cuda.conv2d_format(i.x))
+        assert found[0].is_contiguous(memory_format=conv2d_format(i.x))
+        assert found[1].is_contiguous(memory_format=conv2d_format(i.x))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -226,10 +223,7 @@ def test_epilogues(
         i = make_inputs(case, torch.bfloat16, "channels_last")
         exact = plain_forward(case, i.each(Tensor.double), act, parts)
         stock, size = plain_forward(case, i, act, parts), terms(case, i)[0]
-        ways = cuda.implementations(
-            case.family, cuda.FORWARD, i.x.dtype, torch.channels_last, cuda._allows_tf32()
-        )
-        for way in list(ways)[:2]:  # torch's own, and one of Triton's
+        for way in ways(case, i)[:2]:  # torch's own, and one of Triton's
             prefer(monkeypatch, way)
             assert_accurate(forward(case, i, act, parts), exact, stock, size, (name, way))
 
@@ -238,10 +232,7 @@ def test_tf32_is_used_only_where_torch_allows_it(monkeypatch: pytest.MonkeyPatch
     case = CASES["long sum"]
     i = make_inputs(case, torch.float32, "channels_last")
     exact = plain_forward(case, i.each(Tensor.double), IDENTITY, ())
-    ways = cuda.implementations(
-        cuda.DENSE, cuda.FORWARD, torch.float32, torch.channels_last, cuda._allows_tf32()
-    )
-    for name in ways:
+    for name in ways(case, i):
         prefer(monkeypatch, name)
         errors = []
         for allowed in (False, True):
@@ -264,9 +255,9 @@ def test_a_choice_is_measured_stored_and_explained(tmp_path: Path) -> None:
     assert sorted(key.direction for _, key, _ in known) == [
         "forward", "input_gradient", "weight_gradient",
     ]  # fmt: skip
-    for _, key, choice in known:
-        assert choice.name == min(choice.seconds, key=choice.seconds.__getitem__)
-        assert len(choice.seconds) > 2 and choice.failed == {}, key
+    for _, key, found in known:
+        assert found.name == min(found.seconds, key=found.seconds.__getitem__)
+        assert len(found.seconds) > 2 and found.failed == {}, key
     assert len(list(tmp_path.glob("*.json"))) == 1
     text = str(advdl_ops.explain(layer))
     assert "by measurement" in text and "cudnn" in text and "triton" in text
@@ -275,8 +266,8 @@ def test_a_choice_is_measured_stored_and_explained(tmp_path: Path) -> None:
     assert torch.equal(layer(x), first)
     again = torch.autograd.grad(layer(x).sum(), [x, layer.weight])
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
-    assert {key: choice for _, key, choice in tuning.known()} == {
-        key: choice for _, key, choice in known
+    assert {key: found for _, key, found in tuning.known()} == {
+        key: found for _, key, found in known
     }
 
 
@@ -287,7 +278,7 @@ def test_two_runs_agree_bit_for_bit(
     case: Case, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     i = make_inputs(case, dtype, layout)
-    for name in candidates(case, dtype, i.x):
+    for name in candidates(case, i):
         prefer(monkeypatch, name)
         runs = [[forward(case, i), *backward(case, i)] for _ in range(3)]
         for run in runs[1:]:
@@ -418,12 +409,10 @@ def train(case: Case, i: Inputs, dtype: torch.dtype, fused: bool) -> list[Tensor
     return [t.detach() for t in (out, *gradients, mean, var)]
 
 
-def ways_of_training(i: Inputs) -> list[str]:
-    format_, tf32 = cuda.conv2d_format(i.x), cuda._allows_tf32()
-    names = cuda.implementations(cuda.DENSE, cuda.FORWARD, i.x.dtype, format_, tf32)
-    triton = [name for name in names if name.startswith("triton")]
-    assert triton
-    return [cuda.APART, *(f"{name} with statistics" for name in triton)]
+def ways_of_training(case: Case, i: Inputs) -> list[str]:
+    found = ways(case, i, WITH_NORM)
+    assert found[0] == APART and len(found) > 1
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -437,10 +426,10 @@ def test_training_with_a_norm(
     i = make_inputs(case, dtype, layout)
     exact, stock = train(case, i, torch.float64, False), train(case, i, dtype, False)
     names = "out", "dx", "dweight", "dgamma", "dbeta", "dresidual", "mean", "var"
-    for way in ways_of_training(i):
+    for way in ways_of_training(case, i):
         served = prefer(monkeypatch, way)
         found, again = train(case, i, dtype, True), train(case, i, dtype, True)
-        assert ("forward", way) in served
+        assert (WITH_NORM, way) in served
         for own, second, e, s, what in zip(found, again, exact, stock, names, strict=True):
             assert torch.equal(own, second), (way, what)
             # By norm: z is rounded on either way, each value its own.
@@ -454,17 +443,17 @@ def test_training_with_a_norm_is_measured_once() -> None:
     layer = nn.ConvBNAct(64, 64, 3, act="relu", device=DEVICE)
     x = torch.randn(4, 64, 33, 33, device=DEVICE)
     first = layer(x)
-    (choice,) = (c for _, key, c in tuning.known() if key.op == cuda.WITH_NORM)
-    assert choice.failed == {} and len(choice.seconds) > 1
+    (found,) = (c for _, key, c in tuning.known() if key.direction == WITH_NORM)
+    assert found.failed == {} and len(found.seconds) > 1
     z = F.conv2d(x, layer.conv.weight, None, 1, 1).detach()
     torch.testing.assert_close(layer.bn.running_mean, 0.1 * z.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(
         layer.bn.running_var, 0.9 + 0.1 * z.var((0, 2, 3)), rtol=1e-3, atol=1e-5
     )
     assert layer.bn.num_batches_tracked == 1
-    assert f"in training {choice.name}, by measurement" in str(advdl_ops.explain(layer))
+    assert f"in training {found.name}, by measurement" in str(advdl_ops.explain(layer))
     before = tuning.known()
     tuning._choices.clear()
     assert torch.equal(layer(x), first)
-    assert {c.name for _, key, c in tuning.known() if key.op == cuda.WITH_NORM} == {choice.name}
+    assert {c.name for _, key, c in tuning.known() if key.direction == WITH_NORM} == {found.name}
     assert len(before) >= len(tuning.known())
