@@ -42,6 +42,7 @@ class Thresholds(NamedTuple):
         few_pixels: of the output; below, the dense kernel packs a weight for too few products.
         pixels, pixels_contiguous: up to these the dense kernel serves x in channels_last, in contiguous memory: oneDNN
             reorders the whole weight in every call, which the products of a few pixels do not outweigh.
+        pixels_contiguous_many: so in contiguous memory for ``many_channels`` or more.
         pixels_strided: so for a strided gradient of x, for which oneDNN multiplies zeros.
         pixels_dweight, pixels_dweight_contiguous, pixels_dweight_1x1: so for the gradient of a weight of
             ``many_channels`` or more, the last for a kernel of one tap in either format.
@@ -61,6 +62,7 @@ class Thresholds(NamedTuple):
     few_pixels: int
     pixels: int
     pixels_contiguous: int
+    pixels_contiguous_many: int
     pixels_strided: int
     pixels_dweight: int
     pixels_dweight_contiguous: int
@@ -80,6 +82,7 @@ _AVX2 = Thresholds(
     few_pixels=1,
     pixels=1024,
     pixels_contiguous=784,
+    pixels_contiguous_many=256,
     pixels_strided=256,
     pixels_dweight=3136,
     pixels_dweight_contiguous=3136,
@@ -99,6 +102,7 @@ THRESHOLDS: Mapping[str, Thresholds] = {
         few_pixels=1,
         pixels=784,
         pixels_contiguous=392,
+        pixels_contiguous_many=64,
         pixels_strided=3136,
         pixels_dweight=392,
         pixels_dweight_contiguous=64,
@@ -225,12 +229,17 @@ def _dilates_widely(p: Problem, t: Thresholds) -> bool:
 
 def _few_pixels(p: Problem, t: Thresholds) -> bool:
     computes_last = p.is_channels_last or _dilates_widely(p, t)
-    limit = t.pixels if computes_last else t.pixels_contiguous
+    limit = t.pixels if computes_last else _limit_contiguous(p, t)
     return _dense_channels(p, t) and p.pixels <= limit
 
 
+def _limit_contiguous(p: Problem, t: Thresholds) -> int:
+    has_many = min(p.weight[:2]) >= t.many_channels
+    return t.pixels_contiguous_many if has_many else t.pixels_contiguous
+
+
 def _few_pixels_dx(p: Problem, t: Thresholds) -> bool:
-    limit = t.pixels if p.is_channels_last else t.pixels_contiguous
+    limit = t.pixels if p.is_channels_last else _limit_contiguous(p, t)
     if max(p.stride) > 1:
         limit = t.pixels_strided
     return _dense_channels(p, t) and p.pixels <= limit
@@ -274,7 +283,11 @@ _LARGE_AND_WIDE = Rule(
     f"{_WIDE.text}, {_LARGE.text}", lambda p, t: _dilates_widely(p, t) and _is_large(p, t)
 )
 _DENSE = "{few_channels} channels or more and {few_pixels} output pixels"
-_FEW = Rule(f"{_DENSE} to {{pixels}} (contiguous: {{pixels_contiguous}})", _few_pixels)
+_FEW = Rule(
+    f"{_DENSE} to {{pixels}} (contiguous: {{pixels_contiguous}}, of {{many_channels}} channels "
+    "{{pixels_contiguous_many}})",
+    _few_pixels,
+)
 _FEW_DX = Rule(f"{_FEW.text}, strided to {{pixels_strided}}", _few_pixels_dx)
 _FEW_DWEIGHT = Rule(
     f"{_DENSE} to {{pixels}}, of {{many_channels}} channels to {{pixels_dweight}} (contiguous: "

@@ -159,8 +159,13 @@ SWEEPS = (
         ),
     ),
     Sweep("pixels", (FORWARD, DX), (0, *_FEW), _by_pixels((64, 256, 512), _FEW, LAST)),
+    Sweep("pixels_contiguous", (FORWARD, DX), (0, *_FEW), _by_pixels((32, 64), _FEW, CONTIGUOUS)),
     Sweep(
-        "pixels_contiguous", (FORWARD, DX), (0, *_FEW), _by_pixels((64, 256, 512), _FEW, CONTIGUOUS)
+        "pixels_contiguous_many",
+        (FORWARD, DX),
+        (0, *_FEW),
+        _by_pixels((256, 512), _FEW, CONTIGUOUS)
+        + tuple(Point((n, 512, 4, 4), 512) for n in (4, 8, 16, 32, 64)),
     ),
     Sweep(
         "pixels_strided",

@@ -82,6 +82,9 @@ EDGES: dict[str, tuple[str, str, str, Any]] = {
     "few_pixels": (INPUT_GRADIENT, "torch", "dense kernel", lambda n: pixels(n - 1, **LAST)),
     "pixels": (INPUT_GRADIENT, "dense kernel", "torch", lambda n: pixels(n, **LAST)),
     "pixels_contiguous": (INPUT_GRADIENT, "dense kernel", "torch", lambda n: pixels(n)),
+    "pixels_contiguous_many": (
+        FORWARD, "dense kernel", "torch", lambda n: pixels(n, 128, outputs=512),
+    ),
     "pixels_strided": (
         INPUT_GRADIENT, "dense kernel", "torch",
         lambda n: {"x": (1, 64, 1, 2 * n), "kernel": 1, "padding": (0, 0), "stride": (2, 2)},
