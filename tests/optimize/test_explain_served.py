@@ -396,7 +396,7 @@ def test_under_autocast(recorder: Recorder) -> None:
         assert served_by(block) == served_by(block, torch.randn(2, 8, 9, 9)) == "its two layers"
 
 
-def test_a_layer_that_is_called_twice() -> None:
+def test_a_layer_that_is_called_twice(recorder: Recorder) -> None:
     class Twice(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
