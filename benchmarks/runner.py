@@ -36,6 +36,7 @@ def events(names: list[str], suite: str, settings: Settings, timeout: float) -> 
     """Events of one process; it always ends with ``done`` or ``failed`` of every case that was started."""
     command = [sys.executable, "-m", f"{__package__}.session", "--suite", suite]
     command += ["--settings", json.dumps(dataclasses.asdict(settings)), *names]
+    device = "cuda" if names[0].endswith("/cuda") else "cpu"
     current = ""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
@@ -43,7 +44,7 @@ def events(names: list[str], suite: str, settings: Settings, timeout: float) -> 
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=environment.worker_environment(registry.all_cases()[names[0]].device),
+            env=environment.worker_environment(device),
         )
         watchdog = threading.Timer(timeout, process.kill)
         watchdog.start()
