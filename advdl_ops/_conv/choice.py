@@ -379,19 +379,19 @@ def thresholds() -> Thresholds:
 def _on_cuda(
     direction: str, depthwise: bool, dtype: torch.dtype, is_last: bool, tf32: bool
 ) -> tuple[Candidate, ...]:
+    if direction == WITH_NORM:
+        # Apart the convolution is chosen for itself.
+        joined = cuda.configs(FORWARD, depthwise, dtype, tf32)
+        run = cuda.triton_forward_with_statistics
+        return Candidate(APART, cuda.by_torch), *(
+            Candidate(f"{of} with statistics", functools.partial(run, config=config))
+            for of, config in joined.items()
+        )
     is_forward = direction == FORWARD
     native_run = cuda.by_torch if is_forward else cuda.gradients_by_torch
     triton_run: Any = cuda.triton_forward if is_forward else cuda.triton_gradients
     name = "aten" if depthwise else "cudnn"
     found = [Candidate(name, native_run)]
-    if direction == WITH_NORM:
-        # Apart the convolution is chosen for itself.
-        joined = cuda.configs(FORWARD, depthwise, dtype, tf32)
-        run = cuda.triton_forward_with_statistics
-        return Candidate(APART, native_run), *(
-            Candidate(f"{of} with statistics", functools.partial(run, config=config))
-            for of, config in joined.items()
-        )
     if dtype in cuda.TRITON_DTYPES:
         if not is_last:
             found.append(Candidate(f"{name} channels_last", native_run, memory_format=_LAST))
@@ -440,7 +440,8 @@ def chosen(problem: Problem, device: torch.device, trial: Trial) -> Candidate:
     if found is None:
         accepting = candidates(problem, device)
         # What the rules say comes first: it serves where nothing may be measured.
-        ordered = by_rule(problem, accepting), *accepting
+        first = by_rule(problem, accepting)
+        ordered = first, *(candidate for candidate in accepting if candidate is not first)
         found = _by_measurement(problem, ordered, device, trial)
         if len(_chosen_on_cpu) >= _KEPT_AT_MOST:
             _chosen_on_cpu.clear()
@@ -469,8 +470,11 @@ def by_rule(
     return next(c for c in accepting if c.rule is None or c.rule.holds(problem, t))
 
 
-def is_torchs(problem: Problem) -> bool:
-    """Whether torch serves this forward on CPU and both of its gradients, in the format of x."""
+def is_torchs(problem: Problem) -> bool | None:
+    """Whether torch serves this forward on CPU and both of its gradients, in the format of x.
+
+    ``None``: it is not known before each of them was measured.
+    """
     gradient = problem._replace(epilogue=problem.layout)
     directions = (
         problem,
@@ -480,7 +484,7 @@ def is_torchs(problem: Problem) -> bool:
         ),
     )
     if _asks_every_direction or (tuning.is_on(_CPU) and any(map(is_open, directions))):
-        return False  # each is to be measured
+        return None
     forward, *gradients = (expected(p).name for p in directions)
     return forward in (ONEDNN, TORCH) and gradients == [TORCH, TORCH]
 

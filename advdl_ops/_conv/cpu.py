@@ -76,7 +76,7 @@ def dense_gradients(
     memory_format: torch.memory_format,
 ) -> Gradients:
     dx, dweight = _dense_backward_op(dz, x, weight, *conv[:3], *needs[:2])
-    return _needed((dx, dweight, sum_of(dz) if needs[2] else dx), needs)
+    return _needed((dx, dweight, sum_of(dz) if needs[2] else None), needs)
 
 
 # ---- oneDNN's fused convolution ----

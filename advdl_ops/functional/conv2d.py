@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference, tuning
+from .. import reference
 from .._conv import choice, operators
 from .._conv.activation import activated
 from .._conv.choice import Candidate
@@ -213,19 +213,20 @@ def _torch_derives_as_well(
     if not x.is_cpu:
         return False
     if not unwatched(x, weight):  # a tracer's sizes are no numbers to look up by
-        return _is_as_good_as_torchs(x, weight, shift, conv, act)
+        return bool(_is_as_good_as_torchs(x, weight, shift, conv, act))
     key = "torch", call_key(x, weight, conv), shift is None, act.name
     found = choice.plans.get(key)
     if found is None:
         found = _is_as_good_as_torchs(x, weight, shift, conv, act)
-        if not tuning.is_on(x.device):  # what is still to be measured may change it
+        if found is not None:
             choice.keep(key, x, found)
     return bool(found)
 
 
 def _is_as_good_as_torchs(
     x: Tensor, weight: Tensor, shift: Tensor | None, conv: Conv, act: Activation
-) -> bool:
+) -> bool | None:
+    """As :func:`_torch_derives_as_well`; ``None`` where that is still to be measured."""
     return (
         x.dtype not in HALF
         and has_format(x, torch.contiguous_format)

@@ -157,7 +157,10 @@ def _has_own_operators(x: Tensor, weight: Tensor, options: Options) -> bool:
     key = "transposed", call_key(x, weight, _conv(options)), options.output_padding
     found = choice.plans.get(key)
     if found is None:
-        found = choice.keep(key, x, not choice.is_torchs(_problem(x, weight, options)))
+        is_torchs = choice.is_torchs(_problem(x, weight, options))
+        if is_torchs is None:
+            return True  # so that each direction is measured
+        found = choice.keep(key, x, not is_torchs)
     return bool(found)
 
 

@@ -377,3 +377,28 @@ def test_explain_says_by_which_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.served_by.startswith("CPU C++ kernel")
     assert "dense kernel (dense kernel 1000000.0 us; onednn 2000000.0 us; " in str(row)
     assert dweight.problem in {c.problem for c in row.choices}
+
+
+def test_what_was_measured_is_not_asked_again_at_every_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With ``ADVDL_OPS_TUNE=1`` for all of a training: the look at what serves is kept once all is measured."""
+    monkeypatch.setenv("ADVDL_OPS_TUNE", "1")
+    monkeypatch.setattr(tuning, "cpu_seconds", lambda call: 1.0)
+    layers = nn.Conv2d(8, 8, 3), nn.ConvTranspose2d(8, 8, 2, 2, groups=2)
+    x = torch.randn(2, 8, 9, 9)
+    for layer in layers:
+        layer(x.requires_grad_()).square().sum().backward()
+        layer(x).square().sum().backward()
+    asked: list[Problem] = []
+    monkeypatch.setattr(choice, "expected", lambda p: asked.append(p))
+    monkeypatch.setattr(choice, "is_open", lambda p: asked.append(p))
+    for layer in layers:
+        layer(x).square().sum().backward()
+    assert asked == []
+
+
+def test_what_has_no_choice_is_not_measured() -> None:
+    layer, x = nn.Conv2d(4, 4, 3, dtype=torch.float64), torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert len(advdl_ops.tune(layer.eval(), x)) == 0 and tuning._choices == {}
