@@ -15,7 +15,8 @@ from ..activation import Activation
 from ..backend import is_traced
 from . import choice, cpu
 from .choice import PREPACKED, Candidate
-from .problem import FOLDED, Conv, Epilogue, Problem, convert, problem_of
+from .operators import output
+from .problem import FOLDED, Conv, Epilogue, Problem, problem_of
 
 # Weight and bias of the convolution, running mean and variance, weight and bias of the norm.
 Source = tuple[Tensor | None, ...]
@@ -63,8 +64,7 @@ class FoldedConv:
 
         def run(candidate: Candidate) -> Tensor:
             weight = self._weight_for(candidate, x)
-            memory_format = candidate.memory_format or given
-            return convert(candidate.run(x, weight, self.conv, epilogue, memory_format), given)
+            return output(candidate, given, x, weight, self.conv, epilogue)
 
         candidate = choice.chosen(problem._replace(epilogue=epilogue.name()), x.device, run)
         out = run(candidate)

@@ -53,14 +53,14 @@ def forward(x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue) -> Tensor
         problem = problem_of(FORWARD, x, weight, conv, epilogue.name())
 
         def trial(candidate: Candidate) -> Tensor:
-            return _output(candidate, given, x, weight, conv, epilogue)
+            return output(candidate, given, x, weight, conv, epilogue)
 
         candidate = choice.chosen(problem, x.device, trial)
         plan = choice.keep(key, x, _Plan(((candidate, _NOTHING),), given))
-    return _output(plan.steps[0][0], plan.memory_format, x, weight, conv, epilogue)
+    return output(plan.steps[0][0], plan.memory_format, x, weight, conv, epilogue)
 
 
-def _output(
+def output(
     candidate: Candidate,
     given: torch.memory_format,
     x: Tensor,
@@ -68,6 +68,7 @@ def _output(
     conv: Conv,
     epilogue: Epilogue,
 ) -> Tensor:
+    """A forward by one candidate, in the memory format of ``x``, which is ``given``."""
     out = candidate.run(x, weight, conv, epilogue, candidate.memory_format or given)
     return out if candidate.keeps_format else convert(out, given)
 
@@ -85,10 +86,10 @@ def backward(
         plan = choice.keep(key, x, _plan_of_backward(dz, x, weight, conv, needs))
     dx = dweight = dbias = None
     for candidate, wanted in plan.steps:
-        gradients = _gradients(candidate, plan.memory_format, dz, x, weight, conv, wanted)
-        dx = dx if gradients[0] is None else gradients[0]
-        dweight = dweight if gradients[1] is None else gradients[1]
-        dbias = dbias if gradients[2] is None else gradients[2]
+        found = gradients(candidate, plan.memory_format, dz, x, weight, conv, wanted)
+        dx = dx if found[0] is None else found[0]
+        dweight = dweight if found[1] is None else found[1]
+        dbias = dbias if found[2] is None else found[2]
     if needs[2] and dbias is None:
         dbias = sum_of(dz)
     acc = acc_dtype(x.dtype)
@@ -107,7 +108,7 @@ def _plan_of_backward(dz: Tensor, x: Tensor, weight: Tensor, conv: Conv, needs: 
             alone = at == 0, at == 1, False
 
             def trial(candidate: Candidate, alone: Needs = alone) -> Tensor | None:
-                dx, dweight, _ = _gradients(candidate, given, dz, x, weight, conv, alone)
+                dx, dweight, _ = gradients(candidate, given, dz, x, weight, conv, alone)
                 return dx if alone[0] else dweight
 
             problem = problem_of(direction, x, weight, conv, layout)
@@ -120,7 +121,7 @@ def _plan_of_backward(dz: Tensor, x: Tensor, weight: Tensor, conv: Conv, needs: 
     return _Plan(tuple(steps), given)
 
 
-def _gradients(
+def gradients(
     candidate: Candidate,
     given: torch.memory_format,
     dz: Tensor,
@@ -129,6 +130,7 @@ def _gradients(
     conv: Conv,
     needs: Needs,
 ) -> Gradients:
+    """Gradients by one candidate, in the memory formats of ``x`` (``given``) and of the weight."""
     memory_format = candidate.memory_format or given
     dx, dweight, dbias = candidate.run(dz, x, weight, conv, needs, memory_format)
     if dx is not None and not candidate.keeps_format:

@@ -210,7 +210,7 @@ def every_case() -> list[tuple[torch.Tensor, torch.Tensor, Conv]]:
 @pytest.mark.parametrize("at", range(6))
 def test_every_candidate_computes_the_same(at: int, memory_format: torch.memory_format) -> None:
     """Whoever accepts a problem: its result against fp64, within fp32 roundings of the sums."""
-    from advdl_ops._conv.operators import _gradients, _output
+    from advdl_ops._conv.operators import gradients, output
     from advdl_ops._conv.problem import Epilogue
 
     x, weight, conv = every_case()[at]
@@ -221,10 +221,10 @@ def test_every_candidate_computes_the_same(at: int, memory_format: torch.memory_
     with torch.no_grad():
         p = problem_of(FORWARD, x, weight, conv, "shift")
         for candidate in choice.candidates(p, CPU):
-            out = _output(candidate, memory_format, x, weight, conv, Epilogue(shift=shift))
+            out = output(candidate, memory_format, x, weight, conv, Epilogue(shift=shift))
             torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-4)
             assert out.is_contiguous(memory_format=memory_format), candidate.name
-        gradients = torch.ops.aten.convolution_backward(
+        expected = torch.ops.aten.convolution_backward(
             dz.double(), x.double(), weight.double(), [weight.shape[0]], *conv[:3], False, [0, 0],
             conv.groups, [True] * 3,
         )  # fmt: skip
@@ -233,9 +233,9 @@ def test_every_candidate_computes_the_same(at: int, memory_format: torch.memory_
         ):  # fmt: skip
             p = problem_of(direction, x, weight, conv, "contiguous")
             for candidate in choice.candidates(p, CPU):
-                found = _gradients(candidate, memory_format, dz, x, weight, conv, needs)
+                found = gradients(candidate, memory_format, dz, x, weight, conv, needs)
                 assert [g is not None for g in found] == list(needs), candidate.name
-                for own, e in zip(found, gradients, strict=True):
+                for own, e in zip(found, expected, strict=True):
                     if own is not None:
                         torch.testing.assert_close(own.double(), e, rtol=1e-4, atol=1e-3)
 

@@ -277,6 +277,7 @@ def test_what_it_serves(shape, filters, stride, last, expected):
         assert bool(used(lambda: conv2d(x, weight, None, stride, padding))) == expected[0]
 
 
+@pytest.mark.usefixtures("_fixed_thresholds")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "case",
