@@ -10,9 +10,9 @@ namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 namespace {
 
-// Outputs of one vector of channels in registers at once: a weight is read once for all of them.
-constexpr int kColumns = 8;
-constexpr int64_t kChannels = 64;
+// Output columns of a block: as many as have their sums in registers, with kVectors vectors of channels.
+template <int kVectors>
+inline constexpr int kColumns = ADVDL_VECTOR_BYTES == 64 ? 8 : 8 / kVectors;
 
 // Columns of output that a tap reaches: 0 <= j * step + column < size.
 struct Columns {
@@ -40,75 +40,111 @@ template <class T>
 struct Row {
   const T* in = nullptr;             // [.., C]
   const acc_t<T>* weight = nullptr;  // [taps, C]
-  int64_t c = 0, in_step = 1, out_columns = 0, out_step = 1;
-  int64_t run =
-      1;  // so many taps at a time read neighbouring columns, in this order; 1 if they do not
+  int64_t c = 0, in_step = 1, in_columns = 0, out_columns = 0, out_step = 1;
+  // The taps come in runs of so many, which read neighbouring columns in this order; 1: they do not.
+  int64_t run = 1;
+  int64_t first_column =
+      0;  // of runs: the input column that the first tap of a run reads for output column 0
   int64_t out = 0;  // element of the output at column 0
   const Tap* taps = nullptr;
   int64_t tap_count = 0;
-  int64_t ahead =
-      0;  // from what the last tap reads to what the next row of outputs is the first to read
+  // From what the last tap reads to what the next row of outputs is the first to read.
+  int64_t ahead = 0;
   Columns inside{};  // what every tap reaches
 };
 
-// kCount outputs from column j on, of one vector of channels, all of which every tap reaches. The taps come in runs of kRun
-// neighbours: a vector of input is read once for all of a run that it meets.
-template <int kCount, int kRun, class T, class Lanes>
+// kCount outputs from column j on, of kVectors vectors of channels from c on. The taps come in runs of kRun neighbours, the outputs
+// are kStep input columns apart: a vector of input is read once for all products of a run. `missing_left` and `missing_right` of
+// the input columns are outside of the image, each fewer than kRun.
+template <int kCount, int kVectors, int kRun, int kStep, class T, class Lanes>
 ADVDL_INLINE void correlate_columns(const Row<T>& row, const Epilogue<T>& epilogue, int64_t j,
-                                    int64_t c, const Lanes& lanes) {
+                                    int64_t c, int64_t missing_left, int64_t missing_right,
+                                    const Lanes& lanes) {
   using Vec = typename Epilogue<T>::Vec;
-  Vec sums[kCount] = {};
-  const int64_t step = row.in_step * row.c;
-  const T* start = row.in + j * step + c;
+  constexpr int inputs = (kCount - 1) * kStep + kRun;
+  constexpr int64_t width = Simd<acc_t<T>>::lanes;
+  Vec sums[kVectors][kCount] = {};
+  const int64_t step = (kRun == 1 ? row.in_step : 1) * row.c;
+  const T* start = row.in + j * row.in_step * row.c + c;
   for (int64_t t = 0; t < row.tap_count; t += kRun) {
-    Vec weights[kRun];
+    Vec weights[kVectors][kRun];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 8
-    for (int b = 0; b < kRun; ++b) {
-      weights[b] = lanes.read(row.weight + row.taps[t + b].weight * row.c + c);
+      for (int b = 0; b < kRun; ++b)
+        weights[v][b] = lanes.read(row.weight + row.taps[t + b].weight * row.c + c + v * width);
     }
     const T* in = start + row.taps[t].from;
-    if (t + kRun >= row.tap_count) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) prefetch(in + i * step + row.ahead);
-    }
+    if (row.ahead != 0 && t + kRun >= row.tap_count) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kCount + kRun - 1; ++i) {
-      const Vec x = lanes.read(in + i * step);
+      for (int i = 0; i < kCount * kStep; ++i) {
+        for (int v = 0; v < kVectors; ++v) prefetch(in + i * step + v * width + row.ahead);
+      }
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < inputs; ++i) {
+      if (i < kRun - 1 && i < missing_left) continue;
+      if (inputs - i < kRun && inputs - 1 - i < missing_right) continue;
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec x = lanes.read(in + i * step + v * width);
 #pragma GCC unroll 8
-      for (int b = 0; b < kRun; ++b) {
-        if (i >= b && i - b < kCount) sums[i - b] += x * weights[b];
+        for (int b = 0; b < kRun; ++b) {
+          const int k = (i - b) / kStep;
+          if (i >= b && (i - b) % kStep == 0 && k < kCount) sums[v][k] += x * weights[v][b];
+        }
       }
     }
   }
-  epilogue.template finish<kCount>(
-      sums, lanes.read(epilogue.scale + c), lanes.read(epilogue.shift + c),
-      row.out + j * row.out_step * row.c + c, row.out_step * row.c, lanes);
+  const int64_t out_step = row.out_step * row.c;
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = c + v * width;
+    epilogue.template finish<kCount>(sums[v], lanes.read(epilogue.scale + at),
+                                     lanes.read(epilogue.shift + at), row.out + j * out_step + at,
+                                     out_step, lanes);
+  }
 }
 
-// All columns that every tap reaches, in blocks, of which the last may overlap the one before. Channels inside of columns: what
-// is read is one piece of memory, which the prefetchers follow. Not all channels of a wide row: neighbouring columns, which a
-// tap reads one by one, would push each other out of the cache.
-template <int kRun, class T>
-void correlate_inside(const Row<T>& row, const Epilogue<T>& epilogue) {
-  const int64_t end = row.inside.end, count = end - row.inside.begin;
-  for (int64_t first = 0, channels; first < row.c; first += channels) {
-    channels = row.c - first < 2 * kChannels ? row.c - first : kChannels;  // no short rest
-    const auto block = [&]<int kCount>(Index<kCount>, int64_t j) {
-      for_vectors<acc_t<T>, 1>(channels, [&](int64_t c, const auto& lanes, auto) {
-        correlate_columns<kCount, kRun>(row, epilogue, j, first + c, lanes);
-      });
-      return j + kCount;
-    };
-    for (int64_t j = row.inside.begin; j < end;) {
-      if (count >= kColumns && end - j > kColumns / 2) {
-        j = block(Index<kColumns>{}, min_of(j, end - kColumns));
-      } else if (count >= kColumns / 2) {
-        j = block(Index<kColumns / 2>{}, min_of(j, end - kColumns / 2));
-      } else {
-        j = block(Index<1>{}, j);
-      }
+// The columns `all` in blocks of kCount, of which the last may overlap the one before. Channels are inside of columns: what is
+// read is one piece of memory, which the prefetchers follow.
+template <int kCount, int kVectors, int kRun, int kStep, class T>
+void correlate_blocks(const Row<T>& row, const Epilogue<T>& epilogue, Columns all) {
+  constexpr int64_t channels = kVectors * Simd<acc_t<T>>::lanes;
+  for (int64_t next = all.begin; next < all.end; next += kCount) {
+    const int64_t j = min_of(next, all.end - kCount);
+    int64_t left = 0, right = 0, c = 0;
+    if constexpr (kRun > 1) {
+      const int64_t column = j * kStep + row.first_column;
+      left = -column;
+      right = column + (kCount - 1) * kStep + kRun - row.in_columns;
     }
+    if constexpr (kVectors > 1) {
+      for (; c + channels <= row.c; c += channels)
+        correlate_columns<kCount, kVectors, kRun, kStep>(row, epilogue, j, c, left, right,
+                                                         FullLanes{});
+    }
+    for_vectors<acc_t<T>, 1>(row.c - c, [&](int64_t i, const auto& lanes, auto) {
+      correlate_columns<kCount, 1, kRun, kStep>(row, epilogue, j, c + i, left, right, lanes);
+    });
   }
+}
+
+// The columns `all` in equal blocks.
+template <int kVectors, int kRun, int kStep, class T>
+void correlate_columns_of(const Row<T>& row, const Epilogue<T>& epilogue, Columns all) {
+  constexpr int most = kColumns<kVectors>;
+  const int64_t count = all.end - all.begin;
+  if (count <= 0) return;
+  const int64_t wanted = ceil_div(count, ceil_div(count, most));
+  if constexpr (most == 8) {
+    if (wanted > 7) return correlate_blocks<8, kVectors, kRun, kStep>(row, epilogue, all);
+    if (wanted > 4 && count >= 7)
+      return correlate_blocks<7, kVectors, kRun, kStep>(row, epilogue, all);
+  }
+  if (wanted > 2 && count >= 4)
+    return correlate_blocks<4, kVectors, kRun, kStep>(row, epilogue, all);
+  correlate_blocks<1, kVectors, kRun, kStep>(row, epilogue, all);
 }
 
 // Output j near a border: only the taps that reach it. kCount vectors of channels, to keep as many sums in flight.
@@ -138,8 +174,9 @@ ADVDL_INLINE void correlate_border(const Row<T>& row, const Epilogue<T>& epilogu
   }
 }
 
+// A row whose taps come one by one.
 template <class T>
-void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
+void correlate_taps(const Row<T>& row, const Epilogue<T>& epilogue) {
   using Acc = acc_t<T>;
   constexpr int64_t lanes = Simd<Acc>::lanes;
   const auto border = [&](int64_t begin, int64_t end) {
@@ -154,20 +191,33 @@ void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
     }
   };
   border(0, row.inside.begin);
-  switch (row.run) {
-    case 3:
-      correlate_inside<3>(row, epilogue);
-      break;
-    case 5:
-      correlate_inside<5>(row, epilogue);
-      break;
-    case 7:
-      correlate_inside<7>(row, epilogue);
-      break;
-    default:
-      correlate_inside<1>(row, epilogue);
-  }
+  correlate_columns_of<1, 1, 1>(row, epilogue, row.inside);
   border(row.inside.end, row.out_columns);
+}
+
+template <class T>
+void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
+  const Columns all{0, row.out_columns};
+  // Two vectors for a run of 3: each input is added to three sums in a row, and with one vector they would wait for each other.
+  // Vectors of half a cache line have too few registers for that, but where columns lie in the same sets of the first-level cache
+  // a line does not stay there until its second half is read.
+  const bool whole_lines = ADVDL_VECTOR_BYTES == 64 || row.in_step * row.c * sizeof(T) % 2048 == 0;
+  switch (10 * row.run + row.in_step) {
+    case 31:
+      return whole_lines ? correlate_columns_of<2, 3, 1>(row, epilogue, all)
+                         : correlate_columns_of<1, 3, 1>(row, epilogue, all);
+    case 32:
+      return whole_lines ? correlate_columns_of<2, 3, 2>(row, epilogue, all)
+                         : correlate_columns_of<1, 3, 2>(row, epilogue, all);
+    case 51:
+      return correlate_columns_of<1, 5, 1>(row, epilogue, all);
+    case 52:
+      return correlate_columns_of<1, 5, 2>(row, epilogue, all);
+    case 71:
+      return correlate_columns_of<1, 7, 1>(row, epilogue, all);
+    default:
+      return correlate_taps(row, epilogue);
+  }
 }
 
 // [taps, C] and behind it scale [C], shift [C].
@@ -181,11 +231,13 @@ struct Parameters {
   }
   void fill(const DepthwiseConv2dShape& s, const void* weight_, const void* scale_,
             const void* shift_) {
-    for (int64_t c = 0; c < s.c; ++c) {
-      const int64_t size = s.dtype == DType::f64 ? 8 : s.dtype == DType::f32 ? 4 : 2;
-      widen(s.dtype, static_cast<const char*>(weight_) + c * s.taps() * size, Acc(0), weight + c,
-            s.taps(), s.c);
-    }
+    with_type(s.dtype, [&]<class T>() {
+      const T* from = static_cast<const T*>(weight_);
+      for (int64_t t = 0; t < s.taps(); ++t) {
+        for (int64_t c = 0; c < s.c; ++c)
+          weight[t * s.c + c] = static_cast<Acc>(widened(from[c * s.taps() + t]));
+      }
+    });
     widen(s.scale_dtype, scale_, Acc(1), scale, s.c);
     widen(s.shift_dtype, shift_, Acc(0), shift, s.c);
   }
@@ -254,8 +306,12 @@ int64_t gradient_taps(const DepthwiseConv2dShape& s, int64_t n, int64_t i, int64
   return count;
 }
 
-// How many taps of a row of the filter read neighbours, in forward as in the input's gradient.
-int64_t run_of(const Conv2dAxis& w) { return w.stride == 1 && w.dilation == 1 ? w.kernel : 1; }
+// How many taps of a row of the filter read neighbours, where outputs are `step` input columns apart and `padding` columns beside
+// the image are read on each side; 1 where correlate_row has no loop for them.
+int64_t run_of(const Conv2dAxis& w, int64_t step, int64_t padding) {
+  const bool is_known = w.kernel == 3 || w.kernel == 5 || (w.kernel == 7 && step == 1);
+  return is_known && w.dilation == 1 && step <= 2 && padding < w.kernel ? w.kernel : 1;
+}
 
 // Whether an output of `count` runs of channels streams: each of its vectors must then be aligned.
 ADVDL_INLINE bool streams(const void* out, int64_t count, int64_t run_bytes) {
@@ -278,7 +334,9 @@ void forward(const DepthwiseConv2dForward& p, void* workspace) {
                              p.scale != nullptr || p.shift != nullptr,
                              streams(p.out, s.n * s.h.out * s.w.out, s.c * sizeof(T))};
   Row<T> like{static_cast<const T*>(p.x), parameters.weight, s.c};
-  like.run = run_of(s.w);
+  like.run = run_of(s.w, s.w.stride, s.w.padding);
+  like.first_column = -s.w.padding;
+  like.in_columns = s.w.in;
   // Of what a cache holds, or a larger filter multiplies longer than it waits for, it would only cost instructions.
   constexpr int64_t kCachedBytes = 4 << 20, kFewTaps = 9;
   const int64_t read_bytes = s.n * s.c * (s.h.in * s.w.in + s.h.out * s.w.out) * sizeof(T);
@@ -312,7 +370,10 @@ void input_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>>
                              false,
                              streams(p.dx, s.n * s.h.in * s.w.in, s.c * sizeof(T))};
   Row<T> like{static_cast<const T*>(p.dz), parameters.weight, s.c};
-  like.run = run_of(s.w);
+  // With a stride the taps of a phase are every stride-th of the filter.
+  like.run = s.w.stride == 1 ? run_of(s.w, 1, s.w.padding) : 1;
+  like.first_column = s.w.padding - (s.w.kernel - 1);
+  like.in_columns = s.w.out;
   like.ahead = (s.h.reach() / s.h.stride + 1) * s.w.out * s.c;  // the first tap reads farthest
   like.in_step = 1;
   like.out_step = s.w.stride;
