@@ -1,4 +1,7 @@
 // What runs the CPU kernels: the table of one capability's kernels, chosen at load, and the threads.
+//
+// dispatch.cpp fills the table. There each function that ../common/<family>.h declares in `cpu` is a call of the entry of the
+// same name, which `add_<family>` at the end of <family>.cpp has set.
 #pragma once
 
 #include <cstddef>

@@ -4,7 +4,7 @@
 // by one panel is summed over the whole depth, in order, so that no result depends on how tiles are spread over threads.
 #pragma once
 
-#include "vector_loops.h"
+#include "simd.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {

@@ -5,7 +5,7 @@
 #include "../common/arena.h"
 #include "../common/moments.h"
 
-#include "vector_loops.h"
+#include "simd_math.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
