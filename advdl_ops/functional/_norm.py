@@ -9,21 +9,13 @@ import torch
 from torch import Tensor
 
 from ..activation import IDENTITY, Activation
+from ..backend import needs_grad
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 
 # ZSource of csrc/common/tensor_types.h.
 Z_INPUT, Z_RESIDUAL, Z_OUTPUT = 0, 1, 2
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is made of them."""
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
 
 
 def to_be_saved(

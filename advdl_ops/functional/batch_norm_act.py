@@ -10,7 +10,7 @@ from torch.autograd.graph import increment_version
 
 from .. import reference
 from ..activation import Activation, resolve_activation
-from ..backend import fixed, serves_native
+from ..backend import fixed, needs_grad, serves_native
 from ..reference.batch_norm_act import batch_stats, normalize_act
 from ._norm import (
     check_floating,
@@ -20,7 +20,6 @@ from ._norm import (
     check_writable,
     differentiable_gradients,
     gradient_like,
-    needs_grad,
     saved_for,
     to_be_saved,
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..activation import Activation, resolve_activation
-from ..backend import fixed, serves_native
+from ..backend import fixed, needs_grad, serves_native
 from ._norm import (
     check_floating,
     check_per_channel,
@@ -24,7 +24,6 @@ from ._norm import (
     check_writable,
     differentiable_gradients,
     gradient_like,
-    needs_grad,
     saved_for,
     to_be_saved,
 )

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from advdl_ops import nn
-from advdl_ops._memory_format import runs_in_channels_last, trains
+from advdl_ops._memory_format import in_channels_last, runs_in_channels_last, trains
 from advdl_ops._schemas import conv2d_format
-from advdl_ops.functional.conv_bn_act import in_channels_last
 from advdl_ops.models._weights import load_weights
 
 NormFactory = Callable[[int, str | None], torch.nn.Module]

@@ -206,7 +206,7 @@ def _folded(
             **options._asdict(), eps=bn.eps, residual=residual, act=act,
         )  # fmt: skip
     if residual is not None:
-        shape = conv2d_shape(x, conv.weight.shape, *options[:3])
+        shape = conv2d_shape(x.shape, conv.weight.shape, *options[:3])
         check_residual("conv_bn_act", residual, shape, x.device)
     # Read once: another thread may drop it meanwhile.
     folded = bn.folded

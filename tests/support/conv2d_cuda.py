@@ -14,8 +14,8 @@ from torch import Tensor
 from advdl_ops import _schemas, reference, tuning
 from advdl_ops._conv import choice, cuda, operators, problem
 from advdl_ops._conv.problem import Conv, Epilogue, Problem
+from advdl_ops._schemas import acc_dtype
 from advdl_ops.activation import ACTIVATIONS, IDENTITY, Activation
-from advdl_ops.reference.batch_norm_act import acc_dtype
 from advdl_ops.triton.conv2d import Config
 
 RELU, SILU = ACTIVATIONS["relu"], ACTIVATIONS["silu"]
