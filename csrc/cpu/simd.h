@@ -136,24 +136,13 @@ ADVDL_INLINE DoubleVec select(LongVec condition, DoubleVec a, DoubleVec b) {
 
 }  // namespace math
 
-// Storage types. Acc is what arithmetic on them is done in.
+// Storage types.
 struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
   uint16_t bits;
 };
-
-template <class T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename AccOf<T>::type;
 
 typedef uint16_t HalfBits __attribute__((vector_size(ADVDL_VECTOR_BYTES / 2)));
 
