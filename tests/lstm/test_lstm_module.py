@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 
-import advdl_ops
 from advdl_ops import nn
 
 OPTIONS = [
@@ -45,12 +44,6 @@ BEYOND = {
     "forget_bias": 1.0,
 }
 I, H = 4, 6  # noqa: E741
-
-
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
 
 
 def pair(dtype=f64, **options):

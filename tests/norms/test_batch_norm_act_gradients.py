@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 from support.accuracy import ACTIVATIONS, SMOOTH, in_layout
+from support.checks import check_saved_by_norm
 from support.norms import make_problem, ours
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -149,29 +150,15 @@ def test_saved_for_backward(act, residual):
     x, weight, bias = (t.requires_grad_() for t in (p.x, p.weight, p.bias))
     if residual:
         p.residual.requires_grad_()
-    saved = []
 
-    def pack(t):
-        saved.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = batch_norm_act(
+    def call():
+        return batch_norm_act(
             x, p.running_mean, p.running_var, weight, bias, True,
             residual=p.residual, act=ACTIVATIONS[act][0],
         )  # fmt: skip
-    large = {t.data_ptr() for t in saved if t.numel() >= x.numel()}
-    allowed = {x.data_ptr()}
-    if residual and act == "relu":
-        allowed.add(out.data_ptr())
-    elif residual and act != "none":
-        allowed.add(p.residual.data_ptr())
-    assert large == allowed
-    small = {t.data_ptr(): t.numel() for t in saved if t.numel() < x.numel()}
-    assert sum(small.values()) <= 4 * x.shape[1]  # weight, bias, mean, rstd
-    # Nothing hides on the context beside what autograd knows of.
-    hidden = [v for v in vars(out.grad_fn).values() if isinstance(v, torch.Tensor)]
-    assert not hidden
+
+    # Small are weight, bias, mean, rstd.
+    check_saved_by_norm(call, x, p.residual, act, 4 * x.shape[1])
 
 
 def test_input_may_not_change_before_backward():

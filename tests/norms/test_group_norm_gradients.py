@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 from support.accuracy import ACTIVATIONS, SMOOTH, in_layout
+from support.checks import check_gradients_with_a_graph, check_saved_by_norm
 from support.group_norm import INSTANCE, POSITION, call_ours, call_stock, ours, problem_of
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -113,11 +114,7 @@ def test_first_gradients_are_the_same_with_and_without_a_graph_and_twice(norm):
         leaves = [t.detach().requires_grad_() for t in (p.x, p.weight, p.bias, p.residual)]
         x, weight, bias, residual = leaves
         out = call_ours(norm, x, None, None, weight, bias, p, residual=residual, act=act)
-        plain = torch.autograd.grad(out, leaves, p.dout, retain_graph=True)
-        again = torch.autograd.grad(out, leaves, p.dout, retain_graph=True)
-        graph = torch.autograd.grad(out, leaves, p.dout, create_graph=True)
-        assert all(map(torch.equal, plain, again))
-        torch.testing.assert_close(plain, tuple(t.detach() for t in graph), rtol=1e-12, atol=1e-12)
+        check_gradients_with_a_graph(out, leaves, p.dout)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -150,28 +147,14 @@ def test_saved_for_backward(norm, act, residual):
     x, weight, bias = (t.requires_grad_() for t in (p.x, p.weight, p.bias))
     if residual:
         p.residual.requires_grad_()
-    saved = []
 
-    def pack(t):
-        saved.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    def call():
         options = {"residual": p.residual, "act": ACTIVATIONS[act][0]}
-        out = call_ours(norm, x, p.running_mean, p.running_var, weight, bias, p, **options)
-    large = {t.data_ptr() for t in saved if t.numel() >= x.numel()}
-    allowed = {x.data_ptr()}
-    if residual and act == "relu":
-        allowed.add(out.data_ptr())
-    elif residual and act != "none":
-        allowed.add(p.residual.data_ptr())
-    assert large == allowed
-    small = {t.data_ptr(): t.numel() for t in saved if t.numel() < x.numel()}
+        return call_ours(norm, x, p.running_mean, p.running_var, weight, bias, p, **options)
+
     sets = {POSITION: 4 * 36, INSTANCE: 4 * 8}.get(norm) or 4 * norm
-    assert sum(small.values()) <= 2 * 8 + 2 * sets  # weight, bias, mean, variance
-    # Nothing hides on the context beside what autograd knows of.
-    hidden = [v for v in vars(out.grad_fn).values() if isinstance(v, torch.Tensor)]
-    assert not hidden
+    # Small are weight, bias, mean, variance.
+    check_saved_by_norm(call, x, p.residual, act, 2 * 8 + 2 * sets)
 
 
 def test_input_may_not_change_before_backward():

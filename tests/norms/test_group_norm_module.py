@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import ACTIVATIONS, ULPS, channels_last, error, in_layout, largest
+from support.checks import check_functional_call
 
-import advdl_ops
 from advdl_ops import nn
 
 OWN = {
@@ -36,12 +36,6 @@ INSTANCE_OPTIONS = [
     {"track_running_stats": True, "momentum": None},
     {"track_running_stats": True, "momentum": 0.0},
 ]
-
-
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
 
 
 CASES = [
@@ -310,16 +304,7 @@ def test_functional_call(kind):
     options = {"affine": True, "track_running_stats": True} if "instance" in kind else {}
     own, other = pair(kind, act="relu", **options)[0], pair(kind, act="relu", **options)[0]
     x = torch.randn(shape_of(kind))
-    for mode in (True, False):
-        own.train(mode), other.train(mode)
-        before = copy.deepcopy(own.state_dict())
-        state = {name: t.clone() for name, t in other.state_dict().items()}
-        out = torch.func.functional_call(own, state, (x,))
-        assert torch.equal(out, other(x))
-        for name, t in other.state_dict().items():
-            assert torch.equal(state[name], t), name  # what was passed is what is written
-        for name, t in before.items():
-            assert torch.equal(own.state_dict()[name], t), name
+    check_functional_call(own, other, x)
 
 
 @KINDS
