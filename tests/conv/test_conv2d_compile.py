@@ -3,7 +3,13 @@
 import pytest
 import torch
 from support.accuracy import ACTIVATIONS
-from support.compiled import batch_of, check_dynamic_positions, check_export, check_steps
+from support.compiled import (
+    batch_of,
+    check_dynamic_positions,
+    check_export,
+    check_steps,
+    check_without_gradients,
+)
 from support.conv2d import CASES, call_ours, make_inputs
 
 import advdl_ops
@@ -98,14 +104,7 @@ def test_every_activation():
 
 @NAMES
 def test_without_gradients(name):
-    module = MODULES[name]("relu").eval()
-    fast = torch.compile(module, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        for n in (3, 5):
-            x = batch(n)
-            torch.testing.assert_close(fast(x), module(x))
-    with torch.inference_mode():
-        torch.testing.assert_close(fast(x), module(x))
+    check_without_gradients(MODULES[name]("relu"), batch)
 
 
 def test_autocast_inside():

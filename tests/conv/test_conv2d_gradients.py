@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 from support.accuracy import ACTIVATIONS, SMOOTH
-from support.checks import check_gradients_with_a_graph
+from support.checks import check_deterministic_mode, check_gradients_with_a_graph
 from support.conv2d import (
     CASES,
     NAMES,
@@ -242,14 +242,7 @@ def test_two_runs_are_bitwise_equal(threads, name, dtype):
 def test_deterministic_mode_needs_no_special_case():
     for name in ("3x3", "dilated", "depthwise"):
         p = make_inputs(CASES[name], with_=ALL)
-        before = results(call_ours, p, "relu")
-        try:
-            torch.use_deterministic_algorithms(True)
-            after = results(call_ours, p, "relu")
-        finally:
-            torch.use_deterministic_algorithms(False)
-        for key, t in before.items():
-            assert torch.equal(t, after[key]), (name, key)
+        check_deterministic_mode(lambda p=p: results(call_ours, p, "relu"))
 
 
 @pytest.mark.parametrize("name", ["3x3", "dilated", "depthwise"])

@@ -134,7 +134,7 @@ def test_copies(name):
     own, _ = pair(name, act=torch.nn.LeakyReLU(0.3))
     x = torch.randn(2, 6, 11, 10, dtype=f64)
     expected = own(x)
-    for other in copies_of(own):
+    for other in copies_of(own).values():
         assert type(other) is type(own)
         assert other.act == Activation("leaky_relu", 2, 0.3)
         assert torch.equal(other(x), expected)

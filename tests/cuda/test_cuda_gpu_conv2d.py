@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
-from support.conv2d_cuda import DTYPES, LAYOUTS, SILU, Case
+from support.conv2d_cuda import DTYPES, LAYOUTS, SILU, Case, Inputs
 from torch import Tensor
 
 import advdl_ops
@@ -53,18 +53,6 @@ CASES = {
     "depthwise, stride": Case((2, 48, 29, 27), (48, 1, 5, 3), (2, 1), (2, 1), (1, 2), 48),
 }
 SMALL = [name for name in CASES if name not in ("long sum", "many positions")]
-
-
-class Inputs(NamedTuple):
-    x: Tensor
-    weight: Tensor
-    scale: Tensor
-    shift: Tensor
-    residual: Tensor
-    dz: Tensor
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        return Inputs(*map(function, self))
 
 
 @pytest.fixture(autouse=True)

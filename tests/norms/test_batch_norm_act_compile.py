@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.accuracy import ACTIVATIONS
-from support.compiled import batch_of, check_export, check_steps, compiled
+from support.compiled import batch_of, check_export, check_steps, check_without_gradients, compiled
 
 import advdl_ops
 from advdl_ops.functional import batch_norm_act
@@ -57,14 +57,7 @@ def test_function_updates_running_statistics():
 
 
 def test_without_gradients():
-    module = BatchNormAct2d(5, act="relu", dtype=f64).eval()
-    fast = compiled(module)
-    with torch.no_grad():
-        for n in (3, 5):
-            x = batch(n)
-            torch.testing.assert_close(fast(x), module(x))
-    with torch.inference_mode():
-        torch.testing.assert_close(fast(x), module(x))
+    check_without_gradients(BatchNormAct2d(5, act="relu", dtype=f64), batch)
 
 
 def test_autocast_inside():

@@ -1,14 +1,12 @@
 """BatchNormAct2d beside torch.nn.BatchNorm2d: running statistics, modes, state, copies."""
 
 import copy
-import io
 import itertools
-import pickle
 
 import pytest
 import torch
 from support.accuracy import ACTIVATIONS, ULPS, error, in_layout, largest
-from support.checks import check_functional_call
+from support.checks import check_functional_call, copies_of
 
 from advdl_ops.nn import BatchNormAct2d
 
@@ -174,15 +172,7 @@ def test_state_dict_without_the_counter_of_old_versions():
 def test_copies(how):
     own = BatchNormAct2d(5, momentum=None, act=torch.nn.LeakyReLU(0.2))
     own(torch.randn(3, 5, 4, 4))
-    if how == "deepcopy":
-        other = copy.deepcopy(own)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(own))
-    else:
-        buffer = io.BytesIO()
-        torch.save(own, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
+    other = copies_of(own)[how]
     x = torch.randn(3, 5, 4, 4)
     assert torch.equal(other(x), own(x))
     assert torch.equal(other.running_var, own.running_var)

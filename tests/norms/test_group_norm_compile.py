@@ -3,7 +3,14 @@
 import pytest
 import torch
 from support.accuracy import ACTIVATIONS
-from support.compiled import batch_of, check_dynamic_positions, check_export, check_steps, compiled
+from support.compiled import (
+    batch_of,
+    check_dynamic_positions,
+    check_export,
+    check_steps,
+    check_without_gradients,
+    compiled,
+)
 from support.group_norm import INSTANCE, POSITION, call_ours, call_stock, problem_of
 
 import advdl_ops
@@ -71,14 +78,7 @@ def test_function_updates_running_statistics():
 
 @NAMES
 def test_without_gradients(name):
-    module = MODULES[name]("relu").eval()
-    fast = compiled(module)
-    with torch.no_grad():
-        for n in (3, 5):
-            x = batch(n)
-            torch.testing.assert_close(fast(x), module(x))
-    with torch.inference_mode():
-        torch.testing.assert_close(fast(x), module(x))
+    check_without_gradients(MODULES[name]("relu"), batch)
 
 
 def test_autocast_inside():

@@ -6,7 +6,12 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 from support.accuracy import ACTIVATIONS, SMOOTH, in_layout
-from support.checks import check_gradients_with_a_graph, check_saved_by_norm
+from support.checks import (
+    check_deterministic_mode,
+    check_gradients_with_a_graph,
+    check_saved_by_norm,
+    second_gradients,
+)
 from support.group_norm import INSTANCE, POSITION, call_ours, call_stock, ours, problem_of
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -87,14 +92,6 @@ def test_without_weight_or_bias(norm, given):
 def test_create_graph_equals_stock(norm, act, residual):
     p = problem_of(norm, (3, 4, 5, 3), "fp64", residual=residual)
 
-    def second(call):
-        inputs = [p.x, p.weight, p.bias] + ([p.residual] if residual else [])
-        inputs = [t.detach().requires_grad_() for t in inputs]
-        out = call(*inputs)
-        first = torch.autograd.grad(out, inputs, p.dout, create_graph=True)
-        penalty = sum(g.square().sum() for g in first) + out.square().sum()
-        return first, torch.autograd.grad(penalty, inputs)
-
     def stock(x, weight, bias, residual=None):
         z = call_stock(norm, x, None, None, weight, bias, p)
         return ACTIVATIONS[act][1](z if residual is None else z + residual)
@@ -103,7 +100,9 @@ def test_create_graph_equals_stock(norm, act, residual):
         options = {"residual": residual, "act": ACTIVATIONS[act][0]}
         return call_ours(norm, x, None, None, weight, bias, p, **options)
 
-    for found, exact in zip(second(fused), second(stock), strict=True):
+    inputs = [p.x, p.weight, p.bias] + ([p.residual] if residual else [])
+    ours_, theirs = (second_gradients(call, inputs, p.dout) for call in (fused, stock))
+    for found, exact in zip(ours_, theirs, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
 
 
@@ -209,14 +208,7 @@ def test_two_runs_and_thread_counts_are_bitwise_equal(threads, mix, layout):
 
 def test_deterministic_mode_needs_no_special_case():
     p = problem_of(INSTANCE, (4, 6, 9, 9), residual=True)
-    before = ours(p, INSTANCE, "relu")
-    try:
-        torch.use_deterministic_algorithms(True)
-        after = ours(p, INSTANCE, "relu")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for name, t in before.items():
-        assert torch.equal(t, after[name]), name
+    check_deterministic_mode(lambda: ours(p, INSTANCE, "relu"))
 
 
 @NORMS

@@ -2,16 +2,14 @@
 
 import copy
 import inspect
-import io
 import itertools
-import pickle
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import ACTIVATIONS, ULPS, channels_last, error, in_layout, largest
-from support.checks import check_functional_call
+from support.checks import check_functional_call, copies_of
 
 from advdl_ops import nn
 
@@ -283,15 +281,7 @@ def test_copies(kind, how):
     own, _ = pair(kind, act=torch.nn.LeakyReLU(0.2), **options)
     x = torch.randn(shape_of(kind))
     own(x)
-    if how == "deepcopy":
-        other = copy.deepcopy(own)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(own))
-    else:
-        buffer = io.BytesIO()
-        torch.save(own, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
+    other = copies_of(own)[how]
     assert torch.equal(other(x), own(x))
     if options:
         assert torch.equal(other.running_var, own.running_var)

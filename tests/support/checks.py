@@ -46,6 +46,18 @@ def check_refused_call_keeps_nothing_alive(call, shape, *changes):
         gc.enable()
 
 
+def check_refused_module_stays(module, given, expected, stock):
+    """``module(*given)`` raises exactly ``expected`` (``None``: what ``stock`` raises), and its state stays."""
+    kept = copy.deepcopy(module.state_dict())
+    if expected is None:
+        with pytest.raises(Exception) as by_torch:  # noqa: PT011
+            stock(given[0])
+        expected = by_torch.type
+    error_of_type(lambda: module(*given), expected)
+    for key, t in kept.items():
+        assert torch.equal(module.state_dict()[key], t), key
+
+
 def check_functional_call(own, other, x):
     """``torch.func.functional_call`` of ``own`` with the state of ``other`` is a call of ``other``; ``own`` stays."""
     for mode in (True, False):
@@ -61,15 +73,15 @@ def check_functional_call(own, other, x):
 
 
 def copies_of(module):
-    """By ``copy``, ``pickle`` and ``torch.save``."""
+    """A copy by each way there is."""
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
-    return (
-        copy.deepcopy(module),
-        pickle.loads(pickle.dumps(module)),
-        torch.load(file, weights_only=False),
-    )
+    return {
+        "deepcopy": copy.deepcopy(module),
+        "pickle": pickle.loads(pickle.dumps(module)),
+        "torch.save": torch.load(file, weights_only=False),
+    }
 
 
 def check_gradients_with_a_graph(out, leaves, dout):
@@ -79,6 +91,27 @@ def check_gradients_with_a_graph(out, leaves, dout):
     graph = torch.autograd.grad(out, leaves, dout, create_graph=True)
     assert all(map(torch.equal, plain, again))
     torch.testing.assert_close(plain, tuple(t.detach() for t in graph), rtol=1e-12, atol=1e-12)
+
+
+def second_gradients(call, inputs, dout):
+    """The gradients of ``call(*inputs)``, and those of a penalty on them and the output."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = call(*leaves)
+    first = torch.autograd.grad(out, leaves, dout, create_graph=True)
+    penalty = sum(g.square().sum() for g in first) + out.square().sum()
+    return first, torch.autograd.grad(penalty, leaves)
+
+
+def check_deterministic_mode(call):
+    """``call()`` returns the same tensors, by name, as under ``torch.use_deterministic_algorithms``."""
+    before = call()
+    try:
+        torch.use_deterministic_algorithms(True)
+        after = call()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, t in before.items():
+        assert torch.equal(t, after[name]), name
 
 
 def check_saved_by_norm(call, x, residual, act, most_small):

@@ -59,6 +59,17 @@ def check_dynamic_positions(make, channels, sizes):
         torch.testing.assert_close(fast(x), module(x))
 
 
+def check_without_gradients(module, batch):
+    """In evaluation, compiled, for ``batch(n)``."""
+    fast = compiled(module.eval())
+    with torch.no_grad():
+        for n in (3, 5):
+            x = batch(n)
+            torch.testing.assert_close(fast(x), module(x))
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), module(x))
+
+
 def exported(module, arguments, options=None, **more):
     """The module after ``torch.export``, in whose graph there are aten operators alone."""
     program = torch.export.export(module, arguments, options or {}, **more)

@@ -155,6 +155,9 @@ class Inputs(NamedTuple):
     residual: Tensor
     dz: Tensor
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        return Inputs(*map(function, self))
+
 
 def make_inputs(case: Case, dtype: torch.dtype, layout: str) -> Inputs:
     x, weight = torch.randn(case.x), torch.randn(case.weight) / math.prod(case.weight[1:]) ** 0.5
