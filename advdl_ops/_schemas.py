@@ -4,8 +4,7 @@ Only operators whose name ends in ``_`` write an argument. ``csrc/common/<family
 implementations are in:
 
 - ``csrc/bindings/<family>.cpp``: the norms and the LSTM for CPU and CUDA, dense and depthwise convolution for CPU;
-- ``functional/_conv2d_cpu.py``: ``conv2d`` for CPU;
-- ``functional/_conv2d_cuda.py``: ``conv2d`` and ``depthwise_conv2d`` for CUDA.
+- ``_conv/operators.py``: ``conv2d`` for CPU and CUDA.
 """
 
 from __future__ import annotations
@@ -187,7 +186,7 @@ _library.impl("batch_norm_act_", _of_negative, "Negative")
 
 def _fake_forward(x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_devices("batch_norm_act", x, *others)
-    return _kept(x), x.new_empty((2, x.shape[1]), dtype=_acc(x))
+    return _kept(x), x.new_empty((2, x.shape[1]), dtype=acc_dtype(x.dtype))
 
 
 @torch.library.register_fake("advdl_ops::batch_norm_act_backward", lib=_library)
@@ -206,7 +205,7 @@ def _(
 def _(x, residual, weight, bias, groups, eps, act, act_param):
     _check_devices("group_norm", x, residual, weight, bias)
     sets = x.shape[0] * (groups or math.prod(x.shape[2:]))
-    return _kept(x), x.new_empty((2, sets), dtype=_acc(x))
+    return _kept(x), x.new_empty((2, sets), dtype=acc_dtype(x.dtype))
 
 
 @torch.library.register_fake("advdl_ops::group_norm_backward", lib=_library)
@@ -263,7 +262,7 @@ def _(x, channels_last):
 
 def _fake_conv2d(x, weight, stride, padding, dilation):
     return torch.empty(
-        conv2d_shape(x, weight.shape, stride, padding, dilation),
+        conv2d_shape(x.shape, weight.shape, stride, padding, dilation),
         dtype=x.dtype,
         device=x.device,
         memory_format=conv2d_format(x),
@@ -273,19 +272,19 @@ def _fake_conv2d(x, weight, stride, padding, dilation):
 def _fake_conv2d_backward(x, weight, need_dx, need_dweight, need_dbias):
     return (
         torch.empty_like(x, memory_format=conv2d_format(x)) if need_dx else x.new_empty(0),
-        torch.empty_like(weight, dtype=_acc(x), memory_format=conv2d_format(weight))
+        torch.empty_like(weight, dtype=acc_dtype(x.dtype), memory_format=conv2d_format(weight))
         if need_dweight
-        else x.new_empty(0, dtype=_acc(x)),
-        x.new_empty(weight.shape[0] if need_dbias else 0, dtype=_acc(x)),
+        else x.new_empty(0, dtype=acc_dtype(x.dtype)),
+        x.new_empty(weight.shape[0] if need_dbias else 0, dtype=acc_dtype(x.dtype)),
     )
 
 
 def conv2d_shape(
-    x: Tensor, weight_shape: Sequence[int], stride: Any, padding: Any, dilation: Any
-) -> tuple[int, ...]:
-    """The shape ``[N, C_out, H_out, W_out]`` of a convolution of ``x`` ``[N, C_in, H, W]``; options are pairs."""
-    batch, _, height, width = x.shape
-    outputs, _, kernel_h, kernel_w = weight_shape
+    x: Sequence[int], weight: Sequence[int], stride: Any, padding: Any, dilation: Any
+) -> tuple[int, int, int, int]:
+    """The shape ``[N, C_out, H_out, W_out]`` of a convolution, by the shapes of x and weight; options are pairs."""
+    batch, _, height, width = x
+    outputs, _, kernel_h, kernel_w = weight
     return (
         batch,
         outputs,
@@ -315,9 +314,9 @@ def _(dh, dc, x, h, c, w_ih, w_hh, gates, need_dx, need_dw_ih, need_dw_hh, need_
         x.new_empty(x.shape if need_dx else 0),
         x.new_empty((batch, hidden)),
         x.new_empty((batch, hidden)),
-        x.new_empty(w_ih.shape if need_dw_ih else 0, dtype=_acc(x)),
-        x.new_empty(w_hh.shape if need_dw_hh else 0, dtype=_acc(x)),
-        x.new_empty(4 * hidden if need_dbias else 0, dtype=_acc(x)),
+        x.new_empty(w_ih.shape if need_dw_ih else 0, dtype=acc_dtype(x.dtype)),
+        x.new_empty(w_hh.shape if need_dw_hh else 0, dtype=acc_dtype(x.dtype)),
+        x.new_empty(4 * hidden if need_dbias else 0, dtype=acc_dtype(x.dtype)),
     )
 
 
@@ -342,7 +341,7 @@ def _(*given):
 def _(dy, dh_n, dc_n, *given):
     a = LSTMArguments(*given[: len(LSTMArguments._fields)])
     need_dx, need_dw_ih, need_dw_hh, need_dbias, need_dw_hr = given[-5:]
-    x, hidden, size, acc = a.x, a.w_hh.shape[0] // 4, a.w_hh.shape[1], _acc(a.x)
+    x, hidden, size, acc = a.x, a.w_hh.shape[0] // 4, a.w_hh.shape[1], acc_dtype(a.x.dtype)
     batch = _lstm_batch(a)
     norm = a.ln_hh_weight is not None
 
@@ -377,8 +376,9 @@ def _check_devices(function: str, x: Tensor, *others: Tensor | None) -> None:
             raise RuntimeError(f"{function}: tensors on {x.device} and on {t.device}")
 
 
-def _acc(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and arithmetic for tensors of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _kept(x: Tensor) -> Tensor:

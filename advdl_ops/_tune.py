@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from . import tuning
 from ._conv import choice
 from ._conv.problem import Problem
+from ._optimize.copies import copy_without_hooks
 
 __all__ = ["Tuned", "TunedConvolution", "tune"]
 
@@ -115,10 +115,7 @@ def tune(model: torch.nn.Module, *inputs: Any) -> Tuned:
 
 
 def _run(model: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-    ran = copy.deepcopy(model)
-    for layer in ran.modules():  # hooks are the user's, and may write what is not of the copy
-        layer._forward_hooks.clear()
-        layer._forward_pre_hooks.clear()
+    ran = copy_without_hooks(model)
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(gpus), torch.set_grad_enabled(ran.training):
         outputs = [t for t in _tensors(ran(*inputs)) if t.requires_grad]

@@ -1,4 +1,7 @@
-"""Which implementation serves: the fused kernels, or the reference in plain PyTorch."""
+"""Which implementation serves (the kernels, or the reference in plain PyTorch), and what torch does around a call.
+
+The second: whether it records gradients, casts, traces or transforms.
+"""
 
 from __future__ import annotations
 
@@ -93,6 +96,32 @@ def serves_native(function: str, x: torch.Tensor) -> bool:
     if device == "cuda" and reason is not None and not torch.compiler.is_compiling():
         _library.warn_once(f"CUDA: {reason}")
     return False
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records what is made of them."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+# Autocast casts these dtypes. It leaves fp64 as it is.
+AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype of the autocast that is active on ``x``'s device, or ``None``."""
+    device = x.device.type
+    if device == "meta" or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def cast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``t`` as autocast gives it to an operator. A function casts first, so that backward holds no fp32 copy."""
+    return t.to(dtype) if t.dtype in AUTOCAST_FROM else t
 
 
 def transformed() -> bool:

@@ -138,6 +138,7 @@ def support(sweeps: Sequence[Measured], thresholds: Thresholds) -> list[Support]
 def show(records: Sequence[Record]) -> None:
     """A table of every threshold that the records are of."""
     from advdl_ops._conv import choice
+    from advdl_ops._library import cpu_capability
 
     grid = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, pad_edge=False)
     for title in ("threshold", "in use", "supported", "lost in use", "lost then", "worst then"):
@@ -147,5 +148,5 @@ def show(records: Sequence[Record]) -> None:
         worst = f"{100 * row.worst:.0f} %: {row.at}"
         grid.add_row(row.threshold, str(row.used), str(row.supported), *shares, worst)
     console = table.new_console()
-    console.print(f"thresholds of {choice.capability()} (advdl_ops/_conv/choice.py)")
+    console.print(f"thresholds of {cpu_capability()} (advdl_ops/_conv/choice.py)")
     console.print(grid)

@@ -174,3 +174,12 @@ def cpu(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     assert kernels.capability() == request.param
     yield kernels
     kernels.set_capability(before)
+
+
+@pytest.fixture(params=["fused", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation in turn."""
+    import advdl_ops
+
+    with advdl_ops.use_backend(request.param):
+        yield request.param

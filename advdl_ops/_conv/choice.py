@@ -363,13 +363,8 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
 }
 
 
-def capability() -> str:
-    """``"default"``, ``"avx2"`` or ``"avx512"``: what this package's kernels use, and whose thresholds hold."""
-    return cpu_capability()
-
-
 def thresholds() -> Thresholds:
-    return THRESHOLDS[capability()]
+    return THRESHOLDS[cpu_capability()]
 
 
 # ---- CUDA ----
@@ -507,7 +502,7 @@ def reason(candidate: Candidate) -> str:
     if candidate.rule is None:
         return "by rule: none before it applies"
     text = candidate.rule.text.format(**thresholds()._asdict())
-    return f"by rule: {text}; {RECORDS[capability()]}"
+    return f"by rule: {text}; {RECORDS[cpu_capability()]}"
 
 
 def keep(key: Any, x: torch.Tensor, plan: Any) -> Any:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._schemas import acc_dtype
 from .._stock_faults import fails_in_channels_last, padded, sees_nothing
 from ..activation import IDENTITY, Activation
 from ..reference.activation import activate
-from ..reference.batch_norm_act import acc_dtype
-from .activation import activated
+from .epilogue import activated
 from .epilogue import epilogue as run_epilogue
 from .problem import Conv, Epilogue, convert, without_data
 

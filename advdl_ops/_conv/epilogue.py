@@ -1,16 +1,18 @@
-"""What follows a convolution whose kernel leaves it undone: one pass of the norm's kernel in evaluation."""
+"""What follows a convolution whose kernel leaves it undone: an activation in place, or a pass of the norm's kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .._schemas import acc_dtype
 from ..activation import Activation
 from ..backend import unwatched
-from ..reference.batch_norm_act import acc_dtype
-from .activation import activated
+from ..reference.activation import activate
 
 _norm_op = torch.ops.advdl_ops.batch_norm_act.default
 
@@ -51,6 +53,30 @@ def normalized(
     return _norm_op(
         z, residual, scale, shift, mean, var, False, 0.0, 0.0, act.code, act.param
     )[0]  # fmt: skip
+
+
+def activated(z: Tensor, act: Activation, in_place: bool) -> Tensor:
+    """``act(z)``, written over ``z`` where that is allowed and the activation can."""
+    if act.code == 0:
+        return z
+    write = _IN_PLACE.get(act.name) if in_place else None
+    if write is None:
+        return activate(z, act)
+    return write(z, act.param)
+
+
+_IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda z, _: z.relu_(),
+    "leaky_relu": lambda z, slope: F.leaky_relu_(z, slope),
+    "elu": lambda z, alpha: F.elu_(z, alpha),
+    "silu": lambda z, _: F.silu(z, inplace=True),
+    "gelu": lambda z, _: torch.ops.aten.gelu_(z),
+    "gelu_tanh": lambda z, _: torch.ops.aten.gelu_(z, approximate="tanh"),
+    "sigmoid": lambda z, _: z.sigmoid_(),
+    "tanh": lambda z, _: z.tanh_(),
+    "hardswish": lambda z, _: F.hardswish(z, inplace=True),
+    "relu6": lambda z, _: F.relu6(z, inplace=True),
+}
 
 
 # Nothing leaves it: a captured CUDA graph reads the memory again, and another stream may still be reading it.

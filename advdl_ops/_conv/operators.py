@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._schemas import _check_devices, _library, conv2d_format
+from .._schemas import _check_devices, _library, acc_dtype, conv2d_format
 from ..activation import activation_of
-from ..reference.batch_norm_act import acc_dtype
 from . import choice
 from .choice import Candidate
 from .cpu import Gradients, Needs, sum_of

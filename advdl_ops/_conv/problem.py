@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import native
-from .._schemas import conv2d_format
+from .._schemas import conv2d_format, conv2d_shape
 from ..activation import IDENTITY, Activation
 from ..backend import is_traced
 
@@ -124,12 +126,7 @@ class Problem(NamedTuple):
     @property
     def out_size(self) -> tuple[int, int]:
         """Height and width of the output."""
-        height, width = (
-            (self.x[2 + i] + 2 * self.padding[i] - self.dilation[i] * (self.weight[2 + i] - 1) - 1)
-            // self.stride[i]
-            + 1
-            for i in (0, 1)
-        )
+        _, _, height, width = conv2d_shape(self.x, self.weight, *self.conv[:3])
         return height, width
 
     @property
@@ -234,6 +231,66 @@ def _strides(shape: Any, memory_format: torch.memory_format) -> tuple[int, ...]:
         return h * w * c, 1, w * c, c
     c, h, w = max(c, 1), max(h, 1), max(w, 1)
     return c * h * w, h * w, w, 1
+
+
+# ---- options, as a function or a module is given them ----
+
+_PADDINGS = ("same", "valid")
+
+
+def pair_of(function: str, name: str, value: Any, least: int) -> tuple[int, int]:
+    """Height and width of an option that is one number for both, or a sequence of one or two; ``least`` at least."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        pair = value  # as modules hold it
+    else:
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        for v in values:
+            if not _is_integer(v):
+                raise TypeError(f"{function}: {name} ({value!r}) must be an integer, or two")
+        if len(values) not in (1, 2):
+            raise RuntimeError(f"{function}: {name} ({value!r}) must be one integer, or two")
+        pair = values[0], values[-1]
+    if pair[0] < least or pair[1] < least:
+        raise RuntimeError(f"{function}: {name} ({value!r}) must be at least {least}")
+    return pair
+
+
+def padded_by(
+    function: str,
+    x: Tensor,
+    weight: Tensor,
+    padding: Any,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[Tensor, tuple[int, int]]:
+    """``x`` ``[N, C, H, W]``, padded here where its two sides differ, and the padding of both sides."""
+    if not isinstance(padding, str):
+        return x, pair_of(function, "padding", padding, 0)
+    if padding not in _PADDINGS:
+        raise RuntimeError(
+            f"{function}: padding ({padding!r}) must be numbers or one of {', '.join(_PADDINGS)}"
+        )
+    if padding == "valid":
+        return x, (0, 0)
+    if stride != (1, 1):
+        raise RuntimeError(f"{function}: stride ({stride}) must be 1 with padding 'same'")
+    height, width = (
+        rate * (kernel - 1) for rate, kernel in zip(dilation, weight.shape[2:], strict=True)
+    )
+    if height % 2 or width % 2:  # of an even kernel, as torch: one more behind
+        x = F.pad(x, (0, width % 2, 0, height % 2))
+    return x, (height // 2, width // 2)
+
+
+def check_groups(function: str, groups: Any) -> None:
+    if type(groups) is not int and not _is_integer(groups):
+        raise TypeError(f"{function}: groups ({groups!r}) must be an integer")
+    if groups < 1:
+        raise RuntimeError(f"{function}: groups ({groups}) must be at least 1")
+
+
+def _is_integer(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, torch.SymInt, numbers.Integral))
 
 
 def pair(value: Any) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import torch
 from ..activation import qualified_name, resolve_activation
 from .aliasing import find_effects
 from .codegen import fused_class, source_of
+from .copies import copies_of
 from .fuse import has_parts, plan_fusions
 from .fused_call import is_watched
 from .layers import OURS, Counterpart, Left, counterpart_of
@@ -24,7 +25,6 @@ from .memory_format import evaluated_in_fast_format, in_fast_format, plan_channe
 from .plan import LayerPlan, Plan
 from .proxies import Untraceable
 from .record import RECORD, record_of, update_record
-from .shared_copy import copies_of
 from .trace import is_torchs, variants_of
 
 __all__ = ["optimize", "restore"]

@@ -114,7 +114,7 @@ def _fits(residual: Any, x: Tensor, first: Any) -> bool:
     # Not from the weight: a parametrized one is computed at each access.
     weight_shape = (first.out_channels, 0, *first.kernel_size)
     return residual.shape == conv2d_shape(
-        x, weight_shape, first.stride, _paddings(first), first.dilation
+        x.shape, weight_shape, first.stride, _paddings(first), first.dilation
     )
 
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .._memory_format import runs_in_channels_last
+from .._memory_format import in_channels_last, runs_in_channels_last
 from .._stock_faults import layer_may_fail
-from ..functional.conv_bn_act import in_channels_last
 from .aliasing import NEW_RESULTS, effect_of, writes, written_by
 from .bytecode import is_function, why_format_may_matter
 from .fused_call import CONVOLUTIONS, has_hooks

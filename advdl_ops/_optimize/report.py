@@ -5,7 +5,6 @@ The texts come from `served.py` (what serves a layer on the CPU) and `record.py`
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from .._conv.problem import WITH_NORM, Problem
 from ..backend import get_backend
 from ..nn.group_norm import _InstanceNorm
 from . import served as _served
+from .copies import copy_without_hooks
 from .record import notes, record_of, summary
 
 __all__ = ["Explanation", "Layer", "explain"]
@@ -179,7 +179,7 @@ def explain(
     done = notes(module)
     for owner, at, conv, bn in _fused_pairs(module):
         if _device(conv) == torch.device("cpu") and _why_reference(torch.device("cpu")) is None:
-            done[owner][at] += f" ({told.get((owner, at)) or _served.of_pair(conv, bn)})"
+            done[owner][at] += f" ({told.get((owner, at)) or _served.of_pair_in_general(conv, bn)})"
     return Explanation(
         tuple(layer for layer in layers if layer is not None),
         done,
@@ -218,28 +218,23 @@ def _run(
     """
     found: dict[Any, dict[str, None]] = {}
     met: dict[str, dict[Problem, None]] = {}
-    ran = _without_hooks(copy.deepcopy(module))
+    ran = copy_without_hooks(module)
     copies = dict(ran.named_modules())
     originals = {id(copies[name]): (name, layer) for name, layer in module.named_modules()}
 
     # A hook separates layers that run as one op without it, so each text is about the original layers.
-    def tell(key: Any, of: Callable[..., str | None], name: str) -> None:
+    def tell(key: Any, of: Callable[..., _served.Told], name: str) -> None:
         def hook(on: torch.nn.Module, args: Any, kwargs: Any) -> None:
-            text = of(*args, **kwargs)
+            text, problems = of(*args, **kwargs)
+            if key == name:
+                met.setdefault(name, {}).update(dict.fromkeys(problems))
             norm, residual = _joined_norm(on)
             if text is not None and key == name and norm is not None and args:
                 behind, bn = originals[id(norm)]
-                pair = _served.of_pair(originals[id(on)][1], bn, args[0], residual)
+                pair = _served.of_pair(originals[id(on)][1], bn, args[0], residual).text
                 text += "" if pair == _served.TWO_LAYERS else f"; with {behind} {pair}"
             if text is not None:
                 found.setdefault(key, {})[text] = None
-
-        copies[name].register_forward_pre_hook(hook, with_kwargs=True)
-
-    def meet(name: str, layer: torch.nn.Module) -> None:
-        def hook(_: torch.nn.Module, args: Any, kwargs: Any) -> None:
-            for problem in _served.problems_of(layer, *args, **kwargs):
-                met.setdefault(name, {})[problem] = None
 
         copies[name].register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -248,7 +243,6 @@ def _run(
             device = _device(layer) or default
             if isinstance(layer, _OURS) and device.type == "cpu" and not _why_reference(device):
                 tell(name, functools.partial(_served.of_call, layer), name)
-                meet(name, layer)
         names = {id(layer): name for name, layer in originals.values()}
         for owner, at, conv, bn in _fused_pairs(module):
             if _device(conv) == torch.device("cpu"):
@@ -279,14 +273,6 @@ def _is_compiled(layer: torch.nn.Module) -> bool:
     return "_orig_mod" in layer._modules or layer._compiled_call_impl is not None
 
 
-def _without_hooks(module: torch.nn.Module) -> torch.nn.Module:
-    """Removes the user's hooks, which may write to objects outside of the copy."""
-    for layer in module.modules():
-        layer._forward_hooks.clear()
-        layer._forward_pre_hooks.clear()
-    return module
-
-
 def _device(module: torch.nn.Module) -> torch.device | None:
     for tensors in (module.parameters(), module.buffers()):
         for t in tensors:
@@ -315,7 +301,7 @@ def _layer(
         served = f"the reference, in plain PyTorch: {reference}"
         if isinstance(layer, nn.ConvBNAct) and device.type == "cpu":
             # What is folded needs none of the kernels.
-            pair = _served.of_pair(layer.conv, layer.bn)
+            pair = _served.of_pair_in_general(layer.conv, layer.bn)
             served = served if pair == _served.TWO_LAYERS else f"{pair}; of those {served}"
         return Layer(name, kind, served)
     if device.type == "meta":

@@ -6,7 +6,6 @@ By the texts of :func:`of_layer` (before a call: with what it depends on) and :f
 from __future__ import annotations
 
 import bisect
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from .._conv.problem import (
     pair,
     problem_of,
 )
+from ..activation import resolve_activation
 from ..functional.conv2d import _torch_derives_as_well, prepared
 from ..functional.conv_bn_act import result_dtype
 from ..functional.conv_transpose2d import Options, _has_own_operators, _is_gradient
@@ -37,21 +37,30 @@ from ..nn.conv_bn_act import _padded, evaluates_as_one, problem_of_kept
 
 ONEDNN, TORCH, EITHER = "oneDNN", "torch's own", "oneDNN or torch's own"
 TWO_LAYERS = "its two layers"
+_GRADIENTS = (INPUT_GRADIENT, WEIGHT_GRADIENT)
 _FOLDED = "in evaluation without gradients one convolution, the norm folded into it"
 
 
+class Told(NamedTuple):
+    """What serves one call on CPU.
+
+    Attributes:
+        text: in words; ``None`` where nothing is known of the arguments.
+        problems: those of its convolution: every direction, or the one of a folded norm.
+    """
+
+    text: str | None
+    problems: tuple[Problem, ...] = ()
+
+
 def own() -> str:
-    """With the capability, where ``_C``, which knows, is of this Python."""
-    try:
-        return f"CPU C++ kernel, {importlib.import_module('advdl_ops._C').cpu.capability()}"
-    except ImportError:
-        return "CPU C++ kernel"
+    return f"CPU C++ kernel, {_library.cpu_capability()}"
 
 
 def of_layer(layer: torch.nn.Module) -> str:
     """By which condition on its input, where it depends on that."""
     if isinstance(layer, nn.ConvBNAct):
-        return of_pair(layer.conv, layer.bn)
+        return of_pair_in_general(layer.conv, layer.bn)
     if isinstance(layer, nn.ConvTranspose2d):
         if _is_depthwise_transposed(layer) and is_gradient(layer):
             return own()
@@ -62,44 +71,61 @@ def of_layer(layer: torch.nn.Module) -> str:
     return _of_other(layer)
 
 
-def of_call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> str | None:
-    """For the arguments of its forward, called without gradients; ``None`` where nothing is known of them."""
+def of_call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Told:
+    """For the arguments of its forward, called without gradients."""
     x, *others = args or (kwargs.get("input", kwargs.get("x")),)
     if isinstance(layer, nn.ConvTranspose2d) and type(x) is Tensor:
-        return _of_transposed(layer, x, *others, **kwargs)
-    if isinstance(layer, (nn.Conv2d, nn.ConvBNAct)):
-        if type(x) is not Tensor:
-            return None
-        residual = others[0] if others else kwargs.get("residual")
-        if isinstance(layer, nn.ConvBNAct):
-            return of_pair(layer.conv, layer.bn, x, residual)
-        return _parts(x, layer, residual).text()
-    return _of_other(layer)
+        return Told(_of_transposed(layer, x, *others, **kwargs))
+    if not isinstance(layer, (nn.Conv2d, nn.ConvBNAct)):
+        return Told(_of_other(layer))
+    if type(x) is not Tensor:
+        return Told(None)
+    residual = others[0] if others else kwargs.get("residual")
+    if isinstance(layer, nn.ConvBNAct):
+        return of_pair(layer.conv, layer.bn, x, residual)
+    call = _call_of(x, layer, residual)
+    return Told(_parts(call).text(), call.problems)
+
+
+def of_pair_in_general(conv: torch.nn.Conv2d, bn: nn.BatchNormAct2d) -> str:
+    """Of :func:`.nn.conv_bn_act`, before a call."""
+    return _of_folding(_of_folded(conv)) if folds_any(conv, bn) else TWO_LAYERS
 
 
 def of_pair(
-    conv: torch.nn.Conv2d,
-    bn: nn.BatchNormAct2d,
-    x: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> str:
-    """Of :func:`.nn.conv_bn_act`, for an ``x`` if one is given."""
-    if not (folds_any(conv, bn) if x is None else _folds(conv, bn, x, residual)):
-        return TWO_LAYERS
+    conv: torch.nn.Conv2d, bn: nn.BatchNormAct2d, x: Tensor, residual: Tensor | None = None
+) -> Told:
+    """Of a call of :func:`.nn.conv_bn_act`."""
+    if not _folds(conv, bn, x, residual):
+        own_layer = isinstance(conv, nn.Conv2d)
+        return Told(TWO_LAYERS, _call_of(x, conv, None).problems if own_layer else ())
     with torch.no_grad():
-        return f"in training {TWO_LAYERS}; {_FOLDED}: {_of_folded(conv, x)}"
+        x, options = _padded(conv, x)
+        problem = problem_of_kept(conv, x, options)
+        if problem is None:
+            call = _call_of(x, conv, None, options.padding)
+            by = _parts(call).forward if _library.native("cpu") else _without_kernels()
+            return Told(_of_folding(by), call.problems)
+        act = resolve_activation("explain", bn.act)
+        # The folded convolution has a shift, whatever the two layers have.
+        epilogue = Epilogue(None, conv.weight, residual, act)
+        problem = problem._replace(epilogue=epilogue.name())
+        by = _by(choice.expected(problem), x, conv.weight, problem.conv)
+        return Told(_of_folding(by), (problem,))
+
+
+def _of_folding(by: str) -> str:
+    return f"in training {TWO_LAYERS}; {_FOLDED}: {by}"
 
 
 def folds_any(conv: torch.nn.Module, bn: torch.nn.Module) -> bool:
     """Whether in evaluation the norm becomes part of the convolution, of an input in the weight's dtype."""
-    if not isinstance(conv, torch.nn.Conv2d) or not isinstance(bn, nn.BatchNormAct2d):
-        return False  # something else was put in the place of one
-    return _folds(conv, bn, _smallest(conv), None)
+    return isinstance(conv, torch.nn.Conv2d) and _folds(conv, bn, _smallest(conv), None)
 
 
-def _folds(
-    conv: torch.nn.Conv2d, bn: nn.BatchNormAct2d, x: Tensor, residual: Tensor | None
-) -> bool:
+def _folds(conv: torch.nn.Conv2d, bn: torch.nn.Module, x: Tensor, residual: Tensor | None) -> bool:
+    if not isinstance(bn, nn.BatchNormAct2d):
+        return False  # something else was put in its place
     source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
     with torch.no_grad():
         return evaluates_as_one(conv, bn, x, residual, source)
@@ -111,20 +137,16 @@ def _smallest(conv: torch.nn.Conv2d) -> Tensor:
     return conv.weight.new_empty(1, conv.in_channels, side, side)
 
 
-def _of_folded(conv: torch.nn.Conv2d, given: Tensor | None) -> str:
-    x, options = _padded(conv, _smallest(conv) if given is None else given)
+def _of_folded(conv: torch.nn.Conv2d) -> str:
+    x, options = _padded(conv, _smallest(conv))
     problem = problem_of_kept(conv, x, options)
     if problem is not None:
-        if given is not None:
-            return _by(choice.expected(problem), x, conv.weight, problem.conv)
-        if not problem.is_depthwise:
-            return EITHER
-        return _of_depthwise(conv)
-    if not _library.native("cpu"):
-        return f"the reference, in plain PyTorch: {_library.status().get('cpu')}"
-    if given is None:
-        return _of_convolution(conv)
-    return _parts(x, conv, None, options.padding).forward
+        return _of_depthwise(conv) if problem.is_depthwise else EITHER
+    return _of_convolution(conv) if _library.native("cpu") else _without_kernels()
+
+
+def _without_kernels() -> str:
+    return f"the reference, in plain PyTorch: {_library.status().get('cpu')}"
 
 
 def _of_other(layer: torch.nn.Module) -> str:
@@ -155,49 +177,20 @@ class _Parts(NamedTuple):
         return "; ".join([self.forward, *differing])
 
 
-def _parts(
-    x: Tensor, layer: torch.nn.Conv2d, residual: Tensor | None, padding: Any = None
-) -> _Parts:
-    x, weight, conv, epilogue = _call_of(x, layer, residual, padding)
-    forward = _by(choice.expected(_problem(FORWARD, x, weight, conv, epilogue)), x, weight, conv)
-    derived = residual is None and _torch_derives_as_well(
-        x, weight, epilogue.shift, conv, epilogue.act
-    )
-    dx, dweight = (
-        _by(choice.expected(_problem(direction, x, weight, conv)), x, weight, conv)
-        for direction in (INPUT_GRADIENT, WEIGHT_GRADIENT)
-    )
-    return _Parts(forward, _by_torch(x, weight, conv) if derived else forward, dx, dweight)
+class _Call(NamedTuple):
+    """A call of a convolution, as the operator takes it, and its problems: forward, gradient of x and of the weight."""
 
-
-def problems_of(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> list[Problem]:
-    """Those of a call on CPU: of a convolution every direction, of what is folded the one."""
-    x, *others = args or (kwargs.get("input", kwargs.get("x")),)
-    residual = others[0] if others else kwargs.get("residual")
-    if type(x) is not Tensor or isinstance(layer, nn.ConvTranspose2d):
-        return []
-    if isinstance(layer, nn.ConvBNAct):
-        if not isinstance(layer.bn, nn.BatchNormAct2d) or not _folds(
-            layer.conv, layer.bn, x, residual
-        ):
-            return problems_of(layer.conv, x) if isinstance(layer.conv, nn.Conv2d) else []
-        x, options = _padded(layer.conv, x)
-        problem = problem_of_kept(layer.conv, x, options)
-        if problem is None:
-            return problems_of(layer.conv, x)
-        epilogue = Epilogue(None, layer.conv.weight, residual, layer.bn.act)
-        return [problem._replace(epilogue=epilogue.name())]
-    if not isinstance(layer, nn.Conv2d):
-        return []
-    call = _call_of(x, layer, residual)
-    return [_problem(FORWARD, *call)] + [
-        _problem(direction, *call[:3]) for direction in (INPUT_GRADIENT, WEIGHT_GRADIENT)
-    ]
+    x: Tensor
+    weight: Tensor
+    conv: Conv
+    epilogue: Epilogue
+    problems: tuple[Problem, Problem, Problem]
 
 
 def _call_of(
     x: Tensor, layer: torch.nn.Conv2d, residual: Tensor | None, padding: Any = None
-) -> tuple[Tensor, Tensor, Conv, Epilogue]:
+) -> _Call:
+    """``padding``: that of the layer where ``x`` is padded already."""
     if padding is None:
         x, padding = padded_input(layer, x)
     stride: Any = layer.stride
@@ -207,15 +200,18 @@ def _call_of(
         Conv(stride, padding, dilation, layer.groups),
     )  # fmt: skip
     act = layer.act if isinstance(layer, nn.Conv2d) else Epilogue().act
-    return x, weight, conv, Epilogue(None, bias, residual, act)
-
-
-def _problem(
-    direction: str, x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue | None = None
-) -> Problem:
+    epilogue = Epilogue(None, bias, residual, act)
     # The gradient of the output mostly lies as the input does.
-    name = layout_of(x) if epilogue is None else epilogue.name()
-    return problem_of(direction, x, weight, conv, name)
+    names = {FORWARD: epilogue.name(), **dict.fromkeys(_GRADIENTS, layout_of(x))}
+    forward, dx, dweight = (problem_of(of, x, weight, conv, name) for of, name in names.items())
+    return _Call(x, weight, conv, epilogue, (forward, dx, dweight))
+
+
+def _parts(call: _Call) -> _Parts:
+    x, weight, conv, (_, shift, residual, act), problems = call
+    forward, dx, dweight = (_by(choice.expected(p), x, weight, conv) for p in problems)
+    derived = residual is None and _torch_derives_as_well(x, weight, shift, conv, act)
+    return _Parts(forward, _by_torch(x, weight, conv) if derived else forward, dx, dweight)
 
 
 def _by(candidate: choice.Candidate, x: Tensor, weight: Tensor, conv: Conv) -> str:

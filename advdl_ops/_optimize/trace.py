@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from .copies import CONTAINERS, copies_of
 from .proxies import OwnCodeTracer, Untraceable, current_modes, names_in, with_own_isinstance
-from .shared_copy import CONTAINERS, copies_of
 
 _Module = torch.nn.Module
 

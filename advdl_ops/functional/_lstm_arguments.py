@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backend import AUTOCAST_FROM, autocast_dtype, cast
+
 # The functions' names, as errors and the backend know them.
 CELL, SEQUENCE = "lstm_cell", "lstm"
 
 OptionalTensor = Tensor | None
 States = tuple[Tensor, Tensor]
-# Autocast casts these dtypes. It leaves fp64 as it is.
-_CAST = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Options(NamedTuple):
@@ -137,20 +137,15 @@ def pair_of_rates(zoneout: Any) -> tuple[float, float]:
 # ---- autocast ----
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
+def cast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of the active autocast; ``None`` where there is none, or where it leaves ``x`` as it is."""
-    device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype not in _CAST:
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def cast(t: Any, dtype: torch.dtype | None) -> Any:
-    return t.to(dtype) if dtype is not None and isinstance(t, Tensor) and t.dtype in _CAST else t
+    dtype = autocast_dtype(x)
+    return dtype if x.dtype in AUTOCAST_FROM else None
 
 
 def cast_all(tensors: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
-    return [cast(t, dtype) for t in tensors]
+    """Those that are tensors in ``dtype``, if one is given."""
+    return [t if dtype is None or not isinstance(t, Tensor) else cast(t, dtype) for t in tensors]
 
 
 def cast_pair(hx: Any, dtype: torch.dtype | None) -> Any:

@@ -9,21 +9,13 @@ import torch
 from torch import Tensor
 
 from ..activation import IDENTITY, Activation
+from ..backend import needs_grad
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 
 # ZSource of csrc/common/tensor_types.h.
 Z_INPUT, Z_RESIDUAL, Z_OUTPUT = 0, 1, 2
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is made of them."""
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
 
 
 def to_be_saved(
@@ -61,6 +53,44 @@ def gradient_like(grad: Tensor | None, parameter: Tensor) -> Tensor:
     """Kernels sum in at least fp32; a gradient is of its parameter's dtype."""
     assert grad is not None
     return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
+
+
+def norm_gradients(
+    ctx: Any,
+    tensors: tuple[Any, ...],
+    dout: Tensor,
+    forward: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Activation], Tensor],
+    kernel: Callable[[bool, bool], Sequence[Tensor]],
+) -> tuple[Tensor | None, ...]:
+    """What backward returns for ``x``, ``residual``, ``weight`` and ``bias``, ``None`` where that is not needed.
+
+    Args:
+        ctx: of the Function; its options end with the activation.
+        tensors: what it saved: ``x``, the tensor of :func:`saved_for`, weight, bias, statistics. Given, as a second
+            look at ``ctx.saved_tensors`` would unpack them again, which a checkpoint refuses.
+        dout: of the output.
+        forward: see :func:`differentiable_gradients`.
+        kernel: the four gradients by an operator, of ``x`` and of the residual where its two arguments say so.
+    """
+    x, saved, weight, bias, _ = tensors
+    act = ctx.options[-1]
+    need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
+    if torch.is_grad_enabled():
+        dx, dresidual, dweight, dbias = differentiable_gradients(
+            forward, dout, x, saved, weight, bias, act, ctx.z_source
+        )
+    else:
+        # Without an activation the residual's gradient is dout itself: no kernel need write it.
+        passes_dout = act.code == 0
+        dx, dresidual, dweight, dbias = kernel(need_x, need_residual and not passes_dout)
+        if passes_dout:
+            dresidual = dout
+    return (
+        dx if need_x else None,
+        dresidual if need_residual else None,
+        gradient_like(dweight, weight) if need_weight else None,
+        gradient_like(dbias, bias) if need_bias else None,
+    )
 
 
 def differentiable_gradients(

@@ -10,7 +10,7 @@ from torch.autograd.graph import increment_version
 
 from .. import reference
 from ..activation import Activation, resolve_activation
-from ..backend import fixed, serves_native
+from ..backend import fixed, needs_grad, serves_native
 from ..reference.batch_norm_act import batch_stats, normalize_act
 from ._norm import (
     check_floating,
@@ -18,9 +18,7 @@ from ._norm import (
     check_residual,
     check_same_dtype,
     check_writable,
-    differentiable_gradients,
-    gradient_like,
-    needs_grad,
+    norm_gradients,
     saved_for,
     to_be_saved,
 )
@@ -288,49 +286,23 @@ class BatchNormActFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dout is None:
             return (None,) * 7
-        x, saved, weight, bias, stats = ctx.saved_tensors
-        training, _momentum, eps, act = ctx.options
-        need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        saved = ctx.saved_tensors
+        stats = saved[-1]
+        training, _momentum, eps, (_, code, param) = ctx.options
 
-            def forward(x, residual, weight, bias, act):
-                mean, rstd = stats.unbind()
-                if training:
-                    mean, var = batch_stats(x)
-                    rstd = (var + eps).rsqrt()
-                return normalize_act(x, mean, rstd, weight, bias, residual, act)
+        def forward(x, residual, weight, bias, act):
+            mean, rstd = stats.unbind()
+            if training:
+                mean, var = batch_stats(x)
+                rstd = (var + eps).rsqrt()
+            return normalize_act(x, mean, rstd, weight, bias, residual, act)
 
-            dx, dresidual, dweight, dbias = differentiable_gradients(
-                forward, dout, x, saved, weight, bias, act, ctx.z_source
+        def kernel(need_x, need_residual):
+            return _backward_op(
+                dout, *saved, training, code, param, ctx.z_source, need_x, need_residual
             )
-        else:
-            # Without an activation the residual's gradient is dout itself: no kernel need write it.
-            passes_dout = act.code == 0
-            dx, dresidual, dweight, dbias = _backward_op(
-                dout,
-                x,
-                saved,
-                weight,
-                bias,
-                stats,
-                training,
-                act.code,
-                act.param,
-                ctx.z_source,
-                need_x,
-                need_residual and not passes_dout,
-            )
-            if passes_dout:
-                dresidual = dout
-        return (
-            dx if need_x else None,
-            dresidual if need_residual else None,
-            gradient_like(dweight, weight) if need_weight else None,
-            gradient_like(dbias, bias) if need_bias else None,
-            None,
-            None,
-            None,
-        )
+
+        return *norm_gradients(ctx, saved, dout, forward, kernel), None, None, None
 
 
 class GivenStatisticsFunction(BatchNormActFunction):

@@ -13,16 +13,23 @@ from torch import Tensor
 
 from .. import reference
 from .._conv import choice, operators
-from .._conv.activation import activated
 from .._conv.choice import Candidate
-from .._conv.epilogue import normalized, unit_statistics
-from .._conv.problem import FORWARD, Conv, Epilogue, call_key, has_format, problem_of
-from .._schemas import conv2d_shape
+from .._conv.epilogue import activated, normalized, unit_statistics
+from .._conv.problem import (
+    FORWARD,
+    Conv,
+    Epilogue,
+    call_key,
+    check_groups,
+    has_format,
+    padded_by,
+    pair_of,
+    problem_of,
+)
+from .._schemas import acc_dtype, conv2d_shape
 from .._stock_faults import sees_nothing
 from ..activation import IDENTITY, Activation, resolve_activation
-from ..backend import fixed, serves_native, unwatched
-from ..reference.batch_norm_act import acc_dtype
-from ._conv_options import autocast_dtype, cast, check_groups, padded_by, pair_of
+from ..backend import autocast_dtype, cast, fixed, needs_grad, serves_native, unwatched
 from ._norm import (
     HALF,
     Z_INPUT,
@@ -34,7 +41,6 @@ from ._norm import (
     check_tensors,
     gradient_like,
     gradients_with_graph,
-    needs_grad,
     without_relu,
 )
 
@@ -413,7 +419,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, epilogue:
             f"{_NAME}: weight ({weight.dtype} on {weight.device}) must be of x's dtype and on its device "
             f"({x.dtype} on {x.device})"
         )
-    shape = conv2d_shape(x, weight.shape, *conv[:3])
+    shape = conv2d_shape(x.shape, weight.shape, *conv[:3])
     if shape[2] < 1 or shape[3] < 1:
         raise RuntimeError(
             f"{_NAME}: weight (shape {tuple(weight.shape)}, dilation {dilation}) must not be larger than the padded x "

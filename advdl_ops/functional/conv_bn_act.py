@@ -16,11 +16,9 @@ from torch import Tensor
 from .._conv import choice, cuda
 from .._conv.choice import APART, Candidate
 from .._conv.problem import WITH_NORM, Conv, problem_of
+from .._schemas import acc_dtype
 from ..activation import IDENTITY, Activation, resolve_activation
-from ..backend import get_backend, is_traced, serves_native, transformed, unwatched
-from ..reference.batch_norm_act import acc_dtype
-from ._conv_options import autocast_dtype
-from ._norm import needs_grad
+from ..backend import autocast_dtype, get_backend, needs_grad, serves_native, transformed, unwatched
 from .batch_norm_act import batch_norm_act, batch_norm_act_by, check_norm
 from .conv2d import conv2d, convolved, convolved_with_statistics, prepared
 
@@ -224,22 +222,3 @@ def scale_and_shift(
     if bn_bias is None:
         return scale, -running_mean.to(acc) * scale
     return scale, torch.addcmul(bn_bias.to(acc), running_mean.to(acc), scale, value=-1)
-
-
-def prefers_channels_last(x: Tensor, trains: bool) -> bool:
-    """Whether a network should run this input in channels_last, which its convolutions on CPU are faster in.
-
-    Args:
-        trains: in training, or with gradients: then in fp32 alone, as of other dtypes nothing was measured.
-    """
-    if not x.is_cpu or get_backend() != "fused" or transformed() or is_traced():
-        return False
-    return not trains or (x.dtype == torch.float32 and autocast_dtype(x) is None)
-
-
-def in_channels_last(x: Tensor) -> Tensor:
-    """``x`` ``[N, C, H, W]`` in channels_last, with a gradient as ``x`` lies."""
-    out = x.contiguous(memory_format=torch.channels_last)
-    if out is not x and out.requires_grad:
-        out.register_hook(lambda grad: grad.contiguous())
-    return out

@@ -18,6 +18,7 @@ serves. A layer that is no such gradient, see :func:`_is_gradient`, is cuDNN's, 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,20 +27,36 @@ from torch import Tensor
 
 from .. import reference
 from .._conv import choice, cuda
-from .._conv.activation import DERIVATIVES, activated, derivative_from_output
-from .._conv.problem import FORWARD, Conv, Problem, call_key, problem_of
+from .._conv.epilogue import activated
+from .._conv.problem import (
+    FORWARD,
+    Conv,
+    Problem,
+    call_key,
+    check_groups,
+    pair_of,
+    problem_of,
+)
 from .._schemas import conv2d_format
 from .._stock_faults import fails_in_channels_last, in_contiguous, padded, sees_nothing
 from ..activation import Activation, resolve_activation
-from ..backend import fixed, get_backend, is_traced, serves_native, transformed, unwatched
-from ._conv_options import autocast_dtype, cast, check_groups, pair_of
+from ..backend import (
+    autocast_dtype,
+    cast,
+    fixed,
+    get_backend,
+    is_traced,
+    needs_grad,
+    serves_native,
+    transformed,
+    unwatched,
+)
 from ._norm import (
     Z_INPUT,
     check_floating,
     check_tensors,
     differentiable_gradients,
     gradient_like,
-    needs_grad,
 )
 
 _NAME = "conv_transpose2d"
@@ -186,6 +203,31 @@ def _is_depthwise(weight: Tensor, options: Options) -> bool:
     return options.groups == weight.shape[0] and weight.shape[1] == 1
 
 
+def _derivative_from_output(act: Activation) -> bool:
+    """Whether the output gives the derivative as exactly as the pre-activation does (elu's, by a difference, not)."""
+    return act.name in ("relu", "relu6", "sigmoid", "tanh") or (
+        act.name == "leaky_relu" and act.param >= 0
+    )
+
+
+# Of (gradient of the output, what forward saved, the activation's parameter): the gradient of the pre-activation.
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "relu": lambda dout, out, _: torch.ops.aten.threshold_backward(dout, out, 0),
+    # Of what was saved the sign alone counts.
+    "leaky_relu": lambda dout, saved, slope: torch.ops.aten.leaky_relu_backward(
+        dout, saved, slope, False
+    ),
+    "elu": lambda dout, z, alpha: torch.ops.aten.elu_backward(dout, alpha, 1, 1, False, z),
+    "silu": lambda dout, z, _: torch.ops.aten.silu_backward(dout, z),
+    "gelu": lambda dout, z, _: torch.ops.aten.gelu_backward(dout, z),
+    "gelu_tanh": lambda dout, z, _: torch.ops.aten.gelu_backward(dout, z, approximate="tanh"),
+    "sigmoid": lambda dout, out, _: torch.ops.aten.sigmoid_backward(dout, out),
+    "tanh": lambda dout, out, _: torch.ops.aten.tanh_backward(dout, out),
+    "hardswish": lambda dout, z, _: torch.ops.aten.hardswish_backward(dout, z),
+    "relu6": lambda dout, out, _: torch.ops.aten.hardtanh_backward(dout, out, 0, 6),
+}
+
+
 class ConvTranspose2dFunction(torch.autograd.Function):
     """Gradients of ``conv_transpose2d``. Saved: ``x``, ``weight``, ``bias``, and the output or the pre-activation."""
 
@@ -199,7 +241,7 @@ class ConvTranspose2dFunction(torch.autograd.Function):
         act: Activation,
         own: bool,
     ) -> Tensor:
-        from_output = derivative_from_output(act)
+        from_output = _derivative_from_output(act)
         z = _convolve_transposed(x, weight, bias, options, own)
         out = activated(z, act, in_place=from_output)
         saved = None if act.code == 0 else out if from_output else z
@@ -222,7 +264,7 @@ class ConvTranspose2dFunction(torch.autograd.Function):
                 forward, dout, x, None, weight, bias, act, Z_INPUT
             )
         else:
-            dz = dout if saved is None else DERIVATIVES[act.name](dout, saved, act.param)
+            dz = dout if saved is None else _DERIVATIVES[act.name](dout, saved, act.param)
             needs = need_x, need_weight, need_bias
             gradients = _own_gradients if ctx.own else _dense_gradients
             dx, dweight, dbias = gradients(dz, x, weight, options, needs)

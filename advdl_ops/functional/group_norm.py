@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..activation import Activation, resolve_activation
-from ..backend import fixed, serves_native
+from ..backend import fixed, needs_grad, serves_native
 from ._norm import (
     check_floating,
     check_per_channel,
@@ -22,9 +22,7 @@ from ._norm import (
     check_same_dtype,
     check_tensors,
     check_writable,
-    differentiable_gradients,
-    gradient_like,
-    needs_grad,
+    norm_gradients,
     saved_for,
     to_be_saved,
 )
@@ -300,45 +298,18 @@ class GroupNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dout is None:
             return (None,) * 6
-        x, saved, weight, bias, stats = ctx.saved_tensors
-        groups, eps, act = ctx.options
-        need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        saved = ctx.saved_tensors
+        groups, eps, (_, code, param) = ctx.options
 
-            def forward(x, residual, weight, bias, act):
-                return reference.group_norm(x, groups, weight, bias, eps, residual, act)[0]
+        def forward(x, residual, weight, bias, act):
+            return reference.group_norm(x, groups, weight, bias, eps, residual, act)[0]
 
-            dx, dresidual, dweight, dbias = differentiable_gradients(
-                forward, dout, x, saved, weight, bias, act, ctx.z_source
+        def kernel(need_x, need_residual):
+            return _backward_op(
+                dout, *saved, groups, eps, code, param, ctx.z_source, need_x, need_residual
             )
-        else:
-            # Without an activation the residual's gradient is dout itself: no kernel need write it.
-            passes_dout = act.code == 0
-            dx, dresidual, dweight, dbias = _backward_op(
-                dout,
-                x,
-                saved,
-                weight,
-                bias,
-                stats,
-                groups,
-                eps,
-                act.code,
-                act.param,
-                ctx.z_source,
-                need_x,
-                need_residual and not passes_dout,
-            )
-            if passes_dout:
-                dresidual = dout
-        return (
-            dx if need_x else None,
-            dresidual if need_residual else None,
-            gradient_like(dweight, weight) if need_weight else None,
-            gradient_like(dbias, bias) if need_bias else None,
-            None,
-            None,
-        )
+
+        return *norm_gradients(ctx, saved, dout, forward, kernel), None, None
 
 
 # Function.apply without torch's wrapper of it, which looks for functorch transforms: serves_native has.

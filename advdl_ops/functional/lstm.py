@@ -28,9 +28,8 @@ from ._lstm_arguments import (
     States,
     Weights,
     as_lengths,
-    autocast_dtype,
-    cast,
     cast_all,
+    cast_dtype,
     cast_pair,
     grouped,
     pair_of_rates,
@@ -107,9 +106,9 @@ def lstm(
     )  # fmt: skip
     check_rates(options)
     try:
-        dtype = autocast_dtype(x)
+        dtype = cast_dtype(x)
         if dtype is not None:
-            x, hx, params = cast(x, dtype), cast_pair(hx, dtype), cast_all(params, dtype)
+            (x, *params), hx = cast_all([x, *params], dtype), cast_pair(hx, dtype)
         sequences = Sequences(as_lengths(SEQUENCE, lengths), batch_sizes)
         # Of other calls the operator checks the arguments. But no mask may be drawn for a call that it will refuse.
         if (

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import serves_native
+from ..backend import needs_grad, serves_native
 from ._lstm_arguments import (
     CELL,
     OptionalTensor,
     States,
-    autocast_dtype,
-    cast,
     cast_all,
+    cast_dtype,
     cast_pair,
     is_pair,
 )
 from ._lstm_checks import REFUSALS, check_cell, check_given, raise_named
 from ._lstm_gradients import reference_gradients
-from ._norm import gradient_like, needs_grad
+from ._norm import gradient_like
 
 _cell_op = torch.ops.advdl_ops.lstm_cell.default
 _cell_backward_op = torch.ops.advdl_ops.lstm_cell_backward.default
@@ -98,13 +97,13 @@ def _general_cell(x: Tensor, hx: Any, *weights: Any) -> States:
     That is under a compiler, on the reference, under autocast, and of meta tensors and subclasses.
     """
     check_given(CELL, x=x)
-    dtype = autocast_dtype(x)
+    dtype = cast_dtype(x)
     if dtype is not None and not x.is_cuda:
         # torch multiplies in half precision, and adds the result to a c that may be wider.
         added = hx[1] if is_pair(hx) and isinstance(hx[1], Tensor) else x
         dtype = torch.promote_types(dtype, added.dtype)
-    x, hx = cast(x, dtype), cast_pair(hx, dtype)
-    w_ih, w_hh, b_ih, b_hh = cast_all(weights, dtype)
+    x, w_ih, w_hh, b_ih, b_hh = cast_all([x, *weights], dtype)
+    hx = cast_pair(hx, dtype)
     check_cell(x, hx, w_ih, w_hh, b_ih, b_hh)
     h, c = (None, None) if hx is None else hx
     tensors = x, h, c, w_ih, w_hh, b_ih, b_hh

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from advdl_ops import nn
-from advdl_ops._memory_format import runs_in_channels_last, trains
+from advdl_ops._memory_format import in_channels_last, runs_in_channels_last, trains
 from advdl_ops._schemas import conv2d_format
-from advdl_ops.functional.conv_bn_act import in_channels_last
+from advdl_ops.models._registry import register_model
 from advdl_ops.models._weights import load_weights
 
 NormFactory = Callable[[int, str | None], torch.nn.Module]
@@ -208,6 +208,24 @@ def build(
     if weights is not None:
         load_weights(made, weights, caller=name)
     return made
+
+
+def variant(name: str, title: str, model: type[_Model], **fixed: Any) -> Callable[..., _Model]:
+    """A registered function `name` that builds one of several networks of a class.
+
+    Args:
+        title: the first words of its docstring.
+        fixed: the options of `model` that make the variant; beside them it is given `name`.
+    """
+
+    def create(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> _Model:
+        return build(name, model, weights, options, name=name, **fixed)
+
+    create.__name__ = create.__qualname__ = name
+    create.__module__ = model.__module__
+    create.__annotations__["return"] = model
+    create.__doc__ = f"{title}; `weights` as in `create_model`, options as in `{model.__name__}`."
+    return register_model(create)
 
 
 def _keywords(model: type[torch.nn.Module]) -> set[str]:

@@ -7,10 +7,8 @@ stride 8, whose last stage is dilated by 2 and 4 rather than by the paper's mult
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +18,12 @@ from advdl_ops._schemas import conv2d_format
 from advdl_ops.models._layers import (
     ConvNorm,
     NormFactory,
-    build,
     check_image,
     check_values_per_channel,
     conv,
     conv_norm,
+    variant,
 )
-from advdl_ops.models._registry import register_model
 from advdl_ops.models._segmentation import SegmentationModel
 
 
@@ -110,19 +107,9 @@ class DeepLabV3(SegmentationModel):
         return super().forward(x)
 
 
-@register_model
-def deeplabv3_resnet50(
-    *, weights: str | os.PathLike[str] | None = None, **options: Any
-) -> DeepLabV3:
-    """DeepLabV3 on ResNet-50; `weights` as in `create_model`, options as in `DeepLabV3`."""
-    name = "deeplabv3_resnet50"
-    return build(name, DeepLabV3, weights, options, layers=(3, 4, 6, 3), name=name)
-
-
-@register_model
-def deeplabv3_resnet101(
-    *, weights: str | os.PathLike[str] | None = None, **options: Any
-) -> DeepLabV3:
-    """DeepLabV3 on ResNet-101; `weights` as in `create_model`, options as in `DeepLabV3`."""
-    name = "deeplabv3_resnet101"
-    return build(name, DeepLabV3, weights, options, layers=(3, 4, 23, 3), name=name)
+deeplabv3_resnet50 = variant(
+    "deeplabv3_resnet50", "DeepLabV3 on ResNet-50", DeepLabV3, layers=(3, 4, 6, 3)
+)
+deeplabv3_resnet101 = variant(
+    "deeplabv3_resnet101", "DeepLabV3 on ResNet-101", DeepLabV3, layers=(3, 4, 23, 3)
+)

@@ -7,11 +7,7 @@ paper learns several steps of upsampling.
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
-from advdl_ops.models._layers import build
-from advdl_ops.models._registry import register_model
+from advdl_ops.models._layers import variant
 from advdl_ops.models._segmentation import FCNHead, SegmentationModel
 
 
@@ -20,8 +16,4 @@ class FCN(SegmentationModel):
     head = FCNHead
 
 
-@register_model
-def fcn_resnet50(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> FCN:
-    """FCN on ResNet-50; `weights` as in `create_model`, options as in `FCN`."""
-    name = "fcn_resnet50"
-    return build(name, FCN, weights, options, layers=(3, 4, 6, 3), name=name)
+fcn_resnet50 = variant("fcn_resnet50", "FCN on ResNet-50", FCN, layers=(3, 4, 6, 3))

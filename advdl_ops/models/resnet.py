@@ -14,7 +14,6 @@ folded into its convolution.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -24,7 +23,6 @@ from torch import Tensor
 from advdl_ops.models._layers import (
     ConvNorm,
     NormFactory,
-    build,
     check_counts,
     check_entries,
     check_flags,
@@ -35,8 +33,8 @@ from advdl_ops.models._layers import (
     init_convolutions,
     norm_factory,
     to_fast_format,
+    variant,
 )
-from advdl_ops.models._registry import register_model
 
 
 class BasicBlock(torch.nn.Module):
@@ -277,58 +275,25 @@ class ResNetEncoder(ResNet):
         return features
 
 
-def _resnet(
-    name: str,
-    block: type[BasicBlock | Bottleneck],
-    layers: Sequence[int],
-    weights: str | os.PathLike[str] | None,
-    options: dict[str, Any],
-    **fixed: Any,
-) -> ResNet:
-    return build(name, ResNet, weights, options, block=block, layers=layers, name=name, **fixed)
+_RESNET50: dict[str, Any] = {"block": Bottleneck, "layers": (3, 4, 6, 3)}
 
-
-@register_model
-def resnet18(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
-    """ResNet-18; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet("resnet18", BasicBlock, (2, 2, 2, 2), weights, options)
-
-
-@register_model
-def resnet34(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
-    """ResNet-34; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet("resnet34", BasicBlock, (3, 4, 6, 3), weights, options)
-
-
-@register_model
-def resnet50(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
-    """ResNet-50; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet("resnet50", Bottleneck, (3, 4, 6, 3), weights, options)
-
-
-@register_model
-def resnet101(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
-    """ResNet-101; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet("resnet101", Bottleneck, (3, 4, 23, 3), weights, options)
-
-
-@register_model
-def resnet152(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
-    """ResNet-152; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet("resnet152", Bottleneck, (3, 8, 36, 3), weights, options)
-
-
-@register_model
-def wide_resnet50_2(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
-    """ResNet-50 with 3x3 convolutions twice as wide; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet(
-        "wide_resnet50_2", Bottleneck, (3, 4, 6, 3), weights, options, width_per_group=128
-    )
-
-
-@register_model
-def resnext50_32x4d(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> ResNet:
-    """ResNeXt-50 with 32 groups of width 4; `weights` as in `create_model`, options as in `ResNet`."""
-    return _resnet(
-        "resnext50_32x4d", Bottleneck, (3, 4, 6, 3), weights, options, groups=32, width_per_group=4
-    )
+resnet18 = variant("resnet18", "ResNet-18", ResNet, block=BasicBlock, layers=(2, 2, 2, 2))
+resnet34 = variant("resnet34", "ResNet-34", ResNet, block=BasicBlock, layers=(3, 4, 6, 3))
+resnet50 = variant("resnet50", "ResNet-50", ResNet, **_RESNET50)
+resnet101 = variant("resnet101", "ResNet-101", ResNet, block=Bottleneck, layers=(3, 4, 23, 3))
+resnet152 = variant("resnet152", "ResNet-152", ResNet, block=Bottleneck, layers=(3, 8, 36, 3))
+wide_resnet50_2 = variant(
+    "wide_resnet50_2",
+    "ResNet-50 with 3x3 convolutions twice as wide",
+    ResNet,
+    **_RESNET50,
+    width_per_group=128,
+)
+resnext50_32x4d = variant(
+    "resnext50_32x4d",
+    "ResNeXt-50 with 32 groups of width 4",
+    ResNet,
+    **_RESNET50,
+    groups=32,
+    width_per_group=4,
+)

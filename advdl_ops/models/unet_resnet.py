@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +18,12 @@ from advdl_ops import nn
 from advdl_ops.models._layers import (
     ConvNorm,
     NormFactory,
-    build,
     check_counts,
     check_entries,
     from_fast_format,
     norm_factory,
+    variant,
 )
-from advdl_ops.models._registry import register_model
 from advdl_ops.models.resnet import BasicBlock, Bottleneck, ResNetEncoder
 
 
@@ -129,29 +127,12 @@ class UNetResNet(torch.nn.Module):
         return from_fast_format(out, x)
 
 
-def _unet_resnet(
-    name: str,
-    block: type[BasicBlock | Bottleneck],
-    layers: Sequence[int],
-    weights: str | os.PathLike[str] | None,
-    options: dict[str, Any],
-) -> UNetResNet:
-    return build(name, UNetResNet, weights, options, block=block, layers=layers, name=name)
-
-
-@register_model
-def unet_resnet18(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNetResNet:
-    """U-Net on ResNet-18; `weights` as in `create_model`, options as in `UNetResNet`."""
-    return _unet_resnet("unet_resnet18", BasicBlock, (2, 2, 2, 2), weights, options)
-
-
-@register_model
-def unet_resnet34(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNetResNet:
-    """U-Net on ResNet-34; `weights` as in `create_model`, options as in `UNetResNet`."""
-    return _unet_resnet("unet_resnet34", BasicBlock, (3, 4, 6, 3), weights, options)
-
-
-@register_model
-def unet_resnet50(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> UNetResNet:
-    """U-Net on ResNet-50; `weights` as in `create_model`, options as in `UNetResNet`."""
-    return _unet_resnet("unet_resnet50", Bottleneck, (3, 4, 6, 3), weights, options)
+unet_resnet18 = variant(
+    "unet_resnet18", "U-Net on ResNet-18", UNetResNet, block=BasicBlock, layers=(2, 2, 2, 2)
+)
+unet_resnet34 = variant(
+    "unet_resnet34", "U-Net on ResNet-34", UNetResNet, block=BasicBlock, layers=(3, 4, 6, 3)
+)
+unet_resnet50 = variant(
+    "unet_resnet50", "U-Net on ResNet-50", UNetResNet, block=Bottleneck, layers=(3, 4, 6, 3)
+)

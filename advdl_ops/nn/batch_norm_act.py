@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .._schemas import acc_dtype
 from ..activation import Activation, act_repr, resolve_activation
 from ..functional._norm import check_writable
 from ..functional.batch_norm_act import batch_norm_act, batch_norm_act_by
-from ..reference.batch_norm_act import acc_dtype
 
 _Act = str | Activation | torch.nn.Module | None
 

@@ -146,6 +146,7 @@ def conv_bn_act(
             return _folded(conv, bn, x, residual, activation, source)
     bn.folded = None
     uses_batch = bn.training or bn.running_mean is None
+    # On CUDA alone: there the convolution may give the norm its statistics.
     if uses_batch and asks_for_statistics(x) and isinstance(conv, Conv2d) and _plain(conv, bn):
         running = (bn.running_mean, bn.running_var) if bn.track_running_stats else (None, None)
         norm = Norm(*running, bn.weight, bn.bias, residual, activation)
@@ -206,7 +207,7 @@ def _folded(
             **options._asdict(), eps=bn.eps, residual=residual, act=act,
         )  # fmt: skip
     if residual is not None:
-        shape = conv2d_shape(x, conv.weight.shape, *options[:3])
+        shape = conv2d_shape(x.shape, conv.weight.shape, *options[:3])
         check_residual("conv_bn_act", residual, shape, x.device)
     # Read once: another thread may drop it meanwhile.
     folded = bn.folded

@@ -5,13 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._schemas import acc_dtype
 from ..activation import Activation
 from .activation import activate
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and arithmetic for tensors of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def per_channel(v: Tensor, x: Tensor) -> Tensor:

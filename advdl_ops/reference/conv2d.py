@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._schemas import acc_dtype
 from .._stock_faults import convolution
 from ..activation import Activation
 from .activation import activate
-from .batch_norm_act import acc_dtype, per_channel
+from .batch_norm_act import per_channel
 
 
 def conv2d(

@@ -6,9 +6,10 @@ import math
 
 from torch import Tensor
 
+from .._schemas import acc_dtype
 from ..activation import Activation
 from .activation import activate
-from .batch_norm_act import acc_dtype, per_channel
+from .batch_norm_act import per_channel
 
 
 def group_norm(

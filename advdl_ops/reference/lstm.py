@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._schemas import LSTMArguments
-from .batch_norm_act import acc_dtype
+from .._schemas import LSTMArguments, acc_dtype
 
 
 def lstm_cell(

@@ -33,6 +33,35 @@ def first_tap(phase, PAD: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constex
 
 
 @triton.jit
+def phase_pixels(
+    rows, phase_h, phase_w, phase_rows, phase_cols, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr
+):
+    """Image, row and column of the pixels ``rows``, which are counted within a phase of the input."""
+    # An input smaller than the stride has phases without a pixel; nothing may divide by that.
+    per_row = tl.maximum(phase_cols, 1)
+    per_image = tl.maximum(phase_rows, 1)
+    line = rows // per_row
+    image = (line // per_image).to(tl.int64)
+    return image, line % per_image * STRIDE_H + phase_h, rows % per_row * STRIDE_W + phase_w
+
+
+@triton.jit
+def store_output(
+    acc, out_ptr, offsets, mask, cols, col_mask, scale_ptr, shift_ptr, residual_ptr, act_param, ACT: tl.constexpr
+):  # fmt: skip
+    """Stores act(acc * scale + shift + residual), and returns it in the output's dtype."""
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if shift_ptr is not None:
+        acc += tl.load(shift_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    out = activate(acc, act_param, ACT).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets, out, mask=mask)
+    return out
+
+
+@triton.jit
 def _normalized(x, mask, channels, channel_mask, scale_ptr, shift_ptr, param, ACT: tl.constexpr):
     """act(x * scale + shift) in x's dtype, zero where ``mask`` is off: zero padding comes after the prologue."""
     scale = tl.load(scale_ptr + channels, mask=channel_mask, other=0.0).to(tl.float32)
@@ -97,14 +126,9 @@ def forward_kernel(
     mask = row_mask[:, None] & col_mask[None, :]
     cols += group * group_out
     offsets = rows.to(tl.int64)[:, None] * out_channels + cols[None, :]
-    if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    if shift_ptr is not None:
-        acc += tl.load(shift_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    out = activate(acc, act_param, ACT).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offsets, out, mask=mask)
+    out = store_output(
+        acc, out_ptr, offsets, mask, cols, col_mask, scale_ptr, shift_ptr, residual_ptr, act_param, ACT
+    )  # fmt: skip
     if partial_ptr is not None:
         # Of what was stored, rounded as it is: what a batch norm that reads it would find.
         value = tl.where(mask, out.to(tl.float32), 0.0)
@@ -181,13 +205,7 @@ def input_gradient_kernel(
     cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < batch * phase_rows * phase_cols
     col_mask = cols < group_in
-    # An input smaller than the stride has phases without a pixel; nothing may divide by that.
-    per_row = tl.maximum(phase_cols, 1)
-    per_image = tl.maximum(phase_rows, 1)
-    line = rows // per_row
-    image = (line // per_image).to(tl.int64)
-    ih = line % per_image * STRIDE_H + phase_h
-    iw = rows % per_row * STRIDE_W + phase_w
+    image, ih, iw = phase_pixels(rows, phase_h, phase_w, phase_rows, phase_cols, STRIDE_H, STRIDE_W)
     first_h = first_tap(phase_h, PAD_H, KH, STRIDE_H, DIL_H)
     first_w = first_tap(phase_w, PAD_W, KW, STRIDE_W, DIL_W)
     taps_w = (KW - first_w + STEP_W - 1) // STEP_W

@@ -9,8 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import activate
-from .conv2d_kernels import first_tap
+from .conv2d_kernels import first_tap, phase_pixels, store_output
 
 
 @triton.jit
@@ -46,14 +45,9 @@ def depthwise_forward_kernel(
 
     mask = row_mask[:, None] & col_mask[None, :]
     offsets = rows.to(tl.int64)[:, None] * channels + cols[None, :]
-    if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    if shift_ptr is not None:
-        acc += tl.load(shift_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    out = activate(acc, act_param, ACT).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offsets, out, mask=mask)
+    store_output(
+        acc, out_ptr, offsets, mask, cols, col_mask, scale_ptr, shift_ptr, residual_ptr, act_param, ACT
+    )  # fmt: skip
 
 
 @triton.jit
@@ -73,13 +67,7 @@ def depthwise_input_gradient_kernel(
     cols = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < batch * phase_rows * phase_cols
     col_mask = cols < channels
-    # An input smaller than the stride has phases without a pixel; nothing may divide by that.
-    per_row = tl.maximum(phase_cols, 1)
-    per_image = tl.maximum(phase_rows, 1)
-    line = rows // per_row
-    image = (line // per_image).to(tl.int64)
-    ih = line % per_image * STRIDE_H + phase_h
-    iw = rows % per_row * STRIDE_W + phase_w
+    image, ih, iw = phase_pixels(rows, phase_h, phase_w, phase_rows, phase_cols, STRIDE_H, STRIDE_W)
     first_h = first_tap(phase_h, PAD_H, KH, STRIDE_H, DIL_H)
     first_w = first_tap(phase_w, PAD_W, KW, STRIDE_W, DIL_W)
     bottom = (ih + PAD_H - first_h * DIL_H) // STRIDE_H

@@ -49,7 +49,7 @@ def forward(
     """
     _check(function, x, weight)
     x = channels_last(x)
-    out = empty_channels_last(x, conv2d_shape(x, weight.shape, *conv[:3]))
+    out = empty_channels_last(x, conv2d_shape(x.shape, weight.shape, *conv[:3]))
     pixels = out.shape[0] * out.shape[2] * out.shape[3]
     _check_pixels(function, pixels)
     if out.numel() > 0:

@@ -21,7 +21,7 @@ Flops per element: statistics 4, apply 3 (+1 residual); backward: mask 1, two su
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..norms import LAYOUTS, Random, add_norm, stock_activation
 from ..registry import Case
@@ -121,15 +121,10 @@ def add(
     training: bool = True,
     residual: bool = False,
     act: str | None = "relu",
-    dtype: str = "float32",
     device: str = "cpu",
-    suites: tuple[str, ...] = ("ops",),
-    modes: tuple[str, ...] | None = None,
-    target: str = "",
-    compile_ours: bool = True,
-    rounds: int = 11,
-    hidden: bool = False,
+    **common: Any,
 ) -> None:
+    """``common``: of :func:`.add_norm`."""
     moved = passes(training, residual, cached=device == "cpu" and layout == "contiguous")
     add_norm(
         problem,
@@ -139,15 +134,9 @@ def add(
         training=training,
         passes=moved,
         flops=flops(training, residual),
-        dtype=dtype,
         device=device,
-        suites=suites,
-        modes=modes,
-        target=target,
-        compile_ours=compile_ours,
-        rounds=rounds,
-        hidden=hidden,
         options={"residual": residual, "act": act},
+        **common,
     )
 
 

@@ -14,7 +14,7 @@ Flops per element: statistics 4, apply 3; backward: mask 1, two sums 4, apply 5.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..norms import LAYOUTS, Random, add_norm, stock_activation
 from ..registry import Case
@@ -118,14 +118,9 @@ def add(
     groups: int = 32,
     act: str | None = "silu",
     residual: bool = False,
-    dtype: str = "float32",
-    device: str = "cpu",
-    suites: tuple[str, ...] = ("ops",),
-    modes: tuple[str, ...] | None = None,
-    target: str = "",
-    compile_ours: bool = True,
-    hidden: bool = False,
+    **common: Any,
 ) -> None:
+    """``common``: of :func:`.add_norm`."""
     name = kind if kind != "group_norm" or groups == 32 else f"{kind}{groups}"
     extra = 1 if residual else 0
     add_norm(
@@ -139,14 +134,8 @@ def add(
             for mode, n in PASSES.items()
         },
         flops=FLOPS,
-        dtype=dtype,
-        device=device,
-        suites=suites,
-        modes=modes,
-        target=target,
-        compile_ours=compile_ours,
-        hidden=hidden,
         options={"kind": kind, "groups": groups, "act": act, "residual": residual},
+        **common,
     )
 
 

@@ -1,6 +1,6 @@
 // The activations that every fused kernel applies, and their derivatives: one arithmetic for CPU and CUDA.
 //
-// T is float or double (CUDA, scalar CPU) or a SIMD vector of them (csrc/cpu/simd.h). The few primitives
+// T is float or double (CUDA, scalar CPU) or a SIMD vector of them (csrc/cpu/simd_math.h). The few primitives
 // that differ between those (exp, one_plus_exp, tanh, normal_cdf, select) are overloads found by argument-dependent lookup or
 // declared below, so that each formula stands here once. Formulas and derivatives follow torch.nn.functional.
 #pragma once
@@ -14,14 +14,14 @@ namespace advdl_ops {
 namespace math {
 ADVDL_HOST_DEVICE float exp(float x) { return ::expf(x); }
 ADVDL_HOST_DEVICE double exp(double x) { return ::exp(x); }
-// The denominator of the sigmoid, where a product of two powers of two is not needed (csrc/cpu/simd.h).
+// The denominator of the sigmoid, where a product of two powers of two is not needed (csrc/cpu/simd_math.h).
 ADVDL_HOST_DEVICE float one_plus_exp(float x) { return 1.0f + ::expf(x); }
 ADVDL_HOST_DEVICE double one_plus_exp(double x) { return 1.0 + ::exp(x); }
 ADVDL_HOST_DEVICE float expm1(float x) { return ::expm1f(x); }
 ADVDL_HOST_DEVICE double expm1(double x) { return ::expm1(x); }
 ADVDL_HOST_DEVICE float tanh(float x) { return ::tanhf(x); }
 ADVDL_HOST_DEVICE double tanh(double x) { return ::tanh(x); }
-// As torch has it; where erfc costs no more than erf (csrc/cpu/simd.h) its form does not cancel below zero.
+// As torch has it; where erfc costs no more than erf (csrc/cpu/simd_math.h) its form does not cancel below zero.
 ADVDL_HOST_DEVICE float normal_cdf(float z) {
   return 0.5f * (1.0f + ::erff(z * 0.70710678118654752440f));
 }

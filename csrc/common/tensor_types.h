@@ -18,6 +18,18 @@ ADVDL_HOST_DEVICE constexpr int element_bytes(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
+// "acc": the type of statistics, sums and arithmetic for elements of type T.
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename AccOf<T>::type;
+
 // How [N, C, spatial...] lies in memory, with S the product of the spatial sizes.
 enum class Layout : int {
   channels_first = 0,  // [N, C, S]

@@ -190,15 +190,9 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   const ChannelBlocks cut(p.shape, sizeof(T));
   auto [k, partial] = ChannelsMemory<Acc, GradientSums<double>>(cut, arena);
   k.mean = const_cast<Acc*>(static_cast<const Acc*>(p.mean));
-  const T* dout = static_cast<const T*>(p.dout);
-  const T* x = static_cast<const T*>(p.x);
-  const T* saved = static_cast<const T*>(p.saved);
-  T* dresidual = static_cast<T*>(p.dresidual);
-  T* dx = static_cast<T*>(p.dx);
+  auto [dout, x, saved, dresidual, dx, kept, stores_dz] = gradient_tensors<T, kAct>(p);
   const bool stream_residual =
       !is_transcendental(kAct) && streams<T>(p.shape.n * p.shape.c * p.shape.s, kStreamStoredBytes);
-  T* kept = kept_dz<T, kAct>(p);
-  T* stores_dz = kept != nullptr ? kept : dresidual;
   const bool stream_out = streams_dx<T>(p.shape.n * p.shape.c * p.shape.s, kept, dx);
   // What was streamed is far: dz is then computed again from dout, which is near.
   if (stream_residual) kept = nullptr;
@@ -361,13 +355,7 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
   const RowChunks cut = row_chunks(p.shape);
   const RowsMemory<Acc> memory(cut, arena);
   const auto& [k, partial_dz, partial_dz_x] = memory;
-  const T* dout = static_cast<const T*>(p.dout);
-  const T* x = static_cast<const T*>(p.x);
-  const T* saved = static_cast<const T*>(p.saved);
-  T* dresidual = static_cast<T*>(p.dresidual);
-  T* kept = kept_dz<T, kAct>(p);
-  T* stores_dz = kept != nullptr ? kept : dresidual;
-  T* dx = static_cast<T*>(p.dx);
+  auto [dout, x, saved, dresidual, dx, kept, stores_dz] = gradient_tensors<T, kAct>(p);
   const bool stream_out = streams<T>(p.shape.n * p.shape.c * p.shape.s, kStreamBytes);
   // Read again only after a pass over three tensors.
   const bool stream_residual = streams<T>(p.shape.n * p.shape.c * p.shape.s, kStreamStoredBytes);
@@ -448,14 +436,10 @@ size_t workspace_bytes(const BatchNormActShape& shape) {
 }  // namespace
 
 void add_batch_norm_act(cpu::KernelTable& table) {
-  table.batch_norm_act_forward_workspace = [](const BatchNormActForward& p) {
-    return workspace_bytes<Moments<double>>(p.shape);
-  };
-  table.batch_norm_act_backward_workspace = [](const BatchNormActBackward& p) {
-    return workspace_bytes<GradientSums<double>>(p.shape);
-  };
-  table.batch_norm_act_forward = forward;
-  table.batch_norm_act_backward = backward;
+  table.batch_norm_act = {
+      [](const BatchNormActForward& p) { return workspace_bytes<Moments<double>>(p.shape); },
+      [](const BatchNormActBackward& p) { return workspace_bytes<GradientSums<double>>(p.shape); },
+      forward, backward};
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE

@@ -2,7 +2,7 @@
 #include "../common/convert_layout.h"
 
 #include "dispatch.h"
-#include "vector_loops.h"
+#include "simd.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {

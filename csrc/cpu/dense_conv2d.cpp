@@ -505,10 +505,7 @@ void run_backward(const DenseConv2dBackward& p, void* workspace) {
 }  // namespace
 
 void add_dense_conv2d(cpu::KernelTable& table) {
-  table.dense_conv2d_forward_workspace = forward_workspace;
-  table.dense_conv2d_backward_workspace = backward_workspace;
-  table.dense_conv2d_forward = run_forward;
-  table.dense_conv2d_backward = run_backward;
+  table.dense_conv2d = {forward_workspace, backward_workspace, run_forward, run_backward};
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE

@@ -4,7 +4,7 @@
 
 #include "../common/depthwise_conv2d.h"
 #include "dispatch.h"
-#include "vector_loops.h"
+#include "simd_math.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {

@@ -571,10 +571,7 @@ void run_backward(const DepthwiseConv2dBackward& p, void* workspace) {
 }  // namespace
 
 void add_depthwise_conv2d_last(cpu::KernelTable& table) {
-  table.depthwise_conv2d_last_forward_workspace = forward_workspace;
-  table.depthwise_conv2d_last_backward_workspace = backward_workspace;
-  table.depthwise_conv2d_last_forward = run_forward;
-  table.depthwise_conv2d_last_backward = run_backward;
+  table.depthwise_conv2d_last = {forward_workspace, backward_workspace, run_forward, run_backward};
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE

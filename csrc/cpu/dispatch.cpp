@@ -123,16 +123,16 @@ int thread_count() { return pool_threads(); }
 
 #define ADVDL_DEFINE_FAMILY(family, Params)                            \
   size_t family##_forward_workspace(const Params##Forward& p) {        \
-    return table().family##_forward_workspace(p);                      \
+    return table().family.forward_workspace(p);                        \
   }                                                                    \
   size_t family##_backward_workspace(const Params##Backward& p) {      \
-    return table().family##_backward_workspace(p);                     \
+    return table().family.backward_workspace(p);                       \
   }                                                                    \
   void family##_forward(const Params##Forward& p, void* workspace) {   \
-    table().family##_forward(p, workspace);                            \
+    table().family.forward(p, workspace);                              \
   }                                                                    \
   void family##_backward(const Params##Backward& p, void* workspace) { \
-    table().family##_backward(p, workspace);                           \
+    table().family.backward(p, workspace);                             \
   }
 ADVDL_DEFINE_FAMILY(batch_norm_act, BatchNormAct)
 ADVDL_DEFINE_FAMILY(dense_conv2d, DenseConv2d)

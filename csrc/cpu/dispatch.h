@@ -1,4 +1,7 @@
 // What runs the CPU kernels: the table of one capability's kernels, chosen at load, and the threads.
+//
+// dispatch.cpp fills the table. There each function that ../common/<family>.h declares in `cpu` is a call of the entry of the
+// same name, which `add_<family>` at the end of <family>.cpp has set.
 #pragma once
 
 #include <cstddef>
@@ -13,44 +16,25 @@
 
 namespace advdl_ops::cpu {
 
+// The kernels of a family, see ../common/<family>.h.
+template <class Forward, class Backward>
+struct Family {
+  size_t (*forward_workspace)(const Forward&);
+  size_t (*backward_workspace)(const Backward&);
+  void (*forward)(const Forward&, void* workspace);
+  void (*backward)(const Backward&, void* workspace);
+};
+
 struct KernelTable {
   const char* name;
-  size_t (*batch_norm_act_forward_workspace)(const BatchNormActForward&);
-  size_t (*batch_norm_act_backward_workspace)(const BatchNormActBackward&);
-  void (*batch_norm_act_forward)(const BatchNormActForward&, void*);
-  void (*batch_norm_act_backward)(const BatchNormActBackward&, void*);
-
+  Family<BatchNormActForward, BatchNormActBackward> batch_norm_act;
   void (*convert_layout)(const ConvertLayout&);
-
-  size_t (*dense_conv2d_forward_workspace)(const DenseConv2dForward&);
-  size_t (*dense_conv2d_backward_workspace)(const DenseConv2dBackward&);
-  void (*dense_conv2d_forward)(const DenseConv2dForward&, void*);
-  void (*dense_conv2d_backward)(const DenseConv2dBackward&, void*);
-
-  size_t (*depthwise_conv2d_forward_workspace)(const DepthwiseConv2dForward&);
-  size_t (*depthwise_conv2d_backward_workspace)(const DepthwiseConv2dBackward&);
-  void (*depthwise_conv2d_forward)(const DepthwiseConv2dForward&, void*);
-  void (*depthwise_conv2d_backward)(const DepthwiseConv2dBackward&, void*);
-
-  size_t (*depthwise_conv2d_last_forward_workspace)(const DepthwiseConv2dForward&);
-  size_t (*depthwise_conv2d_last_backward_workspace)(const DepthwiseConv2dBackward&);
-  void (*depthwise_conv2d_last_forward)(const DepthwiseConv2dForward&, void*);
-  void (*depthwise_conv2d_last_backward)(const DepthwiseConv2dBackward&, void*);
-
-  size_t (*group_norm_forward_workspace)(const GroupNormForward&);
-  size_t (*group_norm_backward_workspace)(const GroupNormBackward&);
-  void (*group_norm_forward)(const GroupNormForward&, void*);
-  void (*group_norm_backward)(const GroupNormBackward&, void*);
-
-  size_t (*layer_norm_2d_forward_workspace)(const GroupNormForward&);
-  size_t (*layer_norm_2d_backward_workspace)(const GroupNormBackward&);
-  void (*layer_norm_2d_forward)(const GroupNormForward&, void*);
-  void (*layer_norm_2d_backward)(const GroupNormBackward&, void*);
-
-  size_t (*lstm_forward_workspace)(const LstmForward&);
-  size_t (*lstm_backward_workspace)(const LstmBackward&);
-  void (*lstm_forward)(const LstmForward&, void*);
-  void (*lstm_backward)(const LstmBackward&, void*);
+  Family<DenseConv2dForward, DenseConv2dBackward> dense_conv2d;
+  Family<DepthwiseConv2dForward, DepthwiseConv2dBackward> depthwise_conv2d;
+  Family<DepthwiseConv2dForward, DepthwiseConv2dBackward> depthwise_conv2d_last;
+  Family<GroupNormForward, GroupNormBackward> group_norm;
+  Family<GroupNormForward, GroupNormBackward> layer_norm_2d;
+  Family<LstmForward, LstmBackward> lstm;
 };
 
 // The capability in use: "default", "avx2" or "avx512".

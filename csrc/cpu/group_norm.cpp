@@ -181,16 +181,10 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
   fill_rstd(p, rstd);
   affine.fill(p);
   Acc* means = const_cast<Acc*>(static_cast<const Acc*>(p.mean));
-  const T* dout = static_cast<const T*>(p.dout);
-  const T* x = static_cast<const T*>(p.x);
-  const T* saved = static_cast<const T*>(p.saved);
-  T* dresidual = static_cast<T*>(p.dresidual);
-  T* dx = static_cast<T*>(p.dx);
+  auto [dout, x, saved, dresidual, dx, kept, stores_dz] = gradient_tensors<T, kAct>(p);
   const int64_t elements = cut.rows * cut.s;
   const bool stream_residual =
       !is_transcendental(kAct) && dresidual != nullptr && streams<T>(elements, kStreamStoredBytes);
-  T* kept = kept_dz<T, kAct>(p);
-  T* stores_dz = kept != nullptr ? kept : dresidual;
   const bool stream_out = streams_dx<T>(elements, kept, dx);
   // What was streamed is far: dz is then computed again from dout, which is near.
   if (stream_residual) kept = nullptr;
@@ -538,14 +532,9 @@ size_t workspace_bytes(const GroupNormShape& shape, bool backward) {
 }  // namespace
 
 void add_group_norm(cpu::KernelTable& table) {
-  table.group_norm_forward_workspace = [](const GroupNormForward& p) {
-    return workspace_bytes(p.shape, false);
-  };
-  table.group_norm_backward_workspace = [](const GroupNormBackward& p) {
-    return workspace_bytes(p.shape, true);
-  };
-  table.group_norm_forward = forward;
-  table.group_norm_backward = backward;
+  table.group_norm = {[](const GroupNormForward& p) { return workspace_bytes(p.shape, false); },
+                      [](const GroupNormBackward& p) { return workspace_bytes(p.shape, true); },
+                      forward, backward};
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE

@@ -104,13 +104,7 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
   const TilesBackwardMemory<Acc> memory(cut, arena);
   const auto& [affine, dbias, dweight] = memory;
   affine.fill(p);
-  const T* dout = static_cast<const T*>(p.dout);
-  const T* x = static_cast<const T*>(p.x);
-  const T* saved = static_cast<const T*>(p.saved);
-  T* dresidual = static_cast<T*>(p.dresidual);
-  T* dx = static_cast<T*>(p.dx);
-  T* kept = kept_dz<T, kAct>(p);
-  T* stores_dz = kept != nullptr ? kept : dresidual;
+  auto [dout, x, saved, dresidual, dx, kept, stores_dz] = gradient_tensors<T, kAct>(p);
   const bool stream_out = streams_dx<T>(p.shape.n * cut.c * cut.s, kept, dx);
   const Acc param = static_cast<Acc>(p.act_param);
 
@@ -230,14 +224,9 @@ size_t workspace_bytes(const GroupNormShape& shape, bool backward) {
 }  // namespace
 
 void add_layer_norm_2d(cpu::KernelTable& table) {
-  table.layer_norm_2d_forward_workspace = [](const GroupNormForward& p) {
-    return workspace_bytes(p.shape, false);
-  };
-  table.layer_norm_2d_backward_workspace = [](const GroupNormBackward& p) {
-    return workspace_bytes(p.shape, true);
-  };
-  table.layer_norm_2d_forward = forward;
-  table.layer_norm_2d_backward = backward;
+  table.layer_norm_2d = {[](const GroupNormForward& p) { return workspace_bytes(p.shape, false); },
+                         [](const GroupNormBackward& p) { return workspace_bytes(p.shape, true); },
+                         forward, backward};
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE

@@ -385,8 +385,8 @@ class Forward {
 }  // namespace
 
 void add_lstm(cpu::KernelTable& table) {
-  table.lstm_forward_workspace = lstm_workspace<Forward, LstmForward>;
-  table.lstm_forward = lstm_run<Forward, LstmForward>;
+  table.lstm.forward_workspace = lstm_workspace<Forward, LstmForward>;
+  table.lstm.forward = lstm_run<Forward, LstmForward>;
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE

@@ -6,6 +6,7 @@
 
 #include "dispatch.h"
 #include "matmul.h"
+#include "simd_math.h"
 
 // After the vectors' overloads: its formulas look the functions up where they stand.
 #include "../common/lstm_gates.h"

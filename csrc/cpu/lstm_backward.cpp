@@ -612,8 +612,8 @@ class Backward {
 }  // namespace
 
 void add_lstm_backward(cpu::KernelTable& table) {
-  table.lstm_backward_workspace = lstm_workspace<Backward, LstmBackward>;
-  table.lstm_backward = lstm_run<Backward, LstmBackward>;
+  table.lstm.backward_workspace = lstm_workspace<Backward, LstmBackward>;
+  table.lstm.backward = lstm_run<Backward, LstmBackward>;
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE

@@ -4,7 +4,7 @@
 // by one panel is summed over the whole depth, in order, so that no result depends on how tiles are spread over threads.
 #pragma once
 
-#include "vector_loops.h"
+#include "simd.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
@@ -55,35 +55,25 @@ __attribute__((noinline)) void multiply_rows(const A* const* a, int64_t first, c
   }
 }
 
-// The same for a number of rows known at run time, and any depth.
+// The same for a number of rows known at run time, from 1 to kMost.
+template <int kMost, int kStep, class A>
+void multiply_at_most(int64_t rows, const A* const* a, int64_t first, const A* b, int64_t b_stride,
+                      int64_t depth, A* tile, int64_t tile_stride, bool adds) {
+  if (kMost == 1 || rows == kMost)
+    multiply_rows<kMost, kStep>(a, first, b, b_stride, depth, tile, tile_stride, adds);
+  else if constexpr (kMost > 1)
+    multiply_at_most<kMost - 1, kStep>(rows, a, first, b, b_stride, depth, tile, tile_stride, adds);
+}
+
+// And for any depth.
 template <int kStep, class A>
 void multiply_tile(int64_t rows, const A* const* a, const A* b, int64_t b_stride, int64_t depth,
                    A* tile, int64_t tile_stride, bool adds = true) {
   for (int64_t first = 0; first < depth; first += kDepth, adds = true) {
     const int64_t length = min_of(kDepth, depth - first);
     const A* columns = b + first * b_stride;
-    switch (rows) {
-      case 1:
-        multiply_rows<1, kStep>(a, first, columns, b_stride, length, tile, tile_stride, adds);
-        break;
-      case 2:
-        multiply_rows<2, kStep>(a, first, columns, b_stride, length, tile, tile_stride, adds);
-        break;
-      case 3:
-        multiply_rows<3, kStep>(a, first, columns, b_stride, length, tile, tile_stride, adds);
-        break;
-#if ADVDL_VECTOR_BYTES == 64
-      case 4:
-        multiply_rows<4, kStep>(a, first, columns, b_stride, length, tile, tile_stride, adds);
-        break;
-      case 5:
-        multiply_rows<5, kStep>(a, first, columns, b_stride, length, tile, tile_stride, adds);
-        break;
-      case 6:
-        multiply_rows<6, kStep>(a, first, columns, b_stride, length, tile, tile_stride, adds);
-        break;
-#endif
-    }
+    multiply_at_most<kTileRows, kStep>(rows, a, first, columns, b_stride, length, tile, tile_stride,
+                                       adds);
   }
 }
 // f(lanes) with all lanes, or with the `count` that are left before an end.

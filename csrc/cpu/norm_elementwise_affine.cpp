@@ -164,13 +164,7 @@ void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena
   const BackwardMemory<Acc> memory(cut, arena);
   const auto& [affine, columns] = memory;
   affine.fill_common(p);
-  const T* dout = static_cast<const T*>(p.dout);
-  const T* x = static_cast<const T*>(p.x);
-  const T* saved = static_cast<const T*>(p.saved);
-  T* dresidual = static_cast<T*>(p.dresidual);
-  T* dx = static_cast<T*>(p.dx);
-  T* kept = kept_dz<T, kAct>(p);
-  T* stores_dz = kept != nullptr ? kept : dresidual;
+  auto [dout, x, saved, dresidual, dx, kept, stores_dz] = gradient_tensors<T, kAct>(p);
   const bool stream_out = streams_dx<T>(cut.rows * cut.width(), kept, dx);
   const Acc param = static_cast<Acc>(p.act_param);
 

@@ -5,7 +5,7 @@
 #include "../common/arena.h"
 #include "../common/moments.h"
 
-#include "vector_loops.h"
+#include "simd_math.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
@@ -249,6 +249,24 @@ T* kept_dz(const Params& p) {
   if (!stored_dz_is_exact(sizeof(T), p.act)) return nullptr;
   if (p.dresidual != nullptr) return static_cast<T*>(p.dresidual);
   return is_transcendental(kAct) ? static_cast<T*>(p.dx) : nullptr;
+}
+
+// The tensors of a backward pass, those of `p`, and where its first pass keeps and writes dz; null: nowhere.
+template <class T>
+struct GradientTensors {
+  const T *dout, *x, *saved;
+  T *dresidual, *dx, *kept, *stores_dz;
+};
+template <class T, BackwardAct kAct, class Params>
+GradientTensors<T> gradient_tensors(const Params& p) {
+  T *dresidual = static_cast<T*>(p.dresidual), *kept = kept_dz<T, kAct>(p);
+  return {static_cast<const T*>(p.dout),
+          static_cast<const T*>(p.x),
+          static_cast<const T*>(p.saved),
+          dresidual,
+          static_cast<T*>(p.dx),
+          kept,
+          kept != nullptr ? kept : dresidual};
 }
 
 // Whether dx streams. Not where dz of a few sets waits in its place: those lines are in the caches already.

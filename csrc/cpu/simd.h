@@ -1,4 +1,5 @@
-// SIMD vectors of float and double for the CPU kernels, and the element-wise functions on them.
+// SIMD vectors of float and double for the CPU kernels: load, store, convert, and the loops over runs of elements.
+// simd_math.h adds the element-wise functions, such as exp and the activations.
 //
 // Built on the compiler's vector types, so that one source serves every capability: a kernel file is compiled
 // once for each, with another register width (16, 32 or 64 bytes). Everything sits in a namespace of the
@@ -12,6 +13,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "../common/tensor_types.h"
 
 // ADVDL_CPU_CAPABILITY is default, avx2 or avx512, given by the build.
 #define ADVDL_CONCAT_(a, b) a##b
@@ -131,168 +134,15 @@ ADVDL_INLINE DoubleVec select(LongVec condition, DoubleVec a, DoubleVec b) {
   return condition ? a : b;
 }
 
-// x within [low, high]; NaN stays. By instruction: a comparison and a selection each would be a fifth of an exp.
-ADVDL_INLINE FloatVec clamp(FloatVec x, float low, float high) {
-  const FloatVec lower = broadcast(low), upper = broadcast(high);
-#if defined(__AVX512F__)
-  // The masked forms, as gcc 12 warns of its own header in the plain ones.
-  const __m512 bounded = _mm512_maskz_min_ps(0xffff, (__m512)upper, (__m512)x);
-  return (FloatVec)_mm512_maskz_max_ps(0xffff, (__m512)lower, bounded);
-#elif defined(__AVX2__)
-  return (FloatVec)_mm256_max_ps((__m256)lower, _mm256_min_ps((__m256)upper, (__m256)x));
-#else
-  const FloatVec bounded = select(x > upper, upper, x);
-  return select(bounded < lower, lower, bounded);
-#endif
-}
-
-// Rounds a value of less than 2^22 to an integer, which then stands in the low bits of the sum, or 127 more than it.
-constexpr float kRound = 12582912.f, kRoundToExponent = kRound + 127.f;
-
-// exp(r) - 1 for |r| <= ln 2 / 2: by minimax of (exp(r) - 1 - r) / r^2, 4e-9 of exp(r).
-ADVDL_INLINE FloatVec expm1_of_rest(FloatVec r) {
-  FloatVec q = broadcast(1.381459872e-3f);
-  q = q * r + 8.368718750e-3f;
-  q = q * r + 4.166838809e-2f;
-  q = q * r + 1.666652061e-1f;
-  q = q * r + 4.999999345e-1f;
-  return q * (r * r) + r;
-}
-
-// exp(x) = 2^n exp(r) with r = x - n ln 2, |r| <= ln 2 / 2: returns exp(r) - 1 and n.
-ADVDL_INLINE FloatVec expm1_reduced(FloatVec x, IntVec& n) {
-  const FloatVec shifted = x * 1.44269504088896341f + kRound;
-  n = (IntVec)shifted - (IntVec)broadcast(kRound);
-  const FloatVec count = shifted - kRound;
-  FloatVec r = x - count * 0.693359375f;
-  r = r + count * 2.12194440e-4f;
-  return expm1_of_rest(r);
-}
-
-// 2^n for n in [-126, 127]; infinity for 128.
-ADVDL_INLINE FloatVec power_of_two(IntVec n) { return (FloatVec)((n + 127) << 23); }
-
-// Measured over all floats: at most 1.5 ulp in the normal range; overflow gives inf, NaN stays.
-ADVDL_INLINE FloatVec exp(FloatVec x) {
-  IntVec n;
-  const FloatVec p = expm1_reduced(clamp(x, -104.f, 89.f), n) + 1.f;
-  // In two factors, as 2^n itself may be beyond the exponent range while the product is not.
-  const IntVec half = n >> 1;
-  return p * power_of_two(half) * power_of_two(n - half);
-}
-
-// 1 + exp(x): below the bound it is 1, and 2^n may overflow to infinity a little early. Every product of silu and the sigmoid
-// counts, so n becomes the exponent by a shift, and where ln 2 can be taken by one fma it is: off by 2e-9 n, less than a
-// rounding up to |x| = 20 and 2 of them at 87, where two constants would be exact.
-ADVDL_INLINE FloatVec one_plus_exp(FloatVec x) {
-  x = clamp(x, -87.f, 89.f);
-  const FloatVec shifted = x * 1.44269504088896341f + kRoundToExponent;
-  const FloatVec count = shifted - kRoundToExponent;
-#if defined(__FMA__)
-  const FloatVec r = x - count * 0.693147182f;
-#else
-  const FloatVec r = (x - count * 0.693359375f) + count * 2.12194440e-4f;
-#endif
-  const FloatVec power = (FloatVec)((IntVec)shifted << 23);
-  return (expm1_of_rest(r) + 1.f) * power + 1.f;
-}
-
-ADVDL_INLINE FloatVec expm1(FloatVec x) {
-  IntVec n;
-  const FloatVec p = expm1_reduced(clamp(x, -30.f, 89.f), n);
-  const IntVec half = n >> 1;
-  const FloatVec scale = power_of_two(half);
-  const FloatVec rest = power_of_two(n - half);
-  return (p * scale) * rest + (scale * rest - 1.f);
-}
-
-// tanh x = e / (e + 2) with e = expm1(2 x), odd but for rounding. Within the bound 2^n is no extreme: one product will do.
-ADVDL_INLINE FloatVec tanh(FloatVec x) {
-  IntVec n;
-  const FloatVec p = expm1_reduced(clamp(x, -10.f, 10.f) * 2.f, n);
-  const FloatVec power = power_of_two(n);
-  const FloatVec e = p * power + (power - 1.f);
-  return e / (e + 2.f);
-}
-
-// The normal distribution up to z. Below zero it is half of erfc(|z| / sqrt 2) = p(|z|)^-4, with p by minimax on [0, 6] (the
-// form of Abramowitz & Stegun 7.1.28): no branch, no exp, and nothing cancels. Off by at most 2 units of 2^-23.
-ADVDL_INLINE FloatVec normal_cdf(FloatVec z) {
-  const FloatVec a = (FloatVec)((IntVec)z & 0x7fffffff);
-  FloatVec p = broadcast(7.705181702e-07f);
-  p = p * a - 8.709649592e-06f;
-  p = p * a + 5.070278712e-05f;
-  p = p * a - 1.467448747e-04f;
-  p = p * a + 3.478362341e-04f;
-  p = p * a - 1.051216168e-04f;
-  p = p * a + 1.699895482e-03f;
-  p = p * a + 5.286666099e-03f;
-  p = p * a + 2.631891891e-02f;
-  p = p * a + 9.946683794e-02f;
-  p = p * a + 1.994713545e-01f;
-  p = p * a + 1.f;
-  p = p * p;
-  const FloatVec tail = 0.5f / (p * p);
-  return select(z < 0.f, tail, 1.f - tail);
-}
-
-// fp64 serves gradient checks and references: the C library, lane by lane.
-#define ADVDL_LANEWISE(name)                                           \
-  ADVDL_INLINE DoubleVec name(DoubleVec x) {                           \
-    DoubleVec y = x;                                                   \
-    for (int i = 0; i < Simd<double>::lanes; ++i) y[i] = ::name(x[i]); \
-    return y;                                                          \
-  }
 }  // namespace math
-}  // namespace advdl_ops
 
-#include <math.h>
-
-namespace advdl_ops::math {
-ADVDL_LANEWISE(exp)
-ADVDL_LANEWISE(expm1)
-ADVDL_LANEWISE(tanh)
-#undef ADVDL_LANEWISE
-ADVDL_INLINE DoubleVec one_plus_exp(DoubleVec x) { return exp(x) + 1.0; }
-ADVDL_INLINE DoubleVec normal_cdf(DoubleVec z) {
-  DoubleVec y;
-  for (int i = 0; i < Simd<double>::lanes; ++i) y[i] = 0.5 * ::erfc(z[i] * -0.70710678118654752440);
-  return y;
-}
-}  // namespace advdl_ops::math
-
-// After the overloads above: its formulas look the functions up where they stand.
-#include "../common/activation.h"
-
-namespace advdl_ops {
-
-template <>
-struct Lanes<FloatVec> {
-  static ADVDL_INLINE FloatVec set(double v) { return broadcast(static_cast<float>(v)); }
-};
-template <>
-struct Lanes<DoubleVec> {
-  static ADVDL_INLINE DoubleVec set(double v) { return broadcast(v); }
-};
-
-// Storage types. Acc is what arithmetic on them is done in.
+// Storage types.
 struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
   uint16_t bits;
 };
-
-template <class T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename AccOf<T>::type;
 
 typedef uint16_t HalfBits __attribute__((vector_size(ADVDL_VECTOR_BYTES / 2)));
 
@@ -380,7 +230,7 @@ ADVDL_INLINE Float16 to_half(float f) {
 ADVDL_INLINE FloatVec load(const Float16* p) {
   FloatVec v;
 #if defined(__AVX512F__)
-  // Masked as in clamp().
+  // Masked as in clamp() of simd_math.h.
   v = (FloatVec)_mm512_maskz_cvtph_ps(0xffff,
                                       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
@@ -497,4 +347,131 @@ ADVDL_INLINE void store_partial(T* p, Vec v, int64_t count) {
 #endif
 }
 
+// --- loops over runs of contiguous elements, a vector at a time; the ragged end is handled here once for all kernels ---
+
+namespace ADVDL_CAPABILITY_NAMESPACE {
+
+ADVDL_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+ADVDL_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+// Towards minus and plus infinity; b > 0.
+ADVDL_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+ADVDL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+ADVDL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <int i>
+struct Index {
+  static constexpr int value = i;
+};
+
+// How a vector at the current position is read, written and counted.
+struct FullLanes {
+  ADVDL_INLINE int64_t count(int64_t lanes) const { return lanes; }
+  template <class T>
+  ADVDL_INLINE auto read(const T* p) const {
+    return load(p);
+  }
+  template <class T, class Vec>
+  ADVDL_INLINE void write(T* p, Vec v) const {
+    store(p, v);
+  }
+  // To an output that streams, if `streams`; p is then aligned to the vector.
+  template <class T, class Vec>
+  ADVDL_INLINE void write_out(T* p, Vec v, bool streams) const {
+    streams ? stream(p, v) : store(p, v);
+  }
+  // v with zeros in lanes that do not count, for sums.
+  template <class Vec>
+  ADVDL_INLINE Vec counted(Vec v) const {
+    return v;
+  }
+};
+// The last vector of a run, moved back to end with it: its first `seen` lanes were processed before.
+struct OverlapLanes : FullLanes {
+  int32_t seen;
+  ADVDL_INLINE explicit OverlapLanes(int64_t n) : seen(static_cast<int32_t>(n)) {}
+  template <class T, class Vec>
+  ADVDL_INLINE void write_out(T* p, Vec v, bool) const {
+    store(p, v);
+  }
+  template <class Vec>
+  ADVDL_INLINE Vec counted(Vec v) const {
+    return math::select(lane_index<decltype(v < v)>() >= seen, v, Vec{});
+  }
+};
+// A run shorter than a vector.
+struct PartialLanes {
+  int32_t first;
+  ADVDL_INLINE int64_t count(int64_t) const { return first; }
+  template <class T>
+  ADVDL_INLINE auto read(const T* p) const {
+    return load_partial(p, first);
+  }
+  template <class T, class Vec>
+  ADVDL_INLINE void write(T* p, Vec v) const {
+    store_partial(p, v, first);
+  }
+  template <class T, class Vec>
+  ADVDL_INLINE void write_out(T* p, Vec v, bool) const {
+    store_partial(p, v, first);
+  }
+  template <class Vec>
+  ADVDL_INLINE Vec counted(Vec v) const {
+    return math::select(lane_index<decltype(v < v)>() < first, v, Vec{});
+  }
+};
+
+// f(position, lanes, Index<k>) over [0, n); with kChains = 4, k cycles through 0..3, so that sums can keep four
+// additions in flight. With kOverlap the last vector may overlap the one before: what is written must not be read again.
+template <class Acc, int kChains, bool kOverlap = true, class F>
+ADVDL_INLINE void for_vectors(int64_t n, F&& f) {
+  constexpr int64_t lanes = Simd<Acc>::lanes;
+  int64_t i = 0;
+  if constexpr (kChains == 4) {
+    for (; i + 4 * lanes <= n; i += 4 * lanes) {
+      f(i, FullLanes{}, Index<0>{});
+      f(i + lanes, FullLanes{}, Index<1>{});
+      f(i + 2 * lanes, FullLanes{}, Index<2>{});
+      f(i + 3 * lanes, FullLanes{}, Index<3>{});
+    }
+  }
+  for (; i + lanes <= n; i += lanes) f(i, FullLanes{}, Index<0>{});
+  if (i == n) return;
+  if (kOverlap && n >= lanes) {
+    f(n - lanes, OverlapLanes{lanes - (n - i)}, Index<0>{});
+  } else {
+    f(i, PartialLanes{static_cast<int32_t>(n - i)}, Index<0>{});
+  }
+}
+
+// Constants of the channels along a run: the same for every element (channels_first), or one for each (channels_last;
+// the array is readable up to a full vector past the end).
+template <class Acc, bool kVary>
+struct ChannelValue {
+  typename Simd<Acc>::Vec same;
+  const Acc* each;
+  ADVDL_INLINE explicit ChannelValue(const Acc* p) : same{}, each(p) {
+    if constexpr (!kVary) same = broadcast(*p);
+  }
+  ADVDL_INLINE typename Simd<Acc>::Vec at(int64_t i) const {
+    if constexpr (kVary) return load(each + i);
+    return same;
+  }
+};
+
+// f<T>() for the element type.
+template <class F>
+void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32:
+      return f.template operator()<float>();
+    case DType::f64:
+      return f.template operator()<double>();
+    case DType::f16:
+      return f.template operator()<Float16>();
+    case DType::bf16:
+      return f.template operator()<BFloat16>();
+  }
+}
+
+}  // namespace ADVDL_CAPABILITY_NAMESPACE
 }  // namespace advdl_ops

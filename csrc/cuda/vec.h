@@ -15,18 +15,6 @@ namespace advdl_ops::cuda {
 
 inline constexpr int kVectorBytes = 16;
 
-// The type that T is computed in.
-template <class T>
-struct Accumulate {
-  using type = float;
-};
-template <>
-struct Accumulate<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename Accumulate<T>::type;
-
 ADVDL_HOST_DEVICE float to_acc(float v) { return v; }
 ADVDL_HOST_DEVICE double to_acc(double v) { return v; }
 ADVDL_HOST_DEVICE float to_acc(__half v) { return __half2float(v); }

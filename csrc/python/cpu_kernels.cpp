@@ -66,6 +66,30 @@ void run_kernel(size_t bytes, int threads, const std::function<void(void*)>& ker
   }
 }
 
+// What the structs of all norms have in common, by its name.
+template <class Params>
+void set_activation(Params& p, int act, double act_param) {
+  p.act = static_cast<Activation>(act);
+  p.act_param = act_param;
+}
+template <class Params>
+void set_affine_input(Params& p, uintptr_t x, uintptr_t weight, uintptr_t bias) {
+  p.x = in(x);
+  p.weight = in(weight);
+  p.bias = in(bias);
+}
+template <class Params>
+void set_gradients(Params& p, int z_source, uintptr_t dout, uintptr_t saved, uintptr_t dx,
+                   uintptr_t dresidual, uintptr_t dweight, uintptr_t dbias) {
+  p.z_source = static_cast<ZSource>(z_source);
+  p.dout = in(dout);
+  p.saved = in(saved);
+  p.dx = out(dx);
+  p.dresidual = out(dresidual);
+  p.dweight = out(dweight);
+  p.dbias = out(dbias);
+}
+
 // --- batch_norm_act ------------------------------------------------------------------------------
 
 // shape: (n, c, s, layout, dtype, weight_dtype, running_dtype), enumerators as integers.
@@ -92,12 +116,9 @@ void batch_norm_act_forward(const BatchNormActTuple& shape, bool training, doubl
   p.training = training;
   p.momentum = momentum;
   p.eps = eps;
-  p.act = static_cast<Activation>(act);
-  p.act_param = act_param;
-  p.x = in(x);
+  set_activation(p, act, act_param);
+  set_affine_input(p, x, weight, bias);
   p.residual = in(residual);
-  p.weight = in(weight);
-  p.bias = in(bias);
   p.running_mean = in(running_mean);
   p.running_var = in(running_var);
   p.out = out(result);
@@ -117,20 +138,11 @@ void batch_norm_act_backward(const BatchNormActTuple& shape, bool training, int 
   BatchNormActBackward p;
   p.shape = shape_of(shape);
   p.training = training;
-  p.act = static_cast<Activation>(act);
-  p.act_param = act_param;
-  p.z_source = static_cast<ZSource>(z_source);
-  p.dout = in(dout);
-  p.x = in(x);
-  p.saved = in(saved);
-  p.weight = in(weight);
-  p.bias = in(bias);
+  set_activation(p, act, act_param);
+  set_affine_input(p, x, weight, bias);
   p.mean = in(mean);
   p.rstd = in(rstd);
-  p.dx = out(dx);
-  p.dresidual = out(dresidual);
-  p.dweight = out(dweight);
-  p.dbias = out(dbias);
+  set_gradients(p, z_source, dout, saved, dx, dresidual, dweight, dbias);
   run_kernel(cpu::batch_norm_act_backward_workspace(p), threads,
              [&](void* workspace) { cpu::batch_norm_act_backward(p, workspace); });
 }
@@ -167,12 +179,9 @@ void group_norm_forward(const GroupNormTuple& shape, double eps, int act, double
   GroupNormForward p;
   p.shape = shape_of(shape);
   p.eps = eps;
-  p.act = static_cast<Activation>(act);
-  p.act_param = act_param;
-  p.x = in(x);
+  set_activation(p, act, act_param);
+  set_affine_input(p, x, weight, bias);
   p.residual = in(residual);
-  p.weight = in(weight);
-  p.bias = in(bias);
   p.out = out(result);
   p.mean = out(mean);
   p.var = out(var);
@@ -193,20 +202,11 @@ void group_norm_backward(const GroupNormTuple& shape, double eps, int act, doubl
   GroupNormBackward p;
   p.shape = shape_of(shape);
   p.eps = eps;
-  p.act = static_cast<Activation>(act);
-  p.act_param = act_param;
-  p.z_source = static_cast<ZSource>(z_source);
-  p.dout = in(dout);
-  p.x = in(x);
-  p.saved = in(saved);
-  p.weight = in(weight);
-  p.bias = in(bias);
+  set_activation(p, act, act_param);
+  set_affine_input(p, x, weight, bias);
   p.mean = in(mean);
   p.var = in(var);
-  p.dx = out(dx);
-  p.dresidual = out(dresidual);
-  p.dweight = out(dweight);
-  p.dbias = out(dbias);
+  set_gradients(p, z_source, dout, saved, dx, dresidual, dweight, dbias);
   const bool each_position = p.shape.groups == kEachPosition;
   const size_t bytes = each_position ? cpu::layer_norm_2d_backward_workspace(p)
                                      : cpu::group_norm_backward_workspace(p);

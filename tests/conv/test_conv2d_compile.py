@@ -1,11 +1,15 @@
 """conv2d and its modules under torch.compile and torch.export."""
 
-import copy
-
 import pytest
 import torch
-from support.accuracy import ACTIVATIONS, channels_last
-from support.compiled import check_steps
+from support.accuracy import ACTIVATIONS
+from support.compiled import (
+    batch_of,
+    check_dynamic_positions,
+    check_export,
+    check_steps,
+    check_without_gradients,
+)
 from support.conv2d import CASES, call_ours, make_inputs
 
 import advdl_ops
@@ -27,10 +31,7 @@ NAMES = pytest.mark.parametrize("name", MODULES)
 
 
 def batch(n, layout="contiguous", dtype=f64, channels=6, size=(8, 7)):
-    x = torch.randn(n, channels, *size, dtype=dtype)
-    x = channels_last(x) if layout == "channels_last" else x
-    torch._dynamo.mark_dynamic(x, 0)
-    return x.requires_grad_()
+    return batch_of(n, channels, *size, layout=layout, dtype=dtype)
 
 
 @NAMES
@@ -88,14 +89,7 @@ def test_raw_operators_stay_whole():
 
 def test_dynamic_positions():
     for make in MODULES.values():
-        torch.compiler.reset()
-        module = make("relu")
-        fast = torch.compile(
-            copy.deepcopy(module), fullgraph=True, backend="aot_eager", dynamic=True
-        )
-        for size in ((8, 7), (9, 11), (12, 12)):
-            x = torch.randn(3, 6, *size, dtype=f64)
-            torch.testing.assert_close(fast(x), module(x))
+        check_dynamic_positions(make, 6, ((8, 7), (9, 11), (12, 12)))
 
 
 def test_every_activation():
@@ -110,14 +104,7 @@ def test_every_activation():
 
 @NAMES
 def test_without_gradients(name):
-    module = MODULES[name]("relu").eval()
-    fast = torch.compile(module, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        for n in (3, 5):
-            x = batch(n)
-            torch.testing.assert_close(fast(x), module(x))
-    with torch.inference_mode():
-        torch.testing.assert_close(fast(x), module(x))
+    check_without_gradients(MODULES[name]("relu"), batch)
 
 
 def test_autocast_inside():
@@ -157,21 +144,12 @@ def test_inductor(layout):
 @NAMES
 def test_export(name):
     module = MODULES[name]("gelu")
-    x = torch.randn(3, 6, 8, 7, dtype=f64)
-    residual = torch.randn_like(module(x))
-    rows = torch.export.Dim("rows", min=2, max=64)
-    program = torch.export.export(
-        copy.deepcopy(module), (x, residual), dynamic_shapes=({0: rows}, {0: rows})
-    )
-    targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
-    overloads = [t for t in targets if isinstance(t, torch._ops.OpOverload)]
-    assert overloads
-    assert all(t.namespace == "aten" for t in overloads), overloads
-    other = program.module()
-    for n in (3, 6):
+
+    def inputs(n):
         x = torch.randn(n, 6, 8, 7, dtype=f64)
-        residual = torch.randn_like(module(x))
-        torch.testing.assert_close(other(x, residual), module(x, residual))
+        return x, torch.randn_like(module(x))
+
+    check_export(module, inputs, rows=0)
 
 
 @pytest.mark.parametrize("name", ["3x3", "depthwise"])

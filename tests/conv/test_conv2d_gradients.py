@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 from support.accuracy import ACTIVATIONS, SMOOTH
+from support.checks import check_deterministic_mode, check_gradients_with_a_graph
 from support.conv2d import (
     CASES,
     NAMES,
@@ -125,11 +126,7 @@ def test_first_gradients_are_the_same_with_and_without_a_graph_and_twice(name, l
         p = make_inputs(CASES[name], f64, with_=with_).laid(layout)
         leaves = [getattr(p, n).requires_grad_() for n in NAMES if getattr(p, n) is not None]
         out = call_ours(p.case, *(getattr(p, n) for n in NAMES), act)
-        plain = torch.autograd.grad(out, leaves, p.dout, retain_graph=True)
-        again = torch.autograd.grad(out, leaves, p.dout, retain_graph=True)
-        graph = torch.autograd.grad(out, leaves, p.dout, create_graph=True)
-        assert all(map(torch.equal, plain, again))
-        torch.testing.assert_close(plain, tuple(t.detach() for t in graph), rtol=1e-12, atol=1e-12)
+        check_gradients_with_a_graph(out, leaves, p.dout)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -245,14 +242,7 @@ def test_two_runs_are_bitwise_equal(threads, name, dtype):
 def test_deterministic_mode_needs_no_special_case():
     for name in ("3x3", "dilated", "depthwise"):
         p = make_inputs(CASES[name], with_=ALL)
-        before = results(call_ours, p, "relu")
-        try:
-            torch.use_deterministic_algorithms(True)
-            after = results(call_ours, p, "relu")
-        finally:
-            torch.use_deterministic_algorithms(False)
-        for key, t in before.items():
-            assert torch.equal(t, after[key]), (name, key)
+        check_deterministic_mode(lambda p=p: results(call_ours, p, "relu"))
 
 
 @pytest.mark.parametrize("name", ["3x3", "dilated", "depthwise"])

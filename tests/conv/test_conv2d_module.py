@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import itertools
 import pickle
 
@@ -10,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import ACTIVATIONS, in_layout
+from support.checks import copies_of
 
-import advdl_ops
 from advdl_ops import nn
 from advdl_ops.activation import Activation
 
@@ -55,12 +54,6 @@ PAIRS = {
     ),
 }
 NAMES = pytest.mark.parametrize("name", PAIRS)
-
-
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
 
 
 def pair(name, dtype=f64, **options):
@@ -141,14 +134,7 @@ def test_copies(name):
     own, _ = pair(name, act=torch.nn.LeakyReLU(0.3))
     x = torch.randn(2, 6, 11, 10, dtype=f64)
     expected = own(x)
-    buffer = io.BytesIO()
-    torch.save(own, buffer)
-    buffer.seek(0)
-    for other in (
-        copy.deepcopy(own),
-        pickle.loads(pickle.dumps(own)),
-        torch.load(buffer, weights_only=False),
-    ):
+    for other in copies_of(own).values():
         assert type(other) is type(own)
         assert other.act == Activation("leaky_relu", 2, 0.3)
         assert torch.equal(other(x), expected)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import ACTIVATIONS, LAYOUTS, assert_accurate, channels_last, in_layout
+from support.checks import OPERATOR_TESTS
 from support.conv2d import CASES, DTYPES, Case, call_ours, check, make_inputs, term_sizes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -17,12 +18,6 @@ from advdl_ops.nn import Conv2d, DepthwiseConv2d, HybridDilatedConv
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPS = torch.ops.advdl_ops
-TESTS = (
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_dynamic",
-)
 ALL = ("bias", "scale", "shift", "residual")
 # Beside the cases with numbers for padding: where sizes of 0 and 1 leave the strides open.
 SHAPES = {n: c for n, c in CASES.items() if not isinstance(c.padding, str)} | {
@@ -70,19 +65,19 @@ def test_opcheck(layout):
     for name in ("one position left", "depthwise"):
         for make in (forward_of, backward_of):
             op, arguments = make(SHAPES[name], layout)
-            torch.library.opcheck(op, arguments, test_utils=TESTS)
+            torch.library.opcheck(op, arguments, test_utils=OPERATOR_TESTS)
 
 
 def test_opcheck_of_dtypes_and_options():
     for name, dtype in (("dilated", "bf16"), ("depthwise", "fp64")):
         op, arguments = forward_of(SHAPES[name], "channels_last", dtype, ("shift",), "relu")
-        torch.library.opcheck(op, arguments, test_utils=TESTS)
+        torch.library.opcheck(op, arguments, test_utils=OPERATOR_TESTS)
         op, arguments = backward_of(SHAPES[name], "contiguous", dtype, (False, True, False))
-        torch.library.opcheck(op, arguments, test_utils=TESTS)
+        torch.library.opcheck(op, arguments, test_utils=OPERATOR_TESTS)
     for name in ("empty batch", "empty batch, depthwise"):
         for make in (forward_of, backward_of):
             op, arguments = make(SHAPES[name])
-            torch.library.opcheck(op, arguments, test_utils=TESTS[:3])
+            torch.library.opcheck(op, arguments, test_utils=OPERATOR_TESTS[:3])
 
 
 def test_opcheck_of_convert_layout():
@@ -91,7 +86,7 @@ def test_opcheck_of_convert_layout():
     ):
         x = in_layout(torch.randn(shape), layout)
         op = OPS.convert_layout.default
-        torch.library.opcheck(op, (x, last), test_utils=TESTS)
+        torch.library.opcheck(op, (x, last), test_utils=OPERATOR_TESTS)
         found = op(x, last)
         assert torch.equal(found, x)
         assert found.data_ptr() != x.data_ptr() or x.numel() == 0

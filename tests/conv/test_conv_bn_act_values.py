@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from support.accuracy import ACTIVATIONS, LAYOUTS, ULPS, acc_dtype, error, in_layout, largest
 from torch.autograd import gradcheck, gradgradcheck
 
-import advdl_ops
 from advdl_ops.functional import conv_bn_act
 from advdl_ops.functional.conv_bn_act import scale_and_shift
 from advdl_ops.nn import BatchNormAct2d, Conv2d, ConvBNAct, ConvBNReLU, DepthwiseConv2d
@@ -33,12 +32,6 @@ OPTIONS = {
     "uneven": {"padding": (0, 2), "stride": (2, 1)},
 }
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS[:2])
-
-
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
 
 
 def make(dtype=f32, kernel=3, seed=0, **options):

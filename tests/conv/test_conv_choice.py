@@ -25,6 +25,7 @@ from advdl_ops._conv.problem import (
     Problem,
     problem_of,
 )
+from advdl_ops._library import cpu_capability
 
 CPU = torch.device("cpu")
 DIRECTIONS = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)
@@ -367,7 +368,7 @@ def test_explain_says_by_which_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(forward) == (
         "forward of 2x64x28x28 float32 contiguous, epilogue shift: onednn "
         f"(by rule: x of more than {t.small} numbers, and more than the weight's; "
-        f"{choice.RECORDS[choice.capability()]}; also accepted by dense kernel, onednn in channels_last, "
+        f"{choice.RECORDS[cpu_capability()]}; also accepted by dense kernel, onednn in channels_last, "
         "torch in channels_last, torch)"
     )
     assert dx.why == "by rule: none before it applies" and dx.name == "torch"

@@ -7,16 +7,9 @@ from support.accuracy import ACTIVATIONS, LAYOUTS, in_layout
 from support.conv_transpose2d import LAYERS, bf16, collect, f32, f64, make
 from torch.autograd import gradcheck, gradgradcheck
 
-import advdl_ops
 from advdl_ops.functional import conv_transpose2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
 
 
 def leaves(name="double", dtype=f64, layout="contiguous", shape=(2, 3, 2)):

@@ -9,17 +9,10 @@ import torch
 from support.accuracy import LAYOUTS, in_layout
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import advdl_ops
 from advdl_ops.nn import ConvTranspose2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 f64 = torch.float64
-
-
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
 
 
 def furthest(size, kernel, stride, padding, dilation):

@@ -21,18 +21,11 @@ from support.conv_transpose2d import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import advdl_ops
 from advdl_ops.functional import conv_transpose2d
 
 # The name in the package is the function's.
 MODULE = importlib.import_module("advdl_ops.functional.conv_transpose2d")
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
 
 
 def check(name, dtype, layout="contiguous", act="none", shape=(2, 5, 4)):

@@ -6,12 +6,11 @@ end of each tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.triton_kernels import interpreter
 
 pytest.importorskip("triton")
 
@@ -73,17 +72,11 @@ LAUNCHES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def run() -> Iterator[Callable[..., Any]]:
-    with interpreter() as interpret:
-        yield interpret
-
-
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_the_last_program_reaches_the_ends(run: Callable[..., Any], name: str) -> None:
+def test_the_last_program_reaches_the_ends(interpreted: Callable[..., Any], name: str) -> None:
     *_, far, near = LAUNCHES[name]
     assert all(elements > 2**31 for elements in far.values())
-    touched = run(touched_by, name)
+    touched = interpreted(touched_by, name)
     assert set(touched) == set(far) | set(near)
     for tensor, (least, most) in touched.items():
         elements = (far | near)[tensor]

@@ -10,6 +10,7 @@ import torch
 from cuda_emulation import batch_norm_act as bna
 from cuda_emulation.batch_norm_act import ACTS, DTYPES, Case
 from cuda_emulation.batch_norm_act_cases import BACKWARD, CASES
+from support.checks import check_error_is_at_most_that_of_stock
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -145,11 +146,7 @@ def test_error_is_at_most_that_of_stock(dtype: torch.dtype, layout: torch.memory
         out = network(*leaves, fused=fused)
         return [out, *torch.autograd.grad(out, leaves, dout.to(to))]
 
-    exact, stock, ours = run(False, torch.float64), run(False, dtype), run(True, dtype)
-    ulp = torch.finfo(dtype).eps
-    for e, s, o in zip(exact, stock, ours, strict=True):
-        stock_error, error = ((v.double() - e).norm() / e.norm() for v in (s, o))
-        assert error <= stock_error + ulp / 4
+    check_error_is_at_most_that_of_stock(run, dtype)
 
 
 def test_second_stream() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import assert_accurate
+from support.conv2d_cuda import DTYPES, LAYOUTS, SILU, Case, Inputs
 from torch import Tensor
 
 import advdl_ops
@@ -22,7 +23,6 @@ from advdl_ops._conv.problem import (
     INPUT_GRADIENT,
     WEIGHT_GRADIENT,
     WITH_NORM,
-    Conv,
     problem_of,
 )
 from advdl_ops._schemas import conv2d_format
@@ -32,23 +32,7 @@ from advdl_ops.functional import conv2d, conv_bn_act
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 EVERY = ("scale", "shift", "residual")
-RELU, SILU = ACTIVATIONS["relu"], ACTIVATIONS["silu"]
-
-
-class Case(NamedTuple):
-    x: tuple[int, ...]
-    weight: tuple[int, ...]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-    @property
-    def options(self) -> tuple[Any, ...]:
-        return self.stride, self.padding, self.dilation, self.groups
 
 
 CASES = {
@@ -71,18 +55,6 @@ CASES = {
 SMALL = [name for name in CASES if name not in ("long sum", "many positions")]
 
 
-class Inputs(NamedTuple):
-    x: Tensor
-    weight: Tensor
-    scale: Tensor
-    shift: Tensor
-    residual: Tensor
-    dz: Tensor
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        return Inputs(*map(function, self))
-
-
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Choices of this test's own, products of fp32 in fp32."""
@@ -102,7 +74,7 @@ def make_inputs(case: Case, dtype: torch.dtype, layout: str, seed: int = 0) -> I
         return torch.randn(*size, generator=g, device=DEVICE)
 
     x, weight = normal(*case.x), normal(*case.weight) / math.prod(case.weight[1:]) ** 0.5
-    shape = F.conv2d(x, weight, None, *case.options).shape
+    shape = F.conv2d(x, weight, None, *case.conv).shape
     outputs = case.weight[0]
     tensors = Inputs(
         x, weight, normal(outputs).abs() + 0.5, normal(outputs), normal(*shape), normal(*shape)
@@ -116,23 +88,23 @@ def forward(
     case: Case, i: Inputs, act: Activation = SILU, parts: tuple[str, ...] = EVERY
 ) -> Tensor:
     extras = [getattr(i, name) if name in parts else None for name in EVERY]
-    return torch.ops.advdl_ops.conv2d(i.x, i.weight, *extras, *case.options, act.code, act.param)
+    return torch.ops.advdl_ops.conv2d(i.x, i.weight, *extras, *case.conv, act.code, act.param)
 
 
 def backward(case: Case, i: Inputs) -> list[Tensor]:
     needs = True, True, True
-    return list(torch.ops.advdl_ops.conv2d_backward(i.dz, i.x, i.weight, *case.options, *needs))
+    return list(torch.ops.advdl_ops.conv2d_backward(i.dz, i.x, i.weight, *case.conv, *needs))
 
 
 def plain_forward(
     case: Case, i: Inputs, act: Activation = SILU, parts: tuple[str, ...] = EVERY
 ) -> Tensor:
     extras = [getattr(i, name) if name in parts else None for name in EVERY]
-    return reference.conv2d(i.x, i.weight, None, *case.options, *extras, act)
+    return reference.conv2d(i.x, i.weight, None, *case.conv, *extras, act)
 
 
 def plain_backward(case: Case, i: Inputs) -> list[Tensor]:
-    options = [list(o) if isinstance(o, tuple) else o for o in case.options]
+    options = [list(o) if isinstance(o, tuple) else o for o in case.conv]
     *pairs, groups = options
     return list(
         torch.ops.aten.convolution_backward(
@@ -163,7 +135,7 @@ def prefer(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[str, str]]:
 
 def ways(case: Case, i: Inputs, direction: str = FORWARD) -> list[str]:
     """The candidates of one direction."""
-    problem = problem_of(direction, i.x, i.weight, Conv(*case.options))
+    problem = problem_of(direction, i.x, i.weight, case.conv)
     return [candidate.name for candidate in choice.candidates(problem, i.x.device)]
 
 
@@ -366,11 +338,11 @@ def test_the_function_and_its_gradients(name: str, act: str) -> None:
         leaves = [x, weight, bias, scale, shift, residual]
         if fused:
             out = conv2d(
-                x, weight, bias, *case.options, act=act, residual=residual, scale=scale, shift=shift
+                x, weight, bias, *case.conv, act=act, residual=residual, scale=scale, shift=shift
             )
         else:
             out = reference.conv2d(
-                x, weight, bias, *case.options, scale, shift, residual, ACTIVATIONS[act]
+                x, weight, bias, *case.conv, scale, shift, residual, ACTIVATIONS[act]
             )
         return [out.detach(), *torch.autograd.grad(out, leaves, dout.detach())]
 
@@ -397,13 +369,13 @@ def train(case: Case, i: Inputs, dtype: torch.dtype, fused: bool) -> list[Tensor
     leaves = [t.requires_grad_() for t in (x, weight, gamma, beta, residual)]
     mean, var = torch.zeros_like(gamma), torch.ones_like(gamma)
     if fused:
-        stride, padding, dilation, groups = case.options
+        stride, padding, dilation, groups = case.conv
         out = conv_bn_act(
             x, weight, mean, var, gamma, beta, stride=stride, padding=padding, dilation=dilation,
             groups=groups, training=True, residual=residual, act="silu",
         )  # fmt: skip
     else:
-        z = F.conv2d(x, weight, None, *case.options)
+        z = F.conv2d(x, weight, None, *case.conv)
         out = F.silu(F.batch_norm(z, mean, var, gamma, beta, True, 0.1, 1e-5) + residual)
     gradients = torch.autograd.grad(out, leaves, dout.detach())
     return [t.detach() for t in (out, *gradients, mean, var)]

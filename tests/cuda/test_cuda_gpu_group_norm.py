@@ -11,6 +11,7 @@ from cuda_emulation import group_norm as gn
 from cuda_emulation.group_norm import Case
 from cuda_emulation.group_norm_cases import BACKWARD, CASES
 from cuda_emulation.norms import ACTS, DTYPES, EPS, Z_INPUT, Z_OUTPUT, Z_RESIDUAL, assert_within
+from support.checks import check_error_is_at_most_that_of_stock
 from test_cuda_gpu import DEVICE, on_gpu
 from torch import Tensor
 from torch.nn import functional as F
@@ -111,11 +112,7 @@ def test_error_is_at_most_that_of_stock(dtype: torch.dtype, layout: torch.memory
             out = F.silu(F.group_norm(leaves[0], 8, *leaves[1:]))
         return [out, *torch.autograd.grad(out, leaves, dout.to(to))]
 
-    exact, stock, ours = run(False, torch.float64), run(False, dtype), run(True, dtype)
-    ulp = torch.finfo(dtype).eps
-    for e, s, o in zip(exact, stock, ours, strict=True):
-        stock_error, error = ((v.double() - e).norm() / e.norm() for v in (s, o))
-        assert error <= stock_error + ulp / 4
+    check_error_is_at_most_that_of_stock(run, dtype)
 
 
 def test_second_stream() -> None:

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from cuda_emulation import EmulationError, Emulator, unavailable
+from cuda_emulation import EmulationError, Emulator
 from cuda_emulation import lstm as steps
 from cuda_emulation.lstm import CODES, DTYPES, GUARD, Step, rows_of
 from support.accuracy import assert_accurate
 from torch import Tensor
 
 HIDDEN = (1, 3, 8, 33, 64, 130)
-
-
-@pytest.fixture(scope="module")
-def emulator() -> Iterator[Emulator]:
-    reason = unavailable()
-    if reason:
-        pytest.skip(reason)
-    with Emulator() as started:
-        yield started
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,31 +6,29 @@ Shared by the tests of the emulated kernels and those on a real GPU; norms.py sa
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .norms import (
-    ACTS,
-    CODES,
     DTYPES,
     EPS,
     STEPS,
     WHOLE,
-    Z_INPUT,
-    Z_OUTPUT,
-    Z_RESIDUAL,
+    Calls,
     acc_dtype,
     act_slope,
     activated,
     affine,
+    case_name,
     from_bytes,
+    inputs_of_backward,
+    normal_of,
     per_channel,
+    request_of,
     roundoff,
     smallest,
-    with_tensors,
 )
 
 
@@ -55,22 +53,13 @@ class Case:
     want_dweight: bool = True
 
     def __str__(self) -> str:
-        parts = [f"{self.n}x{self.c}x{self.s}", f"g{self.groups}"]
-        parts += [self.layout, self.dtype, self.act]
-        for field in dataclasses.fields(self)[7:]:
-            value = getattr(self, field.name)
-            if value != field.default:
-                parts.append(f"{field.name}={value}")
-        return "-".join(parts)
+        sizes = f"{self.n}x{self.c}x{self.s}", f"g{self.groups}"
+        return case_name(self, *sizes, self.layout, self.dtype, self.act, others=7)
 
 
 def make_inputs(case: Case) -> dict[str, Tensor]:
     """Tensors of a case, [N, C, S]; x, residual, dout in its dtype, weight and bias in its param_dtype."""
-    generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+    normal = normal_of(case)
     shape = (case.n, case.c, case.s)
     dtype, param = DTYPES[case.dtype], DTYPES[case.param_dtype]
     deviation = torch.linspace(0.5, 2.0, max(case.c, 1), dtype=torch.float64)[None, : case.c, None]
@@ -135,14 +124,7 @@ def forward_reference(case: Case, inputs: dict[str, Tensor]) -> dict[str, tuple[
 
 
 def backward_inputs(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What backward takes beside dout, x, weight and bias: mean, var (rounded as forward returns) and saved."""
-    reference = forward_reference(case, inputs)
-    extra = {name: reference[name][0].to(acc_dtype(case)) for name in ("mean", "var")}
-    if case.z_output:
-        extra["saved"] = reference["out"][0].to(DTYPES[case.dtype])
-    elif case.residual:
-        extra["saved"] = inputs["residual"]
-    return extra
+    return inputs_of_backward(case, inputs, forward_reference(case, inputs), "mean", "var")
 
 
 def backward_reference(
@@ -201,27 +183,8 @@ def backward_reference(
 # ---- to and from the emulation ----
 
 
-def common_request(
-    case: Case, tensors: dict[str, Tensor], settings: dict[str, Any]
-) -> dict[str, Any]:
-    request: dict[str, Any] = {
-        "n": case.n,
-        "c": case.c,
-        "s": case.s,
-        "groups": case.groups,
-        "layout": ["first", "last"].index(case.layout),
-        "dtype": CODES[case.dtype],
-        "weight_dtype": CODES[case.param_dtype],
-        "act": ACTS[case.act][0],
-        "act_param": ACTS[case.act][1],
-        "eps": EPS,
-        "z_source": Z_OUTPUT if case.z_output else Z_RESIDUAL if case.residual else Z_INPUT,
-        "want_dx": case.want_dx,
-        "want_dresidual": case.want_dresidual,
-        "want_dweight": case.want_dweight,
-        **settings,
-    }
-    return with_tensors(case, request, tensors)
+def request(case: Case) -> dict[str, Any]:
+    return request_of(case, groups=case.groups, want_dweight=case.want_dweight)
 
 
 def unpack(case: Case, reply: dict[str, Any]) -> dict[str, Any]:
@@ -232,28 +195,5 @@ def unpack(case: Case, reply: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def run_forward(
-    emulator: Any, case: Case, inputs: dict[str, Tensor], **settings: Any
-) -> dict[str, Any]:
-    tensors = {k: v for k, v in inputs.items() if k != "dout"}
-    return unpack(
-        case, emulator.call("group_norm_forward", common_request(case, tensors, settings))
-    )
-
-
-def run_backward(
-    emulator: Any, case: Case, inputs: dict[str, Tensor], extra: dict[str, Tensor], **settings: Any
-) -> dict[str, Any]:
-    kept = ("x", "dout", "weight", "bias")
-    tensors = {**{k: v for k, v in inputs.items() if k in kept}, **extra}
-    return unpack(
-        case, emulator.call("group_norm_backward", common_request(case, tensors, settings))
-    )
-
-
-def dry_run(emulator: Any, case: Case, direction: str, **settings: Any) -> dict[str, Any]:
-    """The launches and the workspace of "forward" or "backward", which runs nothing: any shape costs the same."""
-    saved = case.z_output or (case.residual and direction == "backward")
-    names = ["x", "dout", *["residual"] * case.residual, *["saved"] * saved]
-    request = common_request(case, {}, {**settings, "dry": True})
-    return emulator.call(f"group_norm_{direction}", request | dict.fromkeys(names, True))
+calls = Calls("group_norm_", request, unpack)
+run_forward, run_backward, dry_run = calls.run_forward, calls.run_backward, calls.dry_run

@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .batch_norm_act import Case as NormCase
-from .batch_norm_act import common_request, unpack
 from .batch_norm_act import make_inputs as norm_inputs
+from .batch_norm_act import request as norm_request
+from .batch_norm_act import unpack
 from .norms import (
     ACTS,
     DTYPES,
     EPS,
-    KINKS,
     SIMPLE,
     STEPS,
+    Calls,
     acc_dtype,
+    act_slope,
+    activated,
     affine,
     assert_within,
+    inputs_of_backward,
     per_channel,
     roundoff,
     smallest,
@@ -65,7 +68,7 @@ def forward_reference(case: Case, inputs: dict[str, Tensor]) -> dict[str, tuple[
     """name -> (value in fp64, largest error allowed)."""
     x = inputs["x"].double()
     weight, bias = (per_channel(v) for v in affine(inputs, case.c))
-    unit, unit_acc = roundoff(DTYPES[case.dtype]), roundoff(acc_dtype(case))
+    unit_acc = roundoff(acc_dtype(case))
     mean, var, mean_error, var_error = statistics(case, x)
     rstd = 1 / (var + EPS).sqrt()
     rstd_error = rstd * (0.5 * var_error / (var + EPS) + 4 * unit_acc)
@@ -80,25 +83,15 @@ def forward_reference(case: Case, inputs: dict[str, Tensor]) -> dict[str, tuple[
         residual = inputs["residual"].double()
         z = z + residual
         z_error = z_error + unit_acc * (z.abs() + residual.abs())
-    y = ACTS[case.act][2](z)
-    # |act'| is below 1.2 (hardswish 1.5); the activation's own arithmetic: a few roundings of its terms
-    y_error = 1.5 * z_error + STEPS * unit_acc * (y.abs() + z.abs()) + unit * y.abs()
     return {
         "mean": (mean.flatten(), mean_error.flatten()),
         "var": (var.flatten(), var_error.flatten()),
-        "out": (y, y_error + smallest(case)),
+        "out": activated(case, z, z_error),
     }
 
 
 def backward_inputs(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What backward takes beside dout, x, weight and bias: mean, var (rounded as forward returns) and saved."""
-    reference = forward_reference(case, inputs)
-    extra = {name: reference[name][0].to(acc_dtype(case)) for name in ("mean", "var")}
-    if case.z_output:
-        extra["saved"] = reference["out"][0].to(DTYPES[case.dtype])
-    elif case.residual:
-        extra["saved"] = inputs["residual"]
-    return extra
+    return inputs_of_backward(case, inputs, forward_reference(case, inputs), "mean", "var")
 
 
 def gradient_of_z(
@@ -110,20 +103,10 @@ def gradient_of_z(
     dout = inputs["dout"].double()
     z = xhat * weight + bias
     terms = z.abs() + (xhat * weight).abs() + bias.abs()
-    if case.z_output:
-        slope, slope_error = (extra["saved"].double() > 0).double(), torch.zeros_like(z)
-        return dout * slope, slope_error
-    if case.residual:
+    if case.residual and not case.z_output:
         residual = inputs["residual"].double()
         z, terms = z + residual, terms + residual.abs()
-    z_error = STEPS * unit_acc * terms
-    leaf = z.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(ACTS[case.act][2](leaf).sum(), leaf)
-    slope_error = 1.5 * z_error + STEPS * unit_acc * (slope.abs() + z.abs() + 1)
-    if case.act in SIMPLE:
-        slope_error = torch.zeros_like(z)
-    for kink in KINKS.get(case.act, ()):
-        slope_error = slope_error + ((z - kink).abs() <= z_error).double()
+    slope, slope_error = act_slope(case, z, STEPS * unit_acc * terms, extra.get("saved"))
     dz = dout * slope
     return dz, dout.abs() * slope_error + unit_acc * dz.abs() * (case.act not in SIMPLE)
 
@@ -169,31 +152,11 @@ def backward_reference(
 
 # ---- to and from the emulation ----
 
-EACH_POSITION = {"groups": 0}  # kEachPosition of csrc/common/group_norm.h
+
+def request(case: Case) -> dict[str, Any]:
+    # kEachPosition of csrc/common/group_norm.h
+    return norm_request(case) | {"groups": 0, "want_dweight": case.want_dweight}
 
 
-def run_forward(
-    emulator: Any, case: Case, inputs: dict[str, Tensor], **settings: Any
-) -> dict[str, Any]:
-    tensors = {k: v for k, v in inputs.items() if k != "dout"}
-    request = common_request(case, tensors, settings)
-    return unpack(case, emulator.call("group_norm_forward", request | EACH_POSITION))
-
-
-def run_backward(
-    emulator: Any, case: Case, inputs: dict[str, Tensor], extra: dict[str, Tensor], **settings: Any
-) -> dict[str, Any]:
-    kept = ("x", "dout", "weight", "bias")
-    tensors = {**{k: v for k, v in inputs.items() if k in kept}, **extra}
-    request = common_request(case, tensors, settings) | {"want_dweight": case.want_dweight}
-    return unpack(case, emulator.call("group_norm_backward", request | EACH_POSITION))
-
-
-def dry_run(emulator: Any, case: Case, direction: str, **settings: Any) -> dict[str, Any]:
-    """The launches and the workspace of "forward" or "backward", which runs nothing: any shape costs the same."""
-    saved = case.z_output or (case.residual and direction == "backward")
-    names = ["x", "dout", *["residual"] * case.residual, *["saved"] * saved]
-    request = common_request(case, {}, {**settings, "dry": True, "want_dweight": case.want_dweight})
-    return emulator.call(
-        f"group_norm_{direction}", request | EACH_POSITION | dict.fromkeys(names, True)
-    )
+calls = Calls("group_norm_", request, unpack)
+run_forward, run_backward, dry_run = calls.run_forward, calls.run_backward, calls.dry_run

@@ -6,6 +6,7 @@
 #include "arena.h"
 #include "group_norm.h"
 #include "lstm.h"
+#include "norm_requests.h"
 #include "selftest.h"
 
 namespace {
@@ -13,50 +14,34 @@ namespace {
 using namespace advdl_ops;
 using namespace cuda_emulation;
 
-BatchNormActShape get_shape(const py::dict& r) {
-  BatchNormActShape s;
-  s.n = r["n"].cast<int64_t>();
-  s.c = r["c"].cast<int64_t>();
-  s.s = r["s"].cast<int64_t>();
-  s.layout = get_enum<Layout>(r, "layout");
-  s.dtype = get_enum<DType>(r, "dtype");
-  s.weight_dtype = get_enum<DType>(r, "weight_dtype");
+BatchNormActShape batch_norm_shape(const py::dict& r) {
+  auto s = get_shape<BatchNormActShape>(r);
   s.running_dtype = get_enum<DType>(r, "running_dtype");
   return s;
-}
-
-DType acc_dtype(const BatchNormActShape& s) {
-  return s.dtype == DType::f64 ? DType::f64 : DType::f32;
 }
 
 py::dict forward(const py::dict& r) {
   apply_settings(r);
   Arena arena(r);
   BatchNormActForward p;
-  p.shape = get_shape(r);
-  const auto& s = p.shape;
-  const size_t all = static_cast<size_t>(s.n * s.c * s.s) * element_bytes(s.dtype);
-  const size_t channels = static_cast<size_t>(s.c), acc = channels * element_bytes(acc_dtype(s));
-  const size_t weights = channels * element_bytes(s.weight_dtype);
-  const size_t running = channels * element_bytes(s.running_dtype);
+  p.shape = batch_norm_shape(r);
+  const Sizes sizes(p.shape);
+  const DType running_dtype = p.shape.running_dtype;
+  const size_t running = static_cast<size_t>(p.shape.c) * element_bytes(running_dtype);
+  get_common(r, arena, sizes, p);
   p.training = r["training"].cast<bool>();
   p.momentum = r["momentum"].cast<double>();
   p.eps = r["eps"].cast<double>();
-  p.act = get_enum<Activation>(r, "act");
-  p.act_param = r["act_param"].cast<double>();
-  p.x = arena.input("x", all, s.dtype);
-  p.residual = arena.input("residual", all, s.dtype);
-  p.weight = arena.input("weight", weights, s.weight_dtype);
-  p.bias = arena.input("bias", weights, s.weight_dtype);
-  p.running_mean = arena.input("running_mean", running, s.running_dtype);
-  p.running_var = arena.input("running_var", running, s.running_dtype);
-  p.out = arena.output("out", all, s.dtype);
-  p.mean = arena.output("mean", acc, acc_dtype(s));
-  p.rstd = arena.output("rstd", acc, acc_dtype(s));
+  p.residual = arena.input("residual", sizes.all, p.shape.dtype);
+  p.running_mean = arena.input("running_mean", running, running_dtype);
+  p.running_var = arena.input("running_var", running, running_dtype);
+  p.out = arena.output("out", sizes.all, p.shape.dtype);
+  p.mean = arena.output("mean", sizes.channels, sizes.acc);
+  p.rstd = arena.output("rstd", sizes.channels, sizes.acc);
   if (p.training && p.running_mean != nullptr) {
     const auto output = [&](const char* name, const void* old) {
       return arena.wants("in_place") ? arena.output_at(name, const_cast<void*>(old), running)
-                                     : arena.output(name, running, s.running_dtype);
+                                     : arena.output(name, running, running_dtype);
     };
     p.running_mean_out = output("running_mean_out", p.running_mean);
     p.running_var_out = output("running_var_out", p.running_var);
@@ -70,26 +55,15 @@ py::dict backward(const py::dict& r) {
   apply_settings(r);
   Arena arena(r);
   BatchNormActBackward p;
-  p.shape = get_shape(r);
-  const auto& s = p.shape;
-  const size_t all = static_cast<size_t>(s.n * s.c * s.s) * element_bytes(s.dtype);
-  const size_t channels = static_cast<size_t>(s.c), acc = channels * element_bytes(acc_dtype(s));
-  const size_t weights = channels * element_bytes(s.weight_dtype);
+  p.shape = batch_norm_shape(r);
+  const Sizes sizes(p.shape);
+  get_common(r, arena, sizes, p);
+  get_gradients(r, arena, sizes, p);
   p.training = r["training"].cast<bool>();
-  p.act = get_enum<Activation>(r, "act");
-  p.act_param = r["act_param"].cast<double>();
-  p.z_source = get_enum<ZSource>(r, "z_source");
-  p.dout = arena.input("dout", all, s.dtype);
-  p.x = arena.input("x", all, s.dtype);
-  p.saved = arena.input("saved", all, s.dtype);
-  p.weight = arena.input("weight", weights, s.weight_dtype);
-  p.bias = arena.input("bias", weights, s.weight_dtype);
-  p.mean = arena.input("mean", acc, acc_dtype(s));
-  p.rstd = arena.input("rstd", acc, acc_dtype(s));
-  if (arena.wants("want_dx")) p.dx = arena.output("dx", all, s.dtype);
-  if (arena.wants("want_dresidual")) p.dresidual = arena.output("dresidual", all, s.dtype);
-  p.dweight = arena.output("dweight", acc, acc_dtype(s));
-  p.dbias = arena.output("dbias", acc, acc_dtype(s));
+  p.mean = arena.input("mean", sizes.channels, sizes.acc);
+  p.rstd = arena.input("rstd", sizes.channels, sizes.acc);
+  p.dweight = arena.output("dweight", sizes.channels, sizes.acc);
+  p.dbias = arena.output("dbias", sizes.channels, sizes.acc);
   cuda::batch_norm_act_backward(p, arena.workspace(cuda::batch_norm_act_backward_workspace(p)),
                                 nullptr);
   return arena.results();

@@ -6,6 +6,9 @@ what is rounded, so it shrinks with the data: nothing here is a tolerance picked
 
 from __future__ import annotations
 
+import dataclasses
+import zlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +60,19 @@ class AnyCase(Protocol):
     def z_output(self) -> bool: ...
     @property
     def offset(self) -> int: ...
+
+
+def case_name(case: Any, *head: str, others: int) -> str:
+    """``head``, and the fields of a case from number ``others`` on that differ from their default."""
+    fields = dataclasses.fields(case)[others:]
+    values = ((field.name, field.default, getattr(case, field.name)) for field in fields)
+    return "-".join([*head, *(f"{name}={v}" for name, default, v in values if v != default)])
+
+
+def normal_of(case: AnyCase) -> Callable[..., Tensor]:
+    """``normal(*shape)``: fp64, from a generator of the case's own."""
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def roundoff(dtype: torch.dtype) -> float:
@@ -112,6 +128,21 @@ def act_slope(
     return slope, slope_error
 
 
+def inputs_of_backward(
+    case: AnyCase,
+    inputs: dict[str, Tensor],
+    forward: dict[str, tuple[Tensor, Tensor]],
+    *statistics: str,
+) -> dict[str, Tensor]:
+    """What backward takes beside dout, x, weight and bias: ``statistics`` (rounded as forward returns) and saved."""
+    extra = {name: forward[name][0].to(acc_dtype(case)) for name in statistics}
+    if case.z_output:
+        extra["saved"] = forward["out"][0].to(DTYPES[case.dtype])
+    elif case.residual:
+        extra["saved"] = inputs["residual"]
+    return extra
+
+
 # ---- to and from the emulation ----
 
 
@@ -136,6 +167,25 @@ def from_bytes(case: AnyCase, raw: bytes, dtype: torch.dtype, whole: bool) -> Te
 WHOLE = ("out", "dx", "dresidual")
 
 
+def request_of(case: Any, **more: Any) -> dict[str, Any]:
+    """What every norm is asked with, and ``more``."""
+    return {
+        "n": case.n,
+        "c": case.c,
+        "s": case.s,
+        "layout": ["first", "last"].index(case.layout),
+        "dtype": CODES[case.dtype],
+        "weight_dtype": CODES[case.param_dtype],
+        "act": ACTS[case.act][0],
+        "act_param": ACTS[case.act][1],
+        "eps": EPS,
+        "z_source": Z_OUTPUT if case.z_output else Z_RESIDUAL if case.residual else Z_INPUT,
+        "want_dx": case.want_dx,
+        "want_dresidual": case.want_dresidual,
+        **more,
+    }
+
+
 def with_tensors(
     case: AnyCase, request: dict[str, Any], tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
@@ -145,6 +195,48 @@ def with_tensors(
         for name in ("x", "residual", "saved", "dout", *WHOLE):
             request[f"{name}_offset"] = case.offset
     return request
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """The calls of a norm in the emulation.
+
+    Attributes:
+        prefix: of their names there.
+        request: what is asked of a case, without its tensors.
+        unpack: makes tensors of a reply.
+    """
+
+    prefix: str
+    request: Callable[[Any], dict[str, Any]]
+    unpack: Callable[[Any, dict[str, Any]], dict[str, Any]]
+
+    def run_forward(
+        self, emulator: Any, case: Any, inputs: dict[str, Tensor], **settings: Any
+    ) -> dict[str, Any]:
+        tensors = {k: v for k, v in inputs.items() if k != "dout"}
+        request = with_tensors(case, self.request(case) | settings, tensors)
+        return self.unpack(case, emulator.call(f"{self.prefix}forward", request))
+
+    def run_backward(
+        self,
+        emulator: Any,
+        case: Any,
+        inputs: dict[str, Tensor],
+        extra: dict[str, Tensor],
+        **settings: Any,
+    ) -> dict[str, Any]:
+        kept = ("x", "dout", "weight", "bias")
+        tensors = {**{k: v for k, v in inputs.items() if k in kept}, **extra}
+        request = with_tensors(case, self.request(case) | settings, tensors)
+        return self.unpack(case, emulator.call(f"{self.prefix}backward", request))
+
+    def dry_run(self, emulator: Any, case: Any, direction: str, **settings: Any) -> dict[str, Any]:
+        """The launches and the workspace of "forward" or "backward", which runs nothing: any shape costs the same."""
+        saved = case.z_output or (case.residual and direction == "backward")
+        names = ["x", "dout", *["residual"] * case.residual, *["saved"] * saved]
+        request = with_tensors(case, self.request(case) | settings | {"dry": True}, {})
+        return emulator.call(self.prefix + direction, request | dict.fromkeys(names, True))
 
 
 def kernels(result: dict[str, Any]) -> int:

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from support.accuracy import f64
+from support.compiled import exported
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -235,15 +236,6 @@ def test_refused_while_compiling():
         torch.compiler.reset()
         with pytest.raises(Exception, match="must"):
             torch.compile(call, fullgraph=True, backend="aot_eager")(torch.randn(4, 2, I))
-
-
-def exported(module, arguments, options=None, **more):
-    program = torch.export.export(module, arguments, options or {}, **more)
-    targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
-    overloads = [t for t in targets if isinstance(t, torch._ops.OpOverload)]
-    assert overloads
-    assert all(t.namespace == "aten" for t in overloads), overloads
-    return program.module()
 
 
 @NAMES

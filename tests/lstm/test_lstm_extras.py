@@ -42,12 +42,6 @@ EVERY_OPTION = pytest.mark.parametrize("option", OPTIONS)
 TRAIN = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 
 
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
-
-
 @pytest.fixture
 def drawn(monkeypatch):
     """The masks of each call, in the order of layers and directions: recurrent, of the cell, of h."""

@@ -2,14 +2,13 @@
 
 import copy
 import inspect
-import io
 import itertools
-import pickle
 import warnings
 
 import pytest
 import torch
 from support.accuracy import f64, stock_or_none
+from support.checks import copies_of
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import (
     PackedSequence,
@@ -18,7 +17,6 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 
-import advdl_ops
 from advdl_ops import nn
 
 OPTIONS = [
@@ -45,12 +43,6 @@ BEYOND = {
     "forget_bias": 1.0,
 }
 I, H = 4, 6  # noqa: E741
-
-
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
 
 
 def pair(dtype=f64, **options):
@@ -218,17 +210,6 @@ def test_cell(backend, bias):
         torch.testing.assert_close(hx, stock_hx)
 
 
-def copies(module):
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    return {
-        "deepcopy": copy.deepcopy(module),
-        "pickle": pickle.loads(pickle.dumps(module)),
-        "torch.save": torch.load(buffer, weights_only=False),
-    }
-
-
 @pytest.mark.parametrize("options", [{}, BEYOND, {"num_layers": 2, "bidirectional": True}], ids=str)
 def test_copies(options):
     module = nn.LSTM(I, H, dtype=f64, **options)
@@ -237,7 +218,7 @@ def test_copies(options):
     for own, given in ((module, x), (cell, x[0])):
         torch.manual_seed(1)
         expected = own(given)
-        for name, other in copies(own).items():
+        for name, other in copies_of(own).items():
             assert repr(other) == repr(own)
             torch.manual_seed(1)
             found = other(given)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.accuracy import f64
+from support.checks import OPERATOR_TESTS
 from support.lstm import Case, make_problem, ours, with_lengths
 from support.lstm_operator import VARIANTS, B, H, I, P, T, arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,12 +17,6 @@ from advdl_ops._schemas import LSTMArguments
 OPS = torch.ops.advdl_ops
 CELL, CELL_BACKWARD = OPS.lstm_cell.default, OPS.lstm_cell_backward.default
 SEQUENCE, SEQUENCE_BACKWARD = OPS.lstm.default, OPS.lstm_backward.default
-TESTS = (
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_dynamic",
-)
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 
 
@@ -48,7 +43,7 @@ def test_opcheck_forward(name):
     for save in (True, False):
         # Past the end of a sequence what is saved is memory as it was: no two calls agree on it.
         compares = given["lengths"] is None or not save
-        tests = TESTS if compares else TESTS[:-1]
+        tests = OPERATOR_TESTS if compares else OPERATOR_TESTS[:-1]
         torch.library.opcheck(SEQUENCE, (*given.values(), save), test_utils=tests)
 
 
@@ -57,9 +52,11 @@ def test_opcheck_backward(name):
     given = arguments(**VARIANTS[name])
     needs_w_ih = given["w_ih"] is not None
     needs = (True, needs_w_ih, True, True, given["w_hr"] is not None)
-    torch.library.opcheck(SEQUENCE_BACKWARD, backward_arguments(given, needs), test_utils=TESTS)
+    torch.library.opcheck(
+        SEQUENCE_BACKWARD, backward_arguments(given, needs), test_utils=OPERATOR_TESTS
+    )
     wanted_few = backward_arguments(given, (False,) * 5, missing=(0, 2))
-    torch.library.opcheck(SEQUENCE_BACKWARD, wanted_few, test_utils=TESTS)
+    torch.library.opcheck(SEQUENCE_BACKWARD, wanted_few, test_utils=OPERATOR_TESTS)
 
 
 def cell_arguments(**changed):
@@ -75,7 +72,7 @@ CELL_VARIANTS = [n for n in VARIANTS if n.split()[0] in ("plain", "bf16", "fp64"
 def test_opcheck_cell(name):
     given = cell_arguments(**{n: v for n, v in VARIANTS[name].items() if n != "steps"})
     for save in (True, False):
-        torch.library.opcheck(CELL, (*given, save), test_utils=TESTS)
+        torch.library.opcheck(CELL, (*given, save), test_utils=OPERATOR_TESTS)
     h_out, c_out, gates = CELL(*given, True)
     for outer, needs in (
         ((h_out, c_out), (True,) * 4),
@@ -83,7 +80,7 @@ def test_opcheck_cell(name):
         ((h_out, None), (False,) * 4),
     ):
         arguments_back = (*outer, *given[:5], gates, *needs)
-        torch.library.opcheck(CELL_BACKWARD, arguments_back, test_utils=TESTS)
+        torch.library.opcheck(CELL_BACKWARD, arguments_back, test_utils=OPERATOR_TESTS)
 
 
 def compare_with_fakes(op, given):

@@ -21,7 +21,6 @@ from support.lstm import (
     with_lengths,
 )
 
-import advdl_ops
 from advdl_ops import nn
 from advdl_ops.functional import lstm_cell
 
@@ -61,12 +60,6 @@ OPTIONS = {
         "bias": False,
     },
 }
-
-
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
 
 
 @DTYPES

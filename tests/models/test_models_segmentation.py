@@ -1,5 +1,6 @@
 """FCN and DeepLabV3: what every model must do, and torchvision's models, in fp64."""
 
+import operator
 import re
 from typing import ClassVar
 
@@ -8,6 +9,8 @@ import torch
 from support.models import (
     ModelTester,
     assert_refused,
+    assert_same_state,
+    check_export,
     check_no_images,
     random_input,
     randomize,
@@ -146,12 +149,7 @@ def test_equals_the_original(name, aux_loss, blocks):
         check_backward(model, reference, (3, 3, 33, 24), seed=step)
         for optimizer in optimizers:
             optimizer.step()
-    expected = reference.state_dict()
-    for key, value in model.state_dict().items():
-        if value.is_floating_point():
-            assert relative_error(value, expected[key]) < 1e-8, key
-        else:
-            assert value.item() == expected[key].item() == 7 + 2, key
+    assert_same_state(model, reference, 2)
 
     model.eval(), reference.eval()
     # So wide that the convolution dilated by 36 sees more than its centre: 39 of its pixels.
@@ -230,14 +228,7 @@ def test_layers_are_replaced_as_torchvisions():
 @pytest.mark.extra
 def test_export_with_other_sizes():
     model = randomize(tiny(models.DeepLabV3)).double().eval()
-    rows, columns = (torch.export.Dim(name, min=9, max=256) for name in ("rows", "columns"))
-    program = torch.export.export(
-        model, (random_input((2, 3, 13, 18)),), dynamic_shapes=({2: rows, 3: columns},)
-    )
-    for size in ((16, 16), (31, 10)):
-        x = random_input((2, 3, *size))
-        with torch.no_grad():
-            assert relative_error(program.module()(x)["out"], model(x)["out"]) < 1e-10
+    check_export(model, ((16, 16), (31, 10)), 9, operator.itemgetter("out"))
 
 
 # ---------------------------------------------------------------- weights files

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.models import random_input, randomize, relative_error
+from support.models import assert_same_state, random_input, randomize, relative_error
 from support.torchvision_stub import torchvision_models
 
 from advdl_ops import models
@@ -57,12 +57,7 @@ def check_training(model, reference, x, steps=2):
             assert relative_error(parameter.grad, twins[key].grad) < 1e-7, key
         for optimizer in optimizers:
             optimizer.step()
-    expected = reference.state_dict()
-    for key, value in model.state_dict().items():
-        if value.is_floating_point():
-            assert relative_error(value, expected[key]) < 1e-8, key
-        else:
-            assert value.item() == expected[key].item() == 7 + steps, key
+    assert_same_state(model, reference, steps)
 
 
 @pytest.mark.parametrize("name", ALL)

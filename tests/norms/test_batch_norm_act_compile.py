@@ -1,11 +1,9 @@
 """batch_norm_act and BatchNormAct2d under torch.compile and torch.export."""
 
-import copy
-
 import pytest
 import torch
-from support.accuracy import ACTIVATIONS, channels_last
-from support.compiled import check_steps
+from support.accuracy import ACTIVATIONS
+from support.compiled import batch_of, check_export, check_steps, check_without_gradients, compiled
 
 import advdl_ops
 from advdl_ops.functional import batch_norm_act
@@ -15,16 +13,8 @@ pytestmark = pytest.mark.usefixtures("fresh_compile", "one_thread")
 f64 = torch.float64
 
 
-def compiled(function, backend="aot_eager"):
-    """Refuses graph breaks; the batch is dynamic."""
-    return torch.compile(function, fullgraph=True, backend=backend, dynamic=None)
-
-
 def batch(n, layout="contiguous", dtype=f64):
-    x = torch.randn(n, 5, 4, 6, dtype=dtype)
-    x = channels_last(x) if layout == "channels_last" else x
-    torch._dynamo.mark_dynamic(x, 0)
-    return x.requires_grad_()
+    return batch_of(n, 5, 4, 6, layout=layout, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -67,14 +57,7 @@ def test_function_updates_running_statistics():
 
 
 def test_without_gradients():
-    module = BatchNormAct2d(5, act="relu", dtype=f64).eval()
-    fast = compiled(module)
-    with torch.no_grad():
-        for n in (3, 5):
-            x = batch(n)
-            torch.testing.assert_close(fast(x), module(x))
-    with torch.inference_mode():
-        torch.testing.assert_close(fast(x), module(x))
+    check_without_gradients(BatchNormAct2d(5, act="relu", dtype=f64), batch)
 
 
 def test_autocast_inside():
@@ -100,22 +83,7 @@ def test_inductor(layout):
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_export(mode):
     module = BatchNormAct2d(5, act="gelu", dtype=f64).train(mode)
-    x, residual = torch.randn(2, 3, 5, 4, 6, dtype=f64)
-    rows = torch.export.Dim("rows", min=2, max=64)
-    program = torch.export.export(
-        copy.deepcopy(module), (x, residual), dynamic_shapes=({0: rows}, {0: rows})
-    )
-    targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
-    overloads = [t for t in targets if isinstance(t, torch._ops.OpOverload)]
-    assert overloads
-    assert all(t.namespace == "aten" for t in overloads), overloads
-    other = program.module()
-    for n in (3, 6):
-        x, residual = torch.randn(2, n, 5, 4, 6, dtype=f64)
-        torch.testing.assert_close(other(x, residual), module(x, residual))
-    exported = dict(other.named_buffers())
-    for name, t in module.named_buffers():
-        torch.testing.assert_close(exported[name], t)
+    check_export(module, lambda n: torch.randn(2, n, 5, 4, 6, dtype=f64).unbind(), rows=0)
 
 
 def test_transforms_under_compile(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 from support.accuracy import ACTIVATIONS, SMOOTH, in_layout
+from support.checks import check_deterministic_mode, check_saved_by_norm, second_gradients
 from support.norms import make_problem, ours
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -76,14 +77,6 @@ def test_gradgradcheck_without_affine(training):
 def test_create_graph_equals_stock(act, residual, training):
     p = make_problem((3, 4, 5, 3), "fp64", residual=residual)
 
-    def second(call):
-        inputs = [p.x, p.weight, p.bias] + ([p.residual] if residual else [])
-        inputs = [t.detach().requires_grad_() for t in inputs]
-        out = call(*inputs)
-        first = torch.autograd.grad(out, inputs, p.dout, create_graph=True)
-        penalty = sum(g.square().sum() for g in first) + out.square().sum()
-        return first, torch.autograd.grad(penalty, inputs)
-
     def stock(x, weight, bias, residual=None):
         z = torch.nn.functional.batch_norm(
             x, p.running_mean.clone(), p.running_var.clone(), weight, bias, training, 0.1, p.eps
@@ -96,7 +89,9 @@ def test_create_graph_equals_stock(act, residual, training):
             residual=residual, act=ACTIVATIONS[act][0],
         )  # fmt: skip
 
-    for found, exact in zip(second(fused), second(stock), strict=True):
+    inputs = [p.x, p.weight, p.bias] + ([p.residual] if residual else [])
+    ours_, theirs = (second_gradients(call, inputs, p.dout) for call in (fused, stock))
+    for found, exact in zip(ours_, theirs, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
 
 
@@ -149,29 +144,15 @@ def test_saved_for_backward(act, residual):
     x, weight, bias = (t.requires_grad_() for t in (p.x, p.weight, p.bias))
     if residual:
         p.residual.requires_grad_()
-    saved = []
 
-    def pack(t):
-        saved.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = batch_norm_act(
+    def call():
+        return batch_norm_act(
             x, p.running_mean, p.running_var, weight, bias, True,
             residual=p.residual, act=ACTIVATIONS[act][0],
         )  # fmt: skip
-    large = {t.data_ptr() for t in saved if t.numel() >= x.numel()}
-    allowed = {x.data_ptr()}
-    if residual and act == "relu":
-        allowed.add(out.data_ptr())
-    elif residual and act != "none":
-        allowed.add(p.residual.data_ptr())
-    assert large == allowed
-    small = {t.data_ptr(): t.numel() for t in saved if t.numel() < x.numel()}
-    assert sum(small.values()) <= 4 * x.shape[1]  # weight, bias, mean, rstd
-    # Nothing hides on the context beside what autograd knows of.
-    hidden = [v for v in vars(out.grad_fn).values() if isinstance(v, torch.Tensor)]
-    assert not hidden
+
+    # Small are weight, bias, mean, rstd.
+    check_saved_by_norm(call, x, p.residual, act, 4 * x.shape[1])
 
 
 def test_input_may_not_change_before_backward():
@@ -203,14 +184,7 @@ def test_two_runs_and_two_thread_counts_are_bitwise_equal(threads, mix, layout, 
 
 def test_deterministic_mode_needs_no_special_case():
     p = make_problem((4, 6, 9, 9), residual=True)
-    before = ours(p, "relu")
-    try:
-        torch.use_deterministic_algorithms(True)
-        after = ours(p, "relu")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for name, t in before.items():
-        assert torch.equal(t, after[name]), name
+    check_deterministic_mode(lambda: ours(p, "relu"))
 
 
 def test_inputs_are_left_alone():

@@ -1,15 +1,13 @@
 """BatchNormAct2d beside torch.nn.BatchNorm2d: running statistics, modes, state, copies."""
 
 import copy
-import io
 import itertools
-import pickle
 
 import pytest
 import torch
 from support.accuracy import ACTIVATIONS, ULPS, error, in_layout, largest
+from support.checks import check_functional_call, copies_of
 
-import advdl_ops
 from advdl_ops.nn import BatchNormAct2d
 
 OPTIONS = [
@@ -26,12 +24,6 @@ OPTIONS = [
 
 def option_id(options):
     return "-".join(f"{k}={v}" for k, v in options.items()) or "default"
-
-
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
 
 
 def trio(dtype=torch.float32, **options):
@@ -180,15 +172,7 @@ def test_state_dict_without_the_counter_of_old_versions():
 def test_copies(how):
     own = BatchNormAct2d(5, momentum=None, act=torch.nn.LeakyReLU(0.2))
     own(torch.randn(3, 5, 4, 4))
-    if how == "deepcopy":
-        other = copy.deepcopy(own)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(own))
-    else:
-        buffer = io.BytesIO()
-        torch.save(own, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
+    other = copies_of(own)[how]
     x = torch.randn(3, 5, 4, 4)
     assert torch.equal(other(x), own(x))
     assert torch.equal(other.running_var, own.running_var)
@@ -202,16 +186,7 @@ def test_functional_call():
         other.weight.uniform_(0.5, 1.5)
         other.running_mean.uniform_(-1, 1)
     x = torch.randn(3, 5, 4, 4)
-    for mode in (True, False):
-        own.train(mode), other.train(mode)
-        before = copy.deepcopy(own.state_dict())
-        state = {name: t.clone() for name, t in other.state_dict().items()}
-        out = torch.func.functional_call(own, state, (x,))
-        assert torch.equal(out, other(x))
-        for name, t in other.state_dict().items():
-            assert torch.equal(state[name], t), name  # what was passed is what is written
-        for name, t in before.items():
-            assert torch.equal(own.state_dict()[name], t), name
+    check_functional_call(own, other, x)
 
 
 def test_autocast_gives_the_dtypes_of_stock():

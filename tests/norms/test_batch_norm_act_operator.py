@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from support.accuracy import channels_last, in_layout
+from support.checks import OPERATOR_TESTS
 from support.norms import make_problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,12 +16,6 @@ from advdl_ops.nn import BatchNormAct2d
 
 OPS = torch.ops.advdl_ops
 FORWARD = [OPS.batch_norm_act.default, OPS.batch_norm_act_.default]
-TESTS = (
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_dynamic",
-)
 LAYOUTS = ("contiguous", "channels_last", "strided")
 # Where sizes of 1 leave the strides open, and where memory says nothing.
 SHAPES = [
@@ -58,31 +53,31 @@ def backward_arguments(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_forward(layout, op):
     for shape in SHAPES:
-        torch.library.opcheck(op, forward_arguments(shape, layout), test_utils=TESTS)
+        torch.library.opcheck(op, forward_arguments(shape, layout), test_utils=OPERATOR_TESTS)
     shape = (3, 4, 5, 2)
     for mix, training, residual in itertools.product(
         ("bf16", "fp64"), (True, False), (True, False)
     ):
         arguments = forward_arguments(shape, layout, mix, training, residual)
-        torch.library.opcheck(op, arguments, test_utils=TESTS)
+        torch.library.opcheck(op, arguments, test_utils=OPERATOR_TESTS)
     x = arguments[0]
     bare = (x, None, None, None, None, None, True, 0.1, 1e-5, 0, 0.0)
-    torch.library.opcheck(op, bare, test_utils=TESTS)
+    torch.library.opcheck(op, bare, test_utils=OPERATOR_TESTS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_backward(layout):
     op = OPS.batch_norm_act_backward.default
     for shape in SHAPES:
-        torch.library.opcheck(op, backward_arguments(shape, layout), test_utils=TESTS)
+        torch.library.opcheck(op, backward_arguments(shape, layout), test_utils=OPERATOR_TESTS)
     shape = (3, 4, 5, 2)
     cases = itertools.product(("bf16", "fp64"), (True, False), ((4, 1), (1, 2)))
     for mix, training, (act, source) in cases:
         arguments = backward_arguments(shape, layout, mix, training, act, source)
-        torch.library.opcheck(op, arguments, test_utils=TESTS)
+        torch.library.opcheck(op, arguments, test_utils=OPERATOR_TESTS)
     for needs in ((True, False), (False, True), (False, False)):
         arguments = backward_arguments(shape, layout, needs=needs)
-        torch.library.opcheck(op, arguments, test_utils=TESTS)
+        torch.library.opcheck(op, arguments, test_utils=OPERATOR_TESTS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -44,12 +44,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mix", MIXES)
 def test_dtypes_and_activations(mix, layout):

@@ -1,11 +1,16 @@
 """The group norms under torch.compile and torch.export."""
 
-import copy
-
 import pytest
 import torch
-from support.accuracy import ACTIVATIONS, channels_last
-from support.compiled import check_steps
+from support.accuracy import ACTIVATIONS
+from support.compiled import (
+    batch_of,
+    check_dynamic_positions,
+    check_export,
+    check_steps,
+    check_without_gradients,
+    compiled,
+)
 from support.group_norm import INSTANCE, POSITION, call_ours, call_stock, problem_of
 
 import advdl_ops
@@ -27,16 +32,8 @@ MODULES = {
 NAMES = pytest.mark.parametrize("name", MODULES)
 
 
-def compiled(function, backend="aot_eager"):
-    """Refuses graph breaks; the batch is dynamic."""
-    return torch.compile(function, fullgraph=True, backend=backend, dynamic=None)
-
-
 def batch(n, layout="contiguous", dtype=f64):
-    x = torch.randn(n, 6, 4, 5, dtype=dtype)
-    x = channels_last(x) if layout == "channels_last" else x
-    torch._dynamo.mark_dynamic(x, 0)
-    return x.requires_grad_()
+    return batch_of(n, 6, 4, 5, layout=layout, dtype=dtype)
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
@@ -58,14 +55,7 @@ def test_residual(name, act, layout):
 
 def test_dynamic_positions():
     for make in MODULES.values():
-        torch.compiler.reset()
-        module = make("relu")
-        fast = torch.compile(
-            copy.deepcopy(module), fullgraph=True, backend="aot_eager", dynamic=True
-        )
-        for size in ((4, 5), (7, 3), (9, 9)):
-            x = torch.randn(3, 6, *size, dtype=f64)
-            torch.testing.assert_close(fast(x), module(x))
+        check_dynamic_positions(make, 6, ((4, 5), (7, 3), (9, 9)))
 
 
 def test_every_activation():
@@ -88,14 +78,7 @@ def test_function_updates_running_statistics():
 
 @NAMES
 def test_without_gradients(name):
-    module = MODULES[name]("relu").eval()
-    fast = compiled(module)
-    with torch.no_grad():
-        for n in (3, 5):
-            x = batch(n)
-            torch.testing.assert_close(fast(x), module(x))
-    with torch.inference_mode():
-        torch.testing.assert_close(fast(x), module(x))
+    check_without_gradients(MODULES[name]("relu"), batch)
 
 
 def test_autocast_inside():
@@ -131,23 +114,9 @@ def test_inductor(layout):
 @NAMES
 def test_export(name, mode):
     module = MODULES[name]("gelu").train(mode)
-    x, residual = torch.randn(2, 3, 6, 4, 5, dtype=f64)
-    rows, width = torch.export.Dim("rows", min=2, max=64), torch.export.Dim("width", min=2, max=64)
-    dynamic = {0: rows, 3: width}
-    program = torch.export.export(
-        copy.deepcopy(module), (x, residual), dynamic_shapes=(dynamic, dynamic)
+    check_export(
+        module, lambda n: torch.randn(2, n, 6, 4, n + 4, dtype=f64).unbind(), rows=0, width=3
     )
-    targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
-    overloads = [t for t in targets if isinstance(t, torch._ops.OpOverload)]
-    assert overloads
-    assert all(t.namespace == "aten" for t in overloads), overloads
-    other = program.module()
-    for n in (3, 6):
-        x, residual = torch.randn(2, n, 6, 4, n + 4, dtype=f64)
-        torch.testing.assert_close(other(x, residual), module(x, residual))
-    exported = dict(other.named_buffers())
-    for key, t in module.named_buffers():
-        torch.testing.assert_close(exported[key], t)
 
 
 @pytest.mark.parametrize("norm", [2, POSITION, INSTANCE])

@@ -1,16 +1,17 @@
 """Bad input to the group norms: torch's exception types, one form of message, and nothing changed."""
 
-import copy
-import gc
 import re
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.checks import (
+    check_refused_call_keeps_nothing_alive,
+    check_refused_module_stays,
+    error_of_type,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import advdl_ops
 from advdl_ops import nn
 from advdl_ops.functional import group_norm, instance_norm, layer_norm_2d
 
@@ -140,12 +141,6 @@ CASES |= {("instance_norm", name): case for name, case in INSTANCE.items()}
 EVERY = pytest.mark.parametrize("case", CASES, ids="-".join)
 
 
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
-
-
 def copied(given):
     return {n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in given.items()}
 
@@ -164,14 +159,12 @@ def expected_type(case):
 
 def assert_refused(function, given, expected, argument):
     """Exactly this type; ``function: argument (value) must ...``."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011
-        FUNCTIONS[function][0](**given)
-    assert type(caught.value) is expected, repr(caught.value)
+    text = error_of_type(lambda: FUNCTIONS[function][0](**given), expected)
     pattern = rf"{function}: {argument} \(.+\) must (?!$)"
     # What act and the statistics are called without a value of their own.
     if argument in ("running_mean", "act"):
         pattern = rf"{function}: {argument}.* must (?!$)"
-    assert re.match(pattern, str(caught.value), re.S), str(caught.value)
+    assert re.match(pattern, text, re.S), text
 
 
 @EVERY
@@ -235,22 +228,11 @@ def test_what_is_no_mistake(backend):
 
 
 def test_a_refused_call_keeps_nothing_alive():
-    def refused(**changed):
-        x = torch.randn(X)
-        with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
-            group_norm(**arguments("group_norm", **{"x": x, **changed}))
-        assert caught.value.__cause__ is None
-        assert caught.value.__suppress_context__ or caught.value.__context__ is None
-        del caught
-        return weakref.ref(x)
+    def call(**changed):
+        group_norm(**arguments("group_norm", **changed))
 
-    gc.disable()
-    try:
-        # Refused by the operator; by the operator for what Python has no name for.
-        assert refused(weight=torch.ones(4))() is None
-        assert refused(eps="a")() is None
-    finally:
-        gc.enable()
+    # Refused by the operator; by the operator for what Python has no name for.
+    check_refused_call_keeps_nothing_alive(call, X, {"weight": torch.ones(4)}, {"eps": "a"})
 
 
 MODULE_CASES = {
@@ -270,16 +252,7 @@ def test_module_stays_as_it_was(backend, name, momentum):
     options = {"momentum": momentum, "affine": True, "track_running_stats": True}
     module, stock = nn.InstanceNorm2d(6, **options), torch.nn.InstanceNorm2d(6, **options)
     module(torch.randn(X))
-    kept = copy.deepcopy(module.state_dict())
-    if expected is BY_TORCH:
-        with pytest.raises(Exception) as by_torch:  # noqa: PT011
-            stock(x)
-        expected = by_torch.type
-    with pytest.raises(expected) as caught:
-        module(x, residual)
-    assert type(caught.value) is expected
-    for key, t in kept.items():
-        assert torch.equal(module.state_dict()[key], t), key
+    check_refused_module_stays(module, (x, residual), expected, stock)
 
 
 def test_modules_refuse_an_unknown_activation():

@@ -6,6 +6,12 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 from support.accuracy import ACTIVATIONS, SMOOTH, in_layout
+from support.checks import (
+    check_deterministic_mode,
+    check_gradients_with_a_graph,
+    check_saved_by_norm,
+    second_gradients,
+)
 from support.group_norm import INSTANCE, POSITION, call_ours, call_stock, ours, problem_of
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -86,14 +92,6 @@ def test_without_weight_or_bias(norm, given):
 def test_create_graph_equals_stock(norm, act, residual):
     p = problem_of(norm, (3, 4, 5, 3), "fp64", residual=residual)
 
-    def second(call):
-        inputs = [p.x, p.weight, p.bias] + ([p.residual] if residual else [])
-        inputs = [t.detach().requires_grad_() for t in inputs]
-        out = call(*inputs)
-        first = torch.autograd.grad(out, inputs, p.dout, create_graph=True)
-        penalty = sum(g.square().sum() for g in first) + out.square().sum()
-        return first, torch.autograd.grad(penalty, inputs)
-
     def stock(x, weight, bias, residual=None):
         z = call_stock(norm, x, None, None, weight, bias, p)
         return ACTIVATIONS[act][1](z if residual is None else z + residual)
@@ -102,7 +100,9 @@ def test_create_graph_equals_stock(norm, act, residual):
         options = {"residual": residual, "act": ACTIVATIONS[act][0]}
         return call_ours(norm, x, None, None, weight, bias, p, **options)
 
-    for found, exact in zip(second(fused), second(stock), strict=True):
+    inputs = [p.x, p.weight, p.bias] + ([p.residual] if residual else [])
+    ours_, theirs = (second_gradients(call, inputs, p.dout) for call in (fused, stock))
+    for found, exact in zip(ours_, theirs, strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
 
 
@@ -113,11 +113,7 @@ def test_first_gradients_are_the_same_with_and_without_a_graph_and_twice(norm):
         leaves = [t.detach().requires_grad_() for t in (p.x, p.weight, p.bias, p.residual)]
         x, weight, bias, residual = leaves
         out = call_ours(norm, x, None, None, weight, bias, p, residual=residual, act=act)
-        plain = torch.autograd.grad(out, leaves, p.dout, retain_graph=True)
-        again = torch.autograd.grad(out, leaves, p.dout, retain_graph=True)
-        graph = torch.autograd.grad(out, leaves, p.dout, create_graph=True)
-        assert all(map(torch.equal, plain, again))
-        torch.testing.assert_close(plain, tuple(t.detach() for t in graph), rtol=1e-12, atol=1e-12)
+        check_gradients_with_a_graph(out, leaves, p.dout)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -150,28 +146,14 @@ def test_saved_for_backward(norm, act, residual):
     x, weight, bias = (t.requires_grad_() for t in (p.x, p.weight, p.bias))
     if residual:
         p.residual.requires_grad_()
-    saved = []
 
-    def pack(t):
-        saved.append(t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    def call():
         options = {"residual": p.residual, "act": ACTIVATIONS[act][0]}
-        out = call_ours(norm, x, p.running_mean, p.running_var, weight, bias, p, **options)
-    large = {t.data_ptr() for t in saved if t.numel() >= x.numel()}
-    allowed = {x.data_ptr()}
-    if residual and act == "relu":
-        allowed.add(out.data_ptr())
-    elif residual and act != "none":
-        allowed.add(p.residual.data_ptr())
-    assert large == allowed
-    small = {t.data_ptr(): t.numel() for t in saved if t.numel() < x.numel()}
+        return call_ours(norm, x, p.running_mean, p.running_var, weight, bias, p, **options)
+
     sets = {POSITION: 4 * 36, INSTANCE: 4 * 8}.get(norm) or 4 * norm
-    assert sum(small.values()) <= 2 * 8 + 2 * sets  # weight, bias, mean, variance
-    # Nothing hides on the context beside what autograd knows of.
-    hidden = [v for v in vars(out.grad_fn).values() if isinstance(v, torch.Tensor)]
-    assert not hidden
+    # Small are weight, bias, mean, variance.
+    check_saved_by_norm(call, x, p.residual, act, 2 * 8 + 2 * sets)
 
 
 def test_input_may_not_change_before_backward():
@@ -226,14 +208,7 @@ def test_two_runs_and_thread_counts_are_bitwise_equal(threads, mix, layout):
 
 def test_deterministic_mode_needs_no_special_case():
     p = problem_of(INSTANCE, (4, 6, 9, 9), residual=True)
-    before = ours(p, INSTANCE, "relu")
-    try:
-        torch.use_deterministic_algorithms(True)
-        after = ours(p, INSTANCE, "relu")
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for name, t in before.items():
-        assert torch.equal(t, after[name]), name
+    check_deterministic_mode(lambda: ours(p, INSTANCE, "relu"))
 
 
 @NORMS

@@ -2,17 +2,15 @@
 
 import copy
 import inspect
-import io
 import itertools
-import pickle
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.accuracy import ACTIVATIONS, ULPS, channels_last, error, in_layout, largest
+from support.checks import check_functional_call, copies_of
 
-import advdl_ops
 from advdl_ops import nn
 
 OWN = {
@@ -36,12 +34,6 @@ INSTANCE_OPTIONS = [
     {"track_running_stats": True, "momentum": None},
     {"track_running_stats": True, "momentum": 0.0},
 ]
-
-
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
 
 
 CASES = [
@@ -289,15 +281,7 @@ def test_copies(kind, how):
     own, _ = pair(kind, act=torch.nn.LeakyReLU(0.2), **options)
     x = torch.randn(shape_of(kind))
     own(x)
-    if how == "deepcopy":
-        other = copy.deepcopy(own)
-    elif how == "pickle":
-        other = pickle.loads(pickle.dumps(own))
-    else:
-        buffer = io.BytesIO()
-        torch.save(own, buffer)
-        buffer.seek(0)
-        other = torch.load(buffer, weights_only=False)
+    other = copies_of(own)[how]
     assert torch.equal(other(x), own(x))
     if options:
         assert torch.equal(other.running_var, own.running_var)
@@ -310,16 +294,7 @@ def test_functional_call(kind):
     options = {"affine": True, "track_running_stats": True} if "instance" in kind else {}
     own, other = pair(kind, act="relu", **options)[0], pair(kind, act="relu", **options)[0]
     x = torch.randn(shape_of(kind))
-    for mode in (True, False):
-        own.train(mode), other.train(mode)
-        before = copy.deepcopy(own.state_dict())
-        state = {name: t.clone() for name, t in other.state_dict().items()}
-        out = torch.func.functional_call(own, state, (x,))
-        assert torch.equal(out, other(x))
-        for name, t in other.state_dict().items():
-            assert torch.equal(state[name], t), name  # what was passed is what is written
-        for name, t in before.items():
-            assert torch.equal(own.state_dict()[name], t), name
+    check_functional_call(own, other, x)
 
 
 @KINDS

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from support.accuracy import LAYOUTS, channels_last, in_layout
+from support.checks import OPERATOR_TESTS
 from support.group_norm import INSTANCE, POSITION, call_ours, problem_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,12 +15,6 @@ from advdl_ops.nn import GroupNorm, InstanceNorm2d, LayerNorm2d
 
 OPS = torch.ops.advdl_ops
 FORWARD, BACKWARD = OPS.group_norm.default, OPS.group_norm_backward.default
-TESTS = (
-    "test_schema",
-    "test_autograd_registration",
-    "test_faketensor",
-    "test_aot_dispatch_dynamic",
-)
 # Where sizes of 1 leave the strides open, and where memory says nothing.
 SHAPES = [
     (3, 4),
@@ -60,14 +55,14 @@ def test_opcheck_forward(layout):
     for shape in SHAPES:
         for groups in (shape[1], EACH_POSITION):
             arguments = forward_arguments(shape, layout, groups)
-            torch.library.opcheck(FORWARD, arguments, test_utils=TESTS)
+            torch.library.opcheck(FORWARD, arguments, test_utils=OPERATOR_TESTS)
     shape = (3, 4, 5, 2)
     for mix, groups in itertools.product(("bf16", "fp64"), (2, EACH_POSITION)):
         arguments = forward_arguments(shape, layout, groups, mix, residual=False)
-        torch.library.opcheck(FORWARD, arguments, test_utils=TESTS)
+        torch.library.opcheck(FORWARD, arguments, test_utils=OPERATOR_TESTS)
         x, _, weight, bias, *options = arguments
         for affine in ((None, None), (weight, None), (None, bias)):
-            torch.library.opcheck(FORWARD, (x, None, *affine, *options), test_utils=TESTS)
+            torch.library.opcheck(FORWARD, (x, None, *affine, *options), test_utils=OPERATOR_TESTS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -75,17 +70,17 @@ def test_opcheck_backward(layout):
     for shape in SHAPES:
         for groups in (shape[1], EACH_POSITION):
             arguments = backward_arguments(shape, layout, groups)
-            torch.library.opcheck(BACKWARD, arguments, test_utils=TESTS)
+            torch.library.opcheck(BACKWARD, arguments, test_utils=OPERATOR_TESTS)
     shape = (3, 4, 5, 2)
     cases = itertools.product(("bf16", "fp64"), (2, EACH_POSITION), ((4, 1), (1, 2)))
     for mix, groups, (act, source) in cases:
         arguments = backward_arguments(shape, layout, groups, mix, act, source)
-        torch.library.opcheck(BACKWARD, arguments, test_utils=TESTS)
+        torch.library.opcheck(BACKWARD, arguments, test_utils=OPERATOR_TESTS)
         arguments = (*arguments[:3], None, None, *arguments[5:])
-        torch.library.opcheck(BACKWARD, arguments, test_utils=TESTS)
+        torch.library.opcheck(BACKWARD, arguments, test_utils=OPERATOR_TESTS)
     for needs in ((True, False), (False, True), (False, False)):
         arguments = backward_arguments(shape, layout, 2, needs=needs)
-        torch.library.opcheck(BACKWARD, arguments, test_utils=TESTS)
+        torch.library.opcheck(BACKWARD, arguments, test_utils=OPERATOR_TESTS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

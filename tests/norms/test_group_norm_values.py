@@ -69,12 +69,6 @@ CASES = [
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(params=["fused", "reference"])
-def backend(request):
-    with advdl_ops.use_backend(request.param):
-        yield request.param
-
-
 def check_shapes(shapes, mix, layout):
     """Every norm that takes a shape; activation and residual change from one to the next."""
     # Another start for another mix, so that together they meet every case.

@@ -2,11 +2,10 @@
 
 import collections
 import copy
-import io
-import pickle
 
 import pytest
 import torch
+from support.checks import copies_of
 from support.optimize import BLOCKS, Block, Holds, X, check_as, counts, made, same
 from torch import nn as stock
 
@@ -41,14 +40,7 @@ def test_copies_and_pickles(kind):
     block = kind(stock.BatchNorm2d, stock.ReLU()).double()
     twin = copy.deepcopy(block)
     fast = advdl_ops.optimize(block)
-    file = io.BytesIO()
-    torch.save(fast, file)
-    file.seek(0)
-    for other in (
-        copy.deepcopy(fast),
-        pickle.loads(pickle.dumps(fast)),
-        torch.load(file, weights_only=False),
-    ):
+    for other in copies_of(fast).values():
         assert counts(other) == counts(fast)
         check_as(copy.deepcopy(twin), other, X)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from support.examples import run_example
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -21,17 +21,7 @@ TINY = [
 ]
 
 
-def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
-    script = str(ROOT / "examples" / "train_charlm.py")
-    return subprocess.run(
-        [sys.executable, *(["-c", code] if code else [script, *arguments])],
-        cwd=ROOT / "tests",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+run = functools.partial(run_example, "train_charlm")
 
 
 @pytest.fixture

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.examples import run_example
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
-    script = str(ROOT / "examples" / "train_classifier.py")
-    return subprocess.run(
-        [sys.executable, *(["-c", code] if code else [script, *arguments])],
-        cwd=ROOT / "tests",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+run = functools.partial(run_example, "train_classifier")
 
 
 @pytest.mark.parametrize(("backend", "suffix"), [("fused", ".safetensors"), ("stock", ".pth")])

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from support.accuracy import f64
 from torch import Tensor
 
-import advdl_ops
 from advdl_ops import functional, nn
 
 X = (2, 4, 6, 5)
@@ -136,12 +135,6 @@ OPS = {
     ),
 }
 of_every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-
-
-@pytest.fixture(params=["fused", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with advdl_ops.use_backend(request.param):
-        yield request.param
 
 
 def made(op: Op, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

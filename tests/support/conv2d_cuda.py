@@ -14,8 +14,8 @@ from torch import Tensor
 from advdl_ops import _schemas, reference, tuning
 from advdl_ops._conv import choice, cuda, operators, problem
 from advdl_ops._conv.problem import Conv, Epilogue, Problem
+from advdl_ops._schemas import acc_dtype
 from advdl_ops.activation import ACTIVATIONS, IDENTITY, Activation
-from advdl_ops.reference.batch_norm_act import acc_dtype
 from advdl_ops.triton.conv2d import Config
 
 RELU, SILU = ACTIVATIONS["relu"], ACTIVATIONS["silu"]
@@ -34,8 +34,8 @@ class Case(NamedTuple):
     groups: int = 1
 
     @property
-    def options(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("stride", "padding", "dilation", "groups")}
+    def conv(self) -> Conv:
+        return Conv(self.stride, self.padding, self.dilation, self.groups)
 
     @property
     def depthwise(self) -> bool:
@@ -102,10 +102,6 @@ def statistics_of(out: Tensor) -> Tensor:
     return torch.stack([mean, (wide - mean[:, None, None]).square().sum((0, 2, 3))])
 
 
-def options_of(options: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(options[name] for name in ("stride", "padding", "dilation", "groups"))
-
-
 def last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
@@ -159,10 +155,13 @@ class Inputs(NamedTuple):
     residual: Tensor
     dz: Tensor
 
+    def each(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        return Inputs(*map(function, self))
+
 
 def make_inputs(case: Case, dtype: torch.dtype, layout: str) -> Inputs:
     x, weight = torch.randn(case.x), torch.randn(case.weight) / math.prod(case.weight[1:]) ** 0.5
-    out = F.conv2d(x, weight, **case.options)
+    out = F.conv2d(x, weight, None, *case.conv)
     residual, dz = torch.randn_like(out), torch.randn_like(out)
     channels = 0.5 + torch.rand(case.weight[0]), torch.randn(case.weight[0])
     x, residual, dz = (with_strides(t.to(dtype), LAYOUTS[layout]) for t in (x, residual, dz))
@@ -177,11 +176,11 @@ def forward(case: Case, i: Inputs, act: Activation, epilogue: tuple[str, ...]) -
     extras = [
         getattr(i, name) if name in epilogue else None for name in ("scale", "shift", "residual")
     ]
-    return operators.forward(i.x, i.weight, Conv(**case.options), Epilogue(*extras, act))
+    return operators.forward(i.x, i.weight, case.conv, Epilogue(*extras, act))
 
 
 def backward(case: Case, i: Inputs, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return operators.backward(i.dz, i.x, i.weight, Conv(**case.options), needs)
+    return operators.backward(i.dz, i.x, i.weight, case.conv, needs)
 
 
 def wide(i: Inputs, dtype: torch.dtype) -> Inputs:
@@ -192,13 +191,13 @@ def exact_forward(case: Case, i: Inputs, act: Activation, epilogue: tuple[str, .
     extras = [
         getattr(i, name) if name in epilogue else None for name in ("scale", "shift", "residual")
     ]
-    return reference.conv2d(i.x, i.weight, None, *options_of(case.options), *extras, act)
+    return reference.conv2d(i.x, i.weight, None, *case.conv, *extras, act)
 
 
 def exact_backward(case: Case, i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        torch.nn.grad.conv2d_input(i.x.shape, i.weight, i.dz, **case.options),
-        torch.nn.grad.conv2d_weight(i.x, i.weight.shape, i.dz, **case.options),
+        torch.nn.grad.conv2d_input(i.x.shape, i.weight, i.dz, *case.conv),
+        torch.nn.grad.conv2d_weight(i.x, i.weight.shape, i.dz, *case.conv),
         i.dz.sum((0, 2, 3)),
     )
 

@@ -322,6 +322,28 @@ def group_norms(module):
     return module
 
 
+def check_export(model, sizes, least, scores=lambda out: out):
+    """An exported network takes images of every one of ``sizes``, from ``least`` on, and gives the same scores."""
+    rows, columns = (torch.export.Dim(name, min=least, max=256) for name in ("rows", "columns"))
+    program = torch.export.export(
+        model, (random_input((2, 3, 13, 18)),), dynamic_shapes=({2: rows, 3: columns},)
+    )
+    for size in sizes:
+        x = random_input((2, 3, *size))
+        with torch.no_grad():
+            assert relative_error(scores(program.module()(x)), scores(model(x))) < 1e-10
+
+
+def assert_same_state(model, reference, steps):
+    """Of two models after ``steps`` more than the 7 batches that their statistics have counted before."""
+    expected = reference.state_dict()
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            assert relative_error(value, expected[key]) < 1e-8, key
+        else:
+            assert value.item() == expected[key].item() == 7 + steps, key
+
+
 def assert_refused(model, x, error, message):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(error, match=message):

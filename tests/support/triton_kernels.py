@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from advdl_ops._conv.problem import Epilogue
 from advdl_ops.activation import ACTIVATIONS, IDENTITY
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -123,6 +124,54 @@ def excess(got: Tensor, truth: Tensor, bound: Tensor) -> float:
         return float("inf")
     ratio = (got.double() - truth).abs() / bound
     return float("inf") if ratio.isnan().any() else ratio.max().item()
+
+
+def assert_within(found: dict[str, float]) -> None:
+    """Of :func:`excess`, by what was compared."""
+    for name, worst in found.items():
+        assert worst <= 1, name
+
+
+def rounded(value: Tensor, off: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far a stored result may be from ``value``, if it was off by ``off`` before it was rounded to ``dtype``."""
+    return off + UNIT[dtype] * (value.abs() + off) + TINY[dtype]
+
+
+def with_epilogue(
+    name: str, z: Tensor, size: Tensor, off: Tensor, dtype: torch.dtype
+) -> tuple[Epilogue, Tensor, Tensor]:
+    """An epilogue of random tensors, its result for ``z``, and how far that may be from it before it is rounded.
+
+    Args:
+        name: "none", or as "affine-relu", "residual-silu": the part before "-" adds a residual, or does not.
+        z: ``[N, C, H, W]`` in fp64, which a kernel computes in fp32 with errors up to ``off``.
+        size: the magnitudes that ``z`` is summed from.
+        dtype: of the residual.
+    """
+    scale = shift = residual = None
+    if name != "none":
+        scale, shift = (guarded(torch.randn(z.shape[1]), torch.float32) for _ in range(2))
+        z, off = z * per_channel(scale) + per_channel(shift), off * per_channel(scale).abs()
+        size = size * per_channel(scale).abs() + per_channel(shift).abs()
+    if name.startswith("residual"):
+        residual = guarded(torch.randn(z.shape), dtype)
+        z, size = z + residual.double(), size + residual.double().abs()
+    act = act_of(name.rpartition("-")[2].replace("none", "identity"))
+    result = Epilogue(scale, shift, residual, act), ACTS[act.name](z)
+    return *result, STEEPEST * (off + 8 * FP32 * size)
+
+
+def refusals(*calls: Callable[[], Any]) -> list[str]:
+    """The NotImplementedError of each call as text."""
+    errors = []
+    for call in calls:
+        try:
+            call()
+        except NotImplementedError as error:
+            errors.append(f"NotImplementedError: {error}")
+        else:
+            errors.append("nothing was raised")
+    return errors
 
 
 def covering(axes: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -1,11 +1,12 @@
-"""A copy of a tree of modules over the same parameters and buffers.
+"""Copies of a tree of modules: one over the same parameters and buffers, and one with its own to be run.
 
-`convert.py` converts such a copy, unless it works in place; `trace.py` traces one, so that nothing that a forward
-assigns reaches the model.
+`convert.py` converts a copy of the first kind, unless it works in place; `trace.py` traces one, so that nothing that a
+forward assigns reaches the model. `report.py` and `_tune.py` run a copy of the second kind.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import OrderedDict, deque
 from types import MethodType
@@ -59,3 +60,12 @@ def _with_copies(value: Any, copies: dict[int, torch.nn.Module]) -> Any:
 
 def _differ(a: Any, b: Any) -> bool:
     return any(x is not y for x, y in zip(a, b, strict=True))
+
+
+def copy_without_hooks(model: torch.nn.Module) -> torch.nn.Module:
+    """A deep copy, without the user's forward hooks, which may write to objects outside of it."""
+    copied = copy.deepcopy(model)
+    for layer in copied.modules():
+        layer._forward_hooks.clear()
+        layer._forward_pre_hooks.clear()
+    return copied

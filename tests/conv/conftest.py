@@ -1,0 +1,16 @@
+"""Fixtures of the convolutions' tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support.triton_kernels import interpreter
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable[..., Any]]:
+    """``interpreted(function, *args)``: in a process where Triton interprets its kernels."""
+    with interpreter() as run:
+        yield run
