@@ -14,6 +14,10 @@ namespace {
 template <int kVectors>
 inline constexpr int kColumns = ADVDL_VECTOR_BYTES == 64 ? 8 : 8 / kVectors;
 
+// Whether filters of 3, 5 and 7 have loops of their own; fp64 and 16-byte vectors have too few registers or users for them.
+template <class T>
+inline constexpr bool kHasRuns = ADVDL_VECTOR_BYTES >= 32 && !std::is_same_v<T, double>;
+
 // Columns of output that a tap reaches: 0 <= j * step + column < size.
 struct Columns {
   int64_t begin, end;
@@ -110,7 +114,7 @@ ADVDL_INLINE void correlate_columns(const Row<T>& row, const Epilogue<T>& epilog
 // read is one piece of memory, which the prefetchers follow.
 template <int kCount, int kVectors, int kRun, int kStep, class T>
 void correlate_blocks(const Row<T>& row, const Epilogue<T>& epilogue, Columns all) {
-  constexpr int64_t channels = kVectors * Simd<acc_t<T>>::lanes;
+  constexpr int64_t width = Simd<acc_t<T>>::lanes;
   for (int64_t next = all.begin; next < all.end; next += kCount) {
     const int64_t j = min_of(next, all.end - kCount);
     int64_t left = 0, right = 0, c = 0;
@@ -120,13 +124,19 @@ void correlate_blocks(const Row<T>& row, const Epilogue<T>& epilogue, Columns al
       right = column + (kCount - 1) * kStep + kRun - row.in_columns;
     }
     if constexpr (kVectors > 1) {
-      for (; c + channels <= row.c; c += channels)
+      for (; c + kVectors * width <= row.c; c += kVectors * width)
         correlate_columns<kCount, kVectors, kRun, kStep>(row, epilogue, j, c, left, right,
                                                          FullLanes{});
     }
-    for_vectors<acc_t<T>, 1>(row.c - c, [&](int64_t i, const auto& lanes, auto) {
-      correlate_columns<kCount, 1, kRun, kStep>(row, epilogue, j, c + i, left, right, lanes);
-    });
+    if (row.c < width) {
+      const PartialLanes part{static_cast<int32_t>(row.c)};
+      correlate_columns<kCount, 1, kRun, kStep>(row, epilogue, j, 0, left, right, part);
+      continue;
+    }
+    for (; c < row.c; c += width) {  // the last vector may overlap the one before
+      const int64_t at = min_of(c, row.c - width);
+      correlate_columns<kCount, 1, kRun, kStep>(row, epilogue, j, at, left, right, FullLanes{});
+    }
   }
 }
 
@@ -197,27 +207,29 @@ void correlate_taps(const Row<T>& row, const Epilogue<T>& epilogue) {
 
 template <class T>
 void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
-  const Columns all{0, row.out_columns};
-  // Two vectors for a run of 3: each input is added to three sums in a row, and with one vector they would wait for each other.
-  // Vectors of half a cache line have too few registers for that, but where columns lie in the same sets of the first-level cache
-  // a line does not stay there until its second half is read.
-  const bool whole_lines = ADVDL_VECTOR_BYTES == 64 || row.in_step * row.c * sizeof(T) % 2048 == 0;
-  switch (10 * row.run + row.in_step) {
-    case 31:
-      return whole_lines ? correlate_columns_of<2, 3, 1>(row, epilogue, all)
-                         : correlate_columns_of<1, 3, 1>(row, epilogue, all);
-    case 32:
-      return whole_lines ? correlate_columns_of<2, 3, 2>(row, epilogue, all)
-                         : correlate_columns_of<1, 3, 2>(row, epilogue, all);
-    case 51:
-      return correlate_columns_of<1, 5, 1>(row, epilogue, all);
-    case 52:
-      return correlate_columns_of<1, 5, 2>(row, epilogue, all);
-    case 71:
-      return correlate_columns_of<1, 7, 1>(row, epilogue, all);
-    default:
-      return correlate_taps(row, epilogue);
+  if constexpr (kHasRuns<T>) {
+    const Columns all{0, row.out_columns};
+    // Two vectors for a run of 3: each input is added to three sums in a row, and with one vector they would wait for each other.
+    // Vectors of half a cache line have too few registers for that, but where columns lie in the same sets of the first-level
+    // cache a line does not stay there until its second half is read.
+    const bool whole_lines =
+        ADVDL_VECTOR_BYTES == 64 || row.in_step * row.c * sizeof(T) % 2048 == 0;
+    switch (10 * row.run + row.in_step) {
+      case 31:
+        return whole_lines ? correlate_columns_of<2, 3, 1>(row, epilogue, all)
+                           : correlate_columns_of<1, 3, 1>(row, epilogue, all);
+      case 32:
+        return whole_lines ? correlate_columns_of<2, 3, 2>(row, epilogue, all)
+                           : correlate_columns_of<1, 3, 2>(row, epilogue, all);
+      case 51:
+        return correlate_columns_of<1, 5, 1>(row, epilogue, all);
+      case 52:
+        return correlate_columns_of<1, 5, 2>(row, epilogue, all);
+      case 71:
+        return correlate_columns_of<1, 7, 1>(row, epilogue, all);
+    }
   }
+  correlate_taps(row, epilogue);
 }
 
 // [taps, C] and behind it scale [C], shift [C].
