@@ -40,21 +40,26 @@ class Thresholds(NamedTuple):
         small: numbers of x up to which torch chooses what computes: a call of oneDNN takes 30 to 50 us.
         few_channels: below, lanes of the dense kernel are empty.
         few_pixels: of the output; below, the dense kernel packs a weight for too few products.
-        pixels, pixels_contiguous: up to these the dense kernel serves x in channels_last, in contiguous memory: oneDNN
-            reorders the whole weight in every call, which the products of a few pixels do not outweigh.
-        pixels_contiguous_many: so in contiguous memory for ``many_channels`` or more.
-        pixels_strided: so for a strided gradient of x, for which oneDNN multiplies zeros.
-        pixels_dweight, pixels_dweight_contiguous, pixels_dweight_1x1: so for the gradient of a weight of
-            ``many_channels`` or more, the last for a kernel of one tap in either format.
+        pixels: the dense kernel serves x in channels_last up to so many output pixels: oneDNN reorders the whole
+            weight in every call, which the products of a few pixels do not outweigh.
+        pixels_contiguous: the same for contiguous x.
+        pixels_contiguous_many: the same for contiguous x and ``many_channels`` or more.
+        pixels_weight_last: the same for a weight in channels_last, which is reordered in less time, and any x.
+        pixels_strided: the same for a strided gradient of x, for which oneDNN multiplies zeros.
+        pixels_dweight: the same for the gradient of a weight of ``many_channels`` or more, x in channels_last.
+        pixels_dweight_contiguous: the same, x contiguous.
+        pixels_dweight_weight_last: the same, the weight in channels_last.
+        pixels_dweight_1x1: the same, a kernel of one tap.
         many_channels: see there.
-        pixels_dweight_dilated: so for the gradient of a weight of ``large_dilation`` or more.
-        large_dilation, large_dilation_dweight: from here on oneDNN is faster in channels_last by more than two
-            conversions take: forward and gradient of x, gradient of the weight.
+        pixels_dweight_dilated: the same for the gradient of a weight with ``large_dilation`` or more.
+        large_dilation: from this dilation on oneDNN is faster in channels_last by more than two conversions take:
+            forward and gradient of x.
+        large_dilation_dweight: the same for the gradient of a weight.
         short_row: pixels in a row of the output up to which, contiguous, the depthwise kernel is faster by way of
             channels_last.
         depthwise_cached_bytes: size of x up to which the same holds with a stride of 2.
-        depthwise_strided_bytes: size of x up to which, contiguous and above ``depthwise_cached_bytes``, oneDNN's
-            depthwise forward with a stride of 2 is faster.
+        depthwise_strided_bytes: size of x up to which, contiguous and above ``depthwise_cached_bytes``, torch's
+            depthwise forward and gradient of the weight with a stride of 2 are faster.
     """
 
     small: int
@@ -63,9 +68,11 @@ class Thresholds(NamedTuple):
     pixels: int
     pixels_contiguous: int
     pixels_contiguous_many: int
+    pixels_weight_last: int
     pixels_strided: int
     pixels_dweight: int
     pixels_dweight_contiguous: int
+    pixels_dweight_weight_last: int
     pixels_dweight_1x1: int
     many_channels: int
     pixels_dweight_dilated: int
@@ -83,9 +90,11 @@ _AVX2 = Thresholds(
     pixels=1024,
     pixels_contiguous=1568,
     pixels_contiguous_many=256,
+    pixels_weight_last=64,
     pixels_strided=256,
     pixels_dweight=3136,
     pixels_dweight_contiguous=3136,
+    pixels_dweight_weight_last=3136,
     pixels_dweight_1x1=2048,
     many_channels=128,
     pixels_dweight_dilated=8192,
@@ -103,9 +112,11 @@ THRESHOLDS: Mapping[str, Thresholds] = {
         pixels=784,
         pixels_contiguous=1568,
         pixels_contiguous_many=196,
+        pixels_weight_last=64,
         pixels_strided=3136,
         pixels_dweight=392,
         pixels_dweight_contiguous=64,
+        pixels_dweight_weight_last=392,
         pixels_dweight_1x1=0,
         many_channels=96,
         pixels_dweight_dilated=2048,
@@ -159,9 +170,6 @@ class Candidate(NamedTuple):
     memory_format: torch.memory_format | None = None
     keeps_format: bool = False
 
-    def format_for(self, problem: Problem) -> torch.memory_format:
-        return self.memory_format or problem.memory_format
-
 
 # ---- CPU ----
 
@@ -192,8 +200,8 @@ def _accepts_depthwise_in_last(p: Problem) -> bool:
     return p.layout != CHANNELS_LAST and _accepts_depthwise(p)
 
 
-def _is_onednns_depthwise(p: Problem, t: Thresholds) -> bool:
-    """Contiguous, strided and between two sizes, where oneDNN's forward is the faster one."""
+def _is_torchs_depthwise(p: Problem, t: Thresholds) -> bool:
+    """Contiguous, strided and between two sizes, where torch's forward and gradient of the weight are faster."""
     bytes_ = p.x_numel * p.dtype.itemsize
     return (
         p.dtype == torch.float32
@@ -228,20 +236,26 @@ def _dilates_widely(p: Problem, t: Thresholds) -> bool:
 
 
 def _few_pixels(p: Problem, t: Thresholds) -> bool:
-    computes_last = p.is_channels_last or _dilates_widely(p, t)
-    limit = t.pixels if computes_last else _limit_contiguous(p, t)
-    return _dense_channels(p, t) and p.pixels <= limit
+    return _dense_channels(p, t) and p.pixels <= _limit(
+        p, t, p.is_channels_last or _dilates_widely(p, t)
+    )
 
 
-def _limit_contiguous(p: Problem, t: Thresholds) -> int:
-    has_many = min(p.weight[:2]) >= t.many_channels
-    return t.pixels_contiguous_many if has_many else t.pixels_contiguous
+def _limit(p: Problem, t: Thresholds, is_last: bool) -> int:
+    """Of :data:`Thresholds`, the limit of output pixels for x in channels_last or not."""
+    if p.weight_layout == CHANNELS_LAST:
+        return t.pixels_weight_last
+    if is_last:
+        return t.pixels
+    return t.pixels_contiguous_many if _has_many(p, t) else t.pixels_contiguous
+
+
+def _has_many(p: Problem, t: Thresholds) -> bool:
+    return min(p.weight[:2]) >= t.many_channels
 
 
 def _few_pixels_dx(p: Problem, t: Thresholds) -> bool:
-    limit = t.pixels if p.is_channels_last else _limit_contiguous(p, t)
-    if max(p.stride) > 1:
-        limit = t.pixels_strided
+    limit = t.pixels_strided if max(p.stride) > 1 else _limit(p, t, p.is_channels_last)
     return _dense_channels(p, t) and p.pixels <= limit
 
 
@@ -253,8 +267,10 @@ def _few_pixels_dweight(p: Problem, t: Thresholds) -> bool:
     limit = t.pixels
     if _dilates_widely(p, t):
         limit = t.pixels_dweight_dilated
-    elif min(p.weight[:2]) >= t.many_channels:
+    elif _has_many(p, t):
         limit = t.pixels_dweight if p.is_channels_last else t.pixels_dweight_contiguous
+        if p.weight_layout == CHANNELS_LAST:
+            limit = t.pixels_dweight_weight_last
         limit = t.pixels_dweight_1x1 if p.taps == 1 else limit
     return _dense_channels(p, t) and p.pixels <= limit
 
@@ -270,12 +286,12 @@ _AS_IT_IS = Rule(
     "channels or of 2 and x above {depthwise_cached_bytes} bytes",
     _depthwise_as_it_is,
 )
-_ONEDNNS = "not contiguous with a stride of 2 and x of {depthwise_cached_bytes} to {depthwise_strided_bytes} bytes"
-_AS_IT_IS_FORWARD = Rule(
-    f"{_AS_IT_IS.text}; {_ONEDNNS}",
-    lambda p, t: _depthwise_as_it_is(p, t) and not _is_onednns_depthwise(p, t),
+_TORCHS = "not contiguous with a stride of 2 and x of {depthwise_cached_bytes} to {depthwise_strided_bytes} bytes"
+_AS_IT_IS_UNLESS_TORCHS = Rule(
+    f"{_AS_IT_IS.text}; {_TORCHS}",
+    lambda p, t: _depthwise_as_it_is(p, t) and not _is_torchs_depthwise(p, t),
 )
-_NOT_ONEDNNS = Rule(_ONEDNNS, lambda p, t: not _is_onednns_depthwise(p, t))
+_NOT_TORCHS = Rule(_TORCHS, lambda p, t: not _is_torchs_depthwise(p, t))
 _WIDE_DWEIGHT = Rule("dilation of {large_dilation_dweight} or more", _dilates_widely_dweight)
 _WIDE = Rule("dilation of {large_dilation} or more", _dilates_widely)
 _LARGE = Rule("x of more than {small} numbers, and more than the weight's", _is_large)
@@ -285,13 +301,14 @@ _LARGE_AND_WIDE = Rule(
 _DENSE = "{few_channels} channels or more and {few_pixels} output pixels"
 _FEW = Rule(
     f"{_DENSE} to {{pixels}} (contiguous: {{pixels_contiguous}}, of {{many_channels}} channels "
-    "{{pixels_contiguous_many}})",
+    "{pixels_contiguous_many}; weight in channels_last: {pixels_weight_last})",
     _few_pixels,
 )
 _FEW_DX = Rule(f"{_FEW.text}, strided to {{pixels_strided}}", _few_pixels_dx)
 _FEW_DWEIGHT = Rule(
     f"{_DENSE} to {{pixels}}, of {{many_channels}} channels to {{pixels_dweight}} (contiguous: "
-    "{pixels_dweight_contiguous}; 1x1: {pixels_dweight_1x1}), dilated by {large_dilation} to {pixels_dweight_dilated}",
+    "{pixels_dweight_contiguous}; weight in channels_last: {pixels_dweight_weight_last}; 1x1: {pixels_dweight_1x1}), "
+    "dilated by {large_dilation} to {pixels_dweight_dilated}",
     _few_pixels_dweight,
 )
 
@@ -315,11 +332,13 @@ def _by_way_of_last(name: str) -> str:
     return f"{name} in channels_last"
 
 
-def _gradients_on_cpu(few_pixels: Rule, wide: Rule) -> tuple[Candidate, ...]:
+def _gradients_on_cpu(
+    as_it_is: Rule, in_last: Rule | None, few_pixels: Rule, wide: Rule
+) -> tuple[Candidate, ...]:
     own, torch_ = cpu.depthwise_gradients, cpu.gradients_by_torch
     return (
-        Candidate(DEPTHWISE, own, _accepts_depthwise, _AS_IT_IS, None, True),
-        Candidate(_by_way_of_last(DEPTHWISE), own, _accepts_depthwise_in_last, None, _LAST),
+        Candidate(DEPTHWISE, own, _accepts_depthwise, as_it_is, None, True),
+        Candidate(_by_way_of_last(DEPTHWISE), own, _accepts_depthwise_in_last, in_last, _LAST),
         Candidate(DENSE, cpu.dense_gradients, _accepts_dense, few_pixels, None, True),
         Candidate(_by_way_of_last(TORCH), torch_, _is_not_last, wide, _LAST),
         Candidate(TORCH, torch_),
@@ -327,12 +346,12 @@ def _gradients_on_cpu(few_pixels: Rule, wide: Rule) -> tuple[Candidate, ...]:
 
 
 _DEPTHWISE_FORWARD = (
-    Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise, _AS_IT_IS_FORWARD, None, True),
+    Candidate(DEPTHWISE, cpu.depthwise, _accepts_depthwise, _AS_IT_IS_UNLESS_TORCHS, None, True),
     Candidate(
         _by_way_of_last(DEPTHWISE),
         cpu.depthwise,
         _accepts_depthwise_in_last,
-        _NOT_ONEDNNS,
+        _NOT_TORCHS,
         _LAST,
     ),
 )
@@ -358,8 +377,10 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
         Candidate(PREPACKED, cpu.prepacked, _accepts_onednn, _PACKING),
         Candidate(TORCH, cpu.by_torch),
     ),
-    INPUT_GRADIENT: _gradients_on_cpu(_FEW_DX, _WIDE),
-    WEIGHT_GRADIENT: _gradients_on_cpu(_FEW_DWEIGHT, _WIDE_DWEIGHT),
+    INPUT_GRADIENT: _gradients_on_cpu(_AS_IT_IS, None, _FEW_DX, _WIDE),
+    WEIGHT_GRADIENT: _gradients_on_cpu(
+        _AS_IT_IS_UNLESS_TORCHS, _NOT_TORCHS, _FEW_DWEIGHT, _WIDE_DWEIGHT
+    ),
 }
 
 

@@ -72,6 +72,7 @@ class Problem(NamedTuple):
         weight: shape ``[C_out, C_in / groups, kH, kW]``.
         dtype: of both.
         layout: memory format of x.
+        weight_layout: memory format of the weight.
         stride, padding, dilation, groups: as of :class:`Conv`.
         epilogue: :meth:`Epilogue.name`; of a gradient the layout of dz.
         library: whether torch may use oneDNN (on CPU) or cuDNN (on CUDA) for it.
@@ -84,6 +85,7 @@ class Problem(NamedTuple):
     weight: tuple[int, ...]
     dtype: torch.dtype
     layout: str
+    weight_layout: str
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
@@ -146,6 +148,7 @@ def problem_of(
         tuple(weight.shape),
         x.dtype,
         layout_of(x),
+        layout_of(weight),
         *conv,
         epilogue,
         *settings,

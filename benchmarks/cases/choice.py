@@ -34,21 +34,24 @@ class Point:
     dilation: int = 1
     depthwise: bool = False
     layout: str = CONTIGUOUS
+    weight_layout: str = CONTIGUOUS
 
     def problem(self, direction: str) -> Problem:
         """As the choice is asked with the threads that torch has now."""
         import torch
 
-        from advdl_ops._conv.problem import Problem
+        from advdl_ops._conv.problem import BOTH, Problem
 
         channels = self.x[1]
         groups = channels if self.depthwise else 1
         padding = self.dilation * (self.kernel // 2)
         weight = self.outputs, channels // groups, self.kernel, self.kernel
+        weight_layout = BOTH if self.depthwise or self.kernel == 1 else self.weight_layout
         epilogue = "shift" if direction in (FORWARD, FOLDED) else self.layout
         return Problem(
-            direction, self.x, weight, torch.float32, self.layout, (self.stride,) * 2,
-            (padding,) * 2, (self.dilation,) * 2, groups, epilogue, True, False, torch.get_num_threads(),
+            direction, self.x, weight, torch.float32, self.layout, weight_layout,
+            (self.stride,) * 2, (padding,) * 2, (self.dilation,) * 2, groups,
+            epilogue, True, False, torch.get_num_threads(),
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -59,6 +62,8 @@ class Point:
             parts.append(f"dilation {self.dilation}")
         if self.depthwise:
             parts.append("depthwise")
+        if self.weight_layout != CONTIGUOUS:
+            parts.append(f"weight {self.weight_layout}, x")
         return " ".join([*parts, self.layout])
 
 
@@ -106,6 +111,18 @@ def _by_pixels(
         for c in channels
         for kernel in kernels
         for n in pixels
+    )
+
+
+def _small_images(layout: str, **options: Any) -> tuple[Point, ...]:
+    """The last stages of a ResNet of small images."""
+    return tuple(
+        point
+        for n in (4, 8, 16, 32)
+        for point in (
+            Point((n, 512, 4, 4), 512, layout=layout, **options),
+            Point((n, 256, 7, 7), 512, stride=2, layout=layout, **options),
+        )
     )
 
 
@@ -164,8 +181,20 @@ SWEEPS = (
         "pixels_contiguous_many",
         (FORWARD, DX),
         (0, *_FEW),
-        _by_pixels((256, 512), _FEW, CONTIGUOUS)
-        + tuple(Point((n, 512, 4, 4), 512) for n in (4, 8, 16, 32, 64)),
+        _by_pixels((256, 512), _FEW, CONTIGUOUS) + _small_images(CONTIGUOUS),
+    ),
+    Sweep(
+        "pixels_weight_last",
+        (FORWARD, DX),
+        (0, *_FEW),
+        tuple(
+            point
+            for layout in (CONTIGUOUS, LAST)
+            for point in (
+                *_by_pixels((64, 256), _FEW, layout, (3,), weight_layout=LAST),
+                *_small_images(layout, weight_layout=LAST),
+            )
+        ),
     ),
     Sweep(
         "pixels_strided",
@@ -175,13 +204,29 @@ SWEEPS = (
         + _by_pixels((64, 256), _MANY, CONTIGUOUS, stride=2),
     ),
     Sweep(
-        "pixels_dweight", (DWEIGHT,), (0, *_MANY), _by_pixels((128, 256, 512), _MANY, LAST, (3,))
+        "pixels_dweight",
+        (DWEIGHT,),
+        (0, *_MANY),
+        _by_pixels((128, 256, 512), _MANY, LAST, (3,)) + _small_images(LAST),
     ),
     Sweep(
         "pixels_dweight_contiguous",
         (DWEIGHT,),
         (0, *_MANY),
-        _by_pixels((128, 256, 512), _MANY, CONTIGUOUS, (3,)),
+        _by_pixels((128, 256, 512), _MANY, CONTIGUOUS, (3,)) + _small_images(CONTIGUOUS),
+    ),
+    Sweep(
+        "pixels_dweight_weight_last",
+        (DWEIGHT,),
+        (0, *_MANY),
+        tuple(
+            point
+            for layout in (CONTIGUOUS, LAST)
+            for point in (
+                *_by_pixels((128, 256), _MANY, layout, (3,), weight_layout=LAST),
+                *_small_images(layout, weight_layout=LAST),
+            )
+        ),
     ),
     Sweep(
         "pixels_dweight_1x1",
@@ -219,7 +264,7 @@ SWEEPS = (
         ),
     ),
     Sweep("depthwise_cached_bytes", (FORWARD, DX, DWEIGHT), _SIZES, _STRIDED_DEPTHWISE),
-    Sweep("depthwise_strided_bytes", (FORWARD,), _SIZES, _STRIDED_DEPTHWISE),
+    Sweep("depthwise_strided_bytes", (FORWARD, DWEIGHT), _SIZES, _STRIDED_DEPTHWISE),
 )
 
 
@@ -247,38 +292,31 @@ def run(case: Case, session: Session) -> None:
 
 
 def _call(problem: Problem, candidate: Any) -> Callable[[], Any]:
-    """One call by a candidate, the conversions of its result counted; what is kept from call to call is not."""
+    """One call as the operators make it, conversions counted; what is kept from call to call is not."""
     import torch
 
     from advdl_ops._conv import choice, cpu
+    from advdl_ops._conv.operators import gradients, output
     from advdl_ops._conv.problem import Epilogue, convert
 
     generator = torch.Generator().manual_seed(0)
-    given = problem.memory_format
-    conv, out = problem.conv, (problem.x[0], problem.weight[0], *problem.out_size)
+    given, conv = problem.memory_format, problem.conv
 
-    def normal(shape: tuple[int, ...]) -> torch.Tensor:
-        return convert(torch.randn(shape, generator=generator), given)
+    def normal(shape: tuple[int, ...], layout: str = problem.layout) -> torch.Tensor:
+        is_last = layout == LAST
+        memory_format = torch.channels_last if is_last else torch.contiguous_format
+        return convert(torch.randn(shape, generator=generator), memory_format)
 
-    x, weight = normal(problem.x), torch.randn(problem.weight, generator=generator)
-    memory_format = candidate.format_for(problem)
+    x, weight = normal(problem.x), normal(problem.weight, problem.weight_layout)
     if problem.direction in (FORWARD, FOLDED):
         if candidate.name == choice.PREPACKED:
             weight = cpu.prepack(x, weight, conv)
         epilogue = Epilogue(shift=torch.randn(problem.weight[0], generator=generator))
-        call = lambda: convert(candidate.run(x, weight, conv, epilogue, memory_format), given)  # noqa: E731
+        call: Any = lambda: output(candidate, given, x, weight, conv, epilogue)  # noqa: E731
     else:
-        dz = normal(out)
+        dz = normal((problem.x[0], problem.weight[0], *problem.out_size))
         needs = problem.direction == DX, problem.direction == DWEIGHT, False
-        if problem.direction == DX:
-
-            def call() -> Any:
-                return convert(candidate.run(dz, x, weight, conv, needs, memory_format)[0], given)
-        else:
-
-            def call() -> Any:
-                return candidate.run(dz, x, weight, conv, needs, memory_format)[1]
-
+        call = lambda: gradients(candidate, given, dz, x, weight, conv, needs)  # noqa: E731
     return torch.inference_mode()(call)
 
 

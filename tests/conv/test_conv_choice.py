@@ -48,13 +48,14 @@ def problem(
     outputs: int = 64,
     kernel: int = 3,
     layout: str = CONTIGUOUS,
+    weight_layout: str = CONTIGUOUS,
     **conv: Any,
 ) -> Problem:
     conv = {"padding": (1, 1), **conv}
     weight = outputs, x[1] // conv.get("groups", 1), kernel, kernel
     options = Conv(**conv)
     return Problem(
-        direction, x, weight, torch.float32, layout, *options, "none", True, False, 2
+        direction, x, weight, torch.float32, layout, weight_layout, *options, "none", True, False, 2
     )  # fmt: skip
 
 
@@ -65,6 +66,7 @@ def served(p: Problem) -> str:
 # ---- thresholds ----
 
 LAST = {"layout": CHANNELS_LAST}
+WEIGHT_LAST = {"weight_layout": CHANNELS_LAST}
 DEPTHWISE = {"groups": 64, "outputs": 64}
 
 
@@ -86,6 +88,9 @@ EDGES: dict[str, tuple[str, str, str, Any]] = {
     "pixels_contiguous_many": (
         FORWARD, "dense kernel", "torch", lambda n: pixels(n, 128, outputs=512),
     ),
+    "pixels_weight_last": (
+        FORWARD, "dense kernel", "torch", lambda n: {"x": (1, 64, 1, n), **WEIGHT_LAST},
+    ),
     "pixels_strided": (
         INPUT_GRADIENT, "dense kernel", "torch",
         lambda n: {"x": (1, 64, 1, 2 * n), "kernel": 1, "padding": (0, 0), "stride": (2, 2)},
@@ -96,6 +101,10 @@ EDGES: dict[str, tuple[str, str, str, Any]] = {
     ),
     "pixels_dweight_contiguous": (
         WEIGHT_GRADIENT, "dense kernel", "torch", lambda n: {"x": (1, 128, 1, n), "outputs": 128},
+    ),
+    "pixels_dweight_weight_last": (
+        WEIGHT_GRADIENT, "dense kernel", "torch",
+        lambda n: {"x": (1, 128, 1, n), "outputs": 128, **WEIGHT_LAST},
     ),
     "pixels_dweight_1x1": (
         WEIGHT_GRADIENT, "dense kernel", "torch", lambda n: pixels(n, 128, outputs=128),
@@ -158,6 +167,12 @@ def test_each_capability_has_its_table_and_record(
     tables = {**dict.fromkeys(choice.THRESHOLDS, THRESHOLDS), capability: "mine"}
     monkeypatch.setattr(choice, "THRESHOLDS", tables)
     assert choice.thresholds() == "mine" and choice.RECORDS[capability]
+
+
+@pytest.mark.parametrize("direction", [*DIRECTIONS, FOLDED])
+def test_a_rule_names_its_thresholds_by_value(direction: str) -> None:
+    for candidate in choice.ON_CPU[direction]:
+        assert not set("{}") & set(choice.reason(candidate)), candidate.name
 
 
 # ---- the lists ----

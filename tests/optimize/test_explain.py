@@ -147,7 +147,7 @@ def test_inputs_run_a_copy() -> None:
 
 def key(**changes: object) -> Problem:
     made = Problem(
-        "forward", (2, 4, 8, 8), (6, 4, 3, 3), torch.float32, "contiguous",
+        "forward", (2, 4, 8, 8), (6, 4, 3, 3), torch.float32, "contiguous", "contiguous",
         (1, 1), (2, 2), (2, 2), 1, "shift+relu", True, True, 0,
     )  # fmt: skip
     return made._replace(**changes)

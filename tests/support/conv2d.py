@@ -256,8 +256,8 @@ def check(
 # Thresholds under which each candidate serves something: tests do not depend on what was measured.
 THRESHOLDS = Thresholds(
     small=8192, few_channels=32, few_pixels=48, pixels=256, pixels_contiguous=128,
-    pixels_contiguous_many=128, pixels_strided=800, pixels_dweight=800, pixels_dweight_contiguous=512,
-    pixels_dweight_1x1=640, many_channels=128,
+    pixels_contiguous_many=128, pixels_weight_last=192, pixels_strided=800, pixels_dweight=800,
+    pixels_dweight_contiguous=512, pixels_dweight_weight_last=560, pixels_dweight_1x1=640, many_channels=128,
     pixels_dweight_dilated=2048, large_dilation=8, large_dilation_dweight=8, short_row=8,
     depthwise_cached_bytes=8 << 20, depthwise_strided_bytes=16 << 20,
 )  # fmt: skip
