@@ -1,4 +1,4 @@
-"""The activation behind an op of torch: written over what that computed, and its derivative from what is left."""
+"""The activation after one of torch's ops: in place where possible, and its derivative from what was saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..activation import Activation
 
 
 def activated(z: Tensor, act: Activation, in_place: bool) -> Tensor:
-    """``act(z)``, written over ``z`` where that is allowed and the activation can."""
+    """``act(z)``, written over ``z`` if ``in_place`` allows it and torch has the activation in place."""
     if act.code == 0:
         return z
     write = _IN_PLACE.get(act.name) if in_place else None
@@ -37,16 +37,16 @@ _IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def derivative_from_output(act: Activation) -> bool:
-    """Whether the output gives the derivative as exactly as the pre-activation does (elu's, by a difference, not)."""
+    """Whether the derivative from the output is as exact as from the pre-activation (not for elu: a difference)."""
     return act.name in ("relu", "relu6", "sigmoid", "tanh") or (
         act.name == "leaky_relu" and act.param >= 0
     )
 
 
-# Of (gradient of the output, what forward saved, the activation's parameter): the gradient of the pre-activation.
+# (gradient of the output, what forward saved, the activation's parameter) -> the gradient of the pre-activation.
 DERIVATIVES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "relu": lambda dout, out, _: torch.ops.aten.threshold_backward(dout, out, 0),
-    # Of what was saved the sign alone counts.
+    # Only the sign of what was saved matters.
     "leaky_relu": lambda dout, saved, slope: torch.ops.aten.leaky_relu_backward(
         dout, saved, slope, False
     ),
