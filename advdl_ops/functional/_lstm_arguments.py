@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# The functions' names, as errors and the backend know them.
+# The functions' names in errors and for the backend.
 CELL, SEQUENCE = "lstm_cell", "lstm"
 
 OptionalTensor = Tensor | None
@@ -138,7 +138,7 @@ def pair_of_rates(zoneout: Any) -> tuple[float, float]:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype of the active autocast; ``None`` where there is none, or where it leaves ``x`` as it is."""
+    """The dtype of the active autocast; ``None`` if there is none or if it does not cast ``x``."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype not in _CAST:
         return None

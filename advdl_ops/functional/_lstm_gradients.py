@@ -18,7 +18,7 @@ def reference_gradients(
     """The gradients of ``forward(*arguments)``, which can be differentiated again.
 
     Args:
-        forward: a reference function, made of torch's own operators.
+        forward: a reference function, which consists of torch's own operators.
         arguments: tensors, and options that are passed on as they are.
         need: for each argument, whether its gradient is needed.
         given: for each output, its gradient; ``None`` for zero.
