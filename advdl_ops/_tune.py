@@ -78,8 +78,7 @@ def tune(model: torch.nn.Module, *inputs: Any) -> Tuned:
 
     Args:
         model: any module. A copy of it runs: forward and backward in training mode, else forward without gradients. The
-        model and
-            the state of the random number generators do not change.
+            model and the state of the random number generators do not change.
         inputs: arguments of its forward, with the shapes to be measured.
 
     Returns:

@@ -118,8 +118,7 @@ def choose(
     Args:
         key: everything on which the times depend: a NamedTuple of hashable values.
         candidates: name -> call without arguments. The first serves if measuring is not allowed: where :func:`is_on` is
-        False, and
-            under graph capture.
+            False, and under graph capture.
         device: where the candidates run.
         measure: seconds of one call; by default :func:`cuda_seconds` or :func:`cpu_seconds`.
         store: by default the file for ``device``.

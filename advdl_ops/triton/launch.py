@@ -71,7 +71,7 @@ def input_gradient(
 
     Args:
         run: launches the kernel on ``dz`` in channels_last, the gradient and the number of input pixels of the largest
-        phase.
+            phase.
     """
     _check(function, dz, weight)
     dz = channels_last(dz)
