@@ -1,6 +1,6 @@
-"""What serves a layer on the CPU: asked of the choice that the calls themselves make.
+"""What serves a layer on the CPU, from the same choice that the calls themselves use.
 
-By the texts of :func:`of_layer` (before a call: with what it depends on) and :func:`of_call` (of one call).
+:func:`of_layer` gives the text before a call, with the conditions. :func:`of_call` gives the text for one call.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FOLDED = "in evaluation without gradients one convolution, the norm folded into
 
 
 def own() -> str:
-    """With the capability, where ``_C``, which knows, is of this Python."""
+    """The text for this package's kernel, with the capability if ``_C``, which has it, is for this Python."""
     try:
         return f"CPU C++ kernel, {importlib.import_module('advdl_ops._C').cpu.capability()}"
     except ImportError:
@@ -49,7 +49,7 @@ def own() -> str:
 
 
 def of_layer(layer: torch.nn.Module) -> str:
-    """By which condition on its input, where it depends on that."""
+    """What serves the layer. If that depends on the input, with the conditions."""
     if isinstance(layer, nn.ConvBNAct):
         return of_pair(layer.conv, layer.bn)
     if isinstance(layer, nn.ConvTranspose2d):
@@ -63,7 +63,7 @@ def of_layer(layer: torch.nn.Module) -> str:
 
 
 def of_call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> str | None:
-    """For the arguments of its forward, called without gradients; ``None`` where nothing is known of them."""
+    """What serves a call of the layer's forward with these arguments, without gradients; ``None`` if not known."""
     x, *others = args or (kwargs.get("input", kwargs.get("x")),)
     if isinstance(layer, nn.ConvTranspose2d) and type(x) is Tensor:
         return _of_transposed(layer, x, *others, **kwargs)
@@ -83,7 +83,7 @@ def of_pair(
     x: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> str:
-    """Of :func:`.nn.conv_bn_act`, for an ``x`` if one is given."""
+    """What serves :func:`.nn.conv_bn_act`, for ``x`` if that is given."""
     if not (folds_any(conv, bn) if x is None else _folds(conv, bn, x, residual)):
         return TWO_LAYERS
     with torch.no_grad():
@@ -91,9 +91,9 @@ def of_pair(
 
 
 def folds_any(conv: torch.nn.Module, bn: torch.nn.Module) -> bool:
-    """Whether in evaluation the norm becomes part of the convolution, of an input in the weight's dtype."""
+    """Whether the norm is folded into the convolution in evaluation, for an input in the weight's dtype."""
     if not isinstance(conv, torch.nn.Conv2d) or not isinstance(bn, nn.BatchNormAct2d):
-        return False  # something else was put in the place of one
+        return False  # one of them was replaced by another class
     return _folds(conv, bn, _smallest(conv), None)
 
 
@@ -106,7 +106,7 @@ def _folds(
 
 
 def _smallest(conv: torch.nn.Conv2d) -> Tensor:
-    """An input that every kernel and mode of padding takes."""
+    """A small input that is large enough for the layer's kernel and padding."""
     side = max(_extent(conv)) + max(conv._reversed_padding_repeated_twice)
     return conv.weight.new_empty(1, conv.in_channels, side, side)
 
@@ -128,7 +128,7 @@ def _of_folded(conv: torch.nn.Conv2d, given: Tensor | None) -> str:
 
 
 def _of_other(layer: torch.nn.Module) -> str:
-    # The product is normalized before the kernel may add to it.
+    # With layer norm, torch computes and normalizes the product with the input before the kernel.
     normalized = isinstance(layer, nn.LSTM) and layer.layer_norm
     return own() + ("; product with the input, and its norm, torch's own" if normalized else "")
 
@@ -137,7 +137,7 @@ def _of_other(layer: torch.nn.Module) -> str:
 
 
 class _Parts(NamedTuple):
-    """What serves the forward pass without and under gradients, and what each gradient."""
+    """What serves the forward pass without gradients, the forward pass with gradients, and each gradient."""
 
     forward: str
     derived: str
@@ -145,7 +145,7 @@ class _Parts(NamedTuple):
     dweight: str
 
     def text(self) -> str:
-        """The forward pass, and what is served by another."""
+        """The implementation of the forward pass, then the parts with another one."""
         further = {"under gradients": self.derived}
         if self.dx == self.dweight:
             further["gradients"] = self.dx
@@ -171,7 +171,7 @@ def _parts(
 
 
 def problems_of(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> list[Problem]:
-    """Those of a call on CPU: of a convolution every direction, of what is folded the one."""
+    """The problems of a call on CPU: every direction of a convolution, or the single one of a folded pair."""
     x, *others = args or (kwargs.get("input", kwargs.get("x")),)
     residual = others[0] if others else kwargs.get("residual")
     if type(x) is not Tensor or isinstance(layer, nn.ConvTranspose2d):
@@ -213,13 +213,13 @@ def _call_of(
 def _problem(
     direction: str, x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue | None = None
 ) -> Problem:
-    # The gradient of the output mostly lies as the input does.
+    # Assumes that the output's gradient has the input's memory format, as is usual.
     name = layout_of(x) if epilogue is None else epilogue.name()
     return problem_of(direction, x, weight, conv, name)
 
 
 def _by(candidate: choice.Candidate, x: Tensor, weight: Tensor, conv: Conv) -> str:
-    """Whose work a candidate is."""
+    """The implementation behind a candidate."""
     if candidate.name.startswith((choice.DEPTHWISE, choice.DENSE)):
         return own()
     if candidate.name.startswith(choice.ONEDNN):
@@ -230,19 +230,19 @@ def _by(candidate: choice.Candidate, x: Tensor, weight: Tensor, conv: Conv) -> s
 
 
 def _by_torch(x: Tensor, weight: Tensor, conv: Conv, **transposed: Any) -> str:
-    """What torch's dispatcher takes: its own answer."""
+    """The implementation that torch chooses, by torch's own function."""
     padding: Any = transposed.get("output_padding")
     found: Any = torch._C._select_conv_backend(
         x, weight, None, conv.stride, conv.padding, conv.dilation,
         padding is not None, padding or (0, 0), conv.groups, None,
     )  # fmt: skip
-    # The one of transposed convolutions, the next in C++, has no name in Python.
+    # The value for transposed convolutions, the next one in C++, has no name in Python.
     mkldnn = int(torch._C._ConvBackend.Mkldnn)  # type: ignore[attr-defined]
     return ONEDNN if int(found) in (mkldnn, mkldnn + 1) else TORCH
 
 
 def _of_convolution(layer: torch.nn.Conv2d) -> str:
-    """Where the own kernel depends on the number of pixels, by which numbers."""
+    """The text for a convolution, with the numbers of pixels for which this package's kernel serves."""
     if layer.groups == layer.in_channels == layer.out_channels:
         return _of_depthwise(layer)
     spans: dict[str, list[str]] = {}
@@ -273,7 +273,7 @@ def _of_depthwise(layer: torch.nn.Conv2d) -> str:
 
 
 def _extent(layer: torch.nn.Conv2d) -> tuple[int, int]:
-    """Of the kernel, with its holes."""
+    """Height and width of the dilated kernel."""
     height, width = (
         d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
     )
@@ -285,7 +285,7 @@ def _of_shape(problem: Problem, height: int, width: int, layout: str) -> Problem
 
 
 def _serves(layer: torch.nn.Conv2d, direction: str, layout: str) -> Callable[[int], bool]:
-    """Whether the dense kernel serves ``direction`` where the output has so many pixels, in a row."""
+    """A function of a number of pixels: whether the dense kernel serves ``direction`` for an output of one such row."""
     stride: Any = layer.stride
     dilation: Any = layer.dilation
     conv = Conv(stride, (0, 0), dilation, layer.groups)
@@ -303,7 +303,7 @@ def _serves(layer: torch.nn.Conv2d, direction: str, layout: str) -> Callable[[in
 
 
 def _span(serves: Callable[[int], bool]) -> str | None:
-    """The numbers from 1 on that it serves, which lie side by side."""
+    """The text for the range of numbers for which ``serves`` holds. It must be contiguous."""
     powers = [2**n for n in range(1, 17)]
     inside = [n for n in powers if serves(n)]
     if not inside:
@@ -320,14 +320,14 @@ def _span(serves: Callable[[int], bool]) -> str | None:
 
 
 def is_gradient(layer: nn.ConvTranspose2d) -> bool:
-    """Whether it is the gradient of a convolution, with its own output padding."""
+    """Whether the layer is the gradient of a convolution, with its own output padding."""
     return _is_gradient(
         _large(layer), layer.weight, _transposed_options(layer, layer.output_padding)
     )
 
 
 def _large(layer: nn.ConvTranspose2d) -> Tensor:
-    """An input of which any kernel and padding leave something."""
+    """An input that is large enough for any kernel and padding."""
     return torch.empty(1, layer.in_channels, 1024, 1024, device="meta")
 
 
@@ -355,7 +355,7 @@ def _of_transposed(
     conv = Conv(options.stride, options.padding, options.dilation, options.groups)
     if not _has_own_operators(x, weight, options):
         return _by_torch(x, weight, conv, output_padding=tuple(output_padding))
-    # The layer is the gradient of a convolution, its gradient the convolution.
+    # The layer is the gradient of a convolution, and its own gradient is that convolution.
     problem = _problem_of_transposed(x, weight, options)
     like = torch.empty(problem.x, dtype=dtype)
     forward, dx, dweight = (
