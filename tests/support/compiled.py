@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 
 def step(module, x, *more):
-    """Output, gradients and buffers after one call; nothing is left on the module's parameters."""
+    """Output, gradients and buffers after one call. The parameters have no gradients afterwards."""
     module.zero_grad()
     out = module(x, *more)
     grads = ()
@@ -18,7 +18,7 @@ def step(module, x, *more):
 
 
 def check_steps(module, run, backend="aot_eager"):
-    """The compiled module does what it does uncompiled, for several batch sizes, compiled once."""
+    """The compiled module does the same as the uncompiled one for several batch sizes, with one compilation."""
     other = copy.deepcopy(module)
     counter = CompileCounterWithBackend(backend)
     fast = torch.compile(other, fullgraph=True, backend=counter)
