@@ -98,7 +98,7 @@ def lstm(
     Raises:
         RuntimeError: shapes that do not fit together, mixed dtypes or devices, T = 0, bad ``lengths`` or
             ``batch_sizes``. A dtype that is not floating raises its subclass ``NotImplementedError``.
-        ValueError: a rate outside of 0..1, ``lengths`` beside ``batch_sizes``, a negative ``eps``.
+        ValueError: a rate outside of 0..1, ``lengths`` together with ``batch_sizes``, a negative ``eps``.
         TypeError: ``hx`` is not a tuple, ``lengths`` are not integers, or a value that must be a tensor is not one.
     """
     options = Options(

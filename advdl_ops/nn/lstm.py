@@ -205,7 +205,7 @@ class LSTM(torch.nn.RNNBase):
 
         Raises:
             ValueError: ``input`` has neither two nor three dimensions, or outside of autocast another dtype than the
-                weights; ``lengths`` beside a ``PackedSequence``.
+                weights; ``lengths`` together with a ``PackedSequence``.
         """
         x = input
         if isinstance(x, PackedSequence):

@@ -41,7 +41,7 @@ struct BatchNormActForward {
   void* mean = nullptr;                // [C] acc
   void* rstd = nullptr;                // [C] acc
   void* running_mean_out =
-      nullptr;  // [C], may be running_mean; written in training where that is given
+      nullptr;  // [C], may be running_mean; written in training if that is given
   void* running_var_out = nullptr;  // [C], may be running_var
 };
 
