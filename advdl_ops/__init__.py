@@ -18,7 +18,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first asked for: `import advdl_ops` stays quick.
+    # Imported at the first access, so that `import advdl_ops` stays fast.
     if name == "models":
         return importlib.import_module(".models", __name__)
     if name == "tune":

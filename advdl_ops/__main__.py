@@ -19,7 +19,7 @@ _ENVIRONMENT = re.compile(
 
 
 def report() -> dict[str, Any]:
-    """What this machine, this installation and its native libraries are; only values that JSON can hold."""
+    """Facts about this machine, this installation and its native libraries, as values that JSON can hold."""
     return {
         "versions": _versions(),
         "native": _native(),
@@ -52,7 +52,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _native() -> dict[str, Any]:
-    """Per device: "loaded", or why not."""
+    """For each device: "loaded", or why its kernels are not."""
     from . import _library, backend
 
     loaded = {name: reason or "loaded" for name, reason in _library.status().items()}
@@ -93,7 +93,7 @@ def _cpu_model() -> str:
 
 
 def _kernel_capability() -> str | None:
-    """Of the CPU kernels. `_C` holds the same choice, by the same code, as the library."""
+    """The capability of the CPU kernels. `_C` contains the same code as the library and so chooses the same one."""
     try:
         from . import _C  # type: ignore[attr-defined,unused-ignore]
     except ImportError:

@@ -1,4 +1,4 @@
-"""Environment variables, of which an empty one counts as none and a wrong one is named; and the CPU's name."""
+"""Environment variables (an empty one counts as unset, a wrong one gives a warning), and the CPU's name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def variable(name: str) -> str | None:
 
 
 def flag(name: str, default: bool) -> bool:
-    """``0`` or ``1``; anything else is ignored, and said so once."""
+    """A variable that is ``0`` or ``1``. Anything else is ignored, with one warning."""
     value = variable(name)
     if value not in ("0", "1", None):
         _warn_once(f"{name} ({value!r}) must be 0 or 1; it is ignored")
@@ -23,7 +23,7 @@ def flag(name: str, default: bool) -> bool:
 
 @functools.cache
 def cpu_model() -> str:
-    """As the system names it; of a virtual machine it may tell no generation."""
+    """The name that the system gives the CPU. On a virtual machine it may not include the generation."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Loads the native libraries; if one cannot be loaded, says why once, and ``reference`` serves in its place."""
+"""Loads the native libraries. If one cannot be loaded, it warns once, and ``reference`` serves instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 _LIB_DIR = Path(__file__).parent / "lib"
 _CPU_LIBRARY = _LIB_DIR / "libadvdl_ops_cpu.so"
 
-# device type -> None if its kernels are loaded, else why not.
+# Device type -> None if its kernels are loaded, else why not.
 _status: dict[str, str | None] = {}
 
 
@@ -26,21 +26,21 @@ def _load_cpu() -> str | None:
 
 
 def _load_cuda() -> str | None:
-    # Nothing here may initialise the driver: after that no forked child can use it.
+    # Nothing here may initialise the driver, because forked children could not use it any more.
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     path = _LIB_DIR / "libadvdl_ops_cuda.so"
     if not path.exists():
         return "the CUDA library was not built (nvcc was not found, or ADVDL_OPS_CUDA=0)"
     built, driver = _built(), _driver()
-    # Within a major version an older driver runs what a newer toolkit compiled: NVIDIA's minor version compatibility.
+    # NVIDIA's minor version compatibility: within a major version, an older driver runs what a newer toolkit compiled.
     if built and driver and driver[0] < built.toolkit[0]:
         return _too_old(driver, built.toolkit)
     return _load(path)
 
 
 def _driver() -> tuple[int, int] | None:
-    """The newest CUDA that the driver serves, ``None`` without a driver. Initialises nothing."""
+    """The newest CUDA version that the driver supports, ``None`` without a driver. Initialises nothing."""
     version = ctypes.c_int()
     try:
         failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -55,7 +55,7 @@ class _Built(NamedTuple):
 
 
 def _built() -> _Built | None:
-    """What the CUDA library was compiled by and for; ``None`` where `_C`, which knows, is of another Python."""
+    """The toolkit and the GPUs of the CUDA library's build. ``None`` if `_C`, which has them, is for another Python."""
     try:
         info = importlib.import_module("advdl_ops._C").build_info()
     except ImportError:
@@ -78,12 +78,13 @@ def _too_old(driver: tuple[int, int], toolkit: tuple[int, int]) -> str:
 
 @functools.cache
 def unsupported_gpu(index: int) -> str | None:
-    """Why the kernels cannot run on this GPU, or ``None``. Called with a tensor there, so CUDA is up already."""
+    """Why the kernels cannot run on this GPU, or ``None``. The caller has a tensor on it, so CUDA is initialised."""
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"GPU {index} is of compute capability {capability[0]}.{capability[1]}, kernels need 8.0 or later"
     built, driver = _built(), _driver()
-    # A GPU that the library was not compiled for gets its PTX, which a driver older than the toolkit cannot compile.
+    # On a GPU that the library was not compiled for, the driver compiles its PTX. A driver older than the toolkit
+    # cannot.
     if (
         built
         and driver
@@ -111,7 +112,7 @@ def native(device_type: str) -> bool:
 
 @functools.cache
 def cpu_capability() -> str:
-    """``"default"``, ``"avx2"`` or ``"avx512"``: what the CPU library uses; without it ``"default"``."""
+    """The CPU library's capability: ``"default"``, ``"avx2"`` or ``"avx512"``. Without a library ``"default"``."""
     if not native("cpu"):
         return "default"
     name = ctypes.CDLL(str(_CPU_LIBRARY)).advdl_ops_cpu_capability
@@ -120,12 +121,12 @@ def cpu_capability() -> str:
 
 
 def status() -> dict[str, str | None]:
-    """For "cpu" and "cuda": ``None`` where the kernels are loaded, else the reason why not."""
+    """For "cpu" and "cuda": ``None`` if the kernels are loaded, else the reason why not."""
     return dict(_status)
 
 
 def load() -> None:
-    """Load what this machine can use. Called once, by ``import advdl_ops``."""
+    """Load the libraries that this machine can use. Called once, by ``import advdl_ops``."""
     _status["cpu"] = _load_cpu()
     _status["cuda"] = _load_cuda()
     if not native("cpu") and os.environ.get("ADVDL_OPS_BACKEND") != "reference":
@@ -134,7 +135,7 @@ def load() -> None:
 
 @functools.cache
 def warn_once(reason: str) -> None:
-    """Say that the reference serves in place of a kernel, and why."""
+    """Warn that the reference serves in place of a kernel, and why."""
     warnings.warn(
         f"advdl_ops runs without its fused kernels, on the plain PyTorch reference. {reason}",
         RuntimeWarning,

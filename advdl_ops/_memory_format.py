@@ -1,6 +1,6 @@
-"""When a network runs in channels_last inside: the one rule of the zoo's networks and of ``optimize``.
+"""When a network runs in channels_last inside: one rule for the zoo's networks and for ``optimize``.
 
-`models/_layers.py` and `_optimize/memory_format.py` call it with the images that a network is given.
+`models/_layers.py` and `_optimize/memory_format.py` call it with the input images of a network.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from .backend import autocast_dtype, get_backend, is_traced, needs_grad, transfo
 
 
 def runs_in_channels_last(model: torch.nn.Module, x: Tensor) -> bool:
-    """Whether ``model``, in the mode that it is in, should run the image ``x`` in channels_last.
+    """Whether ``model``, in its current mode, should run the image ``x`` in channels_last.
 
-    Its convolutions on CPU are faster so. In training, or with gradients, in fp32 alone: of other dtypes nothing was
-    measured.
+    Convolutions on CPU are faster there. In training, or with gradients, this holds only in fp32, because other dtypes
+    were not measured.
     """
-    # As it came -> in channels_last, fp32, 256x256 on one core: unet 790 -> 630 ms, unet_resnet34 140 -> 115,
+    # Contiguous -> channels_last, fp32, 256x256 on one core: unet 790 -> 630 ms, unet_resnet34 140 -> 115,
     # deeplabv3_resnet50 610 -> 395. Training, on two: resnet18 224 -> 204, resnet50 364 -> 339, unet 650 -> 640.
     if not x.is_cpu or get_backend() != "fused" or transformed() or is_traced():
         return False
@@ -25,7 +25,7 @@ def runs_in_channels_last(model: torch.nn.Module, x: Tensor) -> bool:
 
 
 def in_channels_last(x: Tensor) -> Tensor:
-    """``x`` ``[N, C, H, W]`` in channels_last, with a gradient as ``x`` lies."""
+    """``x`` ``[N, C, H, W]`` in channels_last. If that is a copy, the gradient is made contiguous, as ``x`` is."""
     out = x.contiguous(memory_format=torch.channels_last)
     if out is not x and out.requires_grad:
         out.register_hook(lambda grad: grad.contiguous())
@@ -34,5 +34,5 @@ def in_channels_last(x: Tensor) -> Tensor:
 
 def trains(model: torch.nn.Module, x: Tensor) -> bool:
     """Whether ``model`` is in training, or a call with ``x`` records gradients."""
-    # The first parameter stands for all: most often either all of them want gradients or none.
+    # The first parameter stands for all. In most models either all parameters need gradients or none.
     return model.training or needs_grad(x, next(model.parameters(), None))

@@ -1,9 +1,10 @@
 """Every raw operator: its schema, and its fake function with exact sizes, dtypes and strides.
 
-Only operators whose name ends in ``_`` write an argument. ``csrc/common/<family>.h`` says what a kernel computes. The
+Only operators whose name ends in ``_`` write an argument. ``csrc/common/<family>.h`` has the formulas. The
 implementations are in:
 
-- ``csrc/bindings/<family>.cpp``: the norms and the LSTM for CPU and CUDA, dense and depthwise convolution for CPU;
+- ``csrc/bindings/<family>.cpp``: the norms and the LSTM for CPU and CUDA; ``dense_conv2d``, ``depthwise_conv2d`` and
+  ``convert_layout`` for CPU;
 - ``_conv/operators.py``: ``conv2d`` for CPU and CUDA.
 """
 
@@ -16,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Kept alive: destroying a Library takes its operators away.
+# Kept alive, because destroying a Library unregisters its operators.
 _library = torch.library.Library("advdl_ops", "DEF")
 
-# The running statistics are an output here, [2, C], for the caller to copy: what a compiler may trace inside of an
-# autograd.Function writes no input. Eagerly batch_norm_act_ writes them in place: a tensor and two copies less.
+# The new running statistics are an output here, [2, C], which the caller copies: a compiler can only trace an
+# autograd.Function that writes no input. In eager mode, batch_norm_act_ writes them in place and saves a tensor and two
+# copies.
 _library.define(
     "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, "
     "Tensor? running_var, bool training, float momentum, float eps, int act, float act_param) "
@@ -36,12 +38,13 @@ _library.define(
     "bool training, int act, float act_param, int z_source, bool need_dx, bool need_dresidual) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
-# Statistics [2, N * groups]: mean and variance. groups = 0: of each position over its channels, [2, N * S].
+# stats is [2, N * groups]: mean and variance. With groups = 0 each position is normalized over its channels: [2, N *
+# S].
 _library.define(
     "group_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, int groups, float eps, int act, "
     "float act_param) -> (Tensor out, Tensor stats)"
 )
-# dweight and dbias are empty where neither weight nor bias is given.
+# dweight and dbias are empty if neither weight nor bias is given.
 _library.define(
     "group_norm_backward(Tensor dout, Tensor x, Tensor? saved, Tensor? weight, Tensor? bias, Tensor stats, "
     "int groups, float eps, int act, float act_param, int z_source, bool need_dx, bool need_dresidual) "
@@ -53,8 +56,8 @@ _library.define(
     "conv2d(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, "
     f"{_CONV2D_OPTIONS}, int act, float act_param) -> Tensor"
 )
-# dz is the gradient of conv2d(x, weight), dbias its sum. dweight and dbias are in fp32 at least, dweight in the memory
-# format of the weight (autograd would copy another one into it); what is not needed is empty.
+# dz is the gradient of conv2d(x, weight), dbias its sum. dweight and dbias are at least fp32. dweight has the memory
+# format of the weight (autograd would copy any other). Gradients that are not needed are empty.
 _library.define(
     f"conv2d_backward(Tensor dz, Tensor x, Tensor weight, {_CONV2D_OPTIONS}, "
     "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
@@ -68,8 +71,8 @@ _library.define(
     "depthwise_conv2d_backward(Tensor dz, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
     "bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
-# The same for groups = 1 in fp32 or fp64 and up to 64 taps, on CPU alone: conv2d hands on what it serves best. In the
-# memory formats of x and of the weight.
+# The same for groups = 1 in fp32 or fp64 and up to 64 taps, on CPU only. conv2d calls it where it is the fastest.
+# Results have the memory formats of x and of the weight.
 _library.define(
     "dense_conv2d(Tensor x, Tensor weight, Tensor? shift, Tensor? residual, "
     "int[2] stride, int[2] padding, int[2] dilation, int act, float act_param) -> Tensor"
@@ -80,19 +83,19 @@ _library.define(
 )
 # A copy of x [N, C, H, W] in the other memory format.
 _library.define("convert_layout(Tensor x, bool channels_last) -> Tensor")
-# One step of torch's LSTM cell; the gates [N, 4H] are for backward, empty unless `save`.
+# One step of torch's LSTM cell. The gates [N, 4H] are for backward, and empty unless `save`.
 _library.define(
     "lstm_cell(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save) "
     "-> (Tensor h_out, Tensor c_out, Tensor gates)"
 )
-# Gradients of the weights are in fp32 at least. What is not needed is empty.
+# Gradients of the weights are at least fp32. Gradients that are not needed are empty.
 _library.define(
     "lstm_cell_backward(Tensor? dh, Tensor? dc, Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, "
     "Tensor gates, bool need_dx, bool need_dw_ih, bool need_dw_hh, bool need_dbias) "
     "-> (Tensor dx, Tensor dh_in, Tensor dc_in, Tensor dw_ih, Tensor dw_hh, Tensor dbias)"
 )
-# One layer and direction over whole sequences. gates, cells and products (of layer norm alone) are for backward: with
-# rows as x, empty unless `save`.
+# One layer and direction over whole sequences. gates, cells and products (with layer norm only) are for backward. They
+# have rows as x, and are empty unless `save`.
 _LSTM_ARGUMENTS = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, "
     "Tensor? lengths, Tensor? batch_sizes, Tensor? recurrent_mask, Tensor? zoneout_c_mask, Tensor? zoneout_h_mask, "
@@ -102,24 +105,24 @@ _LSTM_ARGUMENTS = (
 
 
 class LSTMArguments(NamedTuple):
-    """The arguments that ``lstm`` and ``lstm_backward`` share, in the order of their schemas; all but ``save``.
+    """The arguments that ``lstm`` and ``lstm_backward`` share, in the order of their schemas.
 
     Sizes: T steps, B sequences, I features of ``x``, H the hidden size, R the size of ``h`` (H, or P with ``w_hr``).
-    Tensors have the dtype of ``x`` where no other is given.
+    Tensors have the dtype of ``x`` unless another is given.
     """
 
     x: Tensor  # [T, B, I], with batch_first [B, T, I], with batch_sizes [rows, I]
-    h0: Tensor | None  # [B, R]; None: zeros, but not beside batch_sizes
+    h0: Tensor | None  # [B, R]; None: zeros; must be given with batch_sizes
     c0: Tensor | None  # [B, H]; None: zeros
     w_ih: (
         Tensor | None
-    )  # [4H, I], gates in the order i, f, g, o; None: x is multiplied by it already, I = 4H
+    )  # [4H, I], gates in the order i, f, g, o; None: x is already the product with it, I = 4H
     w_hh: Tensor  # [4H, R]
     b_ih: Tensor | None  # [4H]
     b_hh: Tensor | None  # [4H]
     w_hr: Tensor | None  # [P, H]: the projection
-    lengths: Tensor | None  # [B] int64, on x's device, of a padded x
-    batch_sizes: Tensor | None  # [T] int64, on the CPU, as of a PackedSequence
+    lengths: Tensor | None  # [B] int64, on x's device, for a padded x
+    batch_sizes: Tensor | None  # [T] int64, on the CPU, as in a PackedSequence
     recurrent_mask: Tensor | None  # [B, R]: the factor of h before w_hh
     zoneout_c_mask: (
         Tensor | None
@@ -127,7 +130,7 @@ class LSTMArguments(NamedTuple):
     zoneout_h_mask: Tensor | None  # uint8, rows as x, R wide; 1: the unit of h keeps its value
     zoneout_c: float  # the rate, used without a mask
     zoneout_h: float
-    ln_hh_weight: Tensor | None  # [4H]: layer norm of w_hh h; all four are given or none
+    ln_hh_weight: Tensor | None  # [4H]: layer norm of w_hh h; all four ln_* are given or none
     ln_hh_bias: Tensor | None  # [4H]
     ln_c_weight: Tensor | None  # [H]: layer norm of the cell
     ln_c_bias: Tensor | None  # [H]
@@ -140,7 +143,7 @@ _library.define(
     f"lstm({_LSTM_ARGUMENTS}, bool save) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor products)"
 )
-# dbias is that of b_ih, of b_hh and of ln_hh_bias.
+# dbias is the gradient of b_ih, of b_hh and of ln_hh_bias.
 _library.define(
     f"lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LSTM_ARGUMENTS}, Tensor y, Tensor gates, Tensor cells, "
     "Tensor products, bool need_dx, bool need_dw_ih, bool need_dw_hh, bool need_dbias, bool need_dw_hr) "
@@ -163,9 +166,9 @@ def _(x, residual, weight, bias, running_mean, running_var, *options):
 
 
 def _of_negative(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """``batch_norm_act_`` of tensors with the negative bit, as ``torch.view_as_real(z.conj())[..., 1]`` has it.
+    """``batch_norm_act_`` for tensors with the negative bit, such as ``torch.view_as_real(z.conj())[..., 1]``.
 
-    Torch's own fallback gives every other operator copies, but not one that writes two tensors.
+    Torch's own fallback passes copies to every other operator, but cannot do so for one that writes two tensors.
     """
     *tensors, training = arguments[:7]
     for running in tensors[4:]:
@@ -282,7 +285,7 @@ def _fake_conv2d_backward(x, weight, need_dx, need_dweight, need_dbias):
 def conv2d_shape(
     x: Sequence[int], weight: Sequence[int], stride: Any, padding: Any, dilation: Any
 ) -> tuple[int, int, int, int]:
-    """The shape ``[N, C_out, H_out, W_out]`` of a convolution, by the shapes of x and weight; options are pairs."""
+    """The shape ``[N, C_out, H_out, W_out]`` of a convolution, from the shapes of x and weight; options are pairs."""
     batch, _, height, width = x
     outputs, _, kernel_h, kernel_w = weight
     return (
@@ -294,7 +297,7 @@ def conv2d_shape(
 
 
 def conv2d_format(x: Tensor) -> torch.memory_format:
-    """The memory format of what a convolution of ``x`` [N, C, H, W] returns: channels_last for channels_last alone."""
+    """The memory format of a convolution's output: channels_last if ``x`` [N, C, H, W] is that and not contiguous."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
@@ -382,7 +385,7 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _kept(x: Tensor) -> Tensor:
-    """An output with ``x``'s strides where the kernels read x as it is ([N, C, S] or [N, S, C]), else contiguous."""
+    """An output with ``x``'s strides if the kernels read x without a copy ([N, C, S] or [N, S, C]), else contiguous."""
     dense = x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
     return (
         torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)

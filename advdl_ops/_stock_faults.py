@@ -1,6 +1,6 @@
-"""Which 2-D convolutions torch computes wrongly on CPU, as docs/stock_faults.md records, and how they come out right.
+"""Which 2-D convolutions torch computes wrongly on CPU (docs/stock_faults.md), and how to get correct results.
 
-Found by tools/stock_faults.py in torch 2.13. Who hands a convolution to torch asks here.
+Found by tools/stock_faults.py in torch 2.13. All code that passes a convolution to torch checks here first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.modules.utils import _pair
 from ._schemas import conv2d_format
 from .backend import transformed
 
-# Channels that oneDNN computes at a time with AVX-512; with AVX2 8.
+# Channels that oneDNN computes at a time with AVX-512. With AVX2 there are 8.
 _BLOCK = 16
 _HALF = torch.float16, torch.bfloat16
 
@@ -30,17 +30,17 @@ def fails_in_channels_last(
     groups: int,
     output_padding: Sequence[int] | None = None,
 ) -> bool:
-    """Whether the gradient of the weight may be wrong, or end the process, unless all is in contiguous memory.
+    """Whether the gradient of the weight may be wrong, or crash the process, unless all tensors are contiguous.
 
-    Options are pairs; with an output padding those of a transposed convolution. Asked of every backward pass: what
-    costs least is looked at first.
+    Options are pairs. With an output padding they are those of a transposed convolution. Called in every backward pass,
+    so the cheapest tests come first.
     """
     strided = stride[0] > 1 or stride[1] > 1
     if not strided and (groups == 1 or (dilation[0] == 1 and dilation[1] == 1)):
         return False
     dtype = x.dtype
     if dtype == torch.float32:
-        # oneDNN copies every stride-th pixel to a buffer that is too small for less than a block of channels.
+        # oneDNN copies every stride-th pixel to a buffer, which is too small if there are fewer channels than a block.
         if groups > 1 or padding[0] > 0 or padding[1] > 0 or not strided:
             return False
         _, channels, kernel_h, kernel_w = weight.shape
@@ -56,7 +56,7 @@ def fails_in_channels_last(
 
 
 def layer_may_fail(layer: torch.nn.Module) -> bool:
-    """Whether, of one of torch's layers, :func:`fails_in_channels_last` holds for some image in fp32."""
+    """Whether :func:`fails_in_channels_last` holds for one of torch's layers with some fp32 image."""
     if not isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
         return False
     is_transposed = isinstance(layer, torch.nn.ConvTranspose2d)
@@ -77,16 +77,17 @@ def sees_nothing(
     dilation: Sequence[int],
     output_padding: Sequence[int] | None = None,
 ) -> bool:
-    """Whether no tap of the kernel falls on a column of the image: oneDNN may then end the process.
+    """Whether no tap of the kernel falls on a column of the image. oneDNN may then crash the process.
 
-    As :func:`fails_in_channels_last`; of a transposed convolution x's gradient is such a one.
+    Arguments as of :func:`fails_in_channels_last`. For a transposed convolution, the convolution meant is the gradient
+    of x.
     """
     step, border, rate = stride[1], padding[1], dilation[1]
     if border == 0 or (step == 1 and rate == 1):
         return False
     kernel = weight.shape[3]
-    # A tap with no more than the padding on either side meets the first column whatever the width is, which an exporter
-    # may not know.
+    # A tap with at most the padding on either side falls on the first column for any width. This test comes first
+    # because an exporter may not know the width.
     if step == 1 and any(max(tap, kernel - 1 - tap) * rate <= border for tap in range(kernel)):
         return False
     image = (
@@ -113,7 +114,7 @@ def _image(
     dilation: Sequence[int],
     output_padding: Sequence[int] | None,
 ) -> Sequence[int]:
-    """Height and width of the convolution's input: of a transposed one its output."""
+    """Height and width of the convolution's input, which for a transposed convolution is its output."""
     if output_padding is None:
         return x.shape[2:]
     return [
@@ -128,11 +129,11 @@ def padded(x: Tensor, padding: Sequence[int]) -> Tensor:
 
 
 def _as(x: Tensor, out: Tensor) -> Tensor:
-    """``out`` in ``x``'s memory format, which under functorch transforms cannot be asked for."""
+    """``out`` in ``x``'s memory format; unchanged under functorch transforms, where the format cannot be queried."""
     return out if transformed() else out.contiguous(memory_format=conv2d_format(x))
 
 
-# ---- torch's convolutions with right gradients, and outputs ----
+# ---- torch's convolutions with correct outputs and gradients ----
 
 
 def convolution(
@@ -144,7 +145,7 @@ def convolution(
     dilation: Any,
     groups: int,
 ) -> Tensor:
-    """:func:`torch.nn.functional.conv2d`; no padding by name."""
+    """:func:`torch.nn.functional.conv2d`. ``padding`` must be given by numbers."""
     stride, padding, dilation = map(_pair, (stride, padding, dilation))
     if x.is_cpu and sees_nothing(x, weight, stride, padding, dilation):
         x, padding = padded(x, padding), (0, 0)
@@ -186,5 +187,5 @@ def transposed_convolution(
 
 
 def in_contiguous(t: Tensor) -> Tensor:
-    """``t`` in contiguous memory, the strides of sizes of 1 too, for which torch takes a weight as channels_last."""
+    """``t`` in contiguous memory. Sizes of 1 get contiguous strides too, or torch might take it as channels_last."""
     return t.reshape(-1).view(t.shape)

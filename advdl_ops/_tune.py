@@ -1,4 +1,4 @@
-"""``advdl_ops.tune``: measures which implementation serves each convolution of a model best on this machine."""
+"""``advdl_ops.tune``: measures which implementation of each convolution of a model is the fastest on this machine."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class TunedConvolution:
 
     Attributes:
         problem: direction, shapes and options, see ``_conv/problem.py``.
-        before: the candidate that served: by the rules on CPU, the first on CUDA, or by an earlier measurement.
-        after: the one that serves now.
+        before: the candidate that served before: on CPU by the rules, on CUDA the first, or by an earlier measurement.
+        after: the candidate that serves now.
         seconds: median time of each candidate.
     """
 
@@ -36,7 +36,7 @@ class TunedConvolution:
 
     @property
     def speedup(self) -> float:
-        """Time of the one before over that of the one now; 1 where either was not timed."""
+        """The time of ``before`` over that of ``after``; 1 if either was not timed."""
         before, after = self.seconds.get(self.before), self.seconds.get(self.after)
         return before / after if before and after else 1.0
 
@@ -48,7 +48,7 @@ class TunedConvolution:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What :func:`tune` measured. As text: the rows that changed, those that gain the most first."""
+    """What :func:`tune` measured. As text: the rows that changed, those with the largest gain first."""
 
     rows: tuple[TunedConvolution, ...]
 
@@ -71,27 +71,28 @@ class Tuned:
 def tune(model: torch.nn.Module, *inputs: Any) -> Tuned:
     """Measure every candidate for each convolution that ``model`` runs on ``inputs``, and store the fastest.
 
-    What is stored serves from now on, in this process and in later ones on the same machine with the same versions and
-    number of threads (see ``advdl_ops.tuning``); :func:`.explain` shows it. On CPU the rules of ``_conv/choice.py``
-    serve otherwise, which were measured on another machine. On CUDA measuring happens at the first call in any case.
+    The stored candidate serves from now on, in this process and in later ones on the same machine with the same
+    versions and number of threads (see ``advdl_ops.tuning``). :func:`.explain` shows it. Without ``tune``, the rules of
+    ``_conv/choice.py`` decide on CPU; they were measured on another machine. On CUDA, candidates are measured at the
+    first call even without ``tune``, unless ``ADVDL_OPS_TUNE=0``.
 
     Args:
-        model: any module. A copy of it is run: in training mode with gradients, forward and backward, else without. It
-            and the random numbers stay as they are.
-        inputs: of its forward, of the sizes that are to be served.
+        model: any module. A copy of it runs: forward and backward in training mode, else forward without gradients. The
+            model and the state of the random number generators do not change.
+        inputs: arguments of its forward, with the shapes to be measured.
 
     Returns:
-        What was measured; ``print`` shows what changed. Where `rich` is installed a bar shows the progress.
+        What was measured. ``print`` shows what changed. If `rich` is installed, a bar shows the progress.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: no input.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"tune: model ({type(model).__name__}) must be a torch.nn.Module")
     if not inputs:
         raise ValueError("tune: inputs (none) must be those of the model's forward")
-    # On CPU, what there is to measure.
+    # Finds the problems to be measured on CPU.
     with choice.every_direction_asked():
         _run(model, inputs)
         met = choice.met()
@@ -124,7 +125,7 @@ def _run(model: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """All that a forward returned, of whatever structure."""
+    """All tensors in the output of a forward, which may be nested."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, dict):
@@ -137,7 +138,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[], Any]]:
-    """A bar of rich on stderr, where that is installed."""
+    """A progress bar on stderr if rich is installed."""
     try:
         from rich.console import Console
         from rich.progress import Progress

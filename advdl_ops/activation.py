@@ -1,4 +1,4 @@
-"""The activations that the fused ops apply: names, parameters and how they are spelled."""
+"""The activations that the fused ops apply: names, parameters, and the ways to specify them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["Activation", "resolve_activation"]
 
 
 class Activation(NamedTuple):
-    """An activation as the operators take it.
+    """An activation in the form that the operators take.
 
     Attributes:
         name: one of :data:`ACTIVATIONS`.
-        code: the number under which the kernels know it (``csrc/common/tensor_types.h``).
+        code: its number in the kernels (``csrc/common/tensor_types.h``).
         param: ``negative_slope`` of leaky_relu, ``alpha`` of elu, else 0.
     """
 
@@ -43,7 +43,7 @@ _BY_CODE = {a.code: a for a in (IDENTITY, *ACTIVATIONS.values())}
 
 
 def activation_of(code: int, param: float) -> Activation:
-    """The activation that an operator was given as two numbers."""
+    """The activation for the two numbers that an operator takes."""
     found = _BY_CODE[code]
     return found if found.param == param else found._replace(param=param)
 
@@ -56,7 +56,7 @@ _MODULES: dict[type, str] = {
     torch.nn.Hardswish: "hardswish",
     torch.nn.ReLU6: "relu6",
 }
-# timm's own classes, which take `inplace` where torch's do not; by name, as it is not imported.
+# timm's own classes, which take `inplace` where torch's do not. They are found by name, as timm is not imported.
 _TIMM = {
     f"timm.layers.activations{kind}": name
     for kind, name in {
@@ -125,6 +125,6 @@ def resolve_activation(function: str, act: str | Activation | torch.nn.Module | 
 
 
 def act_repr(act: str | Activation | torch.nn.Module | None) -> str:
-    """What a module's ``extra_repr`` ends with; the activation may have been assigned by any of its spellings."""
+    """The end of a module's ``extra_repr``. ``act`` may have any form that :func:`resolve_activation` takes."""
     name = resolve_activation("act", act).name
     return "" if name == "identity" else f", act={name!r}"

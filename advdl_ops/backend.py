@@ -1,6 +1,6 @@
-"""Which implementation serves (the kernels, or the reference in plain PyTorch), and what torch does around a call.
+"""Which implementation serves: the kernels, or the reference in plain PyTorch.
 
-The second: whether it records gradients, casts, traces or transforms.
+It also has queries of torch's state: whether torch records gradients, casts, traces or transforms a call.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class use_backend:
     """Choose the implementation for the whole process: a call sets it, a ``with`` block restores it.
 
     Args:
-        name: ``"fused"`` (the kernels, where they are loaded) or ``"reference"`` (plain PyTorch).
+        name: ``"fused"`` (the kernels, if they are loaded) or ``"reference"`` (plain PyTorch).
 
     Raises:
         ValueError: another name.
@@ -68,8 +68,8 @@ class use_backend:
 def serves_native(function: str, x: torch.Tensor) -> bool:
     """Whether a kernel serves this call; False means that the reference does.
 
-    The reference is asked for by ``use_backend``, and it is the only way for export and tracing (which must end in aten
-    operators), for forward-mode and functorch transforms, and where no kernel exists for the device.
+    The reference serves if ``use_backend`` chose it, and always in export and tracing (which must end in aten
+    operators), under forward-mode and functorch transforms, and on devices without kernels.
 
     Raises:
         RuntimeError: ``ADVDL_OPS_REQUIRE_NATIVE=1`` is set and the reference would stand in for a kernel.
@@ -77,7 +77,7 @@ def serves_native(function: str, x: torch.Tensor) -> bool:
     if _backend == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return False
     if x.is_cpu and _library.native("cpu") and not transformed():
-        return True  # the answer below, in half of the time
+        return True  # a shortcut to the answer below, in half of the time
     device = x.device.type
     # Meta tensors have no data: the fake function of the operator gives the shapes.
     if (_library.native(device) or device == "meta") and not transformed():
@@ -99,7 +99,7 @@ def serves_native(function: str, x: torch.Tensor) -> bool:
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd records what is made of them."""
+    """Whether autograd records operations on these tensors."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
@@ -112,7 +112,7 @@ AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype of the autocast that is active on ``x``'s device, or ``None``."""
+    """The dtype of the active autocast on ``x``'s device; ``None`` if there is none."""
     device = x.device.type
     if device == "meta" or not torch.amp.is_autocast_available(device):
         return None
@@ -120,14 +120,14 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 
 def cast(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``t`` as autocast gives it to an operator. A function casts first, so that backward holds no fp32 copy."""
+    """``t`` as autocast would pass it to an operator. Functions cast before they save tensors, to keep no fp32 copy."""
     return t.to(dtype) if t.dtype in AUTOCAST_FROM else t
 
 
 def transformed() -> bool:
-    """Whether a functorch or forward-mode transform is active, which only differentiable aten operators serve.
+    """Whether a functorch or forward-mode transform is active, which needs differentiable aten operators.
 
-    Under compile too, where the inputs of a transformed function do not say that they need a gradient.
+    This works under compile too, where the inputs of a transformed function do not have ``requires_grad``.
     """
     return (
         torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -135,12 +135,12 @@ def transformed() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a compiler or the tracer records this call: nothing may be cached, and the steps stay aten operators."""
+    """Whether a compiler or tracer records this call. Then nothing is cached, and all steps must be aten operators."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def unwatched(*tensors: torch.Tensor | None) -> bool:
-    """Whether this is a plain call on plain tensors, whose operators no tracer, mode or transform wants to see.
+    """Whether this is a plain call on plain tensors: no tracer, dispatch mode or transform must see its operators.
 
     Only then may a tensor be kept for later calls, or an operator's Python function be called without the dispatcher.
     """
@@ -153,10 +153,10 @@ def unwatched(*tensors: torch.Tensor | None) -> bool:
 
 
 def fixed(options: Any) -> Any:
-    """``options``, a tuple that may hold tuples, with its floats as constants where a compiler traces this call.
+    """``options``, a nested tuple, with its floats as constants if a compiler traces this call.
 
-    Under ``dynamic=True`` Dynamo makes a float an input of the graph, and raises where a second autograd.Function is
-    given the same. Made of its numerator and denominator it is none.
+    Under ``dynamic=True`` Dynamo makes a float an input of the graph, and raises if a second autograd.Function gets the
+    same one. A float computed from its numerator and denominator is not made an input.
     """
     if not torch.compiler.is_compiling():
         return options

@@ -1,14 +1,14 @@
-"""Which of several implementations serves one call: measured once, stored on disk, the same in every later run.
+"""Which of several implementations serves a call: measured once, stored on disk, the same in every later run.
 
-A choice is looked for in this process, then in the file of this device and of these versions, and only then made by
-measuring every candidate. On CUDA that happens at the first call of each kind, unless ``ADVDL_OPS_TUNE=0``; on CPU only
-with ``ADVDL_OPS_TUNE=1`` or in :func:`advdl_ops.tune`. What is neither stored nor measured is served by the first
-candidate.
+A choice comes from this process, else from the file of this device and these versions, else from a measurement of every
+candidate. On CUDA a measurement happens at the first call of each kind, unless ``ADVDL_OPS_TUNE=0``; on CPU only with
+``ADVDL_OPS_TUNE=1`` or in :func:`advdl_ops.tune`. If a choice is neither stored nor measured, the first candidate
+serves.
 
 The file is JSON in the directory ``ADVDL_OPS_CACHE``, else ``$XDG_CACHE_HOME/advdl_ops``, else ``~/.cache/advdl_ops``.
-Its name holds the GPU, or the CPU with its instructions and the number of threads, and the versions of torch, Triton,
-cuDNN and advdl_ops. If it is deleted everything is measured again, and results may differ in their last digits from
-those before.
+Its name contains the GPU, or the CPU with its instructions and the number of threads, and the versions of torch,
+Triton, cuDNN and advdl_ops. If the file is deleted, everything is measured again, and results may differ from earlier
+ones in their last digits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 
 try:
     import fcntl
-except ImportError:  # no POSIX: the last of two writers at one time wins
+except ImportError:  # no POSIX: of two simultaneous writers the last one wins
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["Choice", "choose", "find", "is_on", "known", "on", "recall"]
@@ -42,12 +42,12 @@ _CPU_ROUNDS, _CPU_MARGIN = 3, 0.97
 
 
 class Choice(NamedTuple):
-    """What was chosen, and why.
+    """A chosen candidate, and the times that decided.
 
     Attributes:
-        name: of the candidate.
+        name: name of the candidate.
         seconds: median time of every candidate that ran.
-        failed: of those that did not, the error.
+        failed: the error of every candidate that did not run.
     """
 
     name: str
@@ -55,34 +55,34 @@ class Choice(NamedTuple):
     failed: dict[str, str]
 
 
-# What this process has chosen or read. Never forgotten: a process never changes its mind.
+# What this process has chosen or read. Entries are never removed, so a choice never changes within a process.
 _choices: dict[tuple[torch.device, Hashable], Choice] = {}
-# What served where nothing might be measured: known, but asked for anew on every call.
+# What served on CUDA when measuring was not allowed: for `known` only; every call decides again.
 _unmeasured: dict[tuple[torch.device, Hashable], Choice] = {}
-# Of the calls of `on` that this process is in the middle of.
+# The callbacks of all calls of `on` that are active.
 _listeners: list[Callable[[Any, Choice], None]] = []
-# One at a time: two measurements at once, as of a backward thread's, would time each other.
+# One measurement at a time: two at once, such as one of a backward thread, would disturb each other.
 _lock = threading.RLock()
 
 
 def recall(key: Hashable, device: torch.device) -> str | None:
-    """The candidate that this process chose for ``key`` on ``device``; quick enough to ask on every call."""
+    """The candidate that this process chose for ``key`` on ``device``. Cheap enough for every call."""
     found = _choices.get((device, key))
     return None if found is None else found.name
 
 
 def find(key: Any, names: Collection[str], device: torch.device) -> Choice | None:
-    """What was chosen of ``names`` for ``key``, in this process or an earlier one; measures nothing."""
+    """The choice among ``names`` for ``key``, from this process or an earlier one. Measures nothing."""
     found = _choices.get((device, key)) or _store_of(device).read().get(_text(key))
     return found if found is not None and found.name in names else None
 
 
 @contextlib.contextmanager
 def on(tell: Callable[[Any, Choice], None] = lambda *_: None) -> Iterator[None]:
-    """Inside, candidates are measured on CPU as well, whatever ``ADVDL_OPS_TUNE`` says.
+    """Inside this context, candidates are measured on every device, whatever ``ADVDL_OPS_TUNE`` says.
 
     Args:
-        tell: is given the key and the choice of every measurement.
+        tell: called with the key and the choice of every measurement.
     """
     with _lock:
         _listeners.append(tell)
@@ -94,14 +94,14 @@ def on(tell: Callable[[Any, Choice], None] = lambda *_: None) -> Iterator[None]:
 
 
 def is_on(device: torch.device) -> bool:
-    """Whether what is not stored is measured on ``device``."""
-    from . import _environment  # here, as the store is also of use without the package
+    """Whether a choice that is not stored is measured on ``device``."""
+    from . import _environment  # imported here, because the store can be used without the package
 
     return bool(_listeners) or _environment.flag("ADVDL_OPS_TUNE", device.type == "cuda")
 
 
 def known() -> list[tuple[torch.device, Any, Choice]]:
-    """Every choice of this process, also what served unmeasured (without times): device, key, choice."""
+    """Every choice of this process as (device, key, choice). Those that were not measured have no times."""
     return [(device, key, choice) for (device, key), choice in (_unmeasured | _choices).items()]
 
 
@@ -116,9 +116,9 @@ def choose(
     """The fastest of ``candidates``.
 
     Args:
-        key: all that the times depend on: a NamedTuple of hashable values.
-        candidates: name -> call without arguments. The first serves where nothing may be measured: with
-            ``ADVDL_OPS_TUNE=0``, on CPU outside of :func:`on`, and under graph capture.
+        key: everything on which the times depend: a NamedTuple of hashable values.
+        candidates: name -> call without arguments. The first serves if measuring is not allowed: where :func:`is_on` is
+            False, and under graph capture.
         device: where the candidates run.
         measure: seconds of one call; by default :func:`cuda_seconds` or :func:`cpu_seconds`.
         store: by default the file for ``device``.
@@ -128,7 +128,7 @@ def choose(
 
     Raises:
         ValueError: no candidate.
-        Exception: where every candidate raises, what the first did. One that raises beside others is left out.
+        Exception: if every candidate raises, the exception of the first. If only some raise, they are left out.
     """
     if not candidates:
         raise ValueError(f"choose: candidates (none) must be given for {key}")
@@ -148,7 +148,8 @@ def _choose(
 ) -> str:
     at, text = (device, key), _text(key)
     found = _choices.get(at) or store.read().get(text)
-    # A stored name that is offered no more is of another state of the code, or of another input: measure again.
+    # A stored name that is no longer among the candidates is from another version of the code, or of another input.
+    # Measure again.
     if found is None or found.name not in candidates:
         if len(candidates) > 1 and not _may_measure(device):
             first = next(iter(candidates))
@@ -168,12 +169,12 @@ def _choose(
 def _measured(
     candidates: Mapping[str, Call], device: torch.device, measure: Callable[[Call], float]
 ) -> tuple[Choice, bool]:
-    """The choice, and whether it may outlast this process: not if memory happened to be short."""
+    """The choice, and whether it may be stored on disk. It may not if a candidate ran out of memory."""
     if len(candidates) == 1:
         return Choice(next(iter(candidates)), {}, {}), False
     times: dict[str, list[float]] = {name: [] for name in candidates}
     errors: dict[str, Exception] = {}
-    # On CPU in turns: what else the machine does meets all of them.
+    # On CPU the candidates take turns, so that other load on the machine affects all of them.
     rounds = 1 if device.type == "cuda" else _CPU_ROUNDS
     with _on(device):
         for name in [name for _ in range(rounds) for name in candidates]:
@@ -182,7 +183,7 @@ def _measured(
                     times[name].append(measure(candidates[name]))
                 except Exception as error:
                     errors[name] = error
-    # The least: what else runs only ever adds to it.
+    # The minimum, because other load can only increase a time.
     seconds = {name: min(t) for name, t in times.items() if name not in errors}
     if not seconds:
         raise next(iter(errors.values()))
@@ -194,7 +195,8 @@ def _measured(
 def _fastest(seconds: Mapping[str, float], device: torch.device) -> str:
     fastest = min(seconds, key=seconds.__getitem__)
     first = next(iter(seconds))
-    # On CPU the first is what the rules choose. It stays unless another is faster by more than two runs differ.
+    # On CPU the first is what the rules choose. It stays unless another is faster by more than the noise between two
+    # runs.
     if device.type == "cpu" and seconds[fastest] > _CPU_MARGIN * seconds[first]:
         return first
     return fastest
@@ -203,7 +205,7 @@ def _fastest(seconds: Mapping[str, float], device: torch.device) -> str:
 def _may_measure(device: torch.device) -> bool:
     if not is_on(device):
         return False
-    with _on(device):  # whose stream is asked about
+    with _on(device):  # is_current_stream_capturing asks about the current device
         return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
@@ -212,15 +214,15 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def cuda_seconds(call: Call) -> float:
-    """Median time of ``call`` on the current stream of the current GPU, each time with nothing of its data in L2."""
+    """Median time of ``call`` on the current stream of the current GPU, each time with none of its data in L2."""
     call()  # compiles
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     flush = torch.empty(2 * (l2 or 2**26), dtype=torch.int8, device="cuda")
     times: list[float] = []
-    # About 20 ms each, warmed up by the first tenth.
+    # About 20 ms in total. The first tenth is warm-up.
     for _ in range(55):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # More than once: what the host takes to launch `call` must not count, so the GPU has to be behind it.
+        # Several times, so that the GPU is still busy when the host launches `call`: its launch time must not count.
         for _ in range(8):
             flush.zero_()
         start.record()
@@ -234,7 +236,7 @@ def cuda_seconds(call: Call) -> float:
 
 
 def cpu_seconds(call: Call) -> float:
-    """Median time of ``call`` with the threads that torch has now."""
+    """Median time of ``call`` with torch's current number of threads."""
     from torch.utils.benchmark import Timer
 
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
@@ -242,10 +244,10 @@ def cpu_seconds(call: Call) -> float:
 
 
 class Store:
-    """Choices in one file, which any number of processes may read and add to at once.
+    """Choices in one file, which any number of processes may read and extend at the same time.
 
     Args:
-        path: of the file. What cannot be read or written is said once, and the process goes on without it.
+        path: the file. If it cannot be read or written, there is one warning, and the process continues without it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -254,7 +256,7 @@ class Store:
         self._read: dict[str, Choice] = {}
 
     def read(self) -> dict[str, Choice]:
-        """By the text of the key; read anew where the file has changed."""
+        """The choices by the text of their key. The file is read again if it has changed."""
         try:
             stat = self.path.stat()
             seen = stat.st_mtime_ns, stat.st_size
@@ -268,7 +270,7 @@ class Store:
         return self._read
 
     def add(self, text: str, choice: Choice, candidates: Mapping[str, Any]) -> Choice:
-        """Store ``choice``, and return what is stored: another process's, where that was the first."""
+        """Store ``choice`` and return the stored one, which is another process's if that was first."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(self.path.with_name(self.path.name + ".lock")):
@@ -292,9 +294,9 @@ class Store:
             "format": _FORMAT,
             "choices": {text: choice._asdict() for text, choice in sorted(choices.items())},
         }
-        # Whoever reads meanwhile sees the old file or the new one, never a part.
-        # A name that nobody can have guessed, and "x", which follows no link. Not by tempfile: others who share the
-        # directory are to read it.
+        # A new file replaces the old one, so that readers see either of them and never a part. It has a random name,
+        # and mode "x" follows no link. tempfile is not used, because others who share the directory must be able to
+        # read the file.
         written = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
         with open(written, "x", encoding="utf-8") as file:
             try:
@@ -325,11 +327,11 @@ def _parsed(content: str) -> dict[str, Choice]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # Its name is known beforehand, so another's link may stand there: that is an error.
+    # The name is predictable, so another user may have put a link there: that is an error.
     with open(path, "a", encoding="utf-8", opener=_without_links) as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file gives the lock back
+        yield  # closing the file releases the lock
 
 
 def _without_links(path: str, flags: int) -> int:
@@ -355,12 +357,12 @@ def _directory() -> Path:
     try:
         return Path.home() / ".cache" / "advdl_ops"
     except RuntimeError:
-        # A user without a home, as in many a container: a folder in which nothing can be written.
+        # A user without a home directory, as in some containers: a path in which nothing can be written.
         return Path(os.devnull) / "advdl_ops"
 
 
 def _file_name(device: torch.device, threads: int) -> str:
-    """Of the device's name and of every version on which times depend."""
+    """Made of the device's name and of all versions on which times depend."""
     from . import __version__, _environment, _library
 
     if device.type == "cuda":
@@ -379,7 +381,7 @@ def _file_name(device: torch.device, threads: int) -> str:
 
 
 def _version(package: str) -> str | None:
-    # Not by importing it: that would take longer than all else here.
+    # The package is not imported, because that would take longer than everything else here.
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

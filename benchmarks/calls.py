@@ -1,10 +1,10 @@
-"""Every call of this package's differentiable operators in a training step, judged where and as it is made.
+"""Checks every call of this package's differentiable operators within a training step.
 
-In fp32 the gradients of a whole network can be compared only loosely (``measure_model.py``); fp64 has other kernels.
-So the :class:`torch.autograd.Function` of each operator is wrapped during one step: what it returns, forward and
-backward, is compared with plain PyTorch's fp64 on the very tensors that it was given. No mode, hook or subclass
-is in the way, which would make operators choose otherwise: what is judged is what is timed. What a network leaves
-to torch's own operators is not judged, nor is what a compiler traced: those are compared as a whole.
+In fp32 the gradients of a whole network can be compared only loosely (``measure_model.py``), and fp64 uses other
+kernels. So the :class:`torch.autograd.Function` of each operator is wrapped during one step. Its results, forward and
+backward, are compared with plain PyTorch in fp64 on the same input tensors. No mode, hook or subclass is used, because
+operators might choose other kernels then: the checked code is the timed code. Torch's own operators in a network are
+not checked here, nor is anything that a compiler traced. Those are only compared as a whole.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ def _conv_transpose2d(x, weight, bias, options, act, *_):
     return (reference.conv_transpose2d(x, weight, bias, options, act),)
 
 
-# What forward returns first, and the running statistics that it writes, of the same arguments in plain PyTorch.
-# Backward needs no such table: under ``create_graph=True`` each Function's own is plain PyTorch.
+# Plain PyTorch functions with the arguments of each Function's forward. They return its first output and the running
+# statistics that it writes. Backward needs no such table: with ``create_graph=True`` each Function's own backward is
+# plain PyTorch.
 FORMULAS: dict[str, Callable[..., Sequence[Tensor | None]]] = {
     "Conv2dFunction": _conv2d,
     "Conv2dWithStatisticsFunction": _conv2d,
@@ -62,7 +63,7 @@ FORMULAS: dict[str, Callable[..., Sequence[Tensor | None]]] = {
     "GroupNormFunction": _group_norm,
     "ConvTranspose2dFunction": _conv_transpose2d,
 }
-# Where the derivative of an activation jumps.
+# The points where the derivative of an activation jumps.
 _KINKS = {"relu": (0,), "leaky_relu": (0,), "elu": (0,), "relu6": (0, 6), "hardswish": (-3, 3)}
 
 
@@ -79,7 +80,7 @@ def functions() -> list[_Function]:
 
 
 class Calls:
-    """Judges calls, and remembers what plain PyTorch's error was: fp64 takes as long as four steps in fp32."""
+    """Checks calls, and remembers plain PyTorch's error, because fp64 takes as long as four steps in fp32."""
 
     def __init__(self) -> None:
         self.known: dict[Any, float] = {}
@@ -89,7 +90,7 @@ class Calls:
 
     @contextmanager
     def judged(self) -> Iterator[list[str]]:
-        """What is wrong with the calls made inside, one line each."""
+        """Checks the calls made inside. The list gets one line for each error."""
         self.wrong, self.counts, self.leaves = [], {}, {}
         before = [
             (cls, name, vars(cls)[name])
@@ -107,7 +108,7 @@ class Calls:
                 setattr(cls, name, method)
 
     def altered(self, gradients: Mapping[Tensor, Tensor]) -> list[str]:
-        """Which parameters of the last step have another gradient than what was judged."""
+        """The parameters of the last step whose gradient differs from the checked one, one line each."""
         return [
             f"the gradient of a parameter (shape {tuple(leaf.shape)}) is not what its operator returned"
             for leaf, judged in self.leaves.items()
@@ -122,7 +123,7 @@ class Calls:
                 self.wrong.append(f"{name}: there is no formula to compare it with")
                 ctx.judged = False
                 return method(ctx, *given)
-            # Running statistics are written: they are read before.
+            # Copies of the running statistics, which the call overwrites.
             first = tuple(
                 t.detach().clone() if isinstance(t, Tensor) and t.dim() == 1 else t for t in given
             )
@@ -146,7 +147,7 @@ class Calls:
             found = [out, *given[4:6]] if formula is _batch_norm else [out]
             bounds = self._judge(name, "output", given, found, plain)
             if act.name in _KINKS and bounds:
-                # Where rounding may step over a kink, backward is given nothing: there two right answers differ.
+                # The gradient is zeroed where rounding may step over a kink, because two correct answers differ there.
                 z = pre[0].detach()
                 step = 2 * bounds[0] * float(z.abs().max()) if z.numel() else 0.0
                 ctx.near = torch.stack([(z - k).abs() <= step for k in _KINKS[act.name]]).any(0)
@@ -202,11 +203,12 @@ class Calls:
         found: Sequence[Tensor | None],
         plain: Callable[..., Sequence[Tensor | None]],
     ) -> list[float]:
-        """The rule of ``check.py`` for each result; returns the bounds.
+        """Applies the rule of ``check.py`` to each result. Returns the bounds.
 
-        ``plain`` computes them in plain PyTorch, in a dtype or in that of the tensors given, in contiguous memory or as
-        they were given (oneDNN's gradient of an image of 512 channels is 10 times less accurate in channels_last), and
-        also of ``rounded`` ones: what is 0 but for rounding may be off by as much as such a rounding changes it.
+        ``plain`` computes the results in plain PyTorch: in a given dtype or that of the tensors, in contiguous memory
+        or in the given format (oneDNN's gradient of an image of 512 channels is 10 times less accurate in
+        channels_last), and also for ``rounded`` inputs: a value that is 0 up to rounding may be off by as much as such
+        a rounding changes it.
         """
         stock = plain(None)
         exact: Sequence[Tensor | None] | None = None
@@ -220,7 +222,8 @@ class Calls:
             key = name, kind, i, _signature(given)
             eps = torch.finfo(value.dtype).eps
             allowed, known = ULPS * eps, self.known.get(key, math.inf)
-            # Where plain PyTorch's error in the same call was small before, on other values, nearness to it is enough.
+            # If plain PyTorch's error in the same call was small before, on other values, it is enough to be close to
+            # it.
             near = known < eps**0.75 and (
                 error(value, same.double()) <= (FACTOR - 1) * known + allowed
             )
@@ -235,7 +238,7 @@ class Calls:
                     other = plain(None, as_given=True)[i]
                     assert other is not None
                     in_layout = error(other, truth)
-                    if in_layout < eps**0.75:  # else it is wrong itself, and excuses nothing
+                    if in_layout < eps**0.75:  # else it is wrong itself, and justifies nothing
                         self.known[key] = max(self.known[key], in_layout)
                         bound = FACTOR * self.known[key] + allowed
                 if not off <= bound:
@@ -252,7 +255,7 @@ class Calls:
 
 
 def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    """``function`` of every leaf of tuples and dicts; an activation is one leaf."""
+    """``function`` applied to every leaf of nested tuples and dicts. An activation counts as a leaf."""
     if isinstance(value, dict):
         return {name: _mapped(item, function) for name, item in value.items()}
     if isinstance(value, tuple) and not isinstance(value, Activation):
@@ -262,7 +265,7 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def _plain(value: Any, dtype: torch.dtype | None, as_given: bool = False) -> Any:
-    """A tensor in ``dtype``, in contiguous memory, where stock is the most accurate, or as it lies; so too a dtype."""
+    """A tensor in ``dtype``, contiguous (where stock is most accurate) or in its own format; a dtype becomes it."""
     if isinstance(value, Tensor):
         value = value.detach() if as_given else value.detach().contiguous()
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value
@@ -282,7 +285,7 @@ def _activation(value: Any) -> Activation:
 
 
 def _signature(given: Any) -> str:
-    """All that a choice between kernels may depend on."""
+    """Everything on which a choice between kernels may depend."""
     return repr(
         _mapped(
             given,

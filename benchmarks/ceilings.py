@@ -1,4 +1,4 @@
-"""What this machine reaches now: the rate of a copy and of a matrix product."""
+"""The rates that this machine reaches at the moment, of a copy and of a matrix product."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 def _probe(name: str) -> Any:
-    """A probe of the optional extension ``_C``, or None where that is not built for this Python."""
+    """A probe of the optional extension ``_C``, or None if that is not built for this Python."""
     try:
         return getattr(importlib.import_module("advdl_ops._C"), name, None)
     except ImportError:
@@ -24,14 +24,14 @@ def _probe(name: str) -> Any:
 
 
 def copy_bytes(device: torch.device, tensor_bytes: int | None) -> int:
-    """How much to copy: on CPU as much as the op's tensor, as what a cache keeps of it helps the op too."""
+    """The bytes to copy. On CPU those of the op's tensor, because a cache helps the op in the same way."""
     if tensor_bytes is None or device.type != "cpu":
         return COPY_BYTES[device.type]
     return max(SMALLEST_COPY, tensor_bytes // 64 * 64)
 
 
 def copy_rate(device: torch.device, size: int, rounds: int = 5) -> float:
-    """Bytes per second of a copy of ``size`` bytes, read and written counted."""
+    """Bytes per second, read plus written, of a copy of ``size`` bytes."""
     source = torch.ones(size // 4, device=device)
     target = torch.ones_like(source)
     calls = {"torch": timing.Timed(lambda: target.copy_(source))}
@@ -51,7 +51,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> fl
 def ceilings(
     device: torch.device, dtype: torch.dtype, tensor_bytes: int | None = None
 ) -> tuple[float, float]:
-    """Copy and matrix rate; on CPU the better of torch's and ``_C``'s probe, each an honest lower bound."""
+    """Copy and matrix rate. On CPU the better of torch's and that of ``_C``'s probe: each is a lower bound."""
     size = copy_bytes(device, tensor_bytes)
     copy, flops = copy_rate(device, size), matmul_rate(device, dtype)
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""No provider is timed before its values were compared with fp64."""
+"""The check of a provider's values against fp64, without which it is not timed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping
 
 import torch
 
-# A provider may be this much worse than eager PyTorch in the same dtype, plus a few units in the last place;
-# the tests of the op are stricter. Here it only matters that a wrong result is never timed.
+# The error of a provider may be FACTOR times that of eager PyTorch in the same dtype, plus a few units in the last
+# place. The tests of the op are stricter. Here it only matters that a wrong result is never timed.
 FACTOR, ULPS = 4.0, 8.0
 
 
 def error(value: torch.Tensor, truth: torch.Tensor, norm: float = math.inf) -> float:
-    """Norm of the difference over that of the truth; inf where shape or finiteness differ.
+    """The norm of the difference over that of the truth; inf if the shapes differ or a value is not finite.
 
-    ``norm`` is inf for the largest element, 2 for the root of the squares.
+    ``norm`` is inf for the largest element, 2 for the root of the sum of squares.
     """
     if value.shape != truth.shape or not bool(torch.isfinite(value).all()):
         return float("inf")

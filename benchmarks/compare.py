@@ -1,7 +1,7 @@
 """Two result files side by side.
 
-Times of two runs are only comparable on a quiet machine; the speedup over eager was taken within each run and
-is what to judge a change by.
+Times of two runs are only comparable on a quiet machine. The speedup over eager was measured within each run, so judge
+a change by that.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def rows(
 
 
 def compare(before_path: Path, after_path: Path, everything: bool = False) -> int:
-    """Print the ratio after / before of every case that both files have; 1 if they share none."""
+    """Print the ratio after / before of every case in both files. Returns 1 if they have none in common."""
     before, after = load(before_path), load(after_path)
     common = rows(before, after, everything)
     if not common:

@@ -1,4 +1,4 @@
-"""Where a measurement was taken: the device, the versions, the commit."""
+"""The conditions of a measurement: the device, the versions, the commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = PACKAGE / "results" if IN_CHECKOUT else Path("advdl_ops_results")
 
 
 def _cpu_info(*fields: str) -> str:
-    """The first of these fields in /proc/cpuinfo; empty where there is none."""
+    """The first of these fields in /proc/cpuinfo; empty if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -27,7 +27,7 @@ def _cpu_info(*fields: str) -> str:
 
 
 def cpu_name() -> str:
-    """Model, cores and vector units: of a virtual machine the model's name alone may tell no generation."""
+    """Model, cores and vector units. On a virtual machine the model's name may not show the generation."""
     import torch
 
     from advdl_ops._environment import cpu_model
@@ -72,7 +72,7 @@ def commit() -> str:
 
 @functools.cache
 def commits_between(old: str, new: str) -> int:
-    """How many commits lead from one to the other; 0 where git does not know them."""
+    """The number of commits from one to the other; 0 if git does not know them."""
     names = [name.removesuffix("-dirty") for name in (old, new)]
     if not IN_CHECKOUT or names[0] == names[1]:
         return 0
@@ -98,9 +98,9 @@ def now() -> str:
 
 
 def inductor_cache() -> str:
-    """Folder for what Inductor compiles, one for each set of instructions: the common one mixes them.
+    """Folder for Inductor's compiled code, one for each set of CPU instructions. Inductor's default folder mixes them.
 
-    See docs/stock_faults.md. A temporary folder may outlive the machine, and code is compiled for the one at hand.
+    See docs/stock_faults.md. A temporary folder may later be used on another CPU, for which its code was not compiled.
     """
     instructions = _cpu_info("flags", "Features")  # x86, ARM
     which = zlib.crc32(f"{instructions} {os.environ.get('ATEN_CPU_CAPABILITY')}".encode())
@@ -110,9 +110,9 @@ def inductor_cache() -> str:
 def worker_environment(device: str) -> dict[str, str]:
     """Environment of a measuring process.
 
-    glibc gives freed memory back to the kernel and maps large blocks anew, and the page faults of that
-    swing a memory-bound time by 2x either way. These settings keep it; they are read before main().
-    The native kernels are required: a benchmark of the reference by mistake is worth nothing.
+    By default glibc returns freed memory to the kernel and maps large blocks again. The page faults change a
+    memory-bound time by up to 2x. These settings keep the memory. They are read before main().
+    The native kernels are required, because a benchmark of the reference by mistake would be useless.
     """
     env = dict(os.environ)
     env.update(
@@ -125,7 +125,8 @@ def worker_environment(device: str) -> dict[str, str]:
     env.setdefault("ADVDL_OPS_REQUIRE_NATIVE", "1")
     env.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor_cache())
     if device == "cpu":
-        # As for a new user, whatever `tune` has stored on this machine. On CUDA every run would measure again.
+        # An empty folder, as for a new user, whatever `tune` has stored here. Not on CUDA, where every run would
+        # measure again.
         env["ADVDL_OPS_CACHE"] = str(
             Path(tempfile.gettempdir()) / f"advdl_ops_untuned_{os.getpid()}"
         )

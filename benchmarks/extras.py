@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are needed, and one sentence where they are missing."""
+"""Imports optional packages. If one is missing, the error is one sentence that says what to install."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from types import ModuleType
 
 from .peers import NEED_TORCHVISION, declare_torchvision_operators
 
-# Module -> what pip is given. torchvision and timm, which depends on it, must not replace torch by another build;
-# what timm needs besides is therefore named too.
+# Module -> arguments for pip. torchvision, and timm which depends on it, must not replace torch by another build, so
+# they are installed without dependencies, and timm's other dependencies are listed.
 PACKAGES = {
     "rich": "rich",
     "matplotlib": "matplotlib",

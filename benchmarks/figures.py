@@ -1,4 +1,4 @@
-"""The figures in README.md and docs/performance.md: made from the records of one commit, of a GPU from its own."""
+"""The figures in README.md and docs/performance.md, made from the records of one commit (for a GPU, of its own one)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 FILES = ("README.md", "docs/performance.md")
 SLOWER = 0.97
 
-# Title and the names of its cases; a case belongs to the first that matches. Networks stand in two rows each.
+# Title and a pattern for the names of its cases. A case belongs to the first that matches. Each network has two rows.
 FAMILIES = (
     ("batch norm + activation", r"batch_norm_(?!add)"),
     ("batch norm + addition + activation", r"batch_norm_add"),
@@ -38,8 +38,8 @@ FAMILIES = (
 )
 HELD = "bytes held for backward"
 
-# The rows of README.md's table, those that lose included: what each is, and its name as of :func:`name`. All others are
-# in docs/performance.md.
+# The rows of README.md's table, slower ones included: a description, and the name as from :func:`name`. All other rows
+# are in docs/performance.md.
 README_ROWS = {
     "batch norm + ReLU, training": "batch_norm_relu/train/16x64x56x56/contiguous full",
     "group norm + SiLU, training": "group_norm_silu/train/16x64x56x56/contiguous full",
@@ -83,9 +83,9 @@ class Machine:
 
 
 def machines(results: Path) -> list[Machine]:
-    """The machine with AVX-512, the one with AVX2 and the GPU that were measured last, each at its newest commit.
+    """The last measured machine with AVX-512, with AVX2, and GPU, each at its newest commit.
 
-    `quick` counts for none of them: it compiles nothing, and `make bench` stores it on any machine.
+    The suite `quick` does not count: it compiles nothing, and `make bench` stores it on any machine.
     """
     newest: dict[str, Machine] = {}
     for folder, items in report.load(results).items():
@@ -101,7 +101,7 @@ def machines(results: Path) -> list[Machine]:
 
 
 def at_one_commit(every: list[Machine]) -> tuple[list[Machine], list[Machine]]:
-    """The CPUs at the newest commit and the GPU, and the CPUs last measured at an older one, which do not compare."""
+    """The CPUs at the newest commit and the GPU; and the CPUs measured last at an older, not comparable commit."""
     times = {m.commit: _time(m.records) for m in every if m.kind != "CUDA"}
     newest = max(times, key=lambda commit: times[commit], default="")
     found = [m for m in every if m.kind == "CUDA" or m.commit == newest]
@@ -113,11 +113,11 @@ def _time(items: list[Record]) -> str:
 
 
 def registered(kind: str) -> list[Case]:
-    """The cases that a machine can be asked for, by name; `quick` alone is not."""
+    """The cases that a machine should have, sorted by name. Cases only in `quick` do not count."""
     device = "cuda" if kind == "CUDA" else "cpu"
     cases = registry.select(device=device, opted_in=("build",))
     asked = [case for case in cases if set(case.suites) != {"quick"}]
-    return sorted(asked, key=lambda case: case.name)  # they are registered as they are imported
+    return sorted(asked, key=lambda case: case.name)  # their order is otherwise that of the imports
 
 
 def family(case: Case) -> str:
@@ -138,7 +138,7 @@ def name(row: Row, *more: str) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """One ratio, of times or of bytes held."""
+    """One ratio of times or of bytes held."""
 
     title: str
     name: str
@@ -164,7 +164,7 @@ def both(title: str) -> list[str]:
 
 
 def titles(kind: str) -> list[str]:
-    """Every family that has cases, in order; of networks the zoo's and the optimized apart."""
+    """Every family with cases, in order. For networks, the zoo's and the optimized ones separately."""
     present = {family(case) for case in registered(kind)}
     present.discard("other")  # the import and the build have no stock to compare with
     found = []
@@ -178,7 +178,7 @@ def unmeasured(machine: Machine) -> list[Case]:
 
 
 def lost(machine: Machine) -> list[Case]:
-    """The cases that failed or in which one of ours was refused."""
+    """The cases that failed or in which a provider of advdl_ops was refused."""
     return [
         case
         for case in registered(machine.kind)
@@ -216,7 +216,7 @@ def grid(head: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def heading(found: list[Machine], older: list[Machine]) -> list[str]:
-    """The machines, and a digest by which any change of a record is noticed."""
+    """The machines, and a digest that shows any change of a record."""
     records = "".join(record.to_json(i) + "\n" for machine in found for i in machine.records)
     lines = [f"<!-- records: {hashlib.sha256(records.encode()).hexdigest()[:16]} -->"]
     lines += [f"- {machine.kind}: {machine.text}" for machine in found]
@@ -226,7 +226,7 @@ def heading(found: list[Machine], older: list[Machine]) -> list[str]:
 
 
 def readme_block(results: Path) -> list[str]:
-    """One short table, and how many rows are slower than stock."""
+    """One short table, and the number of rows that are slower than stock."""
     found, older = at_one_commit(machines(results))
     shown = [{figure.name: figure.value for figure in figures(machine)} for machine in found]
     lines = [
@@ -334,7 +334,7 @@ def performance_block(results: Path) -> list[str]:
 
 
 def texts(results: Path, root: Path) -> Iterator[tuple[Path, str, str]]:
-    """Each file with a block, its text as it is and as the records make it."""
+    """Each file with a block, its current text and the text from the records."""
     for file, make in zip(FILES, (readme_block, performance_block), strict=True):
         text = (root / file).read_text(encoding="utf-8")
         before, begin, rest = text.partition(BEGIN)
@@ -346,12 +346,12 @@ def texts(results: Path, root: Path) -> Iterator[tuple[Path, str, str]]:
 
 
 def outdated(results: Path, root: Path) -> list[Path]:
-    """The files whose blocks are not what the records make."""
+    """The files whose blocks do not match the records."""
     return [path for path, old, new in texts(results, root) if old != new]
 
 
 def write(results: Path) -> list[Path]:
-    """Make the blocks anew; only from the results that belong to a checkout."""
+    """Rewrite the blocks. This is done only from the results that belong to a checkout."""
     if not environment.IN_CHECKOUT or results.resolve() != environment.RESULTS.resolve():
         return []
     written = []

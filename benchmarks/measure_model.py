@@ -1,4 +1,4 @@
-"""How a network is measured: stock, optimized and the zoo's, of the same weights, in either layout, also compiled."""
+"""How a network is measured: stock, optimized and the zoo's, with the same weights, in both layouts, also compiled."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from .registry import Case
 from .session import Refused, Session, in_one_line
 
 LAYOUTS = {"": torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
-# Rounding flips the sign of single pre-activations in a deep network, which changes its gradients by far more than
-# rounding itself: up to 3 % of their norm between eager in its two layouts (ResNet-50 at 112 px). So gradients that are
-# timed are compared loosely as a whole, which finds what is wired wrongly. Of our networks that are not compiled two
-# closer looks are taken: at the network in fp64, where nothing flips, and at each call in what is timed (`calls.py`).
-# A compiled one of ours is compared with what it was before, in the same layout: in fp32 on the CPU both call the same
-# convolutions, and where nothing flips between them the gradients are the same (ResNet-18, 50: but for the last bias,
-# 1e-9; EfficientNet: 1e-5; U-Net: 3e-5, in the sum over images that a bias's gradient is).
+# Rounding flips the sign of some pre-activations in a deep network, which changes its gradients much more than rounding
+# itself: up to 3 % of their norm between eager in its two layouts (ResNet-50 at 112 px). So the gradients of timed
+# networks are compared loosely as a whole, which finds wrong connections. For networks of advdl_ops that are not
+# compiled there are two closer checks: of the network in fp64, where nothing flips, and of each call in the timed
+# network (`calls.py`). A compiled network of advdl_ops is compared with the uncompiled one in the same layout: in fp32
+# on the CPU both call the same convolutions, and if nothing flips between them the gradients agree (ResNet-18, 50: 1e-9
+# except the last bias; EfficientNet: 1e-5; U-Net: 3e-5, in the gradient of a bias, which is a sum over images).
 OUTPUT_SLACK, GRADIENT_SLACK, EXACT_SLACK, COMPILED_SLACK = 1e-5, 5e-2, 1e-8, 1e-3
 
 
 @dataclass
 class Subject:
-    """One network, stock and where it has it the zoo's, on one batch; all on the CPU.
+    """One network, stock and, if it has one, the zoo's, and one batch; all on the CPU.
 
-    The zoo's takes the weights of the stock one: their ``state_dict`` keys must be the same.
+    The zoo's network gets the weights of the stock one, so their ``state_dict`` keys must be the same.
     """
 
     stock: nn.Module
@@ -66,7 +66,7 @@ def random_labels(classes: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def tensor_of(output: Any) -> Tensor:
-    """torchvision's segmentation models return a dict, diffusers' a dataclass that is one; the first value counts."""
+    """The output tensor. torchvision's segmentation models return a dict, as diffusers' models do: the first value."""
     return output if isinstance(output, Tensor) else next(iter(output.values()))
 
 
@@ -82,8 +82,8 @@ class Network:
     call: Callable[..., Any]  # the model, or its compiled form
     optimizer: torch.optim.Optimizer | None = None
     autocast: bool = False
-    uncompiled: Network | None = None  # of a compiled one: what it was before
-    kept: int = 0  # bytes that inference keeps for all calls, beside parameters and buffers
+    uncompiled: Network | None = None  # the same network before compilation, for a compiled one
+    kept: int = 0  # bytes that inference keeps for all calls, without parameters and buffers
 
     @property
     def compiled(self) -> bool:
@@ -122,7 +122,7 @@ class Network:
         self.optimizer.step()
 
     def values(self) -> dict[str, Tensor]:
-        """What is checked: the output, or the loss and every gradient of one pass."""
+        """The values to check: the output, or the loss and every gradient of one pass."""
         if self.optimizer is None:
             return {"output": self.infer().clone()}
         self.model.zero_grad(set_to_none=True)
@@ -141,11 +141,11 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def models(subject: Subject, device: str, training: bool) -> dict[str, nn.Module]:
-    """The networks that compete: of the same weights, for inference also of the same statistics."""
+    """The competing networks, with the same weights, and for inference also the same running statistics."""
     from advdl_ops import optimize
 
     found = {STOCK: subject.stock.to(device)}
-    # Random masks would make every provider compute something else.
+    # With random masks every provider would compute something different.
     for module in (*subject.stock.modules(), *(subject.zoo.modules() if subject.zoo else ())):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -159,9 +159,10 @@ def models(subject: Subject, device: str, training: bool) -> dict[str, nn.Module
 
 
 def take_statistics(model: nn.Module, inputs: Tensor) -> None:
-    """Running statistics of every batch norm: of random images as large as the timed ones, but more than a test's.
+    """Sets the running statistics of every batch norm, from random images as large as the timed ones (at least 64).
 
-    Those of smaller images do not fit: EfficientNet's values grew to 1e5 and rounding to 5e-4, which refused stock.
+    Statistics of smaller images do not fit: EfficientNet's values grew to 1e5 and rounding errors to 5e-4, and stock
+    was refused.
     """
     norms = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     if not norms:
@@ -183,7 +184,7 @@ def new_network(
     suffix: str,
     uncompiled: Network | None = None,
 ) -> Network:
-    """A copy of ``model`` in the layout that ``suffix`` names, and its inputs; compiled if ``uncompiled`` is given."""
+    """A copy of ``model`` in the layout of ``suffix``, and its inputs. It is compiled if ``uncompiled`` is given."""
     layout, training = LAYOUTS[suffix], bool(case.options["training"])
     own = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
     call: Callable[..., Any] = own
@@ -205,7 +206,7 @@ def new_network(
 
 
 def networks(subject: Subject, session: Session, made: dict[str, nn.Module]) -> dict[str, Network]:
-    """Every provider of a case that is not compiled, unchecked; also those that are only wanted compiled."""
+    """Every uncompiled provider of a case, not yet checked. Includes those that are only wanted compiled."""
     wants = session.settings.wants
     return {
         base + suffix: new_network(subject, session.case, base, model, suffix)
@@ -218,9 +219,10 @@ def networks(subject: Subject, session: Session, made: dict[str, nn.Module]) -> 
 def compiled_networks(
     subject: Subject, session: Session, made: dict[str, nn.Module], found: dict[str, Network]
 ) -> dict[str, Network]:
-    """Stock compiled in both layouts; of ours that one which is the fastest uncompiled: a compilation costs minutes.
+    """Stock compiled in both layouts, and the provider of advdl_ops that is the fastest uncompiled: a compilation takes
+    minutes.
 
-    The first call and the seconds of the compilation come with the check.
+    The check makes the first call and measures the seconds of the compilation.
     """
     if not session.compiles:
         return {}
@@ -233,7 +235,7 @@ def compiled_networks(
             if (network.base == STOCK) == stock and session.settings.wants(compiled_name(name))
         }
         if len(rivals) > 1 and not stock:
-            # No step: the weights must stay those that all providers start from.
+            # No optimizer step, because all providers must start from the same weights.
             calls = {n: timing.Timed(r.values if training else r.infer) for n, r in rivals.items()}
             seconds = timing.measure(calls, torch.device(session.case.device), 3, 0.0)
             chosen.append(min(rivals, key=lambda name: statistics.median(seconds[name])))
@@ -248,9 +250,10 @@ def compiled_networks(
 
 
 def _without_rounding(truth: dict[str, Tensor], least: float = 1e-12) -> dict[str, Tensor]:
-    """Gradients that are 0 but for rounding, as that of a bias of attention's keys, made 0.
+    """Sets gradients to 0 that are 0 up to rounding, such as that of the bias of attention's keys.
 
-    No two providers agree there relatively; an error from 0 counts as it is. ``least`` is a share of the largest norm.
+    Their relative errors are meaningless. Against 0, the absolute error counts. ``least`` is a share of the largest
+    norm.
     """
     norms = {name: float(torch.linalg.vector_norm(value)) for name, value in truth.items()}
     least *= max(norms.values())
@@ -258,12 +261,12 @@ def _without_rounding(truth: dict[str, Tensor], least: float = 1e-12) -> dict[st
 
 
 def expected_values(stock: Network) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Those of fp64, and of stock in the dtype that is timed."""
+    """The values of fp64, and those of stock in the timed dtype."""
     return _without_rounding(stock.in_double().values()), stock.values()
 
 
 def judged_values(network: Network, calls: Calls) -> dict[str, Tensor]:
-    """The values, of a step of which ``calls.wrong`` then tells what was wrong within."""
+    """The values of a step. ``calls.wrong`` then lists the wrong calls in it."""
     with calls.judged():
         values = network.values()
     parameters = dict(network.model.named_parameters())
@@ -276,7 +279,7 @@ def check(
     session: Session,
     expected: tuple[dict[str, Tensor], dict[str, Tensor]],
 ) -> dict[str, Network]:
-    """Those whose output (or loss and gradients) is that of fp64; the others are refused."""
+    """The networks whose output (or loss and gradients) agrees with fp64. The others are refused."""
     truth, stock = expected
     training, device = bool(session.case.options["training"]), torch.device(session.case.device)
     slack = GRADIENT_SLACK if training else OUTPUT_SLACK
@@ -305,7 +308,7 @@ def check(
                 same = _without_rounding(before, torch.finfo(torch.float32).eps)
                 why = wrong_values(values, same, same, COMPILED_SLACK, norm=2)
                 why = why and f"against the same network before it was compiled, {why}"
-        except Exception as failure:  # it is no competitor; the others still are
+        except Exception as failure:  # only this provider is refused
             why = in_one_line(failure)
         if network.compiled and why is None:
             session.record(name, "compile", "time", "s", seconds)
@@ -321,7 +324,7 @@ def conv_backward_flops(
     dilation: Any, transposed: bool, output_padding: Any, groups: int, wanted: list[bool],
     out_shape: Any = None, **kwargs: Any,
 ) -> int:  # fmt: skip
-    """Each gradient costs what the forward does; torch's count takes no groups from that of the weight."""
+    """Each gradient costs as much as the forward. Torch's own count ignores groups in that of the weight."""
     return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed)
 
 
@@ -338,14 +341,14 @@ def counted_flops(network: Network, training: bool) -> int:
 
 
 def best(found: dict[str, Network], seconds: Mapping[str, list[float]], base: str) -> str | None:
-    """The faster layout of a network that is not compiled."""
+    """The name of the faster layout of an uncompiled network."""
     names = [name for name in seconds if found[name].base == base and not found[name].compiled]
     return min(names, key=lambda name: statistics.median(seconds[name]), default=None)
 
 
 def measure_model(case: Case, session: Session, subject: Subject) -> None:
-    """Records of a model case: times, speedups, rates, and the memory."""
-    # Compile seconds are those of a first compilation.
+    """Records of a model case: times, speedups, rates, and memory."""
+    # An empty cache, so that compile seconds are those of a first compilation.
     with (
         tempfile.TemporaryDirectory(prefix="advdl_ops_inductor_") as folder,
         patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder),
@@ -378,7 +381,7 @@ def _measure(case: Case, session: Session, subject: Subject, device: torch.devic
     seconds = timing.measure(
         calls, device, session.rounds, session.block_seconds, session.each_round(f"time {mode}")
     )
-    # The ratios that plots and comparisons show are over the zoo's network; where it has none, over the optimized.
+    # Plots and comparisons show ratios over the zoo's network, or over the optimized one if the zoo has none.
     ours = best(found, seconds, OURS) or best(found, seconds, OPTIMIZED) or OURS
     report_times(session, mode, seconds, ours)
     report_over_stock(session, mode, seconds)

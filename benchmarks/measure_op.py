@@ -15,7 +15,7 @@ from .record import FLOOR, OURS, STOCK, STOCK_COMPILED, compiled_name, is_stock
 from .registry import Case
 from .session import Refused, Session, in_one_line
 
-# How far a form of stock's may be from fp64 beyond the rule of check.py; ours may not.
+# The additional error that other stock forms may have beyond the rule of check.py. advdl_ops may not.
 STOCK_SLACK = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
 Tensors = Mapping[str, torch.Tensor]
@@ -26,19 +26,19 @@ Function = Callable[[Tensors, Tensors], torch.Tensor]
 class Problem:
     """Random data of one case and the functions that compete on it.
 
-    A function maps (inputs, state) to the output; it may update ``state`` in place, of which each provider
-    has its own copy. ``inputs`` that require grad are differentiated; ``grad`` is the output's gradient.
-    ``eager`` serves the fp64 truth too; other stock forms (``eager ...``) compute the same in another way.
+    A function maps (inputs, state) to the output. It may update ``state`` in place; each provider has its own
+    copy. ``inputs`` that require grad are differentiated; ``grad`` is the output's gradient. ``eager`` also
+    computes the fp64 truth. Other stock forms (``eager ...``) compute the same in another way.
     """
 
     inputs: dict[str, torch.Tensor]
     state: dict[str, torch.Tensor]
     functions: dict[str, Function]
     grad: torch.Tensor | None = None
-    uncompiled: tuple[str, ...] = ()  # those that do not run under torch.compile too
-    # Inputs that are weights: for inference stock is compiled with freezing too.
+    uncompiled: tuple[str, ...] = ()  # functions that are not also compiled
+    # Inputs that are weights: for inference stock is also compiled with freezing.
     frozen: tuple[str, ...] = ()
-    # Where the output is anything, a mask that broadcasts to it: providers are not compared there.
+    # A mask that broadcasts to the output, where that is arbitrary: providers are not compared there.
     ignored: torch.Tensor | None = None
 
 
@@ -93,7 +93,7 @@ class Provider:
 
 
 def floor_call(like: torch.Tensor, passes: int) -> timing.Timed:
-    """Move ``passes`` times the bytes of a tensor: a clone is two of them, an in-place add three."""
+    """A call that moves ``passes`` times the bytes of a tensor: a clone moves two, an in-place add three."""
     clones, adds = _split(passes)
     kept, other = like.detach().clone(), torch.zeros_like(like)
 
@@ -114,7 +114,7 @@ def _split(passes: int) -> tuple[int, int]:
 
 
 class Frozen(torch.nn.Module):
-    """Stock with its weights and statistics as its own buffers, which is what freezing makes constants of."""
+    """Stock with weights and statistics as buffers of the module, because freezing makes those constant."""
 
     def __init__(self, function: Function, problem: Problem) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def with_freezing(function: Function, problem: Problem) -> Function:
 
 
 def compiled_functions(problem: Problem, session: Session) -> dict[str, Function]:
-    """The compiled forms that compete. Stock may break its graph; it is then what stock runs."""
+    """The competing compiled forms. Stock may have graph breaks, as it would for users."""
     found = {}
     for name, function in problem.functions.items():
         stock = is_stock(name)
@@ -152,19 +152,19 @@ def compiled_functions(problem: Problem, session: Session) -> dict[str, Function
 
 
 def stock_values(problem: Problem) -> dict[str, torch.Tensor]:
-    """Those of the first stock form that runs on this machine."""
+    """The values of the first stock form that runs on this machine."""
     failures = []
     for name, function in problem.functions.items():
         if is_stock(name):
             try:
                 return Provider(function, problem).values()
-            except Exception as failure:  # it is refused below
+            except Exception as failure:  # providers() refuses it
                 failures.append(f"{name}: {in_one_line(failure)}")
     raise Refused("no stock form runs: " + "; ".join(failures))
 
 
 def providers(problem: Problem, session: Session) -> dict[str, Provider]:
-    """All providers, warmed up, that return the right values; the others are refused."""
+    """All providers with correct values, warmed up. The others are refused."""
     functions = problem.functions | compiled_functions(problem, session)
     truth = Provider(functions[STOCK], problem, torch.float64).values()
     stock = stock_values(problem)
@@ -175,10 +175,10 @@ def providers(problem: Problem, session: Session) -> dict[str, Provider]:
         session.progress(f"check {name}")
         provider = Provider(function, problem)
         try:
-            # Another form of stock's is refused where it is wrong, not where it is less accurate than ``eager``.
+            # Another stock form is refused if it is wrong, but not if it is only less accurate than ``eager``.
             slack = STOCK_SLACK[session.case.dtype] if is_stock(name) else 0.0
             why = wrong_values(provider.values(), stock, truth, slack)
-        except Exception as failure:  # it is no competitor; the others still are
+        except Exception as failure:  # only this provider is refused
             why = in_one_line(failure)
         if why is None:
             kept[name] = provider
@@ -192,7 +192,7 @@ def providers(problem: Problem, session: Session) -> dict[str, Provider]:
 def report_times(
     session: Session, mode: str, seconds: Mapping[str, list[float]], ours: str = OURS
 ) -> None:
-    """Times, and how much faster ``ours`` is than each other provider, as the ratio of every round."""
+    """Records times, and how much faster ``ours`` is than each other provider, as the ratio of every round."""
     for name, values in seconds.items():
         session.record(name, mode, "time", "s", values)
         if ours in seconds and name != ours:
@@ -201,10 +201,10 @@ def report_times(
 
 
 def report_over_stock(session: Session, mode: str, seconds: Mapping[str, list[float]]) -> None:
-    """How much faster each provider is than the fastest stock one, as the ratio of every round."""
+    """Records how much faster each provider is than the fastest stock one, as the ratio of every round."""
     stock = [name for name in seconds if is_stock(name)]
     if stock:
-        # By the share of each round: a machine that slows down for some rounds does not choose.
+        # The fastest by its share of each round, so that rounds on a slowed-down machine do not decide.
         rounds = [sum(times) for times in zip(*seconds.values(), strict=True)]
         shares = {
             name: statistics.median(
@@ -222,7 +222,7 @@ def report_rates(
     session: Session, mode: str, seconds: Mapping[str, list[float]], rates: tuple[float, float],
     moved: int | None, flops: int | None,
 ) -> None:  # fmt: skip
-    """Achieved bandwidth and throughput, and their share of the ceilings (copy, matrix product)."""
+    """Records bandwidth and throughput, and their share of the ceilings (copy, matrix product)."""
     pairs = (
         (moved, rates[0], "bandwidth", "GB/s", "copy_share"),
         (flops, rates[1], "throughput", "GFLOP/s", "matmul_share"),

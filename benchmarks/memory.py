@@ -1,7 +1,7 @@
 """Bytes that a forward pass leaves allocated for its backward, and the peak of both.
 
-On CPU every allocation and release of torch's allocator is read from the profiler's memory events, so that
-a tensor hidden on an autograd context, inside a compiled graph or inside a C++ operator counts too.
+On CPU the profiler's memory events give every allocation and release of torch's allocator, so that a tensor
+in an autograd context, inside a compiled graph or inside a C++ operator counts too.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def _profiled(function: Callable[[], Any]) -> tuple[int, int, Any]:
-    """Net and peak bytes of a call on the CPU, and its result (alive)."""
+    """Net and peak bytes of a call on the CPU while its result is alive, and that result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         result = function()
-        gc.collect()  # what lives on in cycles alone is not kept
+        gc.collect()  # reference cycles do not count
     kineto = run.profiler.kineto_results
     events = [event for event in kineto.events() if event.name() == "[memory]"]
     net = peak = 0
@@ -29,10 +29,10 @@ def _profiled(function: Callable[[], Any]) -> tuple[int, int, Any]:
 
 
 def kept(first: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
-    """Bytes that a first call leaves allocated beside the tensors that it returns in a dict, and that dict.
+    """Bytes that a first call leaves allocated, without the tensors that it returns in a dict; and that dict.
 
-    What a model makes once for all calls, as weights in another form. Of a compiled one what is made while it is
-    compiled counts too.
+    They are what a model creates once for all calls, such as weights in another form. For a compiled model, memory
+    allocated during compilation counts too.
     """
     gc.collect()
     if device.type == "cuda":
@@ -49,9 +49,9 @@ def kept(first: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
 def held_and_peak(
     forward: Callable[[], Any], backward: Callable[[Any], Any], device: torch.device
 ) -> tuple[int, int]:
-    """Bytes held between ``forward`` and ``backward``, and the peak over both; inputs do not count.
+    """Bytes held between ``forward`` and ``backward``, and the peak over both. Inputs do not count.
 
-    Run both once before: what is allocated once (caches, compiled code) is not part of a step.
+    Run both once before, because one-time allocations (caches, compiled code) are not part of a step.
     """
     gc.collect()
     if device.type == "cuda":

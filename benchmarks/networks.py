@@ -1,6 +1,6 @@
-"""The cases of whole networks: `add` registers one. A file of `cases/` says which, and builds its Subject.
+"""The cases of whole networks: `add` registers one. Files in `cases/` call it and build the Subject.
 
-Torch is imported inside the functions only, as there.
+Torch is imported only inside functions, as there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def add(
     hidden: bool = False,
     extras: tuple[str, ...] = (),
 ) -> None:
-    """One network at one size; ``hidden`` ones are for tests, small and not compiled."""
+    """Registers one network at one size. ``hidden`` ones are for tests, small and not compiled."""
     kind = "train" if training else "inference"
     register(
         Case(

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 LAYOUTS = ("contiguous", "channels_last")
-# Where rounding decides on which side of a kink a value of order 1 lies.
+# The distance from a kink within which rounding may decide the side, for values of order 1.
 MARGIN = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 def stock_activation(act: str | None, training: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The fastest stock form behind a norm.
+    """The fastest stock form of an activation after a norm.
 
-    In place; under gradients only where backward reads the output: silu, gelu and hardswish would be handed a copy
-    of their input, which costs more than a new output.
+    It is in place. With gradients only if its backward reads the output: silu, gelu and hardswish would need a copy of
+    their input, which costs more than a new output.
     """
     import torch.nn.functional as F
 
@@ -53,7 +53,7 @@ class Random:
         return values.to(self.case.device)
 
     def activation(self, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
-        """A tensor of the case's shape, dtype and layout, innermost channels whatever its rank."""
+        """A tensor of the case's shape, dtype and layout. channels_last means innermost channels for any rank."""
         import torch
 
         values = self.normal(*self.case.shape, scale=scale, shift=shift)
@@ -63,7 +63,7 @@ class Random:
         return values
 
     def away_from_kinks(self, before: Function, problem: Problem) -> torch.Tensor:
-        """A random gradient, zero where ``before``, the pre-activation, is so near zero that rounding decides."""
+        """A random gradient, zero where the pre-activation ``before`` is so close to zero that rounding decides."""
         inputs = {name: tensor.detach().double() for name, tensor in problem.inputs.items()}
         state = {name: tensor.double() for name, tensor in problem.state.items()}
         near = before(inputs, state).abs() < MARGIN[self.case.dtype]
@@ -98,7 +98,7 @@ def add_norm(
     hidden: bool = False,
     options: Mapping[str, object],
 ) -> None:
-    """Registers one case: ``passes`` over x and ``flops`` per element of it, by mode."""
+    """Registers one case with ``passes`` over x and ``flops`` per element of x, for each mode."""
     elements = math.prod(shape)
     parts = [op, "train" if training else "eval", "x".join(map(str, shape)), layout, dtype, device]
     register(

@@ -1,8 +1,8 @@
-"""Imports torchvision's Python models beside a torch that its binary does not fit.
+"""Makes torchvision's Python models importable with a torch that its binary does not fit.
 
-torchvision's wheels are linked to CUDA builds of torch. Beside a CPU-only torch their operators do not load, and
-`import torchvision` then stops at the first operator it registers a fake for. Declaring those schemas is enough: the
-models call none of them.
+torchvision's wheels are linked to CUDA builds of torch. With a CPU-only torch their operators do not load, and
+`import torchvision` then fails at the first operator for which it registers a fake. It is enough to declare those
+schemas, because the models do not call these operators.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _has_own_operators(package: Path) -> bool:
 
 
 def declare_torchvision_operators() -> None:
-    """To be called before torchvision, or what imports it, is imported; where it is not installed, nothing is done."""
+    """Call this before importing torchvision, or a package that imports it. Does nothing if it is not installed."""
     import torch
 
     spec = importlib.util.find_spec("torchvision")

@@ -1,4 +1,4 @@
-"""Plots of a device's results, by matplotlib."""
+"""Plots of a device's results with matplotlib."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ OTHER = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "navy", "teal")
 
 
 def _colors(providers: list[str]) -> dict[str, str]:
-    """A color of its own for each provider, the same in every plot for those of COLORS."""
+    """A different color for each provider, and for those in COLORS the same in every plot."""
     others = [provider for provider in providers if provider not in COLORS]
     return COLORS | {provider: OTHER[i % len(OTHER)] for i, provider in enumerate(others)}
 
 
 def title(suite: str, records: list[record.Record]) -> str:
-    """Suite, device, and the commit of what is shown; of several how many, the oldest and the newest."""
+    """Suite, device, and the commit of the shown records, or the number of commits, the oldest and the newest."""
     shown = sorted((item for item in records if item.metric not in record.NOT_TIMED), key=_time)
     first, last = (shown or records)[0], (shown or records)[-1]
     commits = dict.fromkeys(item.commit for item in shown)
@@ -53,7 +53,7 @@ def draw(folder: Path, suite: str) -> Path:
     curves = folder / "digits.json"
     training = [item for item in records if item.case.startswith("digits/")]
     speedups = [item for item in records if item.metric == "speedup" and item not in training]
-    trained = any(item.metric == "time" for item in training)  # and did not fail
+    trained = any(item.metric == "time" for item in training)  # it ran and did not fail
     with_training = bool(trained and suite == "quick" and curves.exists())
     labels = list(dict.fromkeys((item.case, item.mode) for item in speedups))
     height = 1.2 + 0.34 * len(labels)

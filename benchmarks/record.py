@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Providers. A network's also run in channels_last (CHANNELS_LAST behind the name) and compiled.
+# Providers. Those of a network also run in channels_last (CHANNELS_LAST after the name) and compiled.
 OURS, OPTIMIZED, OURS_COMPILED, STOCK, STOCK_COMPILED, FLOOR = (
     "advdl_ops",
     "advdl_ops optimize",
@@ -21,8 +21,8 @@ OURS, OPTIMIZED, OURS_COMPILED, STOCK, STOCK_COMPILED, FLOOR = (
     "floor",
 )
 CHANNELS_LAST = " channels_last"
-OURS_FUNCTIONAL = "functional"  # of the cost of one call, beside the module
-# Metrics of what was not measured, with the reason in ``why``: a provider that returned wrong values or raised, and
+OURS_FUNCTIONAL = "functional"  # in the cost of one call, besides the module
+# Metrics without a measurement, with the reason in ``why``: a provider that returned wrong values or raised, and
 # a case that ended early.
 REFUSED, FAILED = NOT_TIMED = "refused", "failed"
 
@@ -38,7 +38,7 @@ class Record:
     layout: str
     shape: list[int]
     # time, speedup, over_stock, bandwidth, copy_share, throughput, matmul_share, held, peak, ...; refused or failed
-    # of a provider that was not timed, with zeros for values.
+    # for a provider that was not timed, with zeros as values.
     metric: str
     unit: str
     p20: float
@@ -50,7 +50,7 @@ class Record:
     cuda: str | None
     commit: str
     time: str
-    why: str = ""  # of REFUSED and FAILED
+    why: str = ""  # for REFUSED and FAILED
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -112,9 +112,9 @@ def write(path: Path, records: Iterable[Record]) -> None:
 
 
 def merge(path: Path, records: Sequence[Record]) -> None:
-    """Put records into a file in place of the earlier ones of the same cases.
+    """Put records into a file, in place of the earlier ones of the same cases.
 
-    A case is replaced as a whole: ratios are only quoted from one run.
+    A case is replaced as a whole, because all its ratios must come from one run.
     """
     measured = {record.case for record in records}
     kept = [r for r in read(path) if r.case not in measured] if path.exists() else []
@@ -122,6 +122,6 @@ def merge(path: Path, records: Sequence[Record]) -> None:
 
 
 def slug(device: str) -> str:
-    """Folder name of a device: its name in lower case, without trade marks."""
+    """Folder name of a device: its name in lower case, without trademark signs."""
     text = re.sub(r"\((r|tm|c)\)", "", device.lower())
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-")

@@ -1,4 +1,4 @@
-"""What there is to measure. Nothing here imports torch, so that ``list`` and ``--help`` are instant."""
+"""All cases. Nothing here imports torch, so that ``list`` and ``--help`` are fast."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SUITES = {
 class Case:
     """One row of the report: an op or a model at one shape, dtype and layout on one kind of device.
 
-    ``bytes`` and ``flops`` give, per mode, the least that the op must move and compute; a case without
-    them (a model) has its flops counted while it runs.
+    ``bytes`` and ``flops`` give, for each mode, the least that the op must move and compute. For a case
+    without them (a model), flops are counted while it runs.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Case:
     target: str = ""
     rounds: int = 11
     compile: bool = True  # whether the torch.compile providers take part
-    # And ours among them: the secondary rows have stock's only, to save the suite minutes.
+    # Whether advdl_ops is compiled too. Not in the secondary rows, which saves minutes.
     compile_ours: bool = True
     hidden: bool = False
-    extras: tuple[str, ...] = ()  # modules that it imports beside torch
-    opt_in: str = ""  # the switch without which the case is left out
+    extras: tuple[str, ...] = ()  # modules that it imports besides torch
+    opt_in: str = ""  # the case runs only with this switch
     options: Mapping[str, object] = field(default_factory=dict, compare=False)
 
 
@@ -79,9 +79,9 @@ def select(
     hidden: bool = False,
     opted_in: Iterable[str] = (),
 ) -> list[Case]:
-    """Cases of a suite (or all) whose name matches one of the patterns (or any).
+    """Cases of a suite (or of all) whose name matches one of the patterns (or any name).
 
-    A hidden case is only found by its full name. Those of the suite `choice`, which compare nothing with stock, are
+    A hidden case is only found by its full name. The cases of the suite `choice`, which do not compare with stock, are
     only found by the suite's name.
     """
     patterns = list(patterns)

@@ -19,9 +19,10 @@ raised is named with the reason.
 
 
 def load(results: Path) -> dict[str, list[record.Record]]:
-    """Records per device folder; of a case that several suites have measured, the latest, of `quick` only alone.
+    """Records of each device folder. Of a case that several suites have measured, the latest; `quick` only if there is
+    no other.
 
-    `quick` compiles nothing on CPU, so its fastest stock provider may be a slower one.
+    `quick` compiles nothing on CPU, so its fastest stock provider may be slower than that of other suites.
     """
     found = {}
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
@@ -43,7 +44,7 @@ def _rank(items: list[record.Record]) -> tuple[bool, str]:
 
 
 def fastest_stock(items: list[record.Record], mode: str) -> str | None:
-    """The one that ``over_stock`` was taken against; else by the ratios of the rounds, or by the times."""
+    """The provider to which ``over_stock`` refers; else the fastest by the ratios of the rounds, or by the times."""
     stock = [i for i in items if i.mode == mode and is_stock(i.provider)]
     for item in stock:
         if item.metric == "over_stock" and item.p20 == item.p80 == 1:
@@ -61,9 +62,9 @@ def best_stock(items: list[record.Record], mode: str) -> record.Record | None:
 
 
 def ratios(items: list[record.Record], mode: str) -> dict[str, record.Record]:
-    """How much faster than the fastest stock provider ours is; of networks the zoo's and the optimized one.
+    """How much faster advdl_ops is than the fastest stock provider. For networks, the zoo's and the optimized one.
 
-    Of a network the faster layout counts, of the cost of one call the faster of function and module, as for stock.
+    For a network the faster layout counts; for the cost of one call the faster of function and module, as for stock.
     """
     over = {i.provider: i for i in items if (i.mode, i.metric) == (mode, "over_stock")}
     found: dict[str, record.Record | None] = {}
@@ -73,7 +74,7 @@ def ratios(items: list[record.Record], mode: str) -> dict[str, record.Record]:
     ):
         forms = [over[name] for name in ours if name in over]
         found[label] = max(forms, key=lambda i: i.p50, default=None)
-    if not over:  # an operator, or a network measured before the two were told apart
+    if not over:  # an operator, or a network from before these were distinguished
         found[""] = best_stock(items, mode)
     return {label: ratio for label, ratio in found.items() if ratio is not None}
 
@@ -123,7 +124,7 @@ def summary(items: list[record.Record]) -> str:
 
 
 def source(items: list[record.Record], newest: str) -> str:
-    """The commit of a case's records; how old it is beside the device's newest, and whether a quick run."""
+    """The commit of a case's records, how much older it is than the device's newest, and whether it was a quick run."""
     last = max(items, key=lambda i: i.time)
     age = environment.commits_between(last.commit, newest)
     marks = [f"{age} commit{'s' if age > 1 else ''} older"] if age else []
@@ -173,7 +174,7 @@ def write_readme(results: Path) -> Path:
 
 
 def report(results: Path, with_plots: bool = True) -> list[Path]:
-    """Redraw every plot and write the README; the files that were written."""
+    """Redraw every plot and write the README. Returns the written files."""
     written = []
     if with_plots:
         for file in sorted(results.glob("*/*.jsonl")):

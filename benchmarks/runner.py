@@ -1,7 +1,7 @@
-"""Runs cases in fresh processes and collects what they report.
+"""Runs cases in new processes and collects what they report.
 
-On CPU each case has its own process, so that no case inherits the heap of another; on CUDA one process serves all
-cases (its start costs seconds), and a new one goes on after a case that brought it down.
+On CPU each case has its own process, so that no case inherits the heap of another. On CUDA one process runs all
+cases, as its start takes seconds. If a case ends it, a new one continues with the next case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def batches(cases: list[registry.Case]) -> list[list[str]]:
 
 
 def events(names: list[str], suite: str, settings: Settings, timeout: float) -> Iterator[Event]:
-    """Events of one process; it always ends with ``done`` or ``failed`` of every case that was started."""
+    """Events of one process. Every case that was started ends with ``done`` or ``failed``."""
     command = [sys.executable, "-m", f"{__package__}.session", "--suite", suite]
     command += ["--settings", json.dumps(dataclasses.asdict(settings)), *names]
     device = "cuda" if names[0].endswith("/cuda") else "cpu"
@@ -80,7 +80,7 @@ def collect(
     see: Callable[[Event], None],
     deadline: float = float("inf"),
 ) -> None:
-    """Run one batch to its end, in a new process after a case that ended the last one.
+    """Run one batch to its end. If a case ends the process, a new one continues.
 
     After the deadline (of time.monotonic) no case is started.
     """
@@ -124,7 +124,7 @@ class Collector:
                 record.merge(file_of(self.results, own[0]), own)
 
     def fail(self, name: str, why: str) -> None:
-        """Of a case that failed stands the reason, no figure of this run and none of an earlier one."""
+        """For a failed case, keep only the reason and no figures, neither of this run nor of an earlier one."""
         self.failed[name] = why
         self.records = [
             item for item in self.records if item.case != name or item.metric == record.REFUSED
@@ -144,7 +144,7 @@ NOT_STORED = (
 
 
 def storable(results: Path) -> bool:
-    """Whether records may go there: into the checkout's own only those of a commit."""
+    """Whether records may be stored there. The checkout's own folder only takes those of a commit."""
     own = environment.IN_CHECKOUT and results.resolve() == environment.RESULTS
     return not (own and environment.commit().endswith("-dirty"))
 
@@ -155,7 +155,7 @@ def default_device() -> str:
 
 
 def without_missing_extras(cases: list[registry.Case]) -> list[registry.Case]:
-    """The cases whose modules are installed; what the others need is said on stderr, or raised if there are no more."""
+    """The cases whose modules are installed. Prints to stderr what the others need, or raises if no case is left."""
     kept = []
     missing: dict[str, list[str]] = {}
     for case in cases:
@@ -173,7 +173,7 @@ def without_missing_extras(cases: list[registry.Case]) -> list[registry.Case]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """``benchmarks run``. Exit status 1 if a case failed or a provider did, or returned wrong values."""
+    """``benchmarks run``. Exit status 1 if a case or a provider failed, or a provider returned wrong values."""
     from . import table
 
     device = arguments.device or default_device()
@@ -187,7 +187,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"no case of suite {arguments.suite!r} on {device} matches {arguments.case or 'anything'}"
         )
     saves = not (arguments.no_save or arguments.smoke)
-    # What is missing is said before minutes are spent.
+    # Anything missing is reported before the long run.
     if saves and not storable(arguments.results):
         print(f"benchmarks: {NOT_STORED}", file=sys.stderr)
         saves = False
@@ -231,7 +231,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def tell(cases: list[registry.Case], found: Collector) -> int:
-    """Say on stderr what was left out, refused or failed; the exit status."""
+    """Print to stderr what was left out, refused or failed. Returns the exit status."""
     left = [case.name for case in cases if case.name not in found.ended]
     if left:
         print(f"left out, as the budget was spent: {', '.join(left)}", file=sys.stderr)
@@ -243,7 +243,7 @@ def tell(cases: list[registry.Case], found: Collector) -> int:
 
 
 def finish(results: Path, found: Collector, say: Callable[[str], None]) -> None:
-    """Redraw the plot of what was stored and the README of the results, and say where they are."""
+    """Redraw the plot of the stored records and the README of the results, and print their paths."""
     from . import plots, report
 
     if found.records:
@@ -252,6 +252,6 @@ def finish(results: Path, found: Collector, say: Callable[[str], None]) -> None:
         for name, data in found.artifacts.items():
             (file.parent / f"{name}.json").write_text(json.dumps(data) + "\n", encoding="utf-8")
         if found.suite == "choice":
-            return  # its table is all there is to see
+            return  # it has a table only
         say(f"plot: {plots.draw(file.parent, file.stem)}")
     say(f"overview: {report.write_readme(results)}")

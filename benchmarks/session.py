@@ -1,6 +1,6 @@
-"""What a case sees while it runs, and the process that runs it.
+"""The interface of a case while it runs, and the process that runs it.
 
-``python -m benchmarks.session`` measures the cases that it is given and writes one JSON event per line:
+``python -m benchmarks.session`` measures the given cases and writes one JSON event per line:
 ``{"event": "record" | "progress" | "refused" | "artifact" | "start" | "done" | "failed", ...}``.
 """
 
@@ -19,12 +19,12 @@ from .record import REFUSED, Record, quantiles
 
 
 def in_one_line(error: BaseException) -> str:
-    """Type and first line: torch appends pages to some of its messages."""
+    """Type and first line of an error, because some of torch's messages are pages long."""
     return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
 
 
 class Refused(RuntimeError):
-    """A provider that returned wrong values; it is reported and never timed."""
+    """A provider that returned wrong values. It is reported and never timed."""
 
 
 @dataclasses.dataclass
@@ -36,7 +36,7 @@ class Settings:
     providers: tuple[str, ...] = ()
 
     def wants(self, provider: str) -> bool:
-        """``eager`` and ``advdl_ops`` always run: the values and the ratios need them."""
+        """Whether a provider runs. ``eager`` and ``advdl_ops`` always do, because values and ratios need them."""
         return not self.providers or provider in (*self.providers, "eager", "advdl_ops")
 
 
@@ -50,7 +50,7 @@ def new_record(
     values: Sequence[float] = (0.0,),
     why: str = "",
 ) -> Record:
-    """One measurement of one value per round, or with ``why`` that there is none."""
+    """A record of one value per round, or with ``why`` the reason that there is none."""
     p20, p50, p80 = quantiles([float(value) for value in values])
     return Record(
         case=case.name,
@@ -92,8 +92,8 @@ class Session:
 
     @property
     def compiles(self) -> bool:
-        # On CPU a compilation takes up to a minute: not for `quick`, which must end soon on a fresh machine. Its
-        # records tell by their suite that the compiled rivals are missing.
+        # On CPU a compilation takes up to a minute, so `quick`, which must end soon on a new machine, has none. The
+        # suite in its records shows that the compiled rivals are missing.
         quick = self.suite == "quick" and self.case.device == "cpu"
         return self.settings.compile and self.case.compile and not (self.settings.smoke or quick)
 
@@ -109,7 +109,7 @@ class Session:
         self.event("progress", what=what, done=done, total=total)
 
     def each_round(self, what: str) -> Callable[[int, int], None]:
-        """What timing.measure calls after each round."""
+        """The callback for timing.measure after each round."""
         return lambda done, total: self.progress(what, done, total)
 
     def refuse(self, provider: str, why: str) -> None:
@@ -120,14 +120,14 @@ class Session:
     def record(
         self, provider: str, mode: str, metric: str, unit: str, values: float | Sequence[float]
     ) -> None:
-        """One measurement, given as a value or as one value per round."""
+        """Records one measurement, given as a value or as one value per round."""
         given = list(values) if isinstance(values, Sequence) else [values]
         record = new_record(self.case, self.suite, provider, mode, metric, unit, given)
         self.event("record", record=dataclasses.asdict(record))
 
 
 def run_cases(names: Iterable[str], suite: str, settings: Settings, stream: TextIO) -> int:
-    """Run cases one after the other; a case that fails is reported and does not stop the next."""
+    """Run cases one after the other. A failed case is reported and does not stop the next."""
     failed = 0
     cases = registry.all_cases()
     for name in names:
@@ -157,8 +157,8 @@ def main() -> int:
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    torch.backends.cudnn.benchmark = True  # the peer is never handicapped
-    stream, sys.stdout = sys.stdout, sys.stderr  # whatever prints must not break the event stream
+    torch.backends.cudnn.benchmark = True  # stock runs at its best
+    stream, sys.stdout = sys.stdout, sys.stderr  # other output must not break the event stream
     return run_cases(arguments.cases, arguments.suite, settings, stream)
 
 

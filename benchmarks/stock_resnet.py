@@ -1,8 +1,8 @@
 """ResNet in plain PyTorch: the peer that advdl_ops.models is measured against.
 
 He et al. 2015, https://arxiv.org/abs/1512.03385, with torchvision's ``state_dict`` keys, strides and
-arithmetic; activations and additions in place, as the strongest stock formulation has them. Without init
-code: it takes the weights of the network that it competes with.
+arithmetic. Activations and additions are in place, as in the fastest stock formulation. There is no
+initialization, because it gets the weights of the network that it competes with.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 
 class DoubleConv(nn.Module):
-    """Twice 3x3 convolution, batch norm, ReLU."""
+    """Two times 3x3 convolution, batch norm, ReLU."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Up(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = self.up(x)
         rows, columns = skip.size(2) - x.size(2), skip.size(3) - x.size(3)
-        if rows or columns:  # the original always pads, which copies where there is nothing to add
+        if rows or columns:  # the original always pads, which makes a copy even by zero pixels
             left, top = columns // 2, rows // 2
             x = pad(x, (left, columns - left, top, rows - top))
         return self.conv(torch.cat([skip, x], dim=1))

@@ -1,4 +1,4 @@
-"""What a person sees: the list of cases, progress while they run, the table of results. All by rich."""
+"""Terminal output with rich: the list of cases, the progress while they run, the table of results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH = 100
 
 def new_console() -> Any:
     console = require("rich.console").Console()
-    # Redirected output has no width of its own; a narrower one would cut the table.
+    # Redirected output has no width, and rich's default would cut the table.
     return console if console.is_terminal else require("rich.console").Console(width=WIDTH)
 
 
@@ -101,7 +101,7 @@ def _rate(rate: Record | None, share: Record | None) -> str:
 
 
 def show_records(records: Sequence[Record]) -> None:
-    """One block per case: each mode and provider, and how much faster advdl_ops is than it."""
+    """Print one block per case: each mode and provider, and how much faster advdl_ops is than this provider."""
     console = new_console()
     by_case: dict[str, list[Record]] = {}
     for item in records:
@@ -134,7 +134,7 @@ def case_table(name: str, items: Sequence[Record]) -> Any:
     grid.add_column("mode", no_wrap=True)
     grid.add_column("provider", overflow="fold")
     grid.add_column("time (p20-p80)", no_wrap=True)
-    # Networks have two of ours, the zoo's and the optimized; each row says how it stands against stock.
+    # Networks have two providers of advdl_ops, the zoo's and the optimized one, so each row is compared with stock.
     of_networks = any(i.metric == "over_stock" for i in items)
     ratio_metric = "over_stock" if of_networks else "speedup"
     grid.add_column("over best stock" if of_networks else "advdl_ops faster", no_wrap=True)

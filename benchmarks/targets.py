@@ -1,7 +1,7 @@
-"""Whether a target of a case, the text that ``list`` shows, was reached.
+"""Whether the target of a case, which is a text that ``list`` shows, was reached.
 
-A target is a list of parts such as ``>= 1.35x eager``, ``held <= 0.80x stock``, ``raw <= 10 us``; ``stretch`` begins
-one that is a wish; `` / `` stands between those of the forward pass and those of forward and backward.
+A target is a list of parts such as ``>= 1.35x eager``, ``held <= 0.80x stock``, ``raw <= 10 us``. ``stretch`` marks an
+optional part. `` / `` separates the parts for the forward pass from those for forward and backward.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .record import CHANNELS_LAST, OURS, STOCK, STOCK_COMPILED, Record, is_stock
 
 
 class Row(NamedTuple):
-    """How one of ours stands beside stock in one mode of a case; no ratio where stock does not do the same."""
+    """A provider of advdl_ops against stock in one mode of a case. There is no ratio if stock has no such provider."""
 
     case: str
     mode: str
@@ -26,7 +26,7 @@ class Row(NamedTuple):
     items: list[Record]  # all of the case
 
 
-# Whom a ratio is measured against; what is not named here is the provider's own name.
+# What a ratio refers to. Other texts are names of providers.
 RIVALS: dict[str, Callable[[str], bool]] = {
     "": is_stock,
     "best stock": is_stock,
@@ -52,7 +52,7 @@ WITHOUT_GRADIENTS = ("eval fwd", "train fwd")
 
 
 def parts(target: str) -> list[tuple[str | None, str]]:
-    """The mode, where a part is for one alone, and the text of every part."""
+    """The text of every part, with its mode if it applies to a single mode."""
     sides = target.split(" / ")
     modes = ("fwd", "full") if len(sides) == 2 else (None,)
     return [
@@ -61,7 +61,7 @@ def parts(target: str) -> list[tuple[str | None, str]]:
 
 
 def verdicts(target: str, row: Row) -> list[str]:
-    """Every part of the target that is about this row: its value, and whether it was reached."""
+    """For every part of the target that applies to this row: its value, and whether it was reached."""
     found = [_verdict(part, mode or row.mode, row) for mode, part in parts(target)]
     return [text for text in found if text]
 
@@ -99,7 +99,7 @@ def _verdict(part: str, mode: str, row: Row) -> str | None:
 
 
 def _against(row: Row, mode: str, wanted: Callable[[str], bool]) -> float | None:
-    """Ours over the fastest of some stock providers."""
+    """The time of the fastest of some stock providers over that of the row's provider."""
     times = {i.provider: i.p50 for i in row.items if (i.mode, i.metric) == (mode, "time")}
     rival = min(filter(wanted, times), key=lambda name: times[name], default=None)
     if rival is None or row.ours not in times:
@@ -107,13 +107,14 @@ def _against(row: Row, mode: str, wanted: Callable[[str], bool]) -> float | None
     taken = {i.provider: i.p50 for i in row.items if (i.mode, i.metric) == (mode, "speedup")}
     if mode == row.mode and rival == row.stock and row.ratio:
         return row.ratio.p50
-    # The ratios of rounds over other stock are those of one of ours only: for another that of the medians must do.
+    # Ratios of rounds against other stock providers exist for one provider of advdl_ops only. For others, use the
+    # medians.
     is_taken = rival in taken and row.ours == OURS and not row.label
     return taken[rival] if is_taken else times[rival] / times[row.ours]
 
 
 def held(row: Row) -> tuple[str, float] | None:
-    """The stock provider that holds the fewest bytes for backward, and its bytes over those of ours."""
+    """The stock provider that holds the fewest bytes for backward, and its bytes over those of the row's provider."""
     size = {i.provider: i.p50 for i in row.items if (i.mode, i.metric) == (row.mode, "held")}
     least = min(filter(is_stock, size), key=lambda name: size[name], default=None)
     return (least, size[least] / size[row.ours]) if least and size.get(row.ours) else None
@@ -127,7 +128,7 @@ def _amount(row: Row, provider: str, unit: str) -> float | None:
 
 
 def rows(case: str, items: list[Record], every_mode: bool = False) -> list[Row]:
-    """The rows of a case: `full` where there is one, else the first mode; of the cost of a call every mode."""
+    """The rows of a case: of mode `full` if there is one, else of the first mode; with `every_mode`, of all."""
     modes = list(dict.fromkeys(i.mode for i in items if i.metric == "time" and i.mode != "compile"))
     if not every_mode:
         modes = ["full"] if "full" in modes else modes[:1]

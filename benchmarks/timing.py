@@ -1,7 +1,7 @@
-"""Timing of interleaved providers: one block of each per round, in an order that moves on every round.
+"""Timing of interleaved providers: one block of each per round, in an order that rotates from round to round.
 
 CPU: ``torch.utils.benchmark.Timer`` for calls that can be repeated, a clock around the single call for
-those that are slow or must be prepared anew (a backward pass needs its forward). CUDA: events, after a
+those that are slow or need preparation (a backward pass needs its forward). CUDA: events, after a
 write over the whole L2 cache.
 """
 
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch.utils import benchmark
 
-SLOW = 0.03  # seconds; beyond it a single call is long enough to be timed alone
+SLOW = 0.03  # seconds; a longer call is timed alone
 L2_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class Timed:
-    """``call(prepare())`` is timed, ``prepare`` is not; without ``prepare``, ``call()``."""
+    """In ``call(prepare())``, only ``call`` is timed. Without ``prepare``, ``call()`` is."""
 
     call: Callable[..., Any]
     prepare: Callable[[], Any] | None = None

@@ -3,9 +3,9 @@
     python examples/train_charlm.py --output charlm.safetensors
     python examples/train_charlm.py --compare
 
-Sentences of differing length are padded to one batch in any order: the fused LSTM takes their `lengths`, the stock
-one a PackedSequence. `train` is a generator that yields after every optimizer step, so that a caller may watch it,
-stop it, or run two of them side by side as `--compare` does.
+Sentences of different lengths are padded to one batch, in any order. The fused LSTM takes their `lengths`, the stock
+one a PackedSequence. `train` is a generator that yields after every optimizer step, so that a caller can watch it,
+stop it, or run two trainings alternately as `--compare` does.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import DataLoader
 
-# Runs from a checkout that is built in place, too.
+# Also runs from a checkout that is built in place.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 SHORTEST, LONGEST = 20, 200  # characters of a sentence
 PADDING, END = 0, "\n"  # every sentence begins and ends with END
-ALPHABET = END + "".join(map(chr, range(32, 127)))  # its first character is number 1
+ALPHABET = END + "".join(map(chr, range(32, 127)))  # the first character has number 1
 VOCABULARY = 1 + len(ALPHABET)
-EXTRAS = "layer_norm", "zoneout", "recurrent_dropout"  # of advdl_ops.nn.LSTM alone
+EXTRAS = "layer_norm", "zoneout", "recurrent_dropout"  # options of advdl_ops.nn.LSTM only
 
 
 # ---- the text ----
 
 
 def corpus(limit: int | None = None) -> list[str]:
-    """Different sentences of the topics of Python's `help`, shuffled, always in the same order."""
+    """Different sentences from the topics of Python's `help`, shuffled, always in the same order."""
     try:
         from pydoc_data.topics import topics
     except ModuleNotFoundError as error:
@@ -68,14 +68,14 @@ def encode(text: str) -> Tensor:
 
 
 def load(limit: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """Training and validation set; one tenth of the sentences is for the validation."""
+    """Training and validation set. One tenth of the sentences is for validation."""
     sentences = [encode(END + sentence + END) for sentence in corpus(limit)]
     held_out = len(sentences) // 10
     return sentences[held_out:], sentences[:held_out]
 
 
 def collate(sentences: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Characters and those that follow them, both padded to `[T, B]`, and the lengths `[B]`."""
+    """Characters and their following characters, both padded to `[T, B]`, and the lengths `[B]`."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -91,7 +91,7 @@ def loader(
     from torch.utils.data import DataLoader
 
     order = torch.Generator().manual_seed(seed)
-    data: Any = sentences  # a list will do where the annotation asks for a Dataset
+    data: Any = sentences  # a list works, although the annotation asks for a Dataset
     return DataLoader(data, batch_size, shuffle=shuffle, generator=order, collate_fn=collate)
 
 
@@ -101,10 +101,10 @@ def loader(
 def build(
     backend: str, seed: int, device: str, hidden_size: int, dropout: float, **extras: Any
 ) -> torch.nn.ModuleDict:
-    """Embedding, two layers of LSTM, linear; the stock one has the weights of the fused one of the same seed.
+    """Embedding, two layers of LSTM, linear. With the same seed, the stock and the fused model have the same weights.
 
     Args:
-        extras: `EXTRAS` by name, for the fused one.
+        extras: `EXTRAS` by name, for the fused model.
     """
     import torch
 
@@ -130,7 +130,7 @@ def predict(
     lengths: Tensor | None = None,
     states: Any = None,
 ) -> tuple[Tensor, Any]:
-    """Logits `[T, B, VOCABULARY]` of what follows each of the characters `[T, B]`, and the states at their end."""
+    """Logits `[T, B, VOCABULARY]` for the character after each of `characters` `[T, B]`, and the final states."""
     import torch
     from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -154,14 +154,14 @@ def train(
     amp: bool = False,
     clip: float = 1.0,
 ) -> Iterator[tuple[int, float]]:
-    """AdamW, its gradients clipped to a norm; yields (epoch, loss per character) after each step."""
+    """AdamW with gradients clipped to a norm. Yields (epoch, loss per character) after each step."""
     import torch
     from torch.nn.functional import cross_entropy
 
     optimizer = torch.optim.AdamW(model.parameters(), lr)
     for epoch in range(epochs):
         for characters, following, lengths in batches:
-            model.train()  # at each step: the caller may have evaluated it meanwhile
+            model.train()  # in each step, because the caller may have evaluated it in between
             characters, following = characters.to(device), following.to(device)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
                 logits, _ = predict(model, characters, lengths)
@@ -176,7 +176,7 @@ def train(
 
 
 def perplexity(model: torch.nn.ModuleDict, batches: DataLoader, device: str) -> float:
-    """Per character, of the model in eval mode: the exponential of its mean cross entropy."""
+    """Perplexity per character of the model in eval mode: the exponential of its mean cross entropy."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -190,21 +190,21 @@ def perplexity(model: torch.nn.ModuleDict, batches: DataLoader, device: str) -> 
                 logits.flatten(0, 1), wanted, ignore_index=PADDING, reduction="sum"
             )
             total, count = total + losses.item(), count + int(lengths.sum())
-    # Of a training that diverges it is more than a float holds.
+    # If training diverges, it may exceed the range of a float.
     return math.exp(total / count) if total / count < 700 else math.inf
 
 
 def generate(
     model: torch.nn.ModuleDict, start: str, length: int, temperature: float, seed: int, device: str
 ) -> str:
-    """`start` and `length` characters more, one for each step; of temperature 0 always the likeliest."""
+    """`start` and `length` more characters, one for each step. With temperature 0, always the likeliest one."""
     import torch
 
     model.eval()
     draws = torch.Generator().manual_seed(seed)
     text = start
     with torch.inference_mode():
-        # The beginning in one call, then one character a call with the states carried.
+        # The beginning in one call, then one character per call with the states passed on.
         logits, states = predict(model, encode(END + start).unsqueeze(1).to(device))
         for _ in range(length):
             scores = logits[-1, 0].float().cpu()
@@ -218,11 +218,11 @@ def generate(
     return text
 
 
-# ---- one training, or two in turn ----
+# ---- one training, or two alternating ----
 
 
 class Epoch(NamedTuple):
-    """Of one epoch and model: mean loss, perplexity of the validation set, seconds of each step."""
+    """One epoch of one model: mean loss, perplexity of the validation set, seconds of each step."""
 
     loss: float
     perplexity: float
@@ -230,7 +230,7 @@ class Epoch(NamedTuple):
 
 
 def run(options: argparse.Namespace) -> dict[str, list[Epoch]]:
-    """Trains the backend asked for, or both step by step in turn, and prints every epoch and a sample."""
+    """Trains the chosen backend, or both with alternating steps, and prints every epoch and a sample."""
     train_set, validation_set = load(options.limit)
     extras = {name: getattr(options, name) for name in EXTRAS}
     backends = ("fused", "stock") if options.compare else (options.backend,)
@@ -239,7 +239,7 @@ def run(options: argparse.Namespace) -> dict[str, list[Epoch]]:
         models[backend] = build(
             backend, options.seed, options.device, options.hidden_size, options.dropout, **extras
         )
-        # Each its own, so that both are given the same batches.
+        # A loader for each, so that both get the same batches.
         batches = loader(train_set, options.batch_size, options.seed)
         trainings[backend] = train(
             models[backend], batches, options.epochs, options.lr, options.device, options.amp, options.clip,
@@ -291,7 +291,7 @@ def run(options: argparse.Namespace) -> dict[str, list[Epoch]]:
 
 
 def print_table(history: dict[str, list[Epoch]]) -> None:
-    """Of both backends: perplexities, the median time of a step and the ratio of these, for each epoch and for all."""
+    """Prints perplexities of both backends, the median time of a step and the ratio, for each epoch and in total."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -370,7 +370,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace) -> None:
-    """One sentence about the first argument that cannot be, before anything is trained."""
+    """Exits with one sentence about the first invalid argument, before anything is trained."""
     limits = [
         *(("at least 1", name, 1, math.inf) for name in ("epochs", "batch_size", "hidden_size")),
         ("at least 10, of which one is for the validation", "limit", 10, math.inf),

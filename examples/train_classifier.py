@@ -2,8 +2,8 @@
 
     python examples/train_classifier.py --epochs 6 --backend fused --output digits.safetensors
 
-`train` is a generator that yields after every optimizer step, so that a caller may watch it, stop it, or run two
-of them side by side as the benchmark does.
+`train` is a generator that yields after every optimizer step, so that a caller can watch it, stop it, or run two
+trainings alternately as the benchmark does.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     import torch
     from torch.utils.data import DataLoader, TensorDataset
 
-# Runs from a checkout that is built in place, too.
+# Also runs from a checkout that is built in place.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def load_digits(seed: int = 0, limit: int | None = None) -> tuple[TensorDataset, TensorDataset]:
-    """Train and test set: images [1, 8, 8] around zero, labels 0 to 9; one fifth is for the test."""
+    """Train and test set: images [1, 8, 8] with mean near zero, labels 0 to 9. One fifth is the test set."""
     try:
         from sklearn.datasets import load_digits as bundled
         from sklearn.model_selection import train_test_split
@@ -43,14 +43,14 @@ def load_digits(seed: int = 0, limit: int | None = None) -> tuple[TensorDataset,
 
 
 def build(name: str, backend: str, seed: int, device: str) -> torch.nn.Module:
-    """A model of the zoo for 10 classes of small grey images, or its plain PyTorch twin of the same weights."""
+    """A model of the zoo for 10 classes of small grey images, or its plain PyTorch twin with the same weights."""
     import torch
 
     from advdl_ops import models
 
     torch.manual_seed(seed)
     options: dict[str, Any] = {"num_classes": 10, "in_channels": 1, "stem": "small"}
-    # Blocks that start as their shortcut: the first epochs are calmer, and two runs stay close for longer.
+    # Blocks start as their shortcut, so that the first epochs are more stable and two runs stay close for longer.
     model = models.create_model(name, zero_init_residual=True, **options)
     if backend == "stock":
         from benchmarks.stock_resnet import stock_resnet
@@ -66,7 +66,7 @@ def loader(dataset: TensorDataset, batch_size: int, seed: int, shuffle: bool = T
     from torch.utils.data import DataLoader
 
     order = torch.Generator().manual_seed(seed)
-    # A last batch of one image would leave one value per channel to normalize at 1x1.
+    # With a last batch of one image, a norm at 1x1 would get one value per channel.
     return DataLoader(dataset, batch_size, shuffle=shuffle, generator=order, drop_last=shuffle)
 
 
@@ -78,7 +78,7 @@ def train(
     device: str,
     amp: bool = False,
 ) -> Iterator[tuple[int, float]]:
-    """SGD with momentum under a one-cycle schedule; yields (epoch, loss) after each step."""
+    """SGD with momentum and a one-cycle schedule. Yields (epoch, loss) after each step."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -100,7 +100,7 @@ def train(
 
 
 def accuracy(model: torch.nn.Module, batches: DataLoader, device: str) -> float:
-    """Share of the images that the model, in eval mode, gives the right label."""
+    """Share of the images with the correct label from the model in eval mode."""
     import torch
 
     model.eval()

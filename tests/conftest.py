@@ -1,12 +1,12 @@
-"""What every test runs under: kernels or nothing, a seed of its own, no GPU tests without a GPU."""
+"""The conditions of every test: kernels are required, each test has its own seed, GPU tests need a GPU."""
 
 import os
 import tempfile
 from pathlib import Path
 
-# Before advdl_ops is imported: a test of kernels must never pass on the reference unnoticed.
+# Set before advdl_ops is imported: a test of kernels must never pass on the reference unnoticed.
 os.environ["ADVDL_OPS_REQUIRE_NATIVE"] = "1"
-# And before torch is: beside another worker (pytest-xdist) a thread that waits must leave its core.
+# Set before torch is imported: with several workers (pytest-xdist), a waiting thread must release its core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import signal
@@ -26,22 +26,22 @@ EXTRA_PARTS = 5
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Workers (pytest-xdist) are started later, with this in their environment.
+    # Workers (pytest-xdist) start later and inherit this environment.
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        # The common folder may hold what was compiled for another CPU capability (docs/stock_faults.md).
+        # The common folder may contain code that was compiled for another CPU capability (docs/stock_faults.md).
         folder = tempfile.TemporaryDirectory(
             prefix="advdl_ops_inductor_", ignore_cleanup_errors=True
         )
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
         config.add_cleanup(folder.cleanup)
     if "ADVDL_OPS_CACHE" not in os.environ:
-        # What `tune` has stored for this machine would choose other kernels than a test expects.
+        # With the choices that `tune` has stored on this machine, other kernels than a test expects would serve.
         store = tempfile.TemporaryDirectory(prefix="advdl_ops_cache_", ignore_cleanup_errors=True)
         os.environ["ADVDL_OPS_CACHE"] = store.name
         config.add_cleanup(store.cleanup)
     os.environ.setdefault("EXTRA_PART", str(extra_part_of_commit()))
     os.environ["EXTRA_PART"] = str(int(os.environ["EXTRA_PART"]) % EXTRA_PARTS)
-    if config.getoption("dist", "no") != "no":  # the one that starts them
+    if config.getoption("dist", "no") != "no":  # the process that starts the workers
         config.pluginmanager.register(LostWorkers(), "lost workers")
     if not CPU_LIBRARY.exists():
         pytest.exit(
@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def extra_part_of_commit() -> int:
-    """Each commit runs another part of the tests marked `extra`, and always the same one."""
+    """The part of the tests marked `extra` that this commit runs. It is always the same for one commit."""
     command = ["git", "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -83,7 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class LostWorkers:
-    """pytest-xdist names the test in which a worker dies. One that dies after its last test would pass unnoticed."""
+    """Reports workers that die after their last test. pytest-xdist itself only reports those that die in a test."""
 
     def __init__(self) -> None:
         self.processes: dict[str, Any] = {}
@@ -108,7 +108,7 @@ class LostWorkers:
         yield  # xdist waits for its workers here
         for worker, process in self.processes.items():
             code = process.poll()
-            # Those that take too long to end are killed.
+            # SIGKILL: xdist kills workers that take too long to end.
             if code not in (None, 0, -signal.SIGKILL):
                 how = signal.Signals(-code).name if code < 0 else f"status {code}"
                 self.lost.setdefault(worker, f"it ended by {how}")
@@ -130,7 +130,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def no_native_required(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a user runs: the reference may stand in where no kernel can serve."""
+    """As for users: the reference may serve if no kernel can."""
     from advdl_ops import backend
 
     monkeypatch.setattr(backend, "_require_native", False)
@@ -146,13 +146,13 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread(threads: None) -> None:
-    """For many small calls on a busy machine; that results do not depend on threads has tests of its own."""
+    """For many small calls on a busy machine. Other tests check that results do not depend on threads."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def fresh_compile() -> Iterator[None]:
-    """No graph compiled for an earlier test, and none left behind."""
+    """No compiled graphs of earlier tests, and none left for later ones."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()

@@ -1,8 +1,8 @@
-"""Writes docs/accuracy.md: the error of norms, convolution and LSTM against fp64, beside stock PyTorch's in that dtype.
+"""Writes docs/accuracy.md: the errors of norms, convolution and LSTM against fp64, and those of stock PyTorch.
 
     python tools/accuracy.py
 
-An error is the largest difference over the largest exact value, of the output and of each gradient. A family adds
+An error is the largest difference over the largest exact value, for the output and for each gradient. A new norm adds
 its rows to `CASES`.
 """
 
@@ -73,7 +73,7 @@ def rows() -> Iterator[str]:
             for mean, deviation in INPUTS:
                 if (
                     dtype != torch.float32 and mean > 1
-                ):  # such an input has no digit of its deviation
+                ):  # half precision has no digits left for the deviation of such an input
                     continue
                 for layout, memory_format in LAYOUTS.items():
                     values = [
@@ -83,7 +83,7 @@ def rows() -> Iterator[str]:
                     ]
                     inputs = [t.to(dtype) for t in values]
                     grad = normal(*SHAPE).to(memory_format=memory_format, dtype=dtype)
-                    # Where rounding decides on which side of a kink a value lies both may be off by all of it.
+                    # Near a kink, rounding decides the side, and both may have the full error there.
                     exact_inputs, exact_grad = [t.double() for t in inputs], grad.double()
                     before = results(stock, exact_inputs, exact_grad)[0]
                     near = before.abs() < (2e-2 if dtype != torch.float32 else 2e-3)
@@ -111,7 +111,7 @@ def rows() -> Iterator[str]:
 CONVOLUTIONS = (
     ((8, 64, 28, 28), (64, 64, 3, 3), 2, 1),
     ((8, 512, 14, 14), (128, 512, 1, 1), 1, 1),
-    ((8, 512, 4, 4), (512, 512, 3, 3), 1, 1),  # few pixels: a kernel of this package's
+    ((8, 512, 4, 4), (512, 512, 3, 3), 1, 1),  # few pixels: a kernel of this package
     ((8, 64, 28, 28), (64, 1, 3, 3), 4, 64),
 )
 

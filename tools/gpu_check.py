@@ -1,8 +1,8 @@
-"""What ``make gpu-check`` runs on a machine with a CUDA GPU, in at most ten minutes.
+"""Runs ``make gpu-check`` on a machine with a CUDA GPU, in at most ten minutes.
 
-Builds for this GPU alone, runs the tests marked ``gpu``, runs compute-sanitizer on small shapes where it is
-installed, and the CUDA benchmark suites, which write ``benchmarks/results/<gpu>/``. Prints a short table last; the
-exit status is 1 if any step failed or found a wrong value.
+Builds for this GPU only, runs the tests marked ``gpu``, runs compute-sanitizer on small shapes if it is installed, and
+runs the CUDA benchmark suites, which write ``benchmarks/results/<gpu>/``. Prints a short table at the end. The exit
+status is 1 if any step failed or found a wrong value.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 590.0
-LAST_CASE_S = 40.0  # left to a benchmark suite to end the case that it is in
+LAST_CASE_S = 40.0  # time for a benchmark suite to end its current case
 
 
 @dataclass
 class Step:
     name: str
     command: list[str]
-    limit_s: float  # of this step; all together keep within LIMIT_S
-    budget: bool = False  # takes --budget: starts nothing new after so many seconds
+    limit_s: float  # of this step; all together stay within LIMIT_S
+    budget: bool = False  # the command takes --budget: no new case after this many seconds
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Outcome:
 
 
 def no_gpu() -> str | None:
-    """Why nothing can be checked here, or None."""
+    """Why no GPU can be checked here, or None."""
     try:
         import torch
     except ImportError:
@@ -129,7 +129,7 @@ def main() -> int:
             continue
         outcomes.append(run(step, environment, deadline))
         if step.name == "build" and not outcomes[-1].passed:
-            break  # nothing after it could tell more
+            break  # without a build the other steps are useless
 
     table = Table(title=f"gpu-check on {torch.cuda.get_device_name()}, torch {torch.__version__}")
     for column in ("step", "result", "seconds", "last line"):

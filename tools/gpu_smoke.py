@@ -1,6 +1,6 @@
-"""Every CUDA operator once, on small odd shapes, forward and backward: what compute-sanitizer runs.
+"""Runs every CUDA operator once, on small odd shapes, forward and backward, for compute-sanitizer.
 
-Values are the tests' matter; this only makes each kernel run in each layout and dtype.
+Values are not checked here but in the tests. This only runs each kernel in each layout and dtype.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def batch_norm_act() -> None:
 
 
 def lstm() -> None:
-    """Units and rows, odd and aligned, one length and many."""
+    """Units and rows, odd and aligned sizes, equal and different lengths."""
     for hidden in (7, 64):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             for options in ({}, {"layer_norm": True, "zoneout": 0.2}, {"recurrent_dropout": 0.2}):
@@ -65,7 +65,7 @@ def lstm() -> None:
 
 
 def conv2d() -> None:
-    """Every implementation of each direction: to measure a choice runs all of them."""
+    """Every implementation of each direction, because measuring a choice runs all of them."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["ADVDL_OPS_CACHE"] = cache
         for shape, outputs, groups in (

@@ -1,8 +1,8 @@
-// For tools/stock_faults.py, by LD_PRELOAD: each aligned allocation, which torch's tensors and oneDNN's scratchpads are,
-// ends at a page that can be neither read nor written and is full of NaN, so that what reads or writes past its memory
-// ends the process at that instruction, and what reads memory that nobody wrote gives NaN.
+// For tools/stock_faults.py, by LD_PRELOAD. Each aligned allocation (torch's tensors and oneDNN's scratchpads are such)
+// ends at an inaccessible page and starts full of NaN. So an access past its end stops the process at that instruction,
+// and a read of memory that was never written gives NaN.
 //
-// The few bytes between its end and the page, which the alignment leaves, are compared when it is freed.
+// Because of the alignment, a few bytes may remain between its end and the page. They are compared when it is freed.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -23,7 +23,7 @@ typedef struct {
   size_t length, size;
 } Block;
 
-// Addresses are given once: what was freed stays unreadable.
+// Addresses are not reused, so that freed memory stays inaccessible.
 static const size_t ARENA = (size_t)1 << 42;
 static char *arena, *next;
 static unsigned count;
@@ -33,7 +33,7 @@ static int is_guarded(const void* p) {
   return arena != NULL && (char*)p >= arena && (char*)p < arena + ARENA;
 }
 
-// What is known of a block lies in the page before it, which is readable for the time of a call only.
+// The data about a block is in the page before it, which is readable only during a call of these functions.
 static Block* header(char* begin) { return (Block*)(begin - PAGE); }
 
 int posix_memalign(void** out, size_t alignment, size_t size) {
@@ -56,10 +56,11 @@ int posix_memalign(void** out, size_t alignment, size_t size) {
     return ENOMEM;
   memset(begin, FILL, length);
   char* p = begin + (length - size) / alignment * alignment;
-  // oneDNN aligns what lies in its scratchpad once more, and has room for that: every second time it needs that room.
+  // oneDNN aligns buffers within its scratchpad again, and reserves room for that. Every second time it needs that
+  // room.
   if (odd && p - begin >= (ptrdiff_t)alignment) p -= alignment;
   *header(begin) = (Block){begin, length, size};
-  // Found again from a pointer within the first page of the block alone.
+  // free() finds the block only from a pointer within its first page.
   if (p - begin >= PAGE) abort();
   mprotect(begin - PAGE, PAGE, PROT_NONE);
   *out = p;

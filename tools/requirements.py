@@ -1,6 +1,6 @@
-"""Print what pyproject.toml names for the package and the given extras, one requirement a line.
+"""Print the requirements in pyproject.toml for the package and the given extras, one per line.
 
-For ``pip install -r``: installs an environment to develop in without building the package first.
+For ``pip install -r``, which installs a development environment without building the package first.
 """
 
 import sys

@@ -1,13 +1,13 @@
-"""Searches for 2-D convolutions that torch computes wrongly, or that read or write memory which is not theirs, on CPU.
+"""Searches for 2-D convolutions that torch computes wrongly on CPU, or that read or write outside of their memory.
 
     python tools/stock_faults.py --seconds 600 --isa avx2          # stock's
     python tools/stock_faults.py --seconds 600 --isa avx2 --ours   # this package's
 
-Random shapes, options, dtypes and memory formats; output and every gradient are compared with fp64, and two calls with
-each other. The shapes run in child processes in which each tensor ends at memory that can be neither read nor written
-and starts full of NaN (guarded_memory.c, built with the C compiler at hand). Where a child dies, the parent names the
-shape, asks oneDNN what ran, and goes on behind it. The last lines say how often each way to fail was met, by
-implementation. docs/stock_faults.md is what came of it.
+It draws random shapes, options, dtypes and memory formats. The output and every gradient are compared with fp64, and
+two calls with each other. The shapes run in child processes, in which each tensor ends at inaccessible memory and
+starts full of NaN (guarded_memory.c, built with the installed C compiler). If a child dies, the parent prints the shape
+and the implementation that oneDNN ran, and continues with the next shape. The last lines count each kind of failure by
+implementation. docs/stock_faults.md has the results.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class Case(NamedTuple):
     grad_format: str
 
     def options(self) -> tuple[Any, ...]:
-        """As torch.ops.aten.convolution takes them."""
+        """The options in the order of torch.ops.aten.convolution."""
         return (
             self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups,
         )  # fmt: skip
 
 
 def draw(rng: random.Random) -> Case:
-    """One that torch accepts."""
+    """A random case that torch accepts."""
     while True:
         groups = rng.choices((1, 2, 3, rng.randint(2, 40)), (6, 1, 1, 1))[0]
         few, many = 130 // groups, 64 // groups
@@ -192,12 +192,13 @@ def exact(case: Case, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def serve(repeats: int, function: Any) -> None:
-    """Reads cases, one a line, says which direction comes next, and what was wrong."""
+    """Reads cases, one per line. Prints each direction before it runs, and what was wrong with it."""
     for line in sys.stdin:
         case = Case(*(tuple(v) if isinstance(v, list) else v for v in json.loads(line)))
         given = tensors(case)
         expected = exact(case, given)
-        # An error is measured by what was summed, to any order of the terms and any rounding between them.
+        # An error is relative to the sum of absolute terms, which covers any order of the terms and any rounding
+        # between them.
         sums = exact(case, tuple(t.abs() for t in given))
         for direction, right, of in zip(DIRECTIONS, expected, sums, strict=True):
             print("start", direction, flush=True)
@@ -221,7 +222,7 @@ def compare(
     right: Tensor,
     of: Tensor,
 ) -> str | None:
-    """What is wrong with one direction; None: nothing."""
+    """What is wrong with one direction, or None."""
     dtype = given[0].dtype
     terms = given[3].numel() if direction == "dbias" else given[0].numel()
     allowed = (8 + terms**0.5 * (dtype == torch.float32)) * torch.finfo(dtype).eps * of + 1e-6
@@ -240,11 +241,11 @@ def compare(
     return None
 
 
-# ---- the parent: hands out cases, and sees children die ----
+# ---- the parent: sends cases, and notices when a child dies ----
 
 
 class Children:
-    """A child process that computes, and a new one where it has died."""
+    """A child process that computes, replaced by a new one if it dies."""
 
     def __init__(self, args: argparse.Namespace, guard: Path | None) -> None:
         self.args, self.guard = args, guard
@@ -305,7 +306,7 @@ class Children:
                 found.append((direction, words[2].strip()))
 
     def again(self, case: Case, verbose: bool) -> subprocess.CompletedProcess[str]:
-        """``case`` in a process of its own, 100 calls without the guard, or one with what oneDNN says."""
+        """``case`` in a separate process: 100 calls without the guard, or one call with oneDNN's verbose output."""
         environment = self.environment(self.guard if verbose else None)
         if verbose:
             environment["ONEDNN_VERBOSE"] = "profile"
@@ -316,7 +317,7 @@ class Children:
 
 
 def implementation(verbose: str, direction: str) -> str:
-    """The last primitive that oneDNN made for ``direction``, before which it may have died; "torch": none."""
+    """The last primitive that oneDNN created for ``direction``, which may have died there; "torch" if there is none."""
     made = "none"
     reached = False
     for line in verbose.splitlines():

@@ -1,4 +1,5 @@
-"""Every 2-D convolution: what it is (problem), who serves it (choice), and what serves (cpu, cuda, folded).
+"""Every 2-D convolution: its description (problem), the choice of a candidate (choice), the candidates (cpu, cuda,
+folded).
 
-``functional/`` and ``nn/`` call :mod:`.operators` and :mod:`.folded`; nothing here knows of modules or of autograd.
+``functional/`` and ``nn/`` call :mod:`.operators` and :mod:`.folded`. Nothing here depends on modules or autograd.
 """

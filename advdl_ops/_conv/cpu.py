@@ -1,8 +1,9 @@
-"""What computes a convolution on CPU: this package's kernels, oneDNN with its own epilogue, or torch.
+"""The run functions of the candidates on CPU: this package's kernels, oneDNN with its own epilogue, or torch.
 
-A forward takes ``(x, weight, conv, epilogue, memory_format)`` and returns the output; a gradient takes
-``(dz, x, weight, conv, needs, memory_format)``, ``needs`` being those of x, weight and bias, and returns all three,
-``None`` for what is not needed. ``memory_format`` is the one to compute in; the caller converts the result.
+A forward takes ``(x, weight, conv, epilogue, memory_format)`` and returns the output. A gradient takes
+``(dz, x, weight, conv, needs, memory_format)`` and returns the gradients of x, weight and bias. ``needs`` has one bool
+for each of the three; a gradient that is not needed is ``None``. ``memory_format`` is the one to compute in; the caller
+converts the result.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def dense_gradients(
 
 # ---- oneDNN's fused convolution ----
 
-# What oneDNN calls the activations that it applies to the output while that is in cache; elu is not offered.
+# oneDNN's names of the activations that it applies to the output while that is in cache. elu is not among them.
 _ONEDNN_NAMES = {
     "identity": "none",
     "silu": "swish",
@@ -96,8 +97,8 @@ def onednn(
 ) -> Tensor:
     weight, shift, (_, _, residual, act) = _folded(x, weight, epilogue)
     x, conv = _seen(convert(x, memory_format), weight, conv)
-    # oneDNN's relu and relu6 would hide a NaN from whoever trains; a pass in place costs 0.3 % of a 3x3 convolution
-    # of 64 channels, 4 % of a 1x1.
+    # oneDNN's relu and relu6 would hide a NaN in training, so they are applied in place afterwards. That costs 0.3 % of
+    # a 3x3 convolution of 64 channels, 4 % of a 1x1.
     later = act if act.name in ("relu", "relu6") else IDENTITY
     inside = act if later is IDENTITY else IDENTITY
     return activated(onednn_fused(x, weight, shift, conv, residual, inside), later, in_place=True)
@@ -133,7 +134,7 @@ def onednn_fused(
 
 
 def prepack(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-    """``weight`` in the blocked layout that oneDNN likes best for inputs of ``x``'s shape."""
+    """``weight`` in the blocked layout that oneDNN prefers for inputs of ``x``'s shape."""
     return torch.ops.mkldnn._reorder_convolution_weight(
         weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
     )
@@ -142,12 +143,12 @@ def prepack(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
 def prepacked(
     x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue, memory_format: torch.memory_format
 ) -> Tensor:
-    """Of what :func:`prepack` gave. As in what Inductor makes of a frozen network relu and relu6 give 0 for NaN."""
+    """A forward with the weight of :func:`prepack`. relu and relu6 give 0 for NaN, as in Inductor's frozen networks."""
     _, bias, residual, act = epilogue
     return onednn_fused(x, weight, bias, conv, residual, act)
 
 
-# ---- torch's own: oneDNN, or a kernel of torch, as its dispatcher decides ----
+# ---- torch's own: torch decides between oneDNN and its own kernels ----
 
 
 def by_torch(
@@ -155,7 +156,7 @@ def by_torch(
 ) -> Tensor:
     weight, bias, rest = _folded(x, weight, epilogue)
     x, conv = _seen(convert(x, memory_format), weight, conv)
-    # The same operator by way of torch.ops takes 4 us more.
+    # The same operator through torch.ops takes 4 us more.
     out = torch.convolution(
         x, weight, bias, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups
     )
@@ -185,17 +186,17 @@ def gradients_by_torch(
 
 
 def sum_of(dz: Tensor) -> Tensor:
-    """The gradient of a bias: ``[C_out]``, in fp32 at least."""
+    """The gradient of a bias: ``[C_out]``, at least fp32."""
     return dz.sum((0, 2, 3), dtype=acc_dtype(dz.dtype))
 
 
 def _folded(
     x: Tensor, weight: Tensor, epilogue: Epilogue
 ) -> tuple[Tensor, Tensor | None, Epilogue]:
-    """Weight and bias of a convolution that needs no scale and no shift behind it, and what is left to do.
+    """Weight and bias with scale and shift folded in, and the rest of the epilogue.
 
-    In half precision a folded scale would round the weights once more, and a wider shift would be rounded: those are
-    left.
+    In half precision, folding a scale would round the weights once more, and folding a wider shift would round it.
+    Those stay in the epilogue.
     """
     scale, shift, residual, act = epilogue
     if acc_dtype(x.dtype) != x.dtype and (
@@ -208,7 +209,7 @@ def _folded(
 
 
 def _seen(x: Tensor, weight: Tensor, conv: Conv) -> tuple[Tensor, Conv]:
-    """Where no tap falls on a column of the image oneDNN may end the process: then the padding is part of ``x``."""
+    """If no tap falls on a column of the image, oneDNN may crash the process. Then ``x`` is padded beforehand."""
     if not sees_nothing(x, weight, *conv[:3]):
         return x, conv
     return padded(x, conv.padding), conv._replace(padding=(0, 0))

@@ -1,9 +1,9 @@
-"""What computes a convolution on CUDA: torch's own (cuDNN), in either memory format, or a Triton kernel.
+"""The run functions of the candidates on CUDA: torch's own (cuDNN), in either memory format, or a Triton kernel.
 
-Signatures are those of ``cpu.py``. cuDNN is called deterministically and without its own measurement, which would
-choose anew in every process. Its fused convolution + bias + relu is no candidate: torch calls it with
-``deterministic=false``. So behind cuDNN the epilogue is one more pass, the kernel of ``batch_norm_act`` in evaluation;
-the Triton kernels have it inside.
+Signatures are those of ``cpu.py``. cuDNN is called in deterministic mode and without its benchmark mode, which would
+choose again in every process. Its fused convolution + bias + relu is not a candidate, because torch calls it with
+``deterministic=false``. So after cuDNN the epilogue is another pass, by the kernel of ``batch_norm_act`` in evaluation.
+The Triton kernels contain the epilogue.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def by_torch(
     x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue, memory_format: torch.memory_format
 ) -> Tensor:
-    # No scale is folded into the weight: the pass behind the convolution is there anyway.
+    # The scale is not folded into the weight, because the pass after the convolution is needed anyway.
     x, weight = convert(x, memory_format), convert(weight, memory_format)
     z = convolution(x, weight, None, conv)
     return run_epilogue(convert(z, memory_format), *epilogue)
@@ -66,20 +66,21 @@ def convolution(
     transposed: bool = False,
     output_padding: Sequence[int] = (0, 0),
 ) -> Tensor:
-    """aten.convolution with its flags given, not set for the whole process: deterministic, not measured by cuDNN."""
+    """aten.convolution, deterministic and without cuDNN's benchmark, by arguments and not by flags of the process."""
     return torch.ops.aten._convolution(
         x, weight, bias, *conv[:3], transposed, output_padding, conv.groups,
         False, True, torch.backends.cudnn.enabled, allows_tf32(),
     )  # fmt: skip
 
 
-# Autograd has a thread for each GPU: of two that set the flags at once the later would restore what the earlier set.
+# Autograd has a thread for each GPU. If two set the flags at once, the later one would restore what the earlier one
+# set.
 _flags_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """cuDNN's flags, which backward takes from the process alone. ``torch.backends.cudnn.flags`` would set tf32 too."""
+    """Sets cuDNN's flags for the process, as backward has no arguments for them. ``cudnn.flags`` would set tf32 too."""
     with _flags_lock:
         before = torch._C._get_cudnn_benchmark(), torch._C._get_cudnn_deterministic()
         torch._C._set_cudnn_benchmark(False)
@@ -111,9 +112,9 @@ def triton_forward(
 def triton_forward_with_statistics(
     x: Tensor, weight: Tensor, conv: Conv, shift: Tensor | None, *, config: Any
 ) -> tuple[Tensor, Tensor]:
-    """``conv2d(x, weight) + shift`` in ``x``'s memory format, and fp32 ``[2, C_out]``.
+    """``conv2d(x, weight) + shift`` in ``x``'s memory format, and statistics of this output, fp32 ``[2, C_out]``.
 
-    Those are the mean of each channel and the sum of its squared distances from it, of the output as stored.
+    The statistics are the mean of each channel and the sum of squared distances from it, of the output after rounding.
     """
     out, statistics = launchers(False).forward_with_statistics(
         x, weight, conv=conv, epilogue=Epilogue(None, shift, None, IDENTITY), config=config
@@ -146,14 +147,14 @@ def _is_depthwise(x: Tensor, weight: Tensor, conv: Conv) -> bool:
 
 @functools.cache
 def launchers(depthwise: bool) -> ModuleType:
-    """The module under ``advdl_ops.triton`` whose kernels serve."""
+    """The module of ``advdl_ops.triton`` with the launchers."""
     name = "depthwise_conv2d" if depthwise else "conv2d"
     return importlib.import_module(f"advdl_ops.triton.{name}")
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton can be imported, which only now is tried: ``import advdl_ops`` does without it."""
+    """Whether Triton can be imported. This is tried only when needed, as ``import advdl_ops`` works without it."""
     try:
         importlib.import_module("triton")
     except ImportError:
@@ -163,9 +164,9 @@ def has_triton() -> bool:
 
 @functools.cache
 def configs(direction: str, depthwise: bool, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
-    """By name, what of a Triton kernel is to be measured.
+    """The configs of a Triton kernel that are measured, by name.
 
-    ``tf32``: :func:`.allows_tf32`, on which it depends which blocks fit into the registers.
+    ``tf32``: :func:`.allows_tf32`. Which blocks fit into the registers depends on it.
     """
     if dtype not in TRITON_DTYPES or not has_triton():
         return {}
@@ -175,7 +176,7 @@ def configs(direction: str, depthwise: bool, dtype: torch.dtype, tf32: bool) -> 
 
 
 def config_name(config: Any) -> str:
-    """``triton 128x64x32 w4 s3``: its blocks, warps, stages, and what else is not 0."""
+    """For example ``triton 128x64x32 w4 s3``: blocks, warps, stages, and all other fields that are not 0."""
     fields = config._asdict()
     blocks = "x".join(str(v) for name, v in fields.items() if name.startswith("block"))
     short = {"num_warps": "w", "num_stages": "s"}

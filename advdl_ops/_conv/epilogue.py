@@ -1,4 +1,4 @@
-"""What follows a convolution whose kernel leaves it undone: an activation in place, or a pass of the norm's kernel."""
+"""The epilogue of a convolution whose kernel has none: an activation in place, or a pass of the norm's kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _norm_op = torch.ops.advdl_ops.batch_norm_act.default
 
 
 class Unit(NamedTuple):
-    """Statistics ``[2, C]`` of mean 0 and deviation 1, and the two rows of it ``[C]``."""
+    """Statistics ``[2, C]`` with mean 0 and variance 1, and their two rows ``[C]``."""
 
     stats: Tensor
     mean: Tensor
@@ -32,7 +32,7 @@ def epilogue(
     residual: Tensor | None,
     act: Activation,
 ) -> Tensor:
-    """``act(z * scale + shift + residual)``; with an activation alone it may be written over ``z``.
+    """``act(z * scale + shift + residual)``. With only an activation, it may be written over ``z``.
 
     Shapes: ``z``, ``residual`` ``[N, C, H, W]``; ``scale``, ``shift`` ``[C]``.
     """
@@ -48,7 +48,7 @@ def normalized(
     residual: Tensor | None,
     act: Activation,
 ) -> Tensor:
-    """As :func:`epilogue`, in a tensor of its own."""
+    """As :func:`epilogue`, always in a new tensor."""
     _, mean, var = unit_statistics(z.shape[1], z)
     return _norm_op(
         z, residual, scale, shift, mean, var, False, 0.0, 0.0, act.code, act.param
@@ -56,7 +56,7 @@ def normalized(
 
 
 def activated(z: Tensor, act: Activation, in_place: bool) -> Tensor:
-    """``act(z)``, written over ``z`` where that is allowed and the activation can."""
+    """``act(z)``, written over ``z`` if ``in_place`` allows it and torch has the activation in place."""
     if act.code == 0:
         return z
     write = _IN_PLACE.get(act.name) if in_place else None
@@ -79,33 +79,34 @@ _IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-# Nothing leaves it: a captured CUDA graph reads the memory again, and another stream may still be reading it.
+# Entries are never removed: a captured CUDA graph may read their memory again, and another stream may still read it.
 _kept: dict[tuple[torch.device, int, torch.dtype], Unit] = {}
 _KEPT_AT_MOST = 1024
 
 
 def unit_statistics(channels: int, like: Tensor) -> Unit:
-    """With these statistics the norm's kernels are the epilogue of a convolution ``like``; nobody writes them.
+    """With these statistics the norm's kernels compute the epilogue of a convolution. They must not be written.
 
-    Kept by device, channels and dtype: to fill them takes longer than a small convolution.
+    They are kept for each device, number of channels and dtype, because filling them takes longer than a small
+    convolution.
     """
     if not unwatched(like):
-        return _made(channels, like)  # perhaps a tracer's, not a real one
+        return _made(channels, like)  # may be a tracer's tensor, not a real one
     key = like.device, channels, acc_dtype(like.dtype)
     found = _kept.get(key)
     if found is not None:
         return found
-    # An inference tensor could not be saved for backward by whoever comes next.
+    # Not an inference tensor, because a later call may have to save it for backward.
     with torch.inference_mode(False), torch.no_grad():
         made = _made(channels, like)
     if len(_kept) >= _KEPT_AT_MOST:
         return made
     if like.is_cuda:
         if torch.cuda.is_current_stream_capturing():
-            return made  # memory of the graph
-        # Another stream may be the next to read it.
+            return made  # its memory belongs to the graph
+        # The next reader may use another stream.
         torch.cuda.current_stream(like.device).synchronize()
-    return _kept.setdefault(key, made)  # of two threads that made it the first one's
+    return _kept.setdefault(key, made)  # if two threads made it, the first one's
 
 
 def _made(channels: int, like: Tensor) -> Unit:

@@ -1,6 +1,7 @@
-"""A convolution in evaluation with the batch norm behind it folded into weight and bias, both kept from call to call.
+"""A convolution in evaluation with the batch norm after it folded into weight and bias. Both are kept from call to
+call.
 
-Jacob et al. 2018 (arXiv:1712.05877), section 3.2. :func:`advdl_ops.nn.conv_bn_act` keeps one on the norm.
+Jacob et al. 2018 (arXiv:1712.05877), section 3.2. :func:`advdl_ops.nn.conv_bn_act` stores one in the norm module.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ Source = tuple[Tensor | None, ...]
 
 
 class FoldedConv:
-    """What was folded, and what it was made from.
+    """Folded weight and bias, and a key of the tensors that they were made from.
 
-    Fused optimizers and writes through ``.data`` move neither version counters nor pointers, so the key also
-    holds values: all of the ``[C_out]`` tensors, and of the convolution's weight one value per output channel. A
-    write through ``.data`` to single other elements of that weight is not seen: call ``eval()`` after it.
+    Fused optimizers and writes through ``.data`` change neither version counters nor pointers. So the key also contains
+    values: all of the ``[C_out]`` tensors, and one value per output channel of the convolution's weight. A write
+    through ``.data`` to other elements of that weight is not noticed: call ``eval()`` after it.
 
     Args:
         source: see :data:`Source`.
-        scale, shift: ``[C_out]``, what the norm does.
-        eps, conv: of the norm and the convolution.
+        scale, shift: ``[C_out]``, the norm as a scale and a shift.
+        eps: of the norm.
+        conv: options of the convolution.
     """
 
     def __init__(
@@ -45,12 +47,13 @@ class FoldedConv:
         self.conv = conv
         self.identity = _identity(source, eps, conv)
         self.sample = _sample(source)
-        # In oneDNN's layout, in place of `weight` unless inputs of both memory formats ask for one each.
+        # The weight in oneDNN's layout. It replaces `weight`, unless inputs of both memory formats occur and need one
+        # each.
         self.prepacked: Tensor | None = None
         self.keeps_both = False
 
     def serves(self, source: Source, eps: float, conv: Conv) -> bool:
-        """Whether this still stands for ``source``."""
+        """Whether this is still valid for ``source``."""
         return self.identity == _identity(source, eps, conv) and torch.equal(
             self.sample, _sample(source)
         )
@@ -58,7 +61,7 @@ class FoldedConv:
     def __call__(
         self, problem: Problem, x: Tensor, residual: Tensor | None, act: Activation
     ) -> Tensor:
-        """``act(conv(x) + residual)`` in ``x``'s memory format; ``problem``: of :func:`problem_of_folded`."""
+        """``act(conv(x) + residual)`` in ``x``'s memory format. ``problem`` comes from :func:`problem_of_folded`."""
         epilogue = Epilogue(None, self.bias, residual, act)
         given = conv2d_format(x)
 
@@ -73,7 +76,7 @@ class FoldedConv:
         return out
 
     def _weight_for(self, candidate: Candidate, x: Tensor) -> Tensor:
-        # Each is read once: another thread may drop it meanwhile.
+        # Each attribute is read once, because another thread may set it to None in between.
         weight, prepacked = self.weight, self.prepacked
         if candidate.name == PREPACKED:
             if prepacked is None:
@@ -88,8 +91,8 @@ class FoldedConv:
 
 
 def problem_of_folded(x: Tensor, weight: Tensor, conv: Conv) -> Problem | None:
-    """The problem where a kept weight serves: on CPU in fp32, where oneDNN may be used; else ``None``."""
-    if is_traced():  # nothing may be kept, and the steps stay operators that a compiler fuses
+    """The problem if a kept weight can serve, that is on CPU in fp32 if oneDNN may be used. Else ``None``."""
+    if is_traced():  # nothing may be kept, and all steps must be operators that a compiler fuses
         return None
     if not x.is_cpu or x.dtype != torch.float32 or weight.dtype != torch.float32 or x.dim() != 4:
         return None
@@ -102,14 +105,14 @@ def _identity(source: Source, eps: float, conv: Conv) -> tuple[Any, ...]:
 
 
 def _version(t: Tensor) -> Any:
-    # Inference tensors count no versions: what is folded from one serves one call.
+    # Inference tensors have no version counter, so what is folded from one serves only one call.
     return object() if t.is_inference() else t._version
 
 
 def _sample(source: Source) -> Tensor:
     weight = source[0]
     assert weight is not None
-    # By its indices: to flatten a weight in channels_last would copy all of it.
+    # By index, because flattening a weight in channels_last would copy all of it.
     channel, row, column = (size // 2 for size in weight.shape[1:])
     middle = weight[:, channel, row, column]
     return torch.cat([middle, *(t for t in source[1:] if t is not None)])

@@ -1,4 +1,4 @@
-"""The raw operators ``conv2d`` and ``conv2d_backward``: each direction by the candidate that ``choice.py`` names."""
+"""The raw operators ``conv2d`` and ``conv2d_backward``: each direction runs the candidate that ``choice.py`` gives."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from .problem import (
 
 
 class _Plan(NamedTuple):
-    """What a call of the same kind did.
+    """What a call of this kind runs, remembered from the first one.
 
     Attributes:
-        steps: candidates, with the gradients that each computes (of a forward: not of interest).
+        steps: the candidates, with the gradients that each computes (not used in a forward).
         memory_format: of x, and of its gradient or the output.
     """
 
@@ -67,7 +67,7 @@ def output(
     conv: Conv,
     epilogue: Epilogue,
 ) -> Tensor:
-    """A forward by one candidate, in the memory format of ``x``, which is ``given``."""
+    """A forward by one candidate, in ``given``, the memory format of ``x``."""
     out = candidate.run(x, weight, conv, epilogue, candidate.memory_format or given)
     return out if candidate.keeps_format else convert(out, given)
 
@@ -77,7 +77,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x``, of the weight and of a bias ``[C_out]``; empty where not needed.
 
-    Those of x and weight are chosen each for itself; what one candidate serves it computes together.
+    The candidates for x and for the weight are chosen separately. If it is the same one, it computes both in one call.
     """
     key = call_key(x, weight, conv), dz.stride(), needs
     plan = choice.plans.get(key)

@@ -236,7 +236,7 @@ def _strides(shape: Any, memory_format: torch.memory_format) -> tuple[int, ...]:
     return c * h * w, h * w, w, 1
 
 
-# ---- options, as a function or a module is given them ----
+# ---- options, as passed to a function or a module ----
 
 _PADDINGS = ("same", "valid")
 

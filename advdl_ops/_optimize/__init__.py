@@ -1,6 +1,6 @@
 """``optimize(model)``, ``restore(model)`` and ``explain(model)``, see docs/optimize.md.
 
-``advdl_ops`` imports this package when one of them is first asked for.
+``advdl_ops`` imports this package when one of them is first accessed.
 """
 
 from .convert import optimize, restore

@@ -1,6 +1,6 @@
-"""What a forward, or a node of its graph, may write, and whether its result may be memory that it was given.
+"""What a forward, or a node of its graph, may write, and whether its result may share memory with an argument.
 
-`convert.py` calls :func:`find_effects` once; `fuse.py` and `memory_format.py` then ask about single nodes.
+`convert.py` calls :func:`find_effects` once; `fuse.py` and `memory_format.py` then query single nodes.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from .plan import Effect, Plan
 from .proxies import IN_PLACE_OPERATORS
 from .trace import has_graph_for, is_torchs
 
-# Operators whose result is memory of its own.
+# Operators whose result is always new memory.
 NEW_RESULTS = {
     operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.cat,
     torch.relu, torch.sigmoid, "add", "sub", "mul", "div", "relu", "sigmoid", "mean", "sum",
 }  # fmt: skip
-# Of torch.nn, the packages whose layers return memory of their own.
+# The modules of torch.nn whose layers always return new memory.
 _NEW_MODULES = {
     "activation", "batchnorm", "conv", "linear", "normalization", "pooling", "upsampling",
 }  # fmt: skip
 
 
 def find_effects(plan: Plan) -> None:
-    """Fills in the effect of every module, by the graphs as they are now: `fuse.py` rewrites them later."""
+    """Fills in the effect of every module, from the current graphs, which `fuse.py` rewrites later."""
     for layer in plan:
         _effect(plan, layer.module)
 
@@ -62,14 +62,14 @@ def _effect_of_call(plan: Plan, node: fx.Node, owner: torch.nn.Module) -> Effect
     module = owner.get_submodule(str(node.target))
     graphs = plan[module].graphs
     if graphs and not has_graph_for(module, graphs, node.args, node.kwargs):
-        return Effect(True, True)  # code that nobody has seen
+        return Effect(True, True)  # this call may run code without a graph
     return _effect(plan, module)
 
 
 def _effect(plan: Plan, module: torch.nn.Module) -> Effect:
     layer = plan[module]
     if layer.effect is None:
-        layer.effect = Effect(True, True)  # while it is looked for: of a module within itself
+        layer.effect = Effect(True, True)  # during the search, in case a module contains itself
         found = [_effect_of_graph(plan, v.graph, module) for v in layer.graphs]
         if module._forward_hooks or module._forward_pre_hooks:
             found = [Effect(True, True)]

@@ -1,8 +1,9 @@
-"""Whether the code of a forward that has no graph may depend on how a tensor lies in memory, by its byte code.
+"""Whether the code of a forward without a graph may depend on the memory format of a tensor, from its byte code.
 
-`memory_format.py` asks. A forward with control flow on sizes, as of a U-Net that pads what does not fit, has no graph.
-Its code is accepted if each of its instructions is known to write nothing but local variables, and each name that it
-uses is known to be harmless. What is not known forbids channels_last, so a new version of Python can only cost time.
+`memory_format.py` calls this. A forward with control flow on sizes has no graph, such as that of a U-Net that pads
+features of other sizes. Its code is accepted if each instruction is known to write nothing but local variables, and
+each name that it uses is known to be harmless. Anything unknown forbids channels_last, so a new version of Python can
+only cost time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-# Instructions of Python 3.10 to 3.14. Those of Python 3.10's arithmetic (BINARY_ADD and others) are in _OPERATORS.
+# Instructions of Python 3.10 to 3.14. Those for arithmetic in Python 3.10 (BINARY_ADD and others) are in _OPERATORS.
 _STACK = {
     "CACHE", "COPY", "DUP_TOP", "DUP_TOP_TWO", "EXTENDED_ARG", "NOP", "POP_TOP", "PRECALL", "PUSH_NULL", "RESUME",
     "ROT_FOUR", "ROT_N", "ROT_THREE", "ROT_TWO", "SWAP",
@@ -44,14 +45,14 @@ _NEW_OBJECTS = {
     "BUILD_CONST_KEY_MAP", "BUILD_LIST", "BUILD_MAP", "BUILD_SET", "BUILD_SLICE", "BUILD_STRING", "BUILD_TUPLE",
     "CONVERT_VALUE", "FORMAT_SIMPLE", "FORMAT_VALUE", "FORMAT_WITH_SPEC", "LIST_EXTEND", "LIST_TO_TUPLE",
 }  # fmt: skip
-# Calls of what other instructions have loaded. The names of the keywords are a constant. CALL_FUNCTION_EX, for
-# `f(*a, **k)`, is not among them: there they may be anything.
+# Calls of what other instructions have loaded. Here the names of keyword arguments are a constant. CALL_FUNCTION_EX,
+# for `f(*a, **k)`, is not included, because they may be anything there.
 _CALLS = {"CALL", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_KW", "CALL_METHOD", "KW_NAMES"}
 HARMLESS = _STACK | _LOCALS_AND_CONSTANTS | _JUMPS | _OPERATORS | _NEW_OBJECTS | _CALLS
-# Instructions whose argument decides, by what `dis` calls it.
+# Instructions that are harmless with these arguments, by the names of `dis`.
 HARMLESS_ARGUMENTS = {
     "BINARY_OP": {
-        "+", "-", "*", "/", "//", "%", "**", "@", "&", "|", "^", "<<", ">>", "[]",  # not "+=" and its like
+        "+", "-", "*", "/", "//", "%", "**", "@", "&", "|", "^", "<<", ">>", "[]",  # not "+=" and similar
     },
     "CALL_INTRINSIC_1": {"INTRINSIC_LIST_TO_TUPLE", "INTRINSIC_UNARY_POSITIVE"},
 }  # fmt: skip
@@ -67,7 +68,7 @@ _MAY_WRITE = "it may write what it is given"
 
 
 def why_format_may_matter(layer: torch.nn.Module, shows: Callable[[str], bool]) -> str | None:
-    """Why the forward of ``layer`` may depend on a memory format; ``None``: it does not.
+    """Why the forward of ``layer`` may depend on a memory format; ``None`` if it does not.
 
     Args:
         layer: a module whose forward has no graph.
@@ -80,7 +81,8 @@ def why_format_may_matter(layer: torch.nn.Module, shows: Callable[[str], bool]) 
 
 
 def why_not_harmless(opname: str, argument: str) -> str | None:
-    """Why an instruction may do more than compute with local variables; ``None``: it does not, whatever it loads.
+    """Why an instruction may do more than compute with local variables; ``None`` if it does not, apart from what it
+    loads.
 
     Args:
         opname: its name in ``dis``.
@@ -168,7 +170,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def is_function(value: Any) -> bool:
-    """Whether ``value`` is a plain function: no custom operator or autograd function, whose module may be torch's."""
+    """Whether ``value`` is a plain function, and not a custom operator or autograd function in a module of torch."""
     if not isinstance(value, (FunctionType, BuiltinFunctionType)):
         return False
     module = getattr(value, "__module__", None) or "torch"

@@ -1,6 +1,6 @@
-"""The class of a module with a new ``forward``: one function per graph, called where the graph's guards hold.
+"""The class of a module with a new ``forward``: one function per graph, called if the graph's guards hold.
 
-`convert.py` gives a module this class. A call that no graph is for runs the forward that the module had before.
+`convert.py` gives a module this class. A call without a matching graph runs the module's previous forward.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _Module = torch.nn.Module
 def source_of(
     owner: _Module, variants: list[Variant], through: str = "", seen: Sequence[Variant] = ()
 ) -> tuple[str, dict[str, Any]]:
-    """Source of the new ``forward``, and by name the objects that it uses beside those of :func:`fused_class`.
+    """Source of the new ``forward``, and the objects that it uses, by name, besides those of :func:`fused_class`.
 
     Args:
-        owner: the module, with the class that it had before.
+        owner: the module, with its previous class.
         variants: the graphs, and the guards under which each is called.
-        through: the name of a function ``(module, forward, args, kwargs)`` that is to call it; "": none.
+        through: the name of a function ``(module, forward, args, kwargs)`` that calls the forward; "": none.
         seen: the graphs for whose calls ``through`` is used. If there are none, as for a forward of ``torch.nn``, it is
             used for every call.
     """
@@ -93,7 +93,7 @@ def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> 
     exec(compile(source, file, "exec"), scope)
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
 
-    # A Python module among the names (torch, where the forward calls torch.flatten) is pickled by its name.
+    # A Python module among the names (torch, if the forward calls torch.flatten) is pickled by its name.
     modules = {name: m.__name__ for name, m in names.items() if isinstance(m, ModuleType)}
     others = {name: value for name, value in names.items() if name not in modules}
 

@@ -1,9 +1,9 @@
-"""``optimize`` and ``restore``: the layers of any model replaced by this package's, and back.
+"""``optimize`` and ``restore``: replace the layers of any model by this package's, and back.
 
-A plan is made first, of the model as it is; only when all of it holds is anything changed. A layer is converted by its
-class: parameters, buffers, hooks and all attributes stay the objects that they are. Where a module's own ``forward``
-calls a convolution, a norm, an addition and an activation one after another, the module gets a class with a new
-``forward`` that runs them as one op.
+First a plan is made. The model is changed only when the whole plan is known to work. Converting a layer only changes
+its class: parameters, buffers, hooks and all attributes remain the same objects. If a module's own ``forward`` calls a
+convolution, a norm, an addition and an activation one after another, the module gets a class with a new ``forward``
+that runs them as one op.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ __all__ = ["optimize", "restore"]
 def optimize(
     model: torch.nn.Module, *, inplace: bool = False, fuse: bool = True
 ) -> torch.nn.Module:
-    """``model`` on this package's layers, with the same parameters, buffers, hooks and ``state_dict``.
+    """``model`` with this package's layers, and the same parameters, buffers, hooks and ``state_dict``.
 
-    It computes what ``model`` computes, but for rounding.
+    It computes the same as ``model``, up to rounding.
 
     Args:
-        model: any module. Left as they are: layers of a class of their own, parametrized or pruned layers, and layers
-            with hooks between them; :func:`.explain` tells which and why.
-        inplace: convert the modules of ``model`` itself; otherwise a new tree of modules, which shares parameters and
-            buffers with ``model`` (``copy.deepcopy`` first for an independent one).
-        fuse: also run layers that follow each other as one op.
+        model: any module. Subclasses of torch's layers and parametrized or pruned layers are left unchanged. Layers
+            with hooks between them are not fused. :func:`.explain` shows which, and why.
+        inplace: convert the modules of ``model`` itself. Otherwise build a new tree of modules, which shares parameters
+            and buffers with ``model`` (``copy.deepcopy`` first for an independent one).
+        fuse: also run consecutive layers as one op.
 
     Returns:
         The optimized model: ``model`` itself with ``inplace``.
 
     Raises:
-        TypeError: ``model`` is no module, one that ``torch.jit`` made, or one that ``torch.compile`` made, without
-            ``inplace``.
+        TypeError: ``model`` is not a module, was made by ``torch.jit``, or was made by ``torch.compile`` and
+            ``inplace`` is not set.
         ValueError: a parameter has no data yet (on the meta device), a layer is quantized, ``model`` was optimized
             before, or without ``inplace`` it is wrapped by ``DistributedDataParallel`` or ``fully_shard``.
 
-    Nothing is changed where an error is raised. :func:`restore` brings the layers of before back.
+    If an error is raised, nothing is changed. :func:`restore` brings the previous layers back.
     """
     _check(model, inplace)
     plan = plan_of(model, fuse)
@@ -75,7 +75,7 @@ def optimize(
 
 
 def plan_of(model: torch.nn.Module, fuse: bool = True) -> Plan:
-    """What :func:`optimize` would do to ``model``, which stays as it is. ``print`` shows it."""
+    """What :func:`optimize` would do to ``model``, which is not changed. ``print`` shows it."""
     plan = Plan(model)
     places = Counter(id(layer) for _, layer in model.named_modules(remove_duplicate=False))
     for layer in plan:
@@ -96,7 +96,7 @@ def _plan_layer(layer: LayerPlan, places: int) -> None:
     """Fills in what the module becomes, and whether a group may take it.
 
     Args:
-        places: in how many places of the model it stands.
+        places: the number of places in the model where it occurs.
     """
     module = layer.module
     try:
@@ -119,7 +119,7 @@ def _plan_layer(layer: LayerPlan, places: int) -> None:
 
 
 def _find_graphs(layer: LayerPlan) -> None:
-    """Traces the module's forward, unless the module is a layer: one that is converted, or one of torch's."""
+    """Traces the module's forward, unless the module is a layer that is converted or one of torch's."""
     module = layer.module
     calls_others = type(module).forward is torch.nn.Sequential.forward
     if layer.counterpart is not None or (is_torchs(module) and not calls_others):
@@ -152,11 +152,12 @@ def _set_forward(owner: torch.nn.Module, planned: LayerPlan, channels_last: str)
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """``model``, which :func:`optimize` returned, with the classes that its modules had before, in place.
+    """Undoes :func:`optimize` in place: the modules of ``model`` get their previous classes back.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: a layer got another class since, as by ``parametrize`` or ``fully_shard``. Nothing is changed then.
+        TypeError: ``model`` is not a module.
+        ValueError: a layer has got another class since then, for example by ``parametrize`` or ``fully_shard``. Nothing
+            is changed.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"restore: model ({type(model).__name__}) must be a torch.nn.Module")
@@ -176,7 +177,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         for name in record.added:
             layer.__dict__.pop(name, None)
         if isinstance(layer, torch.nn.LSTM):
-            layer._init_flat_weights()  # which this package's layer does not keep
+            layer._init_flat_weights()  # this package's layer does not maintain them
     return model
 
 
@@ -201,11 +202,11 @@ def _check(model: Any, inplace: bool) -> None:
 
 
 def _check_wrapper(name: str, layer: torch.nn.Module) -> None:
-    """Raises for a wrapper that keeps references to the modules that it was made for: it would miss the new ones."""
+    """Raises for a wrapper that holds references to the modules: it would continue to use the old ones."""
     place = f"optimize: model ({name or 'itself'})"
     if isinstance(layer, torch._dynamo.OptimizedModule) or layer._compiled_call_impl is not None:
         raise TypeError(f"{place} must be optimized before it is compiled, or with inplace=True")
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by whoever uses it
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if it is not imported, nobody uses it
     wrappers = (
         torch.nn.parallel.DistributedDataParallel,
         *(getattr(fsdp, kind) for kind in ("FSDPModule", "FullyShardedDataParallel") if fsdp),

@@ -1,7 +1,7 @@
-"""Copies of a tree of modules: one over the same parameters and buffers, and one with its own to be run.
+"""Copies of a tree of modules: one that shares parameters and buffers, and a deep copy that can be run.
 
-`convert.py` converts a copy of the first kind, unless it works in place; `trace.py` traces one, so that nothing that a
-forward assigns reaches the model. `report.py` and `_tune.py` run a copy of the second kind.
+`convert.py` converts a copy of the first kind, unless it works in place. `trace.py` traces one, so that assignments in
+a forward do not reach the model. `report.py` and `_tune.py` run a copy of the second kind.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-# Exactly these classes: a subclass, such as the frozen dict of diffusers' configurations, may lose something in a copy.
+# Only these classes: a copy of a subclass, such as the frozen dict of diffusers' configurations, may lose something.
 CONTAINERS = dict, OrderedDict, list, set
 
 
 def copies_of(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
-    """By the id of each module of ``model`` a new module with the same attributes, whose children are new ones too."""
+    """A new module with the same attributes for each module of ``model``, by its id. The children are new ones too."""
     copies: dict[int, torch.nn.Module] = {}
     for layer in model.modules():
         copied = object.__new__(type(layer))  # fully_shard replaces __new__
-        # Registries are copied: what is registered later with a module must not reach the other one.
+        # Registries are copied, so that a later registration with one module does not reach the other.
         own = {
             name: value.copy() if name.startswith("_") and type(value) in CONTAINERS else value
             for name, value in layer.__dict__.items()
@@ -38,7 +38,7 @@ def copies_of(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
 
 
 def _with_copies(value: Any, copies: dict[int, torch.nn.Module]) -> Any:
-    """An attribute, with the copies in place of the modules that it holds or whose methods it holds."""
+    """An attribute, with the modules in it, and those of its bound methods, replaced by their copies."""
     if isinstance(value, torch.nn.Module):
         return copies.get(id(value), value)
     if isinstance(value, MethodType):

@@ -149,12 +149,12 @@ class _Search:
         if not isinstance(other, fx.Node) or other is term:
             return None
         if node.target in _ADDITIONS_IN_PLACE and left is other:
-            # An input, a buffer or a view of one must be written as the code says.
+            # An input, a buffer or a view of one must really be written.
             return other if self.is_read_here_alone(other) else None
         return other
 
     def is_read_here_alone(self, node: fx.Node) -> bool:
-        """Whether the node's result is memory of its own that only its one user reads."""
+        """Whether the node's result is new memory that only its single user reads."""
         if len(node.users) != 1:
             return False
         layer = self.modules.get(node)
@@ -167,7 +167,7 @@ class _Search:
         return handed_on and isinstance(source, fx.Node) and self.is_read_here_alone(source)
 
     def activation(self, node: fx.Node, of: fx.Node) -> str | fx.Node | None:
-        """What ``node`` applies to ``of``: the name of an activation, or the node itself, of a module."""
+        """The activation that ``node`` applies to ``of``: a name, or the node itself if it calls a module."""
         if not node.args or node.args[0] is not of:
             return None
         if node.op == "call_module":
@@ -179,10 +179,10 @@ class _Search:
         return _ACTIVATIONS.get(node.target) if plain else None
 
     def next_of(self, nodes: list[fx.Node]) -> fx.Node | None:
-        """The only reader of the last node, if the first node may be run as late as there.
+        """The only reader of the last node, if the first node may be delayed until then.
 
-        It may not if a node in between writes, as that may be what the first node reads, or if one in between reads a
-        parameter or buffer of these layers, which may be a norm's statistics.
+        It may not if a node in between writes, possibly an input of the first node. Nor if one in between reads a
+        parameter or buffer of these layers, which may be a norm's running statistics.
         """
         if len(nodes[-1].users) != 1:
             return None
@@ -203,7 +203,7 @@ def _is_of(node: fx.Node, layers: list[fx.Node]) -> bool:
 
 
 def _join_silu(plan: Plan, graph: fx.Graph, owner: torch.nn.Module) -> None:
-    """Rewrites ``x * sigmoid(x)`` as ``silu(x)``, the same function but for rounding."""
+    """Rewrites ``x * sigmoid(x)`` as ``silu(x)``, the same function up to rounding."""
     for node in list(graph.nodes):
         gate = next((n for n in node.all_input_nodes if _is_sigmoid(n)), None)
         if gate is None or node.target not in _PRODUCTS or len(gate.users) != 1:
@@ -224,7 +224,7 @@ def _join_silu(plan: Plan, graph: fx.Graph, owner: torch.nn.Module) -> None:
 
 
 def _is_sigmoid(node: fx.Node) -> bool:
-    """Only functions and methods: a sigmoid module may have hooks, or be replaced later."""
+    """Whether it is a sigmoid, as a function or method. A sigmoid module may have hooks, or be replaced later."""
     return (
         _one_argument(node)
         and node.op in ("call_function", "call_method")
@@ -237,7 +237,7 @@ def _one_argument(node: fx.Node) -> bool:
 
 
 def _rewrite(graph: fx.Graph, group: Group, made: dict[fx.Node, fx.Node]) -> None:
-    """Puts one call in the place of the group.
+    """Replaces the group by one call.
 
     Args:
         made: the calls made so far, by the last node of the group that each replaces.

@@ -1,4 +1,4 @@
-"""What a new forward calls in place of a group of layers: one op, if the layers are still what they were when planned.
+"""What a new forward calls in place of a group of layers: one op, if the layers have not changed since the plan.
 
 `fuse.py` puts the call of :func:`run_as_one` into a graph.
 """
@@ -37,14 +37,14 @@ def run_as_one(
     """``act(norm(conv(x)) + residual)``, where the layers are a convolution, a norm, or both in this order.
 
     Args:
-        x: what the first layer takes.
-        residual: is added if given.
+        x: the input of the first layer.
+        residual: added if given.
         in_place: whether the original code added it with ``+=``, which keeps the dtype.
         act: an activation's name or module, or ``None``.
-        layers: as they stand in the model now; each is called by itself if one of them was replaced or got a hook.
+        layers: the current layers of the model. If one of them was replaced or got a hook, they are called one by one.
 
     Returns:
-        What the layers would return one after another.
+        What the layers would return if called one after another.
     """
     activation = IDENTITY if act is None else _resolved(act)
     first, last = layers[0], layers[-1]
@@ -59,7 +59,7 @@ def run_as_one(
             return first(x, act=own)
         else:
             return first(x, residual, act=own)
-    # One of them was replaced, or has a hook that is to be called.
+    # One of them was replaced, or has a hook that must be called.
     for layer in layers:
         x = layer(x)
     if residual is not None:
@@ -83,7 +83,7 @@ def _resolved(act: str | torch.nn.Module) -> Activation | None:
 
 
 def _takes(layer: Any, act: Any) -> bool:
-    """Whether ``layer`` is still as it was converted, and has no activation of its own if ``act`` is to follow."""
+    """Whether ``layer`` has not changed since its conversion, and has no activation of its own if ``act`` follows."""
     ours = type(layer) in CONVOLUTIONS or type(layer) in NORMS
     return ours and not is_watched(layer) and (act is None or layer.act == IDENTITY)
 
@@ -111,7 +111,7 @@ def _fits(residual: Any, x: Tensor, first: Any) -> bool:
         return residual.shape == x.shape
     if x.dim() != 4:
         return False
-    # Not from the weight: a parametrized one is computed at each access.
+    # Not from the weight, because a parametrized one is recomputed at each access.
     weight_shape = (first.out_channels, 0, *first.kernel_size)
     return residual.shape == conv2d_shape(
         x.shape, weight_shape, first.stride, _paddings(first), first.dilation

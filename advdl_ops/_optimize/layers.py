@@ -1,6 +1,6 @@
 """Which layer of this package each layer of torch, torchvision and timm becomes.
 
-`convert.py` asks for the counterpart of every module, `record.py` for the reason where there is none.
+`convert.py` gets the counterpart of every module from here, `record.py` the reason if there is none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..activation import IDENTITY, Activation, qualified_name, resolve_activatio
 
 
 class Left(Exception):
-    """Why a layer of a known kind keeps its class, as ``explain`` tells it."""
+    """Why a layer of a known kind keeps its class. ``explain`` shows the text."""
 
 
 class Counterpart(NamedTuple):
@@ -23,7 +23,7 @@ class Counterpart(NamedTuple):
 
     Attributes:
         layer: its new class.
-        attributes: by name those that the new class needs and the old one does not have.
+        attributes: those that the new class needs and the old one does not have, by name.
     """
 
     layer: type[torch.nn.Module]
@@ -31,10 +31,10 @@ class Counterpart(NamedTuple):
 
 
 def counterpart_of(layer: torch.nn.Module) -> Counterpart | None:
-    """What ``layer`` becomes; ``None`` for a module of no known kind.
+    """What ``layer`` becomes; ``None`` if it is of no known kind.
 
     Raises:
-        Left: it is of a known kind, but may compute something else than this package's layer.
+        Left: it is of a known kind, but may compute something different from this package's layer.
     """
     kind = type(layer)
     make = _TORCH.get(kind) or _OTHERS.get(qualified_name(kind))
@@ -50,7 +50,7 @@ def counterpart_of(layer: torch.nn.Module) -> Counterpart | None:
         if name not in layer._parameters:
             raise Left(f"its {name} is no parameter: pruned, or normalized by a hook")
         parameter = layer._parameters[name]
-        # By name, as only its users import DTensor's module: a sharded weight, gathered for the call.
+        # DTensor is a sharded weight, gathered for the call. It is recognized by name, to avoid importing its module.
         if type(parameter).__name__ not in ("NoneType", "Parameter", "DTensor"):
             raise Left(f"its {name} is a {type(parameter).__name__}")
         if parameter is not None and not parameter.is_floating_point():
@@ -102,7 +102,7 @@ _TORCH: dict[type[torch.nn.Module], Callable[..., Counterpart]] = {
     ),
     torch.nn.LSTMCell: _plain(nn.LSTMCell, forget_bias=None),
 }
-# By name: none of these packages is imported.
+# By name, because none of these packages is imported here.
 _OTHERS: dict[str, Callable[..., Counterpart]] = {
     "torchvision.models.convnext.LayerNorm2d": _plain(nn.LayerNorm2d, **_ACT),
     "timm.layers.norm.LayerNorm2d": _timm_norm(nn.LayerNorm2d),

@@ -1,7 +1,7 @@
 """Whether a model may run in channels_last inside, where its convolutions are faster, and the call that does so.
 
 `convert.py` calls :func:`plan_channels_last`; a model's new forward calls :func:`in_fast_format` or
-:func:`evaluated_in_fast_format`. When it is faster is decided by `advdl_ops/_memory_format.py`, as for the zoo.
+:func:`evaluated_in_fast_format`. `advdl_ops/_memory_format.py` decides when it is faster, as for the zoo.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from .fused_call import CONVOLUTIONS, has_hooks
 from .plan import LayerPlan, Plan
 from .trace import has_graph_for, has_optional_arguments, is_torchs
 
-# What shows, or depends on, how a tensor lies in memory.
+# Methods and attributes that show, or depend on, the memory format of a tensor.
 _METHODS = {
     "as_strided", "data_ptr", "is_contiguous", "numpy", "resize_", "set_", "storage", "storage_offset",
     "stride", "untyped_storage", "view", "view_as", "view_as_complex",
 }  # fmt: skip
 _ATTRIBUTES = {"data", "layout", "H", "T", "mH", "mT"}
 _PACKAGES = {"torch", "advdl_ops", "operator", "_operator", "builtins", "math"}
-# Traced as one call, though none of torch's.
+# Functions outside of torch that are traced as one call.
 _FUNCTIONS = {"torchvision.ops.stochastic_depth"}
 
-# Of torch's, what draws a random number for each element, in the order in which they lie.
+# Torch's layers and functions that draw a random number for each element, in memory order.
 _RANDOM_LAYERS = torch.nn.Dropout, torch.nn.AlphaDropout, torch.nn.RReLU
 _RANDOM = {"alpha_dropout", "dropout", "feature_alpha_dropout", "gumbel_softmax", "rrelu"}
 
 
 def _is_random(name: str) -> bool:
-    """Whether torch's function or method of this name draws random numbers, of elements or not."""
+    """Whether torch's function or method of this name draws random numbers, for elements or otherwise."""
     if name in _RANDOM:
         return True
-    # The namespace has attributes of its own, such as `name`.
+    # The namespace also has attributes that are not operators, such as `name`.
     packet = getattr(torch.ops.aten, name, None)
     return isinstance(packet, torch._ops.OpOverloadPacket) and any(
         torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags
@@ -51,9 +51,9 @@ def _is_random(name: str) -> bool:
 
 
 def plan_channels_last(plan: Plan) -> None:
-    """Fills in when the model will run in channels_last inside, and a note that says so, or why it will not.
+    """Fills in when the model will run in channels_last inside, and a note with that or why it will not.
 
-    Before `fuse.py` rewrites the graphs: its calls are not known here.
+    Must run before `fuse.py` rewrites the graphs, because its calls are not known here.
     """
     convolves = any(
         layer.counterpart is not None and issubclass(layer.counterpart.layer, CONVOLUTIONS)
@@ -76,7 +76,7 @@ def plan_channels_last(plan: Plan) -> None:
 
 
 def _why_never(plan: Plan) -> str | None:
-    """Why the model may not run in channels_last where it is given contiguous memory; ``None``: it may."""
+    """Why the model may not run in channels_last if its input is contiguous; ``None`` if it may."""
     for layer in plan:
         module = layer.module
         why = None
@@ -88,12 +88,12 @@ def _why_never(plan: Plan) -> str | None:
             why = _why_not(plan, layer) or _why_not_called(plan, module)
         if why is not None:
             return f"{layer.name}: {why}" if layer.name else why
-    # The model would write a copy of its input.
+    # In channels_last the model would write a copy of its input.
     return "it may write what it is given" if effect_of(plan, plan.model).writes else None
 
 
 def _is_plainly_torchs(layer: torch.nn.Module) -> bool:
-    """Whether its forward, and what that may call of the layer, is one of torch's."""
+    """Whether the layer's forward, and every method that it may call, is torch's."""
     if not is_torchs(layer):
         return False
     own = itertools.takewhile(
@@ -104,12 +104,12 @@ def _is_plainly_torchs(layer: torch.nn.Module) -> bool:
 
 
 def _why_not(plan: Plan, layer: LayerPlan) -> str | None:
-    """Why a module's own code forbids channels_last; ``None``: it does not."""
+    """Why a module's own code forbids channels_last; ``None`` if it does not."""
     if not layer.graphs:
         why = why_format_may_matter(layer.module, _shows)
         return why if why is None else f"its forward has no graph, and {why}"
     for variant in layer.graphs:
-        # Nodes whose value is a view of another one or a copy, depending on the memory format.
+        # Nodes whose value is a view or a copy of another one, depending on the memory format.
         either: set[fx.Node] = set()
         for node in variant.graph.nodes:
             if node.op == "call_method" and node.target in _METHODS:
@@ -132,7 +132,7 @@ def _why_not(plan: Plan, layer: LayerPlan) -> str | None:
 
 
 def _why_not_called(plan: Plan, owner: torch.nn.Module) -> str | None:
-    """Why a call of ``owner``'s code that no graph of the called module is for forbids channels_last."""
+    """Why a call in ``owner``'s code without a matching graph of the called module forbids channels_last."""
     traced = [module for module in owner.modules() if plan[module].graphs]
     if plan[owner].graphs:
         calls = [n for v in plan[owner].graphs for n in v.graph.nodes if n.op == "call_module"]
@@ -152,14 +152,14 @@ def _why_not_called(plan: Plan, owner: torch.nn.Module) -> str | None:
     return None
 
 
-# Layers that are judged by what they are, not by what their forward calls.
+# Layers that are judged by their class, not by what their forward calls.
 _CONVOLUTIONS = torch.nn.Conv2d, torch.nn.ConvTranspose2d
-# Functions, and the place of their stride among their arguments.
+# Functions, and the position of the stride among their arguments.
 _CONVOLVES: dict[Any, int] = {torch.conv2d: 3, torch.conv_transpose2d: 3}
 
 
 def _strides(node: fx.Node) -> bool:
-    """Whether it calls one of torch's convolutions with a stride, or with one that only the call knows."""
+    """Whether it calls one of torch's convolutions with a stride above 1, or one that is known only at run time."""
     place = _CONVOLVES.get(node.target)
     if node.op != "call_function" or place is None:
         return False
@@ -168,7 +168,7 @@ def _strides(node: fx.Node) -> bool:
 
 
 def _takes_over(plan: Plan, node: fx.Node, owner: torch.nn.Module) -> bool:
-    """Whether its input is memory that nothing else reads. Then it does not matter whether the result is a view."""
+    """Whether nothing else reads the memory of its input. Then it does not matter whether the result is a view."""
     source = node.all_input_nodes[0] if node.all_input_nodes else node
     if len(source.users) != 1:
         return False
@@ -178,7 +178,7 @@ def _takes_over(plan: Plan, node: fx.Node, owner: torch.nn.Module) -> bool:
 
 
 def _makes_either(plan: Plan, node: fx.Node, owner: torch.nn.Module) -> bool:
-    """Whether it gives a view or a copy, depending on the memory format."""
+    """Whether its result is a view or a copy, depending on the memory format."""
     if node.op != "call_module":
         return node.target in _VIEW_OR_COPY
     return any(
@@ -223,7 +223,7 @@ def _is_indifferent(node: fx.Node) -> bool:
 
 
 def _draws(plan: Plan, mode: str) -> bool:
-    """Whether a forward draws random numbers for the elements of a tensor, in the order in which they lie in memory.
+    """Whether a forward draws random numbers for the elements of a tensor, in memory order.
 
     Args:
         mode: the guard of this mode, ``"self.training"`` or ``"not self.training"``.
@@ -232,7 +232,7 @@ def _draws(plan: Plan, mode: str) -> bool:
     return any(
         node.op in ("call_function", "call_method")
         and _is_random(getattr(node.target, "__name__", node.target))
-        # Dropout may be told not to draw.
+        # Dropout with training=False draws nothing.
         and not ("dropout" in str(node.target) and _training(node) is False)
         for layer in plan
         for variant in layer.graphs
@@ -246,7 +246,7 @@ def _training(node: fx.Node) -> Any:
 
 
 def _layers_draw(model: torch.nn.Module) -> bool:
-    """Whether one of the layers draws them, in the mode that it is in now."""
+    """Whether one of the layers draws random numbers in its current mode."""
     return any(
         isinstance(layer, _RANDOM_LAYERS) and layer.training and getattr(layer, "p", 1) > 0
         for layer in model.modules()
@@ -256,11 +256,11 @@ def _layers_draw(model: torch.nn.Module) -> bool:
 def in_fast_format(
     model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """``call(model, ...)`` with images in channels_last where that is faster.
+    """``call(model, ...)`` with images in channels_last if that is faster.
 
     Returns:
-        What the call returns. Where an image was converted, its tensors are contiguous, and an input that is returned
-        is the one that was given.
+        What the call returns. If an image was converted, the returned tensors are made contiguous, and a returned input
+        is the original one.
     """
     given: dict[int, Tensor] = {}  # by the id of the converted tensor
 
@@ -290,7 +290,7 @@ def in_fast_format(
 def evaluated_in_fast_format(
     model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """As :func:`in_fast_format` in evaluation; in training the call as it is."""
+    """As :func:`in_fast_format` in evaluation. In training, ``call(model, ...)`` without conversion."""
     if model.training:
         return call(model, *args, **kwargs)
     return in_fast_format(model, call, args, kwargs)

@@ -34,7 +34,7 @@ class Group(NamedTuple):
 
     Attributes:
         layers: convolution, norm, or both.
-        names: of the layers, and of what else is fused.
+        names: of the layers, and of the addition and activation that are fused with them.
         nodes: of the graph, first to last.
         residual: the node that is added, or ``None``.
         in_place: whether it is added in place, which keeps the dtype.
@@ -51,20 +51,20 @@ class Group(NamedTuple):
 
 @dataclass(eq=False)
 class LayerPlan:
-    """What ``optimize`` knows of one module, and what it will do to it.
+    """What ``optimize`` knows about one module, and what it will do to it.
 
     Attributes:
-        name: in the model, as of ``named_modules``.
+        name: in the model, as from ``named_modules``.
         module: the module.
         counterpart: the layer of this package that it becomes; ``None``: it keeps its class.
         left: why a layer of a known kind keeps its class.
-        alone: why no forward may run the layer together with others.
-        is_activation: whether it is an activation that a group may take along.
-        graphs: of its own forward; those of ``forward`` are rewritten by its groups.
+        alone: why the layer may not be fused with others.
+        is_activation: whether it is an activation that a group may include.
+        graphs: of its own forward. Those in ``forward`` are rewritten for its groups.
         untraceable: why it has no graphs.
-        effect: of its forward, once `aliasing.py` was asked.
+        effect: of its forward, filled in by `aliasing.py`.
         groups: layers that its forward will run as one op each.
-        forward: the variants of its new forward; it keeps its own if empty.
+        forward: the variants of its new forward; if empty, it keeps its own.
         notes: for the report.
     """
 
@@ -107,7 +107,7 @@ class Plan:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         self.channels_last = "never"
-        # By id: a module may define an equality of its own.
+        # By id, because a module may define its own equality.
         self._layers = {id(m): LayerPlan(name, m) for name, m in model.named_modules()}
 
     def __getitem__(self, module: torch.nn.Module) -> LayerPlan:

@@ -1,7 +1,7 @@
-"""The ``torch.fx`` tracer and the proxies by which `trace.py` records one forward.
+"""The ``torch.fx`` tracer and the proxies with which `trace.py` records one forward.
 
-A proxy stands for a tensor, but its class is none of torch's. :func:`with_own_isinstance` lets the traced forward ask
-``isinstance`` of a proxy all the same; every other code that asks makes the trace fail.
+A proxy stands for a tensor, but is not an instance of it. :func:`with_own_isinstance` still lets the traced forward
+call ``isinstance`` on a proxy. If any other code does so, the trace fails.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _ASKS = "it asks what something is"
 
 
 class Untraceable(Exception):
-    """Why a forward has no graph, as ``explain`` tells it.
+    """Why a forward has no graph. ``explain`` shows the text.
 
     Attributes:
-        asked: whether the code asked for the type of an argument.
+        asked: whether the code checked the type of an argument.
     """
 
     asked = False
@@ -33,13 +33,13 @@ class OwnCodeTracer(fx.Tracer):
     """Records the code of one forward, with each submodule as a single call.
 
     Args:
-        tensors: whether an argument counts as a tensor where the code asks for its type.
+        tensors: whether an argument counts as a tensor if the code checks its type.
 
     Attributes:
-        asked: whether the code did ask.
+        asked: whether the code did check one.
     """
 
-    proxy_buffer_attributes = True  # without it a write to a buffer would be done and not recorded
+    proxy_buffer_attributes = True  # otherwise a write to a buffer would be done and not recorded
 
     def __init__(self, tensors: bool) -> None:
         super().__init__()
@@ -59,17 +59,17 @@ class OwnCodeTracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_instance(self, value: fx.Proxy, kinds: Any) -> bool:
-        """What ``isinstance`` would say of the value that the proxy stands for.
+        """What ``isinstance`` would return for the value that the proxy stands for.
 
         Raises:
-            Untraceable: nobody knows.
+            Untraceable: that is not known.
         """
         if value.node.op != "placeholder":
             raise Untraceable(_ASKS)
         self.asked = True
         if self.tensors:
             return issubclass(Tensor, kinds)
-        if kinds is not Tensor:  # it is no tensor, but which other type it is of is unknown
+        if kinds is not Tensor:  # it is not a tensor, but its type is unknown
             raise Untraceable(_ASKS)
         return False
 
@@ -85,7 +85,7 @@ def current_modes() -> tuple[Any, ...]:
 
 
 class _Proxy(fx.Proxy):
-    """Records ``x += y`` apart from ``x = x + y``, and refuses what a graph would not hold."""
+    """Records ``x += y`` differently from ``x = x + y``, and refuses what a graph cannot contain."""
 
     _FIELDS = frozenset({"tracer", "node"})
 
@@ -93,7 +93,7 @@ class _Proxy(fx.Proxy):
     def __class__(self) -> Any:
         """The proxy's own class, which torch must see.
 
-        Python reads this attribute to answer ``isinstance``, so it shows who asks.
+        Python reads this attribute for ``isinstance``, so the calling frame shows who calls that.
         """
         return _class_for(self, sys._getframe(1))
 
@@ -118,7 +118,7 @@ class _Attribute(_Proxy, fx.proxy.Attribute):
     """An attribute of a proxy, or a method that is about to be called."""
 
     _FIELDS = frozenset({"tracer", "root", "attr", "_node"})
-    # Not through the method above: fx looks at the code that called it.
+    # Not the method above, because fx inspects the code that calls it.
     __iter__ = fx.Proxy.__iter__
 
 
@@ -142,9 +142,9 @@ IN_PLACE_OPERATORS = set(_AUGMENTED.values())
 
 
 def with_own_isinstance(forward: Callable[..., Any], tracer: OwnCodeTracer) -> Callable[..., Any]:
-    """``forward`` as a function that asks ``tracer`` what a proxy is, and reads everything else where it always did.
+    """A copy of ``forward`` whose ``isinstance`` asks ``tracer`` about proxies. Everything else it uses is unchanged.
 
-    Nothing is replaced in the process: the copy has globals of its own, with an ``isinstance`` among them.
+    Nothing is replaced in the process: the copy has its own globals, which contain the other ``isinstance``.
     """
     assert isinstance(forward, FunctionType)
 
@@ -156,7 +156,7 @@ def with_own_isinstance(forward: Callable[..., Any], tracer: OwnCodeTracer) -> C
     answered.__dict__[_MARK] = True
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Copied when it is called: by then fx has put wrappers among the globals.
+        # Copied at the call, when fx has put its wrappers into the globals.
         before = dict(forward.__globals__)
         own = FunctionType(
             forward.__code__,
@@ -191,17 +191,17 @@ def _is_own_code(frame: FrameType | None) -> bool:
 
 
 def _class_for(value: _Proxy, frame: FrameType) -> type:
-    """What the code in ``frame`` reads as the class of a proxy.
+    """The class of a proxy as the code in ``frame`` sees it.
 
-    C++ code reads it from the frame of its Python caller. ``isinstance`` is told from that by the names in the frame's
-    code.
+    If C++ code reads it, the frame is that of its Python caller. The names in the frame's code distinguish this from
+    ``isinstance``.
 
     Raises:
-        Untraceable: Python code outside of torch and of the traced forward asks for the type.
+        Untraceable: Python code outside of torch and of the traced forward checks the type.
     """
     asker: FrameType | None = frame
     while asker is not None and asker.f_code.co_name == "__instancecheck__":
-        asker = asker.f_back  # the code that asked an abstract class
+        asker = asker.f_back  # the code that used an abstract class
     assert asker is not None
     through_torch = asker.f_code is torch.is_tensor.__code__
     if through_torch:

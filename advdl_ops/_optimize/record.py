@@ -1,6 +1,6 @@
-"""What ``optimize`` did to a module, as the module itself keeps it, and the texts of it for the report.
+"""What ``optimize`` did to a module, stored in the module itself, and the texts about it for the report.
 
-`convert.py` writes the records; `report.py` reads them, as ``restore`` does.
+`convert.py` writes the records. `report.py` and ``restore`` read them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ class Record(NamedTuple):
     """What ``optimize`` did to one module.
 
     Attributes:
-        original: its class before; ``None`` where that was not changed.
+        original: its previous class; ``None`` if that was not changed.
         added: names of the attributes that it got.
-        fused: for each group that its new forward runs as one op, the names of the layers and of what else is fused.
+        fused: for each group that its new forward runs as one op, the names of the layers and of the fused addition and
+            activation.
         part: whether its parent runs it in such a group.
         notes: further remarks, such as why it is not fused.
     """
@@ -43,7 +44,7 @@ def update_record(layer: torch.nn.Module, **changed: Any) -> None:
 
 
 def summary(model: torch.nn.Module) -> dict[str, Any]:
-    """``explain(model, as_dict=True)``: the groups, the layers replaced alone, and why which layers were left."""
+    """``explain(model, as_dict=True)``: the groups, the layers replaced alone, and those left, with reasons."""
     fused: list[str] = []
     replaced: list[str] = []
     left: dict[str, str] = {}
@@ -62,7 +63,7 @@ def summary(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def notes(model: torch.nn.Module) -> dict[str, list[str]]:
-    """By the name of each module what ``optimize`` did to it, or why it did not. Groups come first."""
+    """What ``optimize`` did to each module, or why it did nothing, by name. Groups come first."""
     found = {}
     for name, layer in model.named_modules():
         record = record_of(layer)
@@ -78,7 +79,7 @@ def notes(model: torch.nn.Module) -> dict[str, list[str]]:
 
 
 def _why_left(layer: torch.nn.Module) -> str | None:
-    """Why a layer of a known kind is as it was; ``None`` for any other module."""
+    """Why a layer of a known kind was not changed; ``None`` for any other module."""
     try:
         return None if counterpart_of(layer) is None else "optimize was not called"
     except Left as reason:

@@ -39,11 +39,11 @@ class Chosen:
 
     Attributes:
         problem: the direction, shapes and options, see ``_conv/problem.py``.
-        name: of the candidate that serves.
-        why: the rule by which it does, and the record that the rule came from; empty where it was measured.
+        name: name of the candidate that serves.
+        why: the rule that decided, and the record that the rule came from; empty if the choice was measured.
         others: the names of the candidates that could serve as well, in order.
-        seconds: where it was measured, the median time of each candidate.
-        failed: of those that did not run, the error.
+        seconds: the median time of each candidate, if measured.
+        failed: the errors of the candidates that did not run.
     """
 
     problem: Problem
@@ -69,7 +69,7 @@ class Chosen:
 
 
 def _chosen(problem: Problem) -> Chosen:
-    """On CPU."""
+    """What serves ``problem`` on CPU."""
     device = torch.device("cpu")
     names = [candidate.name for candidate in choice.candidates(problem, device)]
     candidate, measured = choice.expected(problem), tuning.find(problem, names, device)
@@ -84,10 +84,10 @@ class Layer:
     """One layer.
 
     Attributes:
-        name: in the model, as of ``named_modules``.
+        name: in the model, as from ``named_modules``.
         kind: its class.
-        served_by: the implementation; of the reference with the reason.
-        choices: what serves each direction of a convolution, and why; on CPU for the inputs that were given.
+        served_by: the implementation; for the reference with the reason.
+        choices: what serves each direction of a convolution, and why; on CPU for the given inputs.
     """
 
     name: str
@@ -102,11 +102,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row for each layer of advdl_ops in a model; its text is a tree of them and of what :func:`.optimize` did.
+    """A row for each layer of advdl_ops in a model. Its text is a tree of these and of what :func:`.optimize` did.
 
     Attributes:
         layers: the rows.
-        notes: by the name of a module what :func:`.optimize` did to it, or why it did not.
+        notes: what :func:`.optimize` did to each module, or why it did nothing, by name.
         kinds: the class of each module, by name, parents first.
     """
 
@@ -140,7 +140,7 @@ class Explanation:
 
 
 def _parents(name: str) -> list[str]:
-    """Names of the modules that this one lies in, the outermost one ("") first."""
+    """Names of the modules that contain this one, the outermost one ("") first."""
     parts = name.split(".") if name else []
     return [".".join(parts[:count]) for count in range(len(parts))]
 
@@ -148,21 +148,20 @@ def _parents(name: str) -> list[str]:
 def explain(
     module: torch.nn.Module, *inputs: Any, as_dict: bool = False
 ) -> Explanation | dict[str, Any]:
-    """What serves each layer of advdl_ops in ``module``: a kernel, torch's own, or the reference and why.
+    """What serves each layer of advdl_ops in ``module``: a kernel, torch's own, or the reference, with the reason.
 
     Args:
-        module: any module; layers that are not of ``advdl_ops.nn`` are left out.
-        inputs: if given, a copy of ``module`` is run on them first, without gradients, so that what is chosen by
-            measurement for their shapes, or by the shape alone, is known. ``module`` and the random numbers stay as
-            they are.
-        as_dict: what :func:`.optimize` did, instead of the rows: ``{"fused": groups that run as one op, "replaced":
-            layers that were replaced alone, "left": layers of a known kind that were left, and why}``.
+        module: any module. Layers that are not from ``advdl_ops.nn`` are left out.
+        inputs: if given, a copy of ``module`` first runs on them, without gradients, so that the choices for their
+            shapes are known. ``module`` and the state of the random number generators do not change.
+        as_dict: return what :func:`.optimize` did, instead of the rows: ``{"fused": groups that run as one op,
+            "replaced": layers that were replaced alone, "left": layers of a known kind that were left, and why}``.
 
     Returns:
-        Rows, printable. Choices are those of this process for a layer's weight and options, whatever module asked.
+        Rows, printable. Choices are those that this process made for a layer's weight and options, in any module.
 
     Raises:
-        TypeError: ``module`` is no module.
+        TypeError: ``module`` is not a module.
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"explain: module ({type(module).__name__}) must be a torch.nn.Module")
@@ -190,7 +189,7 @@ def explain(
 def _fused_pairs(
     module: torch.nn.Module,
 ) -> Iterator[tuple[str, int, nn.Conv2d, nn.BatchNormAct2d]]:
-    """Convolution and norm that :func:`.optimize` joined, with their owner's name and the place in its notes."""
+    """Each convolution and norm that :func:`.optimize` fused, with their owner's name and the index in its notes."""
     for name, owner in module.named_modules():
         record = record_of(owner)
         for at, names in enumerate(() if record is None else record.fused):
@@ -200,7 +199,7 @@ def _fused_pairs(
 
 
 def _child(owner: torch.nn.Module, name: str) -> torch.nn.Module | None:
-    """``None`` of the name of an addition or an activation."""
+    """The submodule of this name; ``None`` for the name of an addition or an activation."""
     try:
         return owner.get_submodule(name)
     except AttributeError:
@@ -213,8 +212,8 @@ def _run(
     """Runs a copy of the module without gradients.
 
     Returns:
-        What served each layer on the CPU, by its name; for a pair that ``optimize`` joined, by the name of its owner
-        and its place in the owner's notes. And by the name of a layer the problems of its convolutions.
+        What served each layer on the CPU, by its name, or for a pair that ``optimize`` fused, by the name of its owner
+        and its index in the owner's notes. And the problems of each layer's convolutions, by the layer's name.
     """
     found: dict[Any, dict[str, None]] = {}
     met: dict[str, dict[Problem, None]] = {}
@@ -222,7 +221,7 @@ def _run(
     copies = dict(ran.named_modules())
     originals = {id(copies[name]): (name, layer) for name, layer in module.named_modules()}
 
-    # A hook separates layers that run as one op without it, so each text is about the original layers.
+    # The hooks on the copy prevent fusing there, so each text is about the original layers.
     def tell(key: Any, of: Callable[..., _served.Told], name: str) -> None:
         def hook(on: torch.nn.Module, args: Any, kwargs: Any) -> None:
             text, problems = of(*args, **kwargs)
@@ -254,9 +253,9 @@ def _run(
 
 
 def _joined_norm(conv: torch.nn.Module) -> tuple[torch.nn.Module | None, Tensor | None]:
-    """Norm and residual of the :func:`.nn.conv_bn_act` that is calling this layer; ``None`` if none is.
+    """Norm and residual of the :func:`.nn.conv_bn_act` that is calling this layer; ``None`` if there is none.
 
-    Without the hook of :func:`_run` it might not have called the layer. A ``ConvBNAct`` has a row of its own instead.
+    Without the hook of :func:`_run` it might not have called the layer. A ``ConvBNAct`` has its own row instead.
     """
     frame = sys._getframe()
     while frame.f_back is not None:
@@ -269,7 +268,7 @@ def _joined_norm(conv: torch.nn.Module) -> tuple[torch.nn.Module | None, Tensor 
 
 
 def _is_compiled(layer: torch.nn.Module) -> bool:
-    """Whether a compiler runs the layer: it would trace our hooks, too."""
+    """Whether a compiler runs the layer. It would trace the hooks of :func:`_run` too."""
     return "_orig_mod" in layer._modules or layer._compiled_call_impl is not None
 
 
@@ -287,11 +286,11 @@ def _layer(
     told: str | None = None,
     met: Iterable[Problem] = (),
 ) -> Layer | None:
-    """The row of a layer; ``None`` for one that is not of advdl_ops.
+    """The row of a layer; ``None`` if it is not from advdl_ops.
 
     Args:
-        told: what served it on the CPU, if a run has shown that.
-        met: the problems of its convolutions, if so.
+        told: what served it on the CPU, if there was a run.
+        met: the problems of its convolutions, if there was a run.
     """
     kind = type(layer).__name__
     if not isinstance(layer, _OURS):
@@ -300,7 +299,7 @@ def _layer(
     if reference is not None:
         served = f"the reference, in plain PyTorch: {reference}"
         if isinstance(layer, nn.ConvBNAct) and device.type == "cpu":
-            # What is folded needs none of the kernels.
+            # A folded pair needs none of the kernels.
             pair = _served.of_pair_in_general(layer.conv, layer.bn)
             served = served if pair == _served.TWO_LAYERS else f"{pair}; of those {served}"
         return Layer(name, kind, served)
@@ -335,7 +334,7 @@ def _measured_layer(name: str, layer: Any, device: torch.device) -> Layer:
     choices = _choices_of(layer, device)
     if not choices:
         return Layer(name, kind, _NOT_MEASURED)
-    # Apart from its norm what was chosen for the layer alone serves.
+    # APART: the layer runs apart from its norm, and the choice for the layer alone serves.
     served = sorted({c.name for c in choices} - {APART})
     return Layer(name, kind, _names(served, choices) if served else _NOT_MEASURED, choices)
 
@@ -354,11 +353,11 @@ def _choices_of(layer: Any, device: torch.device) -> tuple[Chosen, ...]:
 
 
 def _is_of(key: Any, layer: Any) -> bool:
-    """Whether a layer of this weight and these options asks for it; the padding may be given by name, so it is free."""
+    """Whether ``key`` fits a layer's weight and options. The padding is not compared, as it may be given by name."""
     dtypes = {layer.weight.dtype}
     if layer.weight.dtype == torch.float32:
         dtypes |= {torch.bfloat16, torch.float16}  # under autocast
-    # A transposed convolution is the gradient of the convolution that its output would be the input of.
+    # A transposed convolution is the gradient of the convolution from its output to its input.
     transposed = isinstance(layer, torch.nn.ConvTranspose2d)
     return (
         getattr(key, "weight", None) == tuple(layer.weight.shape)

@@ -1,6 +1,6 @@
-"""What serves a layer on the CPU: asked of the choice that the calls themselves make.
+"""What serves a layer on the CPU, from the same choice that the calls themselves use.
 
-By the texts of :func:`of_layer` (before a call: with what it depends on) and :func:`of_call` (of one call).
+:func:`of_layer` gives the text before a call, with the conditions. :func:`of_call` gives the text for one call.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Told(NamedTuple):
     """What serves one call on CPU.
 
     Attributes:
-        text: in words; ``None`` where nothing is known of the arguments.
-        problems: those of its convolution: every direction, or the one of a folded norm.
+        text: a description; ``None`` if it is not known.
+        problems: every direction of its convolution, or the single problem of a folded pair.
     """
 
     text: str | None
@@ -58,7 +58,7 @@ def own() -> str:
 
 
 def of_layer(layer: torch.nn.Module) -> str:
-    """By which condition on its input, where it depends on that."""
+    """What serves the layer. If that depends on the input, with the conditions."""
     if isinstance(layer, nn.ConvBNAct):
         return of_pair_in_general(layer.conv, layer.bn)
     if isinstance(layer, nn.ConvTranspose2d):
@@ -72,7 +72,7 @@ def of_layer(layer: torch.nn.Module) -> str:
 
 
 def of_call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Told:
-    """For the arguments of its forward, called without gradients."""
+    """What serves a call of the layer's forward with these arguments, without gradients."""
     x, *others = args or (kwargs.get("input", kwargs.get("x")),)
     if isinstance(layer, nn.ConvTranspose2d) and type(x) is Tensor:
         return Told(_of_transposed(layer, x, *others, **kwargs))
@@ -88,14 +88,14 @@ def of_call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Told:
 
 
 def of_pair_in_general(conv: torch.nn.Conv2d, bn: nn.BatchNormAct2d) -> str:
-    """Of :func:`.nn.conv_bn_act`, before a call."""
+    """What serves :func:`.nn.conv_bn_act`, before a call."""
     return _of_folding(_of_folded(conv)) if folds_any(conv, bn) else TWO_LAYERS
 
 
 def of_pair(
     conv: torch.nn.Conv2d, bn: nn.BatchNormAct2d, x: Tensor, residual: Tensor | None = None
 ) -> Told:
-    """Of a call of :func:`.nn.conv_bn_act`."""
+    """What serves a call of :func:`.nn.conv_bn_act`."""
     if not _folds(conv, bn, x, residual):
         own_layer = isinstance(conv, nn.Conv2d)
         return Told(TWO_LAYERS, _call_of(x, conv, None).problems if own_layer else ())
@@ -107,7 +107,7 @@ def of_pair(
             by = _parts(call).forward if _library.native("cpu") else _without_kernels()
             return Told(_of_folding(by), call.problems)
         act = resolve_activation("explain", bn.act)
-        # The folded convolution has a shift, whatever the two layers have.
+        # The folded convolution has a shift even if neither of the two layers has a bias.
         epilogue = Epilogue(None, conv.weight, residual, act)
         problem = problem._replace(epilogue=epilogue.name())
         by = _by(choice.expected(problem), x, conv.weight, problem.conv)
@@ -119,20 +119,20 @@ def _of_folding(by: str) -> str:
 
 
 def folds_any(conv: torch.nn.Module, bn: torch.nn.Module) -> bool:
-    """Whether in evaluation the norm becomes part of the convolution, of an input in the weight's dtype."""
+    """Whether the norm is folded into the convolution in evaluation, for an input in the weight's dtype."""
     return isinstance(conv, torch.nn.Conv2d) and _folds(conv, bn, _smallest(conv), None)
 
 
 def _folds(conv: torch.nn.Conv2d, bn: torch.nn.Module, x: Tensor, residual: Tensor | None) -> bool:
     if not isinstance(bn, nn.BatchNormAct2d):
-        return False  # something else was put in its place
+        return False  # it was replaced by another class
     source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
     with torch.no_grad():
         return evaluates_as_one(conv, bn, x, residual, source)
 
 
 def _smallest(conv: torch.nn.Conv2d) -> Tensor:
-    """An input that every kernel and mode of padding takes."""
+    """A small input that is large enough for the layer's kernel and padding."""
     side = max(_extent(conv)) + max(conv._reversed_padding_repeated_twice)
     return conv.weight.new_empty(1, conv.in_channels, side, side)
 
@@ -150,7 +150,7 @@ def _without_kernels() -> str:
 
 
 def _of_other(layer: torch.nn.Module) -> str:
-    # The product is normalized before the kernel may add to it.
+    # With layer norm, torch computes and normalizes the product with the input before the kernel.
     normalized = isinstance(layer, nn.LSTM) and layer.layer_norm
     return own() + ("; product with the input, and its norm, torch's own" if normalized else "")
 
@@ -159,7 +159,7 @@ def _of_other(layer: torch.nn.Module) -> str:
 
 
 class _Parts(NamedTuple):
-    """What serves the forward pass without and under gradients, and what each gradient."""
+    """What serves the forward pass without gradients, the forward pass with gradients, and each gradient."""
 
     forward: str
     derived: str
@@ -167,7 +167,7 @@ class _Parts(NamedTuple):
     dweight: str
 
     def text(self) -> str:
-        """The forward pass, and what is served by another."""
+        """The implementation of the forward pass, then the parts with another one."""
         further = {"under gradients": self.derived}
         if self.dx == self.dweight:
             further["gradients"] = self.dx
@@ -178,7 +178,7 @@ class _Parts(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """A call of a convolution, as the operator takes it, and its problems: forward, gradient of x and of the weight."""
+    """The operator's arguments for a call of a convolution, and the problems of its three directions."""
 
     x: Tensor
     weight: Tensor
@@ -190,7 +190,7 @@ class _Call(NamedTuple):
 def _call_of(
     x: Tensor, layer: torch.nn.Conv2d, residual: Tensor | None, padding: Any = None
 ) -> _Call:
-    """``padding``: that of the layer where ``x`` is padded already."""
+    """``padding``: the padding that is left to do, if ``x`` was already padded."""
     if padding is None:
         x, padding = padded_input(layer, x)
     stride: Any = layer.stride
@@ -201,7 +201,7 @@ def _call_of(
     )  # fmt: skip
     act = layer.act if isinstance(layer, nn.Conv2d) else Epilogue().act
     epilogue = Epilogue(None, bias, residual, act)
-    # The gradient of the output mostly lies as the input does.
+    # Assumes that the output's gradient has the input's memory format, as is usual.
     names = {FORWARD: epilogue.name(), **dict.fromkeys(_GRADIENTS, layout_of(x))}
     forward, dx, dweight = (problem_of(of, x, weight, conv, name) for of, name in names.items())
     return _Call(x, weight, conv, epilogue, (forward, dx, dweight))
@@ -215,7 +215,7 @@ def _parts(call: _Call) -> _Parts:
 
 
 def _by(candidate: choice.Candidate, x: Tensor, weight: Tensor, conv: Conv) -> str:
-    """Whose work a candidate is."""
+    """The implementation behind a candidate."""
     if candidate.name.startswith((choice.DEPTHWISE, choice.DENSE)):
         return own()
     if candidate.name.startswith(choice.ONEDNN):
@@ -226,19 +226,19 @@ def _by(candidate: choice.Candidate, x: Tensor, weight: Tensor, conv: Conv) -> s
 
 
 def _by_torch(x: Tensor, weight: Tensor, conv: Conv, **transposed: Any) -> str:
-    """What torch's dispatcher takes: its own answer."""
+    """The implementation that torch chooses, by torch's own function."""
     padding: Any = transposed.get("output_padding")
     found: Any = torch._C._select_conv_backend(
         x, weight, None, conv.stride, conv.padding, conv.dilation,
         padding is not None, padding or (0, 0), conv.groups, None,
     )  # fmt: skip
-    # The one of transposed convolutions, the next in C++, has no name in Python.
+    # The value for transposed convolutions, the next one in C++, has no name in Python.
     mkldnn = int(torch._C._ConvBackend.Mkldnn)  # type: ignore[attr-defined]
     return ONEDNN if int(found) in (mkldnn, mkldnn + 1) else TORCH
 
 
 def _of_convolution(layer: torch.nn.Conv2d) -> str:
-    """Where the own kernel depends on the number of pixels, by which numbers."""
+    """The text for a convolution, with the numbers of pixels for which this package's kernel serves."""
     if layer.groups == layer.in_channels == layer.out_channels:
         return _of_depthwise(layer)
     spans: dict[str, list[str]] = {}
@@ -269,7 +269,7 @@ def _of_depthwise(layer: torch.nn.Conv2d) -> str:
 
 
 def _extent(layer: torch.nn.Conv2d) -> tuple[int, int]:
-    """Of the kernel, with its holes."""
+    """Height and width of the dilated kernel."""
     height, width = (
         d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
     )
@@ -281,7 +281,7 @@ def _of_shape(problem: Problem, height: int, width: int, layout: str) -> Problem
 
 
 def _serves(layer: torch.nn.Conv2d, direction: str, layout: str) -> Callable[[int], bool]:
-    """Whether the dense kernel serves ``direction`` where the output has so many pixels, in a row."""
+    """A function of a number of pixels: whether the dense kernel serves ``direction`` for an output of one such row."""
     stride: Any = layer.stride
     dilation: Any = layer.dilation
     conv = Conv(stride, (0, 0), dilation, layer.groups)
@@ -299,7 +299,7 @@ def _serves(layer: torch.nn.Conv2d, direction: str, layout: str) -> Callable[[in
 
 
 def _span(serves: Callable[[int], bool]) -> str | None:
-    """The numbers from 1 on that it serves, which lie side by side."""
+    """The text for the range of numbers for which ``serves`` holds. It must be contiguous."""
     powers = [2**n for n in range(1, 17)]
     inside = [n for n in powers if serves(n)]
     if not inside:
@@ -316,14 +316,14 @@ def _span(serves: Callable[[int], bool]) -> str | None:
 
 
 def is_gradient(layer: nn.ConvTranspose2d) -> bool:
-    """Whether it is the gradient of a convolution, with its own output padding."""
+    """Whether the layer is the gradient of a convolution, with its own output padding."""
     return _is_gradient(
         _large(layer), layer.weight, _transposed_options(layer, layer.output_padding)
     )
 
 
 def _large(layer: nn.ConvTranspose2d) -> Tensor:
-    """An input of which any kernel and padding leave something."""
+    """An input that is large enough for any kernel and padding."""
     return torch.empty(1, layer.in_channels, 1024, 1024, device="meta")
 
 
@@ -351,7 +351,7 @@ def _of_transposed(
     conv = Conv(options.stride, options.padding, options.dilation, options.groups)
     if not _has_own_operators(x, weight, options):
         return _by_torch(x, weight, conv, output_padding=tuple(output_padding))
-    # The layer is the gradient of a convolution, its gradient the convolution.
+    # The layer is the gradient of a convolution, and its own gradient is that convolution.
     problem = _problem_of_transposed(x, weight, options)
     like = torch.empty(problem.x, dtype=dtype)
     forward, dx, dweight = (

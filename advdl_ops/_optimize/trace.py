@@ -1,8 +1,9 @@
-"""A module's own ``forward`` as ``torch.fx`` graphs, each with guards that say for which calls it holds.
+"""A module's own ``forward`` as ``torch.fx`` graphs, each with guards that define the calls for which it is valid.
 
-`convert.py` asks for the graphs of every module; `fuse.py`, `aliasing.py` and `memory_format.py` read them. Each
-submodule stays a single call, so only the module's own code is traced. A graph holds for some calls only: for training
-or evaluation where the two differ, for optional arguments given or not, for the attributes that the code has read.
+`convert.py` gets the graphs of every module; `fuse.py`, `aliasing.py` and `memory_format.py` read them. Each
+submodule remains a single call, so only the module's own code is traced. A graph is valid for some calls only: in
+training or evaluation if the two differ, with certain optional arguments, and with the values of the attributes that
+the code has read.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _Module = torch.nn.Module
 
 
 class Variant(NamedTuple):
-    """A graph and the calls that it is for.
+    """A graph and the calls for which it is valid.
 
     Attributes:
         graph: takes the arguments ``arguments``, in order.
@@ -48,7 +49,7 @@ def is_torchs(layer: torch.nn.Module) -> bool:
     return module.startswith("torch.nn.modules.") and "forward" not in layer.__dict__
 
 
-# While it traces, fx replaces methods of torch.nn.Module for the whole process.
+# During a trace, fx replaces methods of torch.nn.Module for the whole process.
 _lock = threading.RLock()
 
 
@@ -72,7 +73,7 @@ def variants_of(owner: _Module) -> list[Variant]:
     found: list[Variant] = []
     why: Untraceable | None = None
     for given in _calls(parameters):
-        # Where the code asks for the type of an argument, a second graph may serve what is no tensor.
+        # If the code checks the type of an argument, a second graph may serve arguments that are not tensors.
         for tensors in (True, False):
             call = _Call(parameters, given, tensors)
             try:
@@ -94,11 +95,11 @@ def variants_of(owner: _Module) -> list[Variant]:
 
 
 def _check_code(code: CodeType) -> None:
-    """Raises for what a trace would not notice, in the forward and in the functions that it defines."""
+    """Raises for code that a trace would not notice, in the forward and in the functions that it defines."""
     names = names_in(code)
     if names & {"is_grad_enabled", "is_tracing"}:
         raise Untraceable("its forward asks how it is called")
-    if names & {"builtins", "__builtins__", "globals"}:  # the trace gives it others
+    if names & {"builtins", "__builtins__", "globals"}:  # the traced copy has other globals
         raise Untraceable("its forward uses its globals by other ways than their names")
     opnames = _opnames(code)
     if opnames & {"STORE_GLOBAL", "DELETE_GLOBAL"}:
@@ -113,9 +114,10 @@ def _opnames(code: CodeType) -> set[str]:
 
 
 def _calls(parameters: list[inspect.Parameter]) -> Iterator[tuple[str, ...]]:
-    """Names of the arguments that are given: the required ones alone, and with all whose default is ``None``.
+    """The calls to trace, as names of the given arguments: the required ones, and these with all whose default is
+    ``None``.
 
-    Where there are two of these, also with each of them alone.
+    If there are two of the latter, also with each of them alone.
     """
     named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
     required = tuple(p.name for p in parameters if p.kind in named and p.default is p.empty)
@@ -133,8 +135,8 @@ class _Call(NamedTuple):
 
     Attributes:
         parameters: all parameters of the forward.
-        given: names of the arguments that the caller gives; the others have their default.
-        tensors: whether the given ones are tensors, if the code asks.
+        given: names of the arguments that the caller gives. The others have their default.
+        tensors: whether the given ones are tensors, if the code checks that.
     """
 
     parameters: list[inspect.Parameter]
@@ -148,7 +150,7 @@ def _argument_guards(call: _Call, asked: bool) -> list[str]:
         if p.name in call.given:
             if asked:
                 guards.append(f"{'' if call.tensors else 'not '}isinstance({p.name}, Tensor)")
-            # The graph was made for a value that is not None.
+            # The graph is for a value that is not None.
             if not (asked and call.tensors) and len(call.parameters) > 1:
                 guards.append(f"{p.name} is not None")
         elif p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
@@ -159,14 +161,14 @@ def _argument_guards(call: _Call, asked: bool) -> list[str]:
 
 
 def _structure(owner: _Module, name: str = "self") -> Iterator[str]:
-    """Guards of which children there are, also in containers, which a forward may iterate over."""
+    """Guards on the set of children, also in containers, over which a forward may iterate."""
     yield f"children_of({name}) == {children_of(owner)}"
     for key, child in owner._modules.items():
         if child is not None and type(child).forward in _NEVER_CALLED and key.isidentifier():
             yield from _structure(child, f"{name}.{key}")
 
 
-# The forwards of containers that only hold modules.
+# The forwards of containers that are never called themselves.
 _NEVER_CALLED = torch.nn.Module.forward, torch.nn.ModuleList.forward, torch.nn.ModuleDict.forward
 
 
@@ -181,7 +183,7 @@ def default_name(parameter: inspect.Parameter) -> str:
 def has_graph_for(
     module: _Module, variants: list[Variant], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> bool:
-    """Whether one of the module's graphs is for a call with these arguments of a graph's node."""
+    """Whether one of the module's graphs is valid for a call with these arguments, which are from a graph's node."""
     try:
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
     except TypeError:
@@ -204,14 +206,14 @@ def has_graph_for(
 
 
 def has_optional_arguments(module: _Module) -> bool:
-    """Whether the module's forward can be called in several ways, of which some may have no graph."""
+    """Whether the module's forward can be called in several ways, some of which may have no graph."""
     parameters = inspect.signature(type(module).forward).parameters.values()
     return any(
         p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
     )
 
 
-# Names that the source of a new forward uses beside its arguments.
+# Names that the source of a new forward uses besides its arguments.
 _NAMES = {
     "before", "children_of", "evaluated_in_fast_format", "inside", "in_fast_format", "Tensor",
 }  # fmt: skip
@@ -223,11 +225,11 @@ _NAMES = {
 class _Traced(NamedTuple):
     graph: fx.Graph
     guards: tuple[str, ...]  # of the attributes that the code has read
-    asked: bool  # whether the code asked for the type of an argument
+    asked: bool  # whether the code checked the type of an argument
 
 
 def _by_mode(traced: list[_Traced], guards: list[str], given: tuple[str, ...]) -> list[Variant]:
-    """One variant for training and evaluation, or, where they differ, one for each."""
+    """One variant for training and evaluation, or one for each if they differ."""
     found = [Variant(t.graph, (*guards, *t.guards), given) for t in traced]
     if _same(found[0].graph, found[1].graph):
         # The guards may differ: one mode may read an attribute that the other does not.
@@ -238,8 +240,8 @@ def _by_mode(traced: list[_Traced], guards: list[str], given: tuple[str, ...]) -
 
 def _trace_both_modes(owner: _Module, call: _Call) -> list[_Traced]:
     """The graphs of training and of evaluation."""
-    # Gradients and autocast are set the other way around in the second, so one of them notices a context that the
-    # code enters.
+    # The second trace sets gradients and autocast the other way around, so that one of the two notices if the code
+    # enters such a context.
     training, evaluation = _trace(owner, call, True, True), _trace(owner, call, False, False)
     if not _same(training.graph, evaluation.graph) and not _same(
         training.graph, _trace(owner, call, True, False).graph
@@ -253,7 +255,8 @@ def _same(a: fx.Graph, b: fx.Graph) -> bool:
 
 
 def _trace(owner: _Module, call: _Call, training: bool, recording: bool) -> _Traced:
-    """One trace of the forward, on copies of the module and its children that keep whatever it assigns.
+    """One trace of the forward, on copies of the module and its children, so that its assignments do not reach the
+    originals.
 
     Args:
         training: the mode of all of them.
@@ -276,7 +279,7 @@ def _trace(owner: _Module, call: _Call, training: bool, recording: bool) -> _Tra
             warnings.simplefilter("ignore")
             tracer.modes = current_modes()
             graph = tracer.trace(root)
-        # A graph would not repeat these assignments, and cannot hold a tensor that no module has.
+        # A graph would not repeat these assignments, and cannot contain a tensor that belongs to no module.
         for earlier, copied in zip(before, copies.values(), strict=True):
             later = _items(copied)
             if later != earlier:
@@ -284,7 +287,7 @@ def _trace(owner: _Module, call: _Call, training: bool, recording: bool) -> _Tra
                 raise Untraceable(
                     f"it assigns self.{(changed or ['?'])[0]}, or makes a tensor of its own"
                 )
-    except Exception as error:  # code that was not written for proxies may raise anything
+    except Exception as error:  # code that was not written for proxies may raise any exception
         text = next(iter(str(error).splitlines()), "") or type(error).__name__
         failure = Untraceable(f"its forward cannot be traced: {text}")
         failure.asked = tracer.asked
@@ -298,7 +301,7 @@ _MISSING = object()
 def _watched(
     owner: _Module, call: _Call, copied: _Module, tracer: OwnCodeTracer
 ) -> tuple[_Module, dict[str, Any]]:
-    """The copy, in a class that records which plain attributes were read, and that record by name."""
+    """The copy, with a class that records which plain attributes are read, and this record by name."""
     seen: dict[str, Any] = {}
     cls = type(owner)
 
@@ -331,7 +334,7 @@ def _guard(name: str, value: Any) -> str:
         return f"not hasattr(self, {name!r})"
     if value is None:
         return f"self.{name} is None"
-    # A parameter or an array may equal a number, too.
+    # The type is compared too, because a parameter or an array may equal a number.
     return f"type(self.{name}) is {type(value).__name__} and self.{name} == {value!r}"
 
 
@@ -351,7 +354,7 @@ def _gradients_and_autocast(recording: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_random_numbers() -> Iterator[None]:
-    """Refuses code that draws random numbers, and sets the generators back, also after an error."""
+    """Refuses code that draws random numbers, and restores the generators, also after an error."""
     ours, pythons = torch.get_rng_state(), random.getstate()
     try:
         yield
@@ -365,7 +368,7 @@ def _no_random_numbers() -> Iterator[None]:
 
 
 def _items(module: _Module) -> dict[str, Any]:
-    """What shows whether an attribute, or something in it, was assigned."""
+    """Values that change if an attribute, or an element of it, is assigned."""
 
     def item(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -391,7 +394,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _of_arguments(forward: Callable[..., Any], call: _Call) -> Any:
-    """``forward`` as a function of the given arguments alone; fx reads their names from its code."""
+    """``forward`` as a function of only the given arguments, whose names fx reads from its code."""
     passed = ", ".join(f"{name}={name}" for name in call.given)
     scope: dict[str, Any] = {"forward": forward, "returned": _returned}
     source = f"def call(self, {', '.join(call.given)}): return returned(forward(self, {passed}))"
@@ -400,7 +403,7 @@ def _of_arguments(forward: Callable[..., Any], call: _Call) -> Any:
 
 
 def _returned(value: Any) -> Any:
-    """A forward's result as a graph may return it: of dicts and lists, a graph knows only Python's own."""
+    """A forward's result with plain dicts and lists, as a graph does not know subclasses of them."""
     if isinstance(value, fx.Proxy):
         return value
     if isinstance(value, dict):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backend import AUTOCAST_FROM, autocast_dtype, cast
 
-# The functions' names, as errors and the backend know them.
+# The functions' names in errors and for the backend.
 CELL, SEQUENCE = "lstm_cell", "lstm"
 
 OptionalTensor = Tensor | None
@@ -138,13 +138,13 @@ def pair_of_rates(zoneout: Any) -> tuple[float, float]:
 
 
 def cast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype of the active autocast; ``None`` where there is none, or where it leaves ``x`` as it is."""
+    """The dtype of the active autocast; ``None`` if there is none or if it does not cast ``x``."""
     dtype = autocast_dtype(x)
     return dtype if x.dtype in AUTOCAST_FROM else None
 
 
 def cast_all(tensors: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
-    """Those that are tensors in ``dtype``, if one is given."""
+    """The same list, with its tensors cast to ``dtype`` if one is given."""
     return [t if dtype is None or not isinstance(t, Tensor) else cast(t, dtype) for t in tensors]
 
 

@@ -1,7 +1,7 @@
 """What the arguments of the LSTM functions must be. Each error names function, argument, value and what it must be.
 
-The raw operators check their arguments too, but their errors do not name the value. A call that an operator refused is
-checked here for a better error. A call is checked here first where nobody else would do it, or would do it too late: on
+The raw operators check their arguments too, but their errors do not name the value. If an operator refused a call, it
+is checked here for a better error. A call is checked here first if nothing else would check it, or only too late: on
 the reference, under a compiler, and before masks are drawn.
 """
 
@@ -185,7 +185,7 @@ def _check_features(function: str, x: Tensor, w_ih: Any, layout: str) -> None:
 
 
 def _check_integers(function: str, name: str, t: Tensor) -> list[int] | None:
-    """``t`` must be a vector of int64 on the CPU. Returns its values, ``None`` where they are not known (compile)."""
+    """``t`` must be a vector of int64 on the CPU. Returns its values, or ``None`` if they are not known (compile)."""
     if t.dtype != torch.int64:
         raise RuntimeError(f"{function}: {name} (dtype {t.dtype}) must be of int64")
     if t.dim() != 1:
@@ -212,7 +212,7 @@ def check_lengths(function: str, lengths: Tensor, steps: int, batch: int, of: st
 
 
 def _check_batch_sizes(batch_sizes: Tensor, rows: int) -> int | None:
-    """Returns the number of sequences, ``None`` where it is not known (compile)."""
+    """Returns the number of sequences, or ``None`` if it is not known (compile)."""
     values = _check_integers(SEQUENCE, "batch_sizes", batch_sizes)
     if batch_sizes.shape[0] == 0:
         raise RuntimeError(f"{SEQUENCE}: batch_sizes (shape (0,)) must have a step at least")

@@ -18,7 +18,7 @@ def reference_gradients(
     """The gradients of ``forward(*arguments)``, which can be differentiated again.
 
     Args:
-        forward: a reference function, made of torch's own operators.
+        forward: a reference function, which consists of torch's own operators.
         arguments: tensors, and options that are passed on as they are.
         need: for each argument, whether its gradient is needed.
         given: for each output, its gradient; ``None`` for zero.
@@ -26,7 +26,7 @@ def reference_gradients(
     Returns:
         For each argument its gradient, ``None`` where it is not needed or the output does not depend on it.
     """
-    # First-order gradients stop at these aliases. Their own graph goes on to the arguments.
+    # First-order gradients stop at these aliases. The graph of the gradients themselves reaches the arguments.
     with torch.enable_grad():
         aliases = [_alias(t) if isinstance(t, Tensor) else t for t in arguments]
         outputs = forward(*aliases)

@@ -1,4 +1,4 @@
-"""What the norms share: how errors are named, what backward needs of the activation, dtypes of gradients."""
+"""What the norms share: argument checks, what backward needs for the activation, dtypes of gradients."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ Z_INPUT, Z_RESIDUAL, Z_OUTPUT = 0, 1, 2
 def to_be_saved(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Any, ...]:
-    """The same four under gradients, none made under ``torch.inference_mode()``: autograd would not save it.
+    """The same four tensors, with clones in place of inference tensors, which autograd cannot save.
 
     Raises:
-        RuntimeError: as stock's norms, which save ``x`` and ``weight`` alone, if any of their three needs a gradient.
+        RuntimeError: ``x`` or ``weight`` is an inference tensor, and ``x``, ``weight`` or ``bias`` needs a gradient.
+            Torch's own norms, which save only ``x`` and ``weight``, raise then too.
     """
     tensors = x, residual, weight, bias
     refused = x.is_inference() or (weight is not None and weight.is_inference())
@@ -37,10 +38,10 @@ def to_be_saved(
 
 
 def saved_for(act: Activation, residual: Tensor | None, out: Tensor) -> tuple[Tensor | None, int]:
-    """The tensor beside ``x`` that backward needs for the activation's derivative, and what it is.
+    """The tensor that backward needs besides ``x`` for the activation's derivative, and its kind (``Z_...``).
 
-    Without a residual: none, as the pre-activation is recomputed from ``x``. With one, relu needs its output, which the
-    next layer saves anyway; the other activations need the residual.
+    Without a residual there is none, because the pre-activation is recomputed from ``x``. With a residual, relu needs
+    its output, which the next layer saves anyway. The other activations need the residual.
     """
     if residual is None or act.code == 0:
         return None, Z_INPUT
@@ -50,7 +51,7 @@ def saved_for(act: Activation, residual: Tensor | None, out: Tensor) -> tuple[Te
 
 
 def gradient_like(grad: Tensor | None, parameter: Tensor) -> Tensor:
-    """Kernels sum in at least fp32; a gradient is of its parameter's dtype."""
+    """``grad``, which kernels sum in at least fp32, in the dtype of its parameter."""
     assert grad is not None
     return grad if grad.dtype == parameter.dtype else grad.to(parameter.dtype)
 
@@ -62,15 +63,16 @@ def norm_gradients(
     forward: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Activation], Tensor],
     kernel: Callable[[bool, bool], Sequence[Tensor]],
 ) -> tuple[Tensor | None, ...]:
-    """What backward returns for ``x``, ``residual``, ``weight`` and ``bias``, ``None`` where that is not needed.
+    """The gradients of ``x``, ``residual``, ``weight`` and ``bias``, for backward; ``None`` for those not needed.
 
     Args:
-        ctx: of the Function; its options end with the activation.
-        tensors: what it saved: ``x``, the tensor of :func:`saved_for`, weight, bias, statistics. Given, as a second
-            look at ``ctx.saved_tensors`` would unpack them again, which a checkpoint refuses.
-        dout: of the output.
+        ctx: the Function's context; its options end with the activation.
+        tensors: ``ctx.saved_tensors``: ``x``, the tensor of :func:`saved_for`, weight, bias, statistics. They are
+            passed because a second access to ``ctx.saved_tensors`` would unpack them again, which a checkpoint refuses.
+        dout: the gradient of the output.
         forward: see :func:`differentiable_gradients`.
-        kernel: the four gradients by an operator, of ``x`` and of the residual where its two arguments say so.
+        kernel: calls the operator for the four gradients. Its two arguments: whether to compute those of ``x`` and of
+            the residual.
     """
     x, saved, weight, bias, _ = tensors
     act = ctx.options[-1]
@@ -80,7 +82,7 @@ def norm_gradients(
             forward, dout, x, saved, weight, bias, act, ctx.z_source
         )
     else:
-        # Without an activation the residual's gradient is dout itself: no kernel need write it.
+        # Without an activation the residual's gradient is dout itself, so the kernel need not write it.
         passes_dout = act.code == 0
         dx, dresidual, dweight, dbias = kernel(need_x, need_residual and not passes_dout)
         if passes_dout:
@@ -103,9 +105,9 @@ def differentiable_gradients(
     act: Activation,
     z_source: int,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``forward(x, residual, weight, bias, act)``, which is made of differentiable torch operators.
+    """Gradients of ``forward(x, residual, weight, bias, act)``, which consists of differentiable torch operators.
 
-    What ``backward`` returns under ``create_graph=True``: for ``x``, ``residual``, ``weight`` and ``bias``.
+    This is what ``backward`` returns under ``create_graph=True``: for ``x``, ``residual``, ``weight`` and ``bias``.
     """
     dout, act, residual = without_relu(dout, act, saved, z_source)
     dx, dresidual, dweight, dbias = gradients_with_graph(
@@ -113,16 +115,16 @@ def differentiable_gradients(
         (x, residual, weight, bias),
         dout,
     )
-    # Of a residual that was not saved: what is left of the activation passes it on.
+    # If the residual was not saved, its gradient is dout: the remaining activation is the identity.
     return dx, dout if residual is None else dresidual, dweight, dbias
 
 
 def without_relu(
     dout: Tensor, act: Activation, saved: Tensor | None, z_source: int
 ) -> tuple[Tensor, Activation, Tensor | None]:
-    """The cotangent, the activation that is left to derive, and the residual; of what :func:`saved_for` saved."""
+    """From what :func:`saved_for` saved: the cotangent, the activation still to be differentiated, and the residual."""
     if z_source == Z_OUTPUT:
-        # relu's derivative is piecewise constant: what is left is what was before it, under a masked cotangent.
+        # relu's derivative is piecewise constant, so masking the cotangent replaces it.
         assert saved is not None
         return torch.where(saved <= 0, 0, dout), IDENTITY, None
     return dout, act, saved if z_source == Z_RESIDUAL else None
@@ -131,8 +133,8 @@ def without_relu(
 def gradients_with_graph(
     forward: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of ``forward(*inputs)`` for those that are not ``None``, to be derived once more."""
-    # Fresh aliases, so that the first-order gradients stop here while their own graph reaches the inputs.
+    """Gradients of ``forward(*inputs)`` for the inputs that are not ``None``. They can be differentiated again."""
+    # New aliases: first-order gradients stop here, while the graph of the gradients themselves reaches the inputs.
     with torch.enable_grad():
         aliases = [
             None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
@@ -151,7 +153,7 @@ def check_tensors(function: str, **tensors: Any) -> None:
 
 def check_floating(function: str, name: str, t: Tensor) -> None:
     if t.dtype not in FLOATING:
-        # What torch raises for a dtype that its kernels lack; for the others a RuntimeError.
+        # As torch: NotImplementedError for an x whose dtype has no kernel, RuntimeError for the other tensors.
         error = NotImplementedError if name == "x" else RuntimeError
         raise error(
             f"{function}: {name} (dtype {t.dtype}) must be of float32, float64, bfloat16 or float16"
@@ -189,7 +191,7 @@ def check_same_dtype(
 
 
 def check_writable(function: str, **tensors: Tensor | None) -> None:
-    """Refuse what torch refuses to write. Under a compiler, which cannot be asked, torch itself does."""
+    """Refuse tensors that torch would refuse to write. Under a compiler this is not known, and torch itself refuses."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return
     for name, t in tensors.items():

@@ -48,7 +48,7 @@ def batch_norm_act(
             contiguous or channels_last (kept).
         running_mean, running_var: ``[C]``, written in training (``running_var`` with the unbiased variance);
             both may be ``None`` in training.
-        weight, bias: ``[C]`` or ``None``; in ``x``'s dtype, or fp32 beside a half-precision ``x``, as the buffers.
+        weight, bias: ``[C]`` or ``None``; in ``x``'s dtype, or fp32 with a half-precision ``x``, as the buffers.
         training: normalize by the statistics of the batch, else by the running ones.
         momentum: weight of the batch in the running statistics.
         eps: added to the variance; > 0 in training.
@@ -76,9 +76,9 @@ def batch_norm_act(
     options = training, momentum, eps, activation
     native = serves_native(_NAME, x)
     eager = native and not torch.compiler.is_compiling()
-    # The operator checks all of its input before it writes. What to call the error is Python's matter, and only then:
-    # to check on every call what the operator checks too would cost as much as a small kernel. The fake function, which
-    # serves meta tensors and many a subclass, checks little.
+    # The operator checks all of its input before it writes. Only if it refuses, Python checks again to name the error:
+    # checking everything twice in every call would cost as much as a small kernel. The fake function, which serves meta
+    # tensors and many subclasses, checks little.
     if eager and type(x) is Tensor and not x.is_meta:
         try:
             return _eager(*tensors, options)
@@ -134,12 +134,12 @@ def batch_norm_act_by(
     residual: Tensor | None,
     act: Activation,
 ) -> Tensor:
-    """:func:`batch_norm_act` in training, eager and by a kernel, where the statistics of ``x`` are known already.
+    """:func:`batch_norm_act` in training, eager and by a kernel, if the statistics of ``x`` are already known.
 
     Args:
-        statistics: fp32 ``[2, C]``: the mean of each channel and the sum of its squared distances from it.
-        x: ``[N, C, ...]``, not of fp64 and not empty; the others as of :func:`batch_norm_act`, ``residual`` in ``x``'s
-            dtype.
+        statistics: fp32 ``[2, C]``: the mean of each channel and the sum of squared distances from it.
+        x: ``[N, C, ...]``, not fp64 and not empty. The other arguments are those of :func:`batch_norm_act`, with
+            ``residual`` in ``x``'s dtype.
     """
     _check(x, running_mean, running_var, weight, bias, True, momentum, eps, residual)
     check_writable(_NAME, running_mean=running_mean, running_var=running_var)
@@ -149,7 +149,7 @@ def batch_norm_act_by(
     out = _apply_given(x, residual, weight, bias, mean, squares / count, options)
     if running_mean is not None and running_var is not None:
         for running, batch in ((running_mean, mean), (running_var, squares / (count - 1))):
-            # As the kernel: in fp32, whatever the dtype of the running statistics.
+            # As in the kernel, computed in fp32 whatever the dtype of the running statistics.
             old = running.to(batch.dtype) * (1.0 - momentum)
             torch.add(old, batch, alpha=momentum, out=running)
     return out
@@ -177,7 +177,7 @@ def _eager(
         return _forward_in_place(*tensors, options)[0]
     if options[0] and running_mean is not None and running_mean.requires_grad:
         raise RuntimeError(f"{_NAME}: running_mean must not require a gradient in training")
-    # Before anything is written: autograd itself refuses what it cannot save only after that.
+    # Checked before anything is written, because autograd refuses what it cannot save only afterwards.
     if (
         x.is_inference()
         or (weight is not None and weight.is_inference())
@@ -200,7 +200,7 @@ def _promoted(
     residual: Tensor,
     act: Activation,
 ) -> Tensor:
-    """In the dtype that adding ``residual`` to ``x`` would give."""
+    """:func:`batch_norm_act` in the dtype that adding ``residual`` to ``x`` would give."""
     dtype = torch.promote_types(x.dtype, residual.dtype)
     mean, var, weight, bias = (
         t if t is None else t.to(dtype) for t in (running_mean, running_var, weight, bias)
@@ -225,7 +225,7 @@ def _forward(
     running_var: Tensor | None,
     options: _Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, statistics ``[2, C]`` and new running statistics ``[2, C]``: what a compiler traces."""
+    """Output, statistics ``[2, C]`` and new running statistics ``[2, C]``. A compiler traces this variant."""
     training, momentum, eps, (_, code, param) = options
     return _forward_op(
         x, residual, weight, bias, running_mean, running_var, training, momentum, eps, code, param
@@ -241,19 +241,19 @@ def _forward_in_place(
     running_var: Tensor | None,
     options: _Options,
 ) -> tuple[Tensor, Tensor]:
-    """Output and statistics ``[2, C]``; the running statistics are written where they are."""
+    """Output and statistics ``[2, C]``. The running statistics are overwritten."""
     training, momentum, eps, (_, code, param) = options
     outputs = _forward_in_place_op(
         x, residual, weight, bias, running_mean, running_var, training, momentum, eps, code, param
     )
     if training and running_mean is not None and running_var is not None:
-        # Torch's stable ABI has no such call: without it autograd would not see that a saved buffer was written.
+        # Tells autograd that these buffers were written. Torch's stable ABI has no call for it.
         increment_version((running_mean, running_var))
     return outputs
 
 
 class BatchNormActFunction(torch.autograd.Function):
-    """Gradients of ``batch_norm_act``. Saved: ``x``, the ``[C]`` statistics, and what :func:`.saved_for` says."""
+    """Gradients of ``batch_norm_act``. Saved: ``x``, the ``[C]`` statistics, and the tensor of :func:`.saved_for`."""
 
     @staticmethod
     def forward(
@@ -276,7 +276,7 @@ class BatchNormActFunction(torch.autograd.Function):
         ctx.save_for_backward(x, saved, weight, bias, stats)
         ctx.options, ctx.z_source = options, z_source
         if traced:
-            # A Function that is traced must not write its inputs: the caller does.
+            # A traced Function must not write its inputs, so the caller writes the running statistics.
             ctx.mark_non_differentiable(running)
             ctx.set_materialize_grads(False)
             return out, running
@@ -306,7 +306,7 @@ class BatchNormActFunction(torch.autograd.Function):
 
 
 class GivenStatisticsFunction(BatchNormActFunction):
-    """Forward is that of evaluation, by the batch's mean and variance ``[C]``; backward that of training."""
+    """Forward as in evaluation, with the batch's mean and variance ``[C]``; backward as in training."""
 
     @staticmethod
     def forward(
@@ -327,7 +327,7 @@ class GivenStatisticsFunction(BatchNormActFunction):
         return out
 
 
-# Function.apply without torch's wrapper of it, which looks for functorch transforms: serves_native has.
+# Function.apply without torch's Python wrapper, which checks for functorch transforms, as serves_native has done.
 _apply_eagerly = super(torch.autograd.Function, BatchNormActFunction).apply
 _apply_given = super(torch.autograd.Function, GivenStatisticsFunction).apply
 

@@ -73,13 +73,14 @@ def conv2d(
         x: ``[N, C_in, H, W]`` or ``[C_in, H, W]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept; other
             strides give a contiguous result).
         weight: ``[C_out, C_in / groups, kH, kW]`` in ``x``'s dtype.
-        bias: ``[C_out]`` or ``None``; in ``x``'s dtype, or fp32 beside a half-precision ``x``, as scale and shift.
+        bias: ``[C_out]`` or ``None``; in ``x``'s dtype, or fp32 with a half-precision ``x``, as scale and shift.
         stride, dilation: >= 1, one number or (height, width).
-        padding: >= 0, as those, or ``"valid"`` (none), or ``"same"`` (stride 1: the output has ``x``'s size).
-        groups: divides ``C_in`` and ``C_out``; where it equals both, depthwise kernels serve.
+        padding: >= 0, one number or (height, width), or ``"valid"`` (none), or ``"same"`` (stride 1: the output has
+            ``x``'s size).
+        groups: divides ``C_in`` and ``C_out``; if it equals both, depthwise kernels serve.
         act: ``None``, a name or a ``torch.nn`` module, see :func:`.resolve_activation`.
         residual: of the output's shape and dtype, added before the activation.
-        scale, shift: ``[C_out]`` or ``None``: a norm of fixed statistics, for example.
+        scale, shift: ``[C_out]`` or ``None``; for example a norm with fixed statistics.
 
     Returns:
         ``[N, C_out, H_out, W_out]`` (or without N, as ``x``) in ``x``'s memory format and dtype;
@@ -90,10 +91,10 @@ def conv2d(
             the padded ``x``, a stride, padding or dilation out of range, an unknown padding, ``"same"`` with a stride,
             mixed dtypes or devices; of a non-floating ``x`` its subclass ``NotImplementedError``.
         ValueError: an unknown ``act``, ``residual`` of another shape.
-        TypeError: an option that is no integer, or a tensor that is none.
+        TypeError: an option that is not an integer, or an argument that must be a tensor and is not.
 
-    Saved for backward are ``x`` and the weight; for relu the output; for the other activations, and where ``scale``
-    needs a gradient, what the convolution alone gives, and the residual.
+    Saved for backward are ``x`` and the weight; for relu the output; for the other activations, and if ``scale``
+    needs a gradient, the result of the convolution alone and the residual.
     """
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
     x, weight, bias, epilogue = _in_autocast_dtype(
@@ -112,7 +113,7 @@ def conv2d(
 def prepared(
     x: Tensor, weight: Tensor, bias: Tensor | None, options: Conv
 ) -> tuple[Tensor, Tensor, Tensor | None, Conv]:
-    """Arguments of :func:`conv2d`, ``x`` ``[N, C_in, H, W]``: checked, under autocast cast, and padded if need be."""
+    """The arguments of :func:`conv2d` checked, cast under autocast and padded if needed; ``x`` is 4-dimensional."""
     x, weight, bias, epilogue = _in_autocast_dtype(x, weight, bias, Epilogue())
     x, conv = _checked(x, weight, bias, options, epilogue)
     return x, weight, bias, conv
@@ -121,7 +122,7 @@ def prepared(
 def convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, epilogue: Epilogue = _NO_EPILOGUE
 ) -> Tensor:
-    """:func:`conv2d` of what :func:`prepared` returns."""
+    """:func:`conv2d` with the arguments that :func:`prepared` returns."""
     scale, shift, residual, act = epilogue
     if not serves_native(_NAME, x):
         return reference.conv2d(x, weight, bias, *conv, scale, shift, residual, act)
@@ -139,9 +140,9 @@ def convolved(
 def convolved_with_statistics(
     x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, candidate: Candidate
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`convolved`, on CUDA, and the statistics of the output, which pass no gradient.
+    """As :func:`convolved`, on CUDA, and the statistics of the output, which are not differentiable.
 
-    Those are fp32 ``[2, C_out]``, see :func:`.cuda.triton_forward_with_statistics`.
+    They are fp32 ``[2, C_out]``, see :func:`.cuda.triton_forward_with_statistics`.
     """
     return _apply_with_statistics(x, weight, None, bias, None, (conv, IDENTITY), candidate)
 
@@ -149,7 +150,7 @@ def convolved_with_statistics(
 def _in_autocast_dtype(
     x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue
 ) -> tuple[Tensor, Tensor, Tensor | None, Epilogue]:
-    """The tensors in the dtypes that autocast asks for."""
+    """The tensors in the dtypes of autocast."""
     scale, shift, residual, act = epilogue
     check_tensors(_NAME, x=x, weight=weight, bias=bias, scale=scale, shift=shift, residual=residual)
     if weight is None or x is None:
@@ -157,7 +158,7 @@ def _in_autocast_dtype(
     dtype = autocast_dtype(x)
     if dtype is None:
         return x, weight, bias, epilogue
-    # What is [C_out] may stay in fp32.
+    # The [C_out] tensors may stay in fp32.
     bias, scale, shift = (
         t if t is None or t.dtype == torch.float32 else cast(t, dtype) for t in (bias, scale, shift)
     )
@@ -168,7 +169,7 @@ def _in_autocast_dtype(
 def _checked(
     x: Tensor, weight: Tensor, bias: Tensor | None, options: Conv, epilogue: Epilogue
 ) -> tuple[Tensor, Conv]:
-    """``x``, padded where its two sides differ, and the options as pairs of integers."""
+    """``x``, padded if the padding of its two sides differs, and the options as pairs of integers."""
     if x.dim() != 4 or weight.dim() != 4:
         name, t, what = (
             ("weight", weight, "[C_out, C_in / groups, kH, kW]")
@@ -193,7 +194,7 @@ _epilogue_backward_op = torch.ops.advdl_ops.batch_norm_act_backward.default
 
 def _forward(x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue) -> Tensor:
     scale, shift, residual, act = epilogue
-    # The operator is Python: without the dispatcher it takes half of the time.
+    # The operator is Python. A direct call, without the dispatcher, takes half of the time.
     if unwatched(x, weight, scale, shift, residual):
         return operators.forward(x, weight, conv, epilogue)
     return _op(x, weight, scale, shift, residual, *conv, act.code, act.param)
@@ -210,15 +211,15 @@ def _backward(
 def _torch_derives_as_well(
     x: Tensor, weight: Tensor, shift: Tensor | None, conv: Conv, act: Activation
 ) -> bool:
-    """Whether torch's convolution and activation, two autograd nodes in C++, save and compute what the Function would.
+    """Whether torch's convolution and activation, two autograd nodes in C++, save and compute the same as the Function.
 
-    That is where torch, in the format of ``x``, is the choice for every direction. Not in half precision, nor in
-    channels_last: there oneDNN is slow for the gradient of a bias, and a weight in another format than ``x`` would
-    decide the output's.
+    They do if torch, in the format of ``x``, is the choice for every direction. Half precision and channels_last are
+    excluded: there oneDNN is slow for the gradient of a bias, and a weight in another format than ``x`` would determine
+    the output's.
     """
     if not x.is_cpu:
         return False
-    if not unwatched(x, weight):  # a tracer's sizes are no numbers to look up by
+    if not unwatched(x, weight):  # a tracer's sizes may be symbolic, and cannot be a key
         return bool(_is_as_good_as_torchs(x, weight, shift, conv, act))
     key = "torch", call_key(x, weight, conv), shift is None, act.name
     found = choice.plans.get(key)
@@ -232,7 +233,7 @@ def _torch_derives_as_well(
 def _is_as_good_as_torchs(
     x: Tensor, weight: Tensor, shift: Tensor | None, conv: Conv, act: Activation
 ) -> bool | None:
-    """As :func:`_torch_derives_as_well`; ``None`` where that is still to be measured."""
+    """As :func:`_torch_derives_as_well`; ``None`` if that is still to be measured."""
     return (
         x.dtype not in HALF
         and has_format(x, torch.contiguous_format)
@@ -247,9 +248,9 @@ def _is_as_good_as_torchs(
 class Conv2dFunction(torch.autograd.Function):
     """Gradients of ``conv2d``.
 
-    ``saved`` is by what backward knows of the pre-activation: nothing without an activation, relu's output, or ``z``,
-    the result of the convolution alone, with the residual. ``z`` is saved too where the scale needs a gradient.
-    The epilogue is the norm's kernel in evaluation, of mean 0 and deviation 1.
+    ``saved`` is what backward needs for the pre-activation: nothing without an activation; relu's output; else ``z``,
+    the result of the convolution alone, and the residual. ``z`` is also saved if the scale needs a gradient. The
+    epilogue is the norm's kernel in evaluation, with mean 0 and variance 1.
     """
 
     @staticmethod
@@ -267,7 +268,7 @@ class Conv2dFunction(torch.autograd.Function):
         z = saved = None
         ctx.z_source = Z_INPUT
         if ctx.needs_input_grad[2] or not (act.code == 0 or by_output):
-            # With the parameter of act: a float that options do not hold would be an input of a compiler's graph.
+            # Keeps the parameter of act: another float would become an input of a compiler's graph.
             alone = IDENTITY._replace(param=act.param)
             z = _forward(x, weight, conv, Epilogue(act=alone))
             out = normalized(z, scale, shift, residual, act)
@@ -277,7 +278,7 @@ class Conv2dFunction(torch.autograd.Function):
             out = _forward(x, weight, conv, Epilogue(scale, shift, residual, act))
         if by_output and (z is None or residual is not None):
             saved, ctx.z_source = out, Z_OUTPUT
-        # The shift is known where the pre-activation is computed anew from z.
+        # The shift is saved only if the pre-activation is recomputed from z.
         kept = None if z is None else shift
         ctx.shift_dtype = None if shift is None else shift.dtype
         ctx.save_for_backward(x, weight, scale, kept, z, saved)
@@ -294,9 +295,9 @@ class Conv2dFunction(torch.autograd.Function):
         dz = dresidual = dout
         if act.code != 0 or scale is not None:
             stats = unit_statistics(weight.shape[0], dout).stats
-            # With relu's output at hand z matters for the gradient of the scale alone, and without an activation too.
+            # If relu's output is saved, or without an activation, z only matters for the gradient of the scale.
             of_z = z if z is not None else saved if saved is not None else dout
-            # Without a scale or an activation the two gradients are one tensor.
+            # Without a scale or without an activation, the two gradients can share a tensor.
             writes_both = needs[4] and scale is not None and act.code != 0
             dz, dresidual, dscale, dshift = _epilogue_backward_op(
                 dout, of_z, saved, scale, shift, stats, False, act.code, act.param, ctx.z_source,
@@ -304,7 +305,7 @@ class Conv2dFunction(torch.autograd.Function):
             )  # fmt: skip
             if not writes_both:
                 dresidual = dz if scale is None else dout
-        # Of no scale the sum of dz is the gradient of the shift.
+        # Without a scale, the sum of dz is the gradient of the shift.
         wanted = needs[0], needs[1], needs[3] and dshift is None
         dx = dweight = dbias = None
         if any(wanted):
@@ -320,7 +321,7 @@ class Conv2dFunction(torch.autograd.Function):
 
 
 class Conv2dWithStatisticsFunction(Conv2dFunction):
-    """The convolution and a shift alone, with the statistics of the output beside it."""
+    """The convolution with only a shift, and the statistics of its output."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -349,18 +350,18 @@ class Conv2dWithStatisticsFunction(Conv2dFunction):
 
 
 def _of_shift(ctx: Any, grad: Tensor | None) -> Tensor:
-    """The shift is not always saved: of it the dtype is."""
+    """The gradient of the shift in the shift's dtype. The shift itself is not always saved, but its dtype is."""
     assert grad is not None
     return grad if grad.dtype == ctx.shift_dtype else grad.to(ctx.shift_dtype)
 
 
-# Function.apply without torch's wrapper of it, which looks for functorch transforms: serves_native has.
+# Function.apply without torch's Python wrapper, which checks for functorch transforms, as serves_native has done.
 _apply_eagerly = super(torch.autograd.Function, Conv2dFunction).apply
 _apply_with_statistics = super(torch.autograd.Function, Conv2dWithStatisticsFunction).apply
 
 
 def _differentiable_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    """What backward returns under ``create_graph=True``, made of differentiable torch operators."""
+    """What backward returns under ``create_graph=True``, computed with differentiable torch operators."""
     x, weight, scale, shift, _, saved = ctx.saved_tensors
     conv: Conv = ctx.options[0]
     act = ctx.options[1]
@@ -370,7 +371,7 @@ def _differentiable_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ..
         return reference.conv2d(x, weight, None, *conv, scale, shift, residual, act)
 
     gradients = gradients_with_graph(forward, (x, weight, scale, shift, residual), dout)
-    # What was not saved is added behind the activation that is left.
+    # Shift and residual that were not saved are added after the remaining activation: their gradients follow from dout.
     if shift is None and ctx.shift_dtype is not None:
         gradients[3] = _of_shift(ctx, dout.sum((0, 2, 3), dtype=acc_dtype(dout.dtype)))
     if residual is None:
@@ -382,7 +383,7 @@ def _differentiable_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ..
 def _with_bias(
     x: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One scale and one shift for all three, of one dtype."""
+    """Merges the bias into scale and shift, both in one dtype."""
     acc = acc_dtype(x.dtype)
     if bias is not None:
         if scale is None and shift is None:

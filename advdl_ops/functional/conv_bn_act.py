@@ -1,9 +1,9 @@
 """Convolution, batch norm, residual addition and activation.
 
-In training two ops: :func:`conv2d` and :func:`batch_norm_act`. On CUDA the first may give the second its statistics,
-which then reads what lies between them once less: whichever was measured to be faster. In evaluation without gradients
-one: the norm is then a scale and a shift of each channel (Jacob et al. 2018, arXiv:1712.05877, section 3.2), which the
-convolution takes along with residual and activation.
+In training these are two ops: :func:`conv2d` and :func:`batch_norm_act`. On CUDA the first may return the statistics
+that the second needs, which then reads its input once less. Measurement decides whether it does. In evaluation without
+gradients it is one op: the norm is then a scale and a shift of each channel (Jacob et al. 2018, arXiv:1712.05877,
+section 3.2), which the convolution applies together with residual and activation.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def conv_bn_act(
         bias: ``[C_out]``, the convolution's own.
         stride, padding, dilation, groups: as :func:`conv2d`.
         training, momentum, eps: as :func:`batch_norm_act`.
-        residual: of the output's shape, added last before the activation (with ``order="conv-act-bn"``: last).
+        residual: of the output's shape, added after the norm, before the activation of ``"conv-bn-act"``.
         act: see :func:`resolve_activation`.
         order: ``"conv-bn-act"`` or ``"conv-act-bn"``.
 
@@ -70,7 +70,7 @@ def conv_bn_act(
     if order not in ORDERS:
         raise ValueError(f"{_NAME}: order ({order!r}) must be one of {', '.join(ORDERS)}")
     if x.dim() != 4:
-        # The types of torch's layers: the convolution takes an unbatched image, and the norm then refuses it.
+        # The exceptions of torch's layers: the convolution accepts an unbatched image, and the norm then refuses it.
         error = ValueError if x.dim() == 3 else RuntimeError
         raise error(f"{_NAME}: x (shape {tuple(x.shape)}) must be [N, C_in, H, W]")
     options = Conv(stride, padding, dilation, groups)
@@ -99,7 +99,7 @@ def conv_bn_act(
 
 
 class Norm(NamedTuple):
-    """A batch norm in training behind a convolution: its tensors and activation."""
+    """A batch norm in training after a convolution: its tensors, the residual and the activation."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -109,25 +109,25 @@ class Norm(NamedTuple):
     act: Activation
 
     def name(self) -> str:
-        """Its parts, on which its time depends."""
+        """The names of its parts, on which its time depends."""
         parts = {"norm": True, "running": self.running_mean, "residual": self.residual}
         found = [name for name, part in parts.items() if part is not None]
         return "+".join(found if self.act.code == 0 else [*found, self.act.name])
 
 
-# A test's is "cpu".
+# Tests set it to "cpu".
 STATISTICS_DEVICE = "cuda"
 
 
 def asks_for_statistics(x: Tensor) -> bool:
-    """Whether on the device of ``x`` a convolution can give the norm behind it the statistics."""
+    """Whether a convolution on the device of ``x`` can return the statistics for the norm after it."""
     return x.device.type == STATISTICS_DEVICE
 
 
 def gives_statistics(
     norm: Norm, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int
 ) -> bool:
-    """Whether the convolution of ``x`` may give the norm behind it the statistics, if that is faster."""
+    """Whether the convolution of ``x`` can return the statistics for the norm after it, if that is faster."""
     if not asks_for_statistics(x) or x.dim() != 4 or x.numel() == 0:
         return False
     mean, var, norm_weight, norm_bias, residual, _ = norm
@@ -138,7 +138,7 @@ def gives_statistics(
         and not groups == x.shape[1] == weight.shape[0]  # depthwise
         and result_dtype(x) in cuda.TRITON_DTYPES
         and (residual is None or residual.dtype == result_dtype(x))
-        # What the norm's kernel refuses to write, or writes from a copy, is left to it.
+        # Running statistics that the norm's kernel refuses or copies are left to it.
         and all(t is None or (t.is_contiguous() and not t.requires_grad) for t in (mean, var))
         and serves_native(_NAME, x)
         and cuda.has_triton()
@@ -148,18 +148,18 @@ def gives_statistics(
 def convolution_before(
     norm: Norm, x: Tensor, weight: Tensor, bias: Tensor | None, options: Conv
 ) -> tuple[Tensor, Tensor | None]:
-    """The convolution of ``x``, and the statistics of its output, or ``None`` where the norm should compute them.
+    """The convolution of ``x``, and the statistics of its output, or ``None`` if the norm should compute them.
 
-    Called where :func:`gives_statistics`. A Triton kernel gives the statistics; the norm then reads the output once
-    instead of twice. Whether the two are faster so is measured, see ``_conv/choice.py``. :func:`.batch_norm_act_by`
-    takes the statistics.
+    Called if :func:`gives_statistics` holds. A Triton kernel computes the statistics, and the norm then reads the
+    output once instead of twice. Whether that is faster is measured, see ``_conv/choice.py``.
+    :func:`.batch_norm_act_by` takes the statistics.
     """
     x, weight, bias, conv = prepared(x, weight, bias, options)
     name = norm.name() if bias is None else f"shift+{norm.name()}"
     problem = problem_of(WITH_NORM, x, weight, conv, name)
 
     def trial(candidate: Candidate) -> Tensor:
-        # The norm writes running statistics: copies, which cost each way the same.
+        # The norm writes the running statistics, so each trial gets copies. Their cost is the same for all candidates.
         mean, var = (None if t is None else t.clone() for t in norm[:2])
         affine = norm.weight, norm.bias
         rest: Any = {"residual": norm.residual, "act": norm.act}
@@ -181,14 +181,14 @@ def folds(
 ) -> bool:
     """Whether evaluation folds the norm into the convolution.
 
-    Under gradients it does not: conv, then one fused pass, moves as few bytes as folding and gives every gradient.
-    Beside a residual that would change the result's dtype it cannot.
+    If gradients are needed it does not: the convolution and one fused pass move as few bytes as folding, and give every
+    gradient. With a residual that would change the result's dtype it cannot.
     """
     if not _evaluates(x, weight, residual, *parameters):
         return False
     dtype = result_dtype(x)
     if x.is_cpu and dtype != torch.float32 and not groups == x.shape[1] == weight.shape[0]:
-        # Its scale would be a pass behind the convolution, which the norm is as well.
+        # The scale would be a pass after the convolution, just as the norm is.
         return False
     return residual is None or residual.dtype == dtype
 
@@ -198,7 +198,7 @@ def _evaluates(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
-    """Of a convolution of ``x``: autocast leaves fp64."""
+    """The dtype of a convolution of ``x``. Autocast does not cast fp64."""
     dtype = autocast_dtype(x)
     return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
 
@@ -212,7 +212,7 @@ def scale_and_shift(
     bn_bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """What the norm does to each channel in evaluation, ``[channels]`` each; beside a half-precision ``x`` in fp32."""
+    """The norm in evaluation as scale and shift, ``[channels]`` each; fp32 with a half-precision ``x``."""
     check_norm(_NAME, x, channels, running_mean, running_var, bn_weight, bn_bias, False, eps)
     assert running_mean is not None and running_var is not None
     acc = acc_dtype(x.dtype)

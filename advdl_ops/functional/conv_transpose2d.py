@@ -1,18 +1,18 @@
 """Transposed convolution and activation (Zeiler et al. 2010; the arithmetic: Dumoulin & Visin 2016, arXiv:1603.07285).
 
-On CPU, layers for which ``_conv/choice.py`` chooses torch in every direction are oneDNN's, through torch. All others
-(depthwise layers, and dense ones of few pixels) are gradients of this package's convolution. For dense layers of many
-pixels nothing of our own beats oneDNN, measured in fp32 with 2 threads. For kernel 2, stride 2, where outputs do not
-overlap, a matrix product and a pixel shuffle took (channels_last, ms, against oneDNN): 2.8 / 2.2 for x
-[8, 128, 28, 28] to 64 channels, 11.7 / 9.1 at 56 x 56, 6.4 / 6.0 for [4, 512, 16, 16] to 256, 4.1 / 3.1 for
-[2, 64, 128, 128] to 32.
+On CPU, if ``_conv/choice.py`` chooses torch in every direction, oneDNN serves the layer through torch. All other layers
+(depthwise layers, and dense ones of few pixels) are computed as gradients of this package's convolution. For dense
+layers of many pixels no kernel of this package is faster than oneDNN (fp32, 2 threads). For kernel 2, stride 2, where
+outputs do not overlap, a matrix product and a pixel shuffle took (channels_last, ms, against oneDNN): 2.8 / 2.2 for x
+[8, 128, 28, 28] to 64 channels, 11.7 / 9.1 at 56 x 56, 6.4 / 6.0 for [4, 512, 16, 16] to 256, 4.1 / 3.1 for [2, 64,
+128, 128] to 32.
 
-The activation is written over the convolution's output where its derivative follows from that output or nobody asks for
-it (at 56 x 56 above: 15 ms, against 23 ms with a tensor of its own). The gradient of a bias in channels_last is a sum
-of its own (:func:`_sums_bias`).
+The activation is written over the convolution's output if its derivative follows from that output or is not needed
+(at 56 x 56 above: 15 ms, against 23 ms with a new tensor). The gradient of a bias in channels_last is a separate sum
+(:func:`_sums_bias`).
 
-On CUDA every layer is a gradient of this package's convolution, so that the candidate measured to be the fastest
-serves. A layer that is no such gradient, see :func:`_is_gradient`, is cuDNN's, in deterministic mode.
+On CUDA every layer is computed as a gradient of this package's convolution, so that the candidate measured to be the
+fastest serves. If a layer is no such gradient, see :func:`_is_gradient`, cuDNN serves it, in deterministic mode.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _conv2d_backward_op = torch.ops.advdl_ops.conv2d_backward.default
 
 
 class Options(NamedTuple):
-    """What a transposed convolution is given beside its tensors, in torch's order."""
+    """The options of a transposed convolution, in torch's order."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -106,14 +106,15 @@ def conv_transpose2d(
 
     Returns:
         ``[N, C_out, H_out, W_out]`` or ``[C_out, H_out, W_out]`` in ``x``'s memory format and dtype (autocast's under
-        autocast). Beside ``x`` and ``weight`` the backward pass holds nothing without an activation, the output alone
-        for relu, relu6, leaky_relu, sigmoid and tanh, which must then not be written over, else the pre-activation.
+        autocast). Besides ``x`` and ``weight``, nothing is saved for backward without an activation. For relu, relu6,
+        leaky_relu, sigmoid and tanh it is the output, which must then not be overwritten; else the pre-activation.
 
     Raises:
         RuntimeError: a tensor of another rank, channels that do not fit ``weight``, ``groups`` or ``bias``, an option
             out of range or not of one or two values, an empty kernel or image, mixed dtypes or devices; for a
             non-floating ``x`` its subclass ``NotImplementedError``.
-        TypeError: an option that is no integer, a tensor that is none, an ``act`` of another class.
+        TypeError: an option that is not an integer, an argument that must be a tensor and is not, an ``act`` of another
+            class.
         ValueError: an unknown ``act``.
     """
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
@@ -141,7 +142,7 @@ def _batched(
     x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, act: Activation
 ) -> Tensor:
     own = _has_own_operators(x, weight, options) and serves_native(_NAME, x)
-    # Of the other layers, compilers and exporters see aten operators, whose activation they fuse themselves.
+    # For the other layers, compilers and exporters get aten operators, and fuse the activation themselves.
     if get_backend() == "reference" or transformed() or (is_traced() and not own):
         return reference.conv_transpose2d(x, weight, bias, options, act)
     if not needs_grad(x, None, weight, bias):
@@ -150,25 +151,25 @@ def _batched(
     if (
         act.code == 0
         and not own
-        and not x.is_cuda  # where backward is to be deterministic
+        and not x.is_cuda  # because backward must be deterministic there
         and not _fails_in_channels_last(x, weight, options)
         and not _sees_nothing(x, weight, options)
         and not (bias is not None and _sums_bias(x))
-        # Such a weight would decide the format of x's gradient.
+        # Such a weight would determine the format of x's gradient.
         and not weight.is_contiguous(memory_format=torch.channels_last)
     ):
-        # As good as torch's own gradients.
+        # Torch's own gradients are as good here.
         return _convolve_transposed(x, weight, bias, options, False)
     return ConvTranspose2dFunction.apply(x, weight, bias, options, fixed(act), own)
 
 
 def _has_own_operators(x: Tensor, weight: Tensor, options: Options) -> bool:
-    """Whether this package's convolution serves. On CPU not where torch is the choice for each of its directions."""
+    """Whether this package's convolution serves. On CPU it does not if torch is the choice for each direction."""
     if not _is_gradient(x, weight, options):
         return False
     if x.is_cuda or _is_depthwise(weight, options):
         return True
-    # What a compiler sees of the others are aten operators.
+    # For the other layers, a compiler gets aten operators.
     if not x.is_cpu or not unwatched(x, weight):
         return False
     key = "transposed", call_key(x, weight, _conv(options)), options.output_padding
@@ -182,16 +183,17 @@ def _has_own_operators(x: Tensor, weight: Tensor, options: Options) -> bool:
 
 
 def _problem(x: Tensor, weight: Tensor, options: Options) -> Problem:
-    """Of the convolution whose gradient the layer is: its output has the shape of ``x``."""
+    """The problem of the convolution whose gradient the layer is. Its output has the shape of ``x``."""
     channels = weight.shape[1] * options.groups
     shape = x.shape[0], channels, *_output_size(x, weight, options)
     return problem_of(FORWARD, x, weight, _conv(options))._replace(x=shape)
 
 
 def _is_gradient(x: Tensor, weight: Tensor, options: Options) -> bool:
-    """Whether a convolution of the output has ``x``'s shape, so that its gradient is the layer.
+    """Whether a convolution of the layer's output has ``x``'s shape, so that the layer is its gradient.
 
-    An output padding of the stride or more, which torch allows below the dilation, would give a larger one.
+    With an output padding of at least the stride, which torch allows if it is below the dilation, that shape would be
+    larger.
     """
     return (
         all(more < s for more, s in zip(options.output_padding, options.stride, strict=True))
@@ -204,16 +206,16 @@ def _is_depthwise(weight: Tensor, options: Options) -> bool:
 
 
 def _derivative_from_output(act: Activation) -> bool:
-    """Whether the output gives the derivative as exactly as the pre-activation does (elu's, by a difference, not)."""
+    """Whether the derivative from the output is as exact as from the pre-activation (not for elu: a difference)."""
     return act.name in ("relu", "relu6", "sigmoid", "tanh") or (
         act.name == "leaky_relu" and act.param >= 0
     )
 
 
-# Of (gradient of the output, what forward saved, the activation's parameter): the gradient of the pre-activation.
+# (gradient of the output, what forward saved, the activation's parameter) -> the gradient of the pre-activation.
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "relu": lambda dout, out, _: torch.ops.aten.threshold_backward(dout, out, 0),
-    # Of what was saved the sign alone counts.
+    # Only the sign of what was saved matters.
     "leaky_relu": lambda dout, saved, slope: torch.ops.aten.leaky_relu_backward(
         dout, saved, slope, False
     ),
@@ -281,17 +283,17 @@ class ConvTranspose2dFunction(torch.autograd.Function):
 def _convolve_transposed(
     x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, own: bool
 ) -> Tensor:
-    """``[N, C_out, H_out, W_out]`` in the memory format of ``x``; a tensor that nobody else holds."""
+    """``[N, C_out, H_out, W_out]`` in the memory format of ``x``, always a new tensor."""
     layout = conv2d_format(x)
     if own:
         channels = weight.shape[1] * options.groups
         shape = (x.shape[0], channels, *_output_size(x, weight, options))
-        # Never written or read: of the convolution's input its gradient needs the sizes and the format.
+        # Never written or read: the gradient only needs the sizes and format of the convolution's input.
         like = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         out = _convolution_gradients(x, like, weight, options, True, False)[0]
         return out if bias is None else out.add_(bias[:, None, None])
     if layout == torch.contiguous_format:
-        weight = weight.contiguous()  # or torch would answer in the weight's format
+        weight = weight.contiguous()  # otherwise the result would have the weight's format
     if x.is_cuda:
         out = cuda.convolution(x, weight, bias, _conv(options), True, options.output_padding)
     else:
@@ -306,7 +308,7 @@ def _conv(options: Options) -> Conv:
 def _convolution_gradients(
     dz: Tensor, x: Tensor, weight: Tensor, options: Options, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``conv2d(x, weight)``, whose output ``dz`` is of the transposed convolution's input."""
+    """Gradients of ``conv2d(x, weight)``. Its ``dz`` has the shape of the transposed convolution's input."""
     return _conv2d_backward_op(dz, x, weight, *_conv(options), need_dx, need_dweight, False)
 
 
@@ -327,7 +329,7 @@ def _own_gradients(
 def _dense_gradients(
     dz: Tensor, x: Tensor, weight: Tensor, options: Options, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients for x, weight and bias, where ``needs`` says so; dx in x's format."""
+    """The gradients of x, weight and bias that ``needs`` names. dx has x's format."""
     layout = conv2d_format(x)
     need_x, need_weight, need_bias = needs
     sums_bias = need_bias and _sums_bias(x)
@@ -371,10 +373,10 @@ def _sees_nothing(x: Tensor, weight: Tensor, options: Options) -> bool:
 
 
 def _sums_bias(x: Tensor) -> bool:
-    """Whether a bias's gradient is a sum of its own: oneDNN takes long for it in channels_last.
+    """Whether a bias's gradient is computed as a separate sum, because oneDNN is slow for it in channels_last.
 
-    Backward of the layers at the head of this file, in ms, without and with: 6.2 / 4.6, 33.9 / 25.1, 14.3 / 13.8,
-    12.8 / 7.4. In contiguous memory there is no such difference.
+    Backward of the layers at the head of this file, in ms, without / with the separate sum: 6.2 / 4.6, 33.9 / 25.1,
+    14.3 / 13.8, 12.8 / 7.4. In contiguous memory there is no such difference.
     """
     return x.is_cpu and conv2d_format(x) == torch.channels_last
 
@@ -442,5 +444,5 @@ def _output_size(x: Tensor, weight: Tensor, options: Options) -> tuple[int, int]
 
 
 def unpadded_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Of the output on one axis, without output padding."""
+    """The size of the output on one axis, without output padding."""
     return (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1

@@ -28,7 +28,7 @@ from ._norm import (
 )
 from .batch_norm_act import batch_norm_act, check_norm
 
-# In place of a number of groups, for the kernels: each position over its channels (csrc/common/group_norm.h).
+# The number of groups that tells the kernels to normalize each position over its channels (csrc/common/group_norm.h).
 _EACH_POSITION = 0
 
 _Act = str | Activation | torch.nn.Module | None
@@ -54,7 +54,7 @@ def group_norm(
         x: ``[N, C]`` or ``[N, C, ...]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept; other
             strides give a contiguous result).
         num_groups: divides ``C``; 1 normalizes each sample, ``C`` each channel of each sample.
-        weight, bias: ``[C]`` or ``None``; in ``x``'s dtype, or fp32 beside a half-precision ``x``.
+        weight, bias: ``[C]`` or ``None``; in ``x``'s dtype, or fp32 with a half-precision ``x``.
         eps: added to the variance; >= 0.
         act: ``None``, a name or a ``torch.nn`` module, see :func:`.resolve_activation`.
         residual: of ``x``'s shape, added before the activation.
@@ -69,7 +69,7 @@ def group_norm(
             subclass ``NotImplementedError``.
         ValueError: no position (an empty spatial size), one value per group in the whole of ``x``, a negative
             ``eps``, an unknown ``act``, ``residual`` of another shape.
-        TypeError: ``num_groups`` is no integer, or a tensor is none.
+        TypeError: ``num_groups`` is not an integer, or an argument that must be a tensor is not.
     """
     if num_groups < 1:
         raise RuntimeError(f"group_norm: num_groups ({num_groups}) must be at least 1")
@@ -112,14 +112,14 @@ def instance_norm(
 
     Args:
         x: ``[N, C, ...]``, as :func:`group_norm`.
-        running_mean, running_var: ``[C]``, both or neither, in ``x``'s dtype or fp32 beside a half-precision ``x``;
-            with ``use_input_stats`` written: the mean over the batch of each sample's mean and unbiased variance,
-            with weight ``momentum``. An empty batch leaves them.
+        running_mean, running_var: ``[C]``, both or neither, in ``x``'s dtype or fp32 with a half-precision ``x``.
+            Written with ``use_input_stats``: the mean over the batch of each sample's mean and unbiased variance,
+            with weight ``momentum``. An empty batch does not change them.
         use_input_stats: normalize each channel of each sample by its own statistics, else by the running ones.
 
     Raises:
         ValueError: with ``use_input_stats`` fewer than two positions, only one of the running statistics.
-        RuntimeError: without, no running statistics.
+        RuntimeError: no running statistics without ``use_input_stats``.
 
     And as :func:`group_norm`. Nothing is written when an argument is refused.
     """
@@ -141,7 +141,7 @@ def instance_norm(
                 residual=residual, act=activation,
             )  # fmt: skip
         except (RuntimeError, ValueError):
-            # It has checked all of this itself: here only for the name.
+            # batch_norm_act has refused the call. The check here only names this function in the error.
             check_norm(function, x, x.shape[1], running_mean, running_var, weight, bias, False, eps)
             raise
     shape = x.shape
@@ -198,9 +198,9 @@ def _normalize(
     options: _Options,
 ) -> Tensor:
     tensors = x, residual, weight, bias
-    # The operator checks all of its input before it computes. What to call the error is Python's matter, and only then:
-    # to check on every call what the operator checks too would cost as much as a small kernel. The fake function,
-    # which serves meta tensors and many a subclass, checks little.
+    # The operator checks all of its input before it computes. Only if it refuses, Python checks again to name the
+    # error: checking everything twice in every call would cost as much as a small kernel. The fake function, which
+    # serves meta tensors and many subclasses, checks little.
     try:
         if (
             type(x) is Tensor
@@ -208,12 +208,12 @@ def _normalize(
             and not _changes_dtype(x, residual)
             and serves_native(function, x)
             and not torch.compiler.is_compiling()
-            and x.numel() > options[0]  # so few values the operator would take: Python refuses them
+            and x.numel() > options[0]  # fewer values must be refused; the operator accepts them
         ):
             if needs_grad(*tensors):
                 return _apply_eagerly(*tensors, options, False)
             return _forward(*tensors, options)[0]
-    except (RuntimeError, AttributeError):  # the latter of what is no tensor
+    except (RuntimeError, AttributeError):  # AttributeError: an argument is not a tensor
         try:
             _check(function, *tensors, options)
             savable = to_be_saved(*tensors) if needs_grad(*tensors) else tensors
@@ -226,7 +226,7 @@ def _normalize(
 
 
 def _changes_dtype(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether the result is of another dtype than ``x``: that of the addition, or by autocast's rule."""
+    """Whether the result has another dtype than ``x``: because of the residual, or of autocast."""
     return (residual is not None and residual.dtype != x.dtype) or (
         x.is_cuda and torch.is_autocast_enabled("cuda")
     )
@@ -272,7 +272,7 @@ def _forward(
 
 
 class GroupNormFunction(torch.autograd.Function):
-    """Gradients of these norms. Saved: ``x``, mean and variance of the sets, and what :func:`.saved_for` says."""
+    """Gradients of these norms. Saved: ``x``, mean and variance of the sets, and the tensor of :func:`.saved_for`."""
 
     @staticmethod
     def forward(
@@ -312,7 +312,7 @@ class GroupNormFunction(torch.autograd.Function):
         return *norm_gradients(ctx, saved, dout, forward, kernel), None, None
 
 
-# Function.apply without torch's wrapper of it, which looks for functorch transforms: serves_native has.
+# Function.apply without torch's Python wrapper, which checks for functorch transforms, as serves_native has done.
 _apply_eagerly = super(torch.autograd.Function, GroupNormFunction).apply
 
 

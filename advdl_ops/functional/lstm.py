@@ -97,7 +97,7 @@ def lstm(
     Raises:
         RuntimeError: shapes that do not fit together, mixed dtypes or devices, T = 0, bad ``lengths`` or
             ``batch_sizes``. A dtype that is not floating raises its subclass ``NotImplementedError``.
-        ValueError: a rate outside of 0..1, ``lengths`` beside ``batch_sizes``, a negative ``eps``.
+        ValueError: a rate outside of 0..1, ``lengths`` together with ``batch_sizes``, a negative ``eps``.
         TypeError: ``hx`` is not a tuple, ``lengths`` are not integers, or a value that must be a tensor is not one.
     """
     options = Options(
@@ -110,7 +110,7 @@ def lstm(
         if dtype is not None:
             (x, *params), hx = cast_all([x, *params], dtype), cast_pair(hx, dtype)
         sequences = Sequences(as_lengths(SEQUENCE, lengths), batch_sizes)
-        # Of other calls the operator checks the arguments. But no mask may be drawn for a call that it will refuse.
+        # Usually the operator checks the arguments. But no mask may be drawn for a call that it will refuse.
         if (
             options.draw_masks()
             or lengths is not None
@@ -137,7 +137,7 @@ def _layers(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = grouped(params, options)
     initial_h, initial_c = unstacked(hx, len(weights))
-    # The operator takes both contiguous, and lengths on x's device.
+    # The operator requires both to be contiguous, and lengths to be on x's device.
     lengths, batch_sizes = (t if t is None else t.contiguous() for t in sequences)
     if lengths is not None and lengths.device != x.device:
         lengths = lengths.to(x.device, non_blocking=True)
@@ -155,7 +155,7 @@ def _layers(
         x = outputs[0] if options.directions == 1 else torch.cat(outputs, -1)
         if options.train and options.dropout > 0 and layer < options.num_layers - 1:
             x = F.dropout(x, options.dropout, True)
-    # Stacked even where there is only one: a view could not be detached in place.
+    # Stacked even if there is only one, because a view could not be detached in place.
     return x, torch.stack(final_h), torch.stack(final_c)
 
 
@@ -167,7 +167,7 @@ def _direction(
     options: Options,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer and direction: draws the masks, normalizes ``w_ih x`` where asked to, calls the operator."""
+    """One layer and direction: draws the masks, normalizes ``w_ih x`` with ``layer_norm``, calls the operator."""
     w_hh = weights.w_hh
     hidden, size = w_hh.shape[0] // 4, w_hh.shape[1]
     h0, c0 = states
@@ -244,7 +244,8 @@ def _run(arguments: LSTMArguments) -> tuple[Tensor, Tensor, Tensor]:
     return _apply_sequence(*arguments)
 
 
-# The types of what is not a tensor in LSTMArguments; a bool is an int. Cheaper to ask for than Tensor.
+# The types of the values in LSTMArguments that are not tensors; a bool is an int. isinstance is cheaper for them than
+# for Tensor.
 _NUMBERS = (float, int)
 
 
@@ -298,5 +299,5 @@ class LSTMFunction(torch.autograd.Function):
         )
 
 
-# Without torch's Python wrapper of Function.apply, which looks for functorch transforms. serves_native has done that.
+# Function.apply without torch's Python wrapper, which checks for functorch transforms, as serves_native has done.
 _apply_sequence = super(torch.autograd.Function, LSTMFunction).apply

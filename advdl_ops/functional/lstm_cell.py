@@ -92,9 +92,9 @@ def lstm_cell(
 
 
 def _general_cell(x: Tensor, hx: Any, *weights: Any) -> States:
-    """:func:`lstm_cell` where the arguments are checked first.
+    """:func:`lstm_cell` with the arguments checked first.
 
-    That is under a compiler, on the reference, under autocast, and of meta tensors and subclasses.
+    Used under a compiler, on the reference, under autocast, and for meta tensors and subclasses.
     """
     check_given(CELL, x=x)
     dtype = cast_dtype(x)
@@ -148,5 +148,5 @@ class LSTMCellFunction(torch.autograd.Function):
         )
 
 
-# Without torch's Python wrapper of Function.apply, which looks for functorch transforms. serves_native has done that.
+# Function.apply without torch's Python wrapper, which checks for functorch transforms, as serves_native has done.
 _apply_cell = super(torch.autograd.Function, LSTMCellFunction).apply

@@ -25,7 +25,7 @@ def _batch_norm(channels: int, act: str | None) -> torch.nn.Module:
 
 
 def _group_norm(channels: int, act: str | None) -> torch.nn.Module:
-    # 32 groups as in Wu and He 2018 (https://arxiv.org/abs/1803.08494), fewer where 32 does not divide the width.
+    # 32 groups as in Wu and He 2018 (https://arxiv.org/abs/1803.08494), fewer if 32 does not divide the width.
     return nn.GroupNorm(math.gcd(32, channels), channels, act=act)
 
 
@@ -52,13 +52,13 @@ def conv_norm(
     """act(norm(conv(x)) + residual), where act is the norm's own."""
     if isinstance(norm, nn.BatchNormAct2d) and isinstance(conv, torch.nn.Conv2d):
         return nn.conv_bn_act(conv, norm, x, residual)
-    # `residual` goes along even when it is None: a layer put here that knows neither residual nor activation
-    # (SyncBatchNorm.convert_sync_batchnorm puts such ones) fails instead of dropping the ReLU.
+    # `residual` is passed even if it is None. So a replacement that takes neither residual nor activation, such as that
+    # of SyncBatchNorm.convert_sync_batchnorm, fails instead of dropping the ReLU.
     return norm(conv(x), residual)
 
 
 class ConvNorm(torch.nn.Sequential):
-    """`conv`, and norm with its activation; its keys are `0` and `1`."""
+    """`conv`, then a norm with an activation. Its keys are `0` and `1`."""
 
     def __init__(
         self,
@@ -79,12 +79,12 @@ class ConvNorm(torch.nn.Sequential):
 
 
 def to_fast_format(model: torch.nn.Module, x: Tensor, also_trains: bool = True) -> Tensor:
-    """`x` [N, C, H, W], in channels_last where the convolutions of `model` are faster in it.
+    """`x` [N, C, H, W], in channels_last if the convolutions of `model` are faster then.
 
     Args:
-        also_trains: whether they are in training, too.
+        also_trains: whether they are faster in training too.
 
-    An image of one channel has both formats, and what follows takes it for contiguous: call this again behind the
+    An image of one channel has both formats, and convolutions treat it as contiguous. So call this again after the
     first convolution.
     """
     if runs_in_channels_last(model, x) and (also_trains or not trains(model, x)):
@@ -93,12 +93,12 @@ def to_fast_format(model: torch.nn.Module, x: Tensor, also_trains: bool = True) 
 
 
 def from_fast_format(out: Tensor, x: Tensor) -> Tensor:
-    """`out` [N, C, H, W] in the memory format of the model's input `x`, whatever was faster in between."""
+    """`out` [N, C, H, W] in the memory format of the model's input `x`, whatever format was used in between."""
     return out.contiguous(memory_format=conv2d_format(x))
 
 
 def init_convolutions(model: torch.nn.Module) -> None:
-    """By He et al. 2015 (https://arxiv.org/abs/1502.01852). Norms start at weight 1 and bias 0 by themselves."""
+    """Initializes convolutions as in He et al. 2015 (https://arxiv.org/abs/1502.01852)."""
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -140,10 +140,10 @@ def check_entries(
 
 
 def check_image(name: str, x: Tensor, in_channels: int) -> None:
-    """Raises unless `x` is floating point, [N, in_channels, H, W] with a pixel at least."""
+    """Raises unless `x` is floating point and [N, in_channels, H, W] with at least one pixel."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: input ({type(x).__name__}) must be a Tensor")
-    # The types that torch's own layers raise for the same mistakes.
+    # The exception types are those of torch's own layers.
     shape = f"{name}: input shape {list(x.shape)} must be [N, {in_channels}, H, W]"
     if x.dim() != 4:
         raise ValueError(shape)
@@ -158,17 +158,17 @@ def check_image(name: str, x: Tensor, in_channels: int) -> None:
 def check_values_per_channel(
     name: str, x: Tensor, stage: torch.nn.Module, largest: int | None
 ) -> None:
-    """Raises ValueError for an image that leaves a batch norm of `stage` one value per channel in training.
+    """Raises ValueError if a batch norm of `stage` would get one value per channel in training.
 
-    The norm would raise itself, but after the statistics of those before it have moved.
+    The norm itself would raise too, but only after earlier norms have updated their statistics.
 
     Args:
-        largest: the largest side of `x` that is one pixel there; None where any is.
+        largest: the largest side of `x` that becomes one pixel there; None if any side does.
     """
     if x.shape[0] != 1:
         return
-    # Each norm's own flag: a part may train within a model in eval mode, and the other way round. Asked before the
-    # sides, so that a compiled model in eval mode has no guard on them.
+    # The mode of each norm counts: a part of a model in eval mode may train, and the other way round. This test comes
+    # before that of the sides, so that a compiled model in eval mode has no guard on them.
     norms = (m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
     if any(norm.training for norm in norms) and (largest is None or max(x.shape[2:]) <= largest):
         side = "" if largest is None else f" or a side over {largest}"
@@ -193,7 +193,7 @@ def build(
     """`model(**options, **fixed)` with the weights of a file, for `create_model`.
 
     Args:
-        without: keywords of a base class that `model` gives it itself.
+        without: keywords of a base class that `model` itself sets.
 
     Raises:
         TypeError: an option that the constructor does not have, or that is among `fixed` or `without`.
@@ -211,11 +211,11 @@ def build(
 
 
 def variant(name: str, title: str, model: type[_Model], **fixed: Any) -> Callable[..., _Model]:
-    """A registered function `name` that builds one of several networks of a class.
+    """Makes and registers the function `name`, which builds one variant of a class of networks.
 
     Args:
         title: the first words of its docstring.
-        fixed: the options of `model` that make the variant; beside them it is given `name`.
+        fixed: the options of `model` that define the variant. `name` is passed too.
     """
 
     def create(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> _Model:
@@ -229,7 +229,7 @@ def variant(name: str, title: str, model: type[_Model], **fixed: Any) -> Callabl
 
 
 def _keywords(model: type[torch.nn.Module]) -> set[str]:
-    """Of the constructor and, where it hands its `**options` up, of those above it."""
+    """The keywords of the constructor and, if it passes `**options` on, of the base classes' constructors."""
     known: set[str] = set()
     for kind in model.__mro__:
         if "__init__" in vars(kind):

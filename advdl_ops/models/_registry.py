@@ -19,15 +19,15 @@ _BUILDERS: dict[str, Callable[..., torch.nn.Module]] = {}
 def register_model(builder: _Builder) -> _Builder:
     """Decorator: makes `builder` known to `create_model` under its own name.
 
-    The builder takes `weights` and the model's options as keywords, each with a default: `num_classes` among them, and
-    `in_channels` where its input are images.
+    The builder takes `weights` and the model's options as keywords, each with a default: among them `num_classes`, and
+    `in_channels` if its inputs are images.
 
     Raises:
         ValueError: another builder has this name.
     """
     name = builder.__name__
     known = _BUILDERS.get(name)
-    # The same function again is a module that was reloaded, not a clash.
+    # The same function again means that its module was reloaded, which is not a conflict.
     if known is not None and known.__module__ != builder.__module__:
         raise ValueError(f"register_model: {name!r} is taken by {known.__module__}")
     _BUILDERS[name] = builder
@@ -41,7 +41,7 @@ def list_models(pattern: str | None = None) -> list[str]:
 
 
 def _nearest(name: str) -> list[str]:
-    # A name that was cut short ("resnext50") is nearer than one of few changed letters, at its end more so than within.
+    # A prefix ("resnext50") comes first, then any part of a name, then names with a few changed letters.
     longer = [known for known in list_models() if name and name in known]
     longer.sort(key=lambda known: not known.startswith(name))
     close = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
@@ -60,9 +60,8 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        num_classes: outputs of the last layer, of a language model its vocabulary; the model's own default if left out.
-        in_channels: channels of images, the model's own default (3, for RGB) if left out. Models of tokens have no
-            such option.
+        num_classes: outputs of the last layer (in a language model the vocabulary). Default: the model's own.
+        in_channels: channels of images. Default: the model's own (3, for RGB). Models of tokens have no such option.
         weights: a local `.pth`, `.pt` or `.safetensors` file; see `load_weights`. Nothing is downloaded.
         options: the model's own keywords, such as `zero_init_residual` of `ResNet`.
 
@@ -73,14 +72,14 @@ def create_model(
         ValueError: unknown name (the message has the nearest names), bad option values, or a weights file
             that does not fit.
         TypeError: an option that the model does not have.
-        FileNotFoundError: `weights` is no file.
+        FileNotFoundError: `weights` is not a file.
     """
     builder = _BUILDERS.get(name) if isinstance(name, str) else None
     if builder is None:
         near = _nearest(name.lower()) if isinstance(name, str) else []
         hint = f"did you mean {' or '.join(near)}?" if near else "list_models() has the names"
         raise ValueError(f"create_model: unknown model {name!r}; {hint}")
-    # What is left out is not passed on: the defaults are the builder's.
+    # Options left out are not passed on, so that the builder's defaults apply.
     given = {"num_classes": num_classes, "in_channels": in_channels}
     options.update({key: value for key, value in given.items() if value is not None})
     model = builder(**options)

@@ -47,27 +47,28 @@ class SegmentationModel(torch.nn.Module):
     [N, in_channels, H, W] -> an OrderedDict of [N, num_classes, H, W], scores before softmax, interpolated from 1/8 of
     H and W: "out" and, with `aux_loss`, "aux".
 
-    Any height and width from 1 on; contiguous or channels_last, and the outputs alike. From one seed it has the very
-    weights that torchvision's model has.
+    Any height and width from 1 on, contiguous or channels_last; the outputs have the same format. With the same seed it
+    has the same weights as torchvision's model.
 
     Args:
         layers: blocks of each of the four stages.
         num_classes: channels of the outputs.
         in_channels: channels of the input.
         norm: "batch", or "group" (32 groups).
-        aux_loss: an `FCNHead` on stage 3, too, for a loss of its own in training (Zhao et al. 2017,
-            https://arxiv.org/abs/1612.01105). torchvision's files have it; `model.aux_classifier = None` takes it away.
+        aux_loss: adds an `FCNHead` on stage 3, for a separate loss in training (Zhao et al. 2017,
+            https://arxiv.org/abs/1612.01105). torchvision's files have it; `model.aux_classifier = None` removes it.
         name: what error messages call the model.
 
     Raises:
-        ValueError, RuntimeError, TypeError: as `ResNet`; ValueError also where `DeepLabV3` gets a batch of 1 in
-            training: its mean over the image leaves batch norm one value per channel.
+        ValueError, RuntimeError, TypeError: as `ResNet`. ValueError also if `DeepLabV3` gets a batch of 1 in
+            training: after its mean over the image, batch norm has one value per channel.
     """
 
     head: ClassVar[type[torch.nn.Module]]  # of "out": (channels, num_classes, norm) -> module
     # Read by load_weights.
     last_layers: ClassVar[tuple[str, ...]] = ("classifier.4", "aux_classifier.4")
-    # Read there, too: the option without which a file has too many keys. Torchvision's files all have this part.
+    # Also read by load_weights: without this option a file has too many keys. All of torchvision's files have this
+    # part.
     parts_of_options: ClassVar[Mapping[str, str]] = {"aux_classifier.": "aux_loss=True"}
 
     def __init__(
@@ -94,7 +95,7 @@ class SegmentationModel(torch.nn.Module):
             replace_stride_with_dilation=(False, True, True),
             name=name,
         )
-        # Built first, although its keys come last: the order of the random numbers.
+        # Built first, although its keys come last, for the same order of random numbers as torchvision.
         stage3, stage4 = 256 * Bottleneck.expansion, 512 * Bottleneck.expansion
         aux_classifier = FCNHead(stage3, num_classes, make_norm) if aux_loss else None
         self.classifier = self.head(stage4, num_classes, make_norm)

@@ -1,4 +1,4 @@
-"""What the models of tokens share: embedding, LSTM, a linear layer, and dropout between them."""
+"""What the models for tokens share: embedding, LSTM, a linear layer, and dropout between them."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ Lengths = Tensor | Sequence[int] | None
 class TokenModel(torch.nn.Module):
     """Embedding, dropout, LSTM, dropout, linear; keys `embedding.*`, `lstm.*` as `torch.nn.LSTM`'s, `linear.*`.
 
-    Embeddings start uniform within 0.1 of zero, all else within 1 / sqrt(hidden_size), as in Merity et al. 2017
-    (https://arxiv.org/abs/1708.02182).
+    Embeddings are initialized uniformly in [-0.1, 0.1], all other parameters in +-1 / sqrt(hidden_size), as in Merity
+    et al. 2017 (https://arxiv.org/abs/1708.02182).
 
     Args:
         num_classes: outputs for each token or sequence.
         vocabulary: tokens are 0 to `vocabulary - 1`.
         embedding_dim: features of a token.
         hidden_size, num_layers, bidirectional: of the LSTM.
-        dropout: the rate of dropout on embeddings, between layers, and before `linear`: nowhere within a layer's
+        dropout: the rate of dropout on embeddings, between layers, and before `linear`, but not within a layer's
             recurrence (Zaremba et al. 2014, https://arxiv.org/abs/1409.2329).
-        batch_first: tokens are `[N, T]` instead of `[T, N]`, and what else has times likewise. Off, as in
-            `torch.nn.LSTM`, since a step of the whole batch is one piece of memory then.
+        batch_first: tokens are `[N, T]` instead of `[T, N]`, and so are all other tensors with times. Off by default,
+            as in `torch.nn.LSTM`, because a step of the whole batch is then contiguous in memory.
         padding_idx: a token whose embedding starts at zero and is not trained through the LSTM. Not needed for padded
-            sequences: `lengths` alone says where they end.
+            sequences, whose ends are given by `lengths`.
         layer_norm, zoneout, recurrent_dropout, forget_bias: see `advdl_ops.nn.LSTM`.
 
     Raises:
         ValueError: an option out of range.
-        TypeError: a rate that is no number.
+        TypeError: a rate that is not a number.
     """
 
     name: ClassVar[str]  # what error messages call the model
@@ -92,7 +92,7 @@ class TokenModel(torch.nn.Module):
             hidden_size,
             num_layers,
             batch_first=batch_first,
-            dropout=dropout if num_layers > 1 else 0.0,  # torch warns of a rate that has no place
+            dropout=dropout if num_layers > 1 else 0.0,  # torch warns about a rate without effect
             bidirectional=bidirectional,
             layer_norm=layer_norm,
             zoneout=zoneout,
@@ -108,8 +108,8 @@ class TokenModel(torch.nn.Module):
 
         Args:
             tokens: `[T, N]`, with `batch_first` `[N, T]`; int64 or int32. T >= 1.
-            lengths: of each sequence, `[N]`, 1 to T in any order: a CPU tensor of int64, or integers. What stands
-                past a sequence's end changes nothing, if it is a token.
+            lengths: of each sequence, `[N]`, 1 to T in any order: a CPU tensor of int64, or integers. Tokens past a
+                sequence's end have no effect, but must be valid.
             hx: initial states, `[num_layers * D, N, hidden_size]` each; zeros by default.
 
         Returns:
@@ -117,16 +117,16 @@ class TokenModel(torch.nn.Module):
             `(h_n, c_n)` of the shapes of `hx`.
 
         Raises:
-            TypeError: `tokens` is no tensor, `lengths` are no integers.
+            TypeError: `tokens` is not a tensor, `lengths` are not integers.
             ValueError: `tokens` of another rank.
             RuntimeError: tokens of another dtype, T = 0, bad `lengths` or `hx`.
-            IndexError: a token out of the vocabulary (on CPU; on CUDA an assertion of the device).
+            IndexError: a token outside of the vocabulary (on CPU; on CUDA a device-side assertion).
         """
         lengths = self._checked_lengths(tokens, lengths)
         return self.lstm(self.dropout(self.embedding(tokens)), hx, lengths=lengths)
 
     def _checked_lengths(self, tokens: Tensor, lengths: Lengths) -> Tensor | None:
-        """`lengths` as a tensor, when they and the tokens are what they must be."""
+        """`lengths` as a tensor, after checks of them and of the tokens."""
         if not isinstance(tokens, Tensor):
             raise TypeError(f"{self.name}: tokens ({type(tokens).__name__}) must be a Tensor")
         batch_first = self.lstm.batch_first

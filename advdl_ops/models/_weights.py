@@ -1,4 +1,4 @@
-"""Weights from a local file into a model, all or nothing."""
+"""Loads weights from a local file into a model, all or nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# What training scripts wrap a state_dict in, and the prefixes that DDP and torch.compile put before the keys.
+# Keys under which training scripts store a state_dict, and prefixes that DDP and torch.compile add to the keys.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
 _COUNTER = "num_batches_tracked"
@@ -18,22 +18,22 @@ _SHOWN = 6
 def load_weights(
     model: torch.nn.Module, path: str | os.PathLike[str], *, caller: str = "load_weights"
 ) -> None:
-    """Copies the weights in a file into `model`; every key must be there, with its shape.
+    """Copies the weights in a file into `model`. Every key must be there, with its shape.
 
-    The file is a `.safetensors`, or whatever `torch.load(weights_only=True)` reads (`.pth`, `.pt`): a `state_dict`,
-    bare or under "state_dict", "model" or "model_state_dict", with or without the `module.` of DDP. All is checked
-    before anything is copied: when this raises, the model is as it was.
+    The file is a `.safetensors`, or a file that `torch.load(weights_only=True)` reads (`.pth`, `.pt`): a `state_dict`,
+    directly or under "state_dict", "model" or "model_state_dict", with or without the `module.` of DDP. Everything is
+    checked before anything is copied. If this raises, the model is unchanged.
 
     Args:
-        model: the module to fill; its dtypes and devices stay.
+        model: the module to fill. Its dtypes and devices do not change.
         path: a local file.
-        caller: the name that errors begin with.
+        caller: the name at the start of errors.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: a `.safetensors` file, and safetensors is not installed.
         ValueError: the file cannot be read, or its keys, shapes or kinds of tensors differ from the model's.
-        TypeError: `path` is no path.
+        TypeError: `path` is not a path.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
@@ -47,7 +47,7 @@ def load_weights(
     where = f"{caller}: weights {os.path.basename(path)!r}"
     state = _unwrap(_read(path, where), where, getattr(model, "not_weights", ()))
     _check(model, state, where)
-    # A plain dict: a "version" that the file may carry decides nothing any more.
+    # A plain dict, so that version numbers in the file have no effect.
     model.load_state_dict(dict(state), strict=True)
 
 
@@ -76,7 +76,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _unwrap(state: Any, where: str, ignored: Collection[str] = ()) -> dict[str, torch.Tensor]:
-    """The tensors in `state` by their bare keys, without those that the model says to leave aside (`not_weights`)."""
+    """The tensors in `state` by their keys without prefixes, except those that the model ignores (`not_weights`)."""
     for key in _WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -89,7 +89,7 @@ def _unwrap(state: Any, where: str, ignored: Collection[str] = ()) -> dict[str, 
         raise ValueError(
             f"{where} must hold tensors only; these are none: {_shorten(map(str, odd))}"
         )
-    # Copying one of these fails, when others have been copied already.
+    # Copying one of these would fail after others have been copied.
     odd = [
         f"{key} ({value.layout}, {value.device.type})"
         for key, value in state.items()
@@ -109,7 +109,7 @@ def _check(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -
     """Raises unless `state` has the keys, shapes and kinds of numbers of `model`; adds counters that old files lack."""
     own = model.state_dict()
     if not any(key.endswith(_COUNTER) for key in state):
-        # Batch norm counts batches since torch 0.4.1; torch itself takes older files and starts at zero.
+        # Batch norm has counted batches since torch 0.4.1. Torch itself accepts older files and starts at zero.
         state.update({k: torch.zeros_like(v) for k, v in own.items() if k.endswith(_COUNTER)})
     missing = [key for key in own if key not in state]
     unexpected = sorted(key for key in state if key not in own)
@@ -150,7 +150,8 @@ def _check(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -
 
 
 def _is_whole(counter: torch.Tensor) -> bool:
-    # Whoever halves every entry of a state_dict halves the counters, too. (Past 65504 they are infinite: no count.)
+    # If all entries of a state_dict were converted to half precision, so were the counters. (Above 65504 they are
+    # infinite.)
     values = counter.double()
     return bool((values.isfinite() & (values == values.trunc())).all())
 
@@ -162,10 +163,10 @@ def _classifier_mismatch(
     where: str,
     options: list[str],
 ) -> tuple[tuple[str, ...], str] | None:
-    """(key prefixes, message) where the last layers differ by their number of classes only.
+    """(key prefixes, message) if only the number of classes of the last layers differs.
 
-    `model.last_layers` names them: the classifier, and others that have its number of classes. (Not `classifier`: that
-    is a layer in some models.) `options` are those that the file's model was created with besides.
+    `model.last_layers` names them: the classifier, and others with the same number of classes. (The attribute is not
+    called `classifier`, which is a layer in some models.) `options` are the other options of the file's model.
     """
     known = own.keys() | state.keys()
     layers = [name for name in getattr(model, "last_layers", ()) if f"{name}.weight" in known]

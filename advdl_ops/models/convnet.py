@@ -33,8 +33,8 @@ from advdl_ops.models.resnet import BasicBlock
 class ConvNet(torch.nn.Module):
     """Stem, stages of residual blocks, global average pooling, linear: [N, in_channels, H, W] -> [N, num_classes].
 
-    Any height and width from 1 on; contiguous or channels_last. But group norm raises, in eval mode, too, where one
-    image leaves it one pixel and a group is one channel.
+    Any height and width from 1 on; contiguous or channels_last. Group norm raises, also in eval mode, if it gets a
+    single pixel of one image and a group is one channel.
 
     Args:
         num_classes: outputs of `fc`.
@@ -47,7 +47,7 @@ class ConvNet(torch.nn.Module):
         ValueError: when built, an option out of range; in `forward`, an input of another rank or without a pixel,
             and one value per channel in training (before any statistic changes), or per group of group norm.
         RuntimeError: in `forward`, another channel count, and integers.
-        TypeError: in `forward`, what is no tensor.
+        TypeError: in `forward`, an input that is not a tensor.
     """
 
     name: ClassVar[str] = "convnet"  # what error messages call the model

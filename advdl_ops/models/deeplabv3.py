@@ -50,8 +50,8 @@ class ImagePooling(torch.nn.Sequential):
 class ASPP(torch.nn.Module):
     """Atrous spatial pyramid pooling: [N, channels, h, w] -> [N, out_channels, h, w].
 
-    Side by side a 1x1 convolution, a 3x3 one for each dilation of `rates` and `ImagePooling`; then a 1x1 convolution of
-    them all, and dropout. Each convolution has norm and ReLU.
+    In parallel a 1x1 convolution, a 3x3 one for each dilation of `rates`, and `ImagePooling`. Then a 1x1 convolution of
+    all their outputs, and dropout. Each convolution has norm and ReLU.
     """
 
     def __init__(

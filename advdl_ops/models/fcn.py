@@ -1,8 +1,8 @@
 """FCN: Long et al. 2015, Fully Convolutional Networks for Semantic Segmentation, https://arxiv.org/abs/1411.4038
 
-`state_dict` keys and numerics of torchvision, which differs from the paper by its network, a ResNet (He et al. 2015,
-https://arxiv.org/abs/1512.03385) with dilation in place of the last two strides, and by one interpolation where the
-paper learns several steps of upsampling.
+`state_dict` keys and numerics of torchvision. It differs from the paper by its network, a ResNet (He et al. 2015,
+https://arxiv.org/abs/1512.03385) with dilation in place of the last two strides, and by a single interpolation instead
+of several learned steps of upsampling.
 """
 
 from __future__ import annotations

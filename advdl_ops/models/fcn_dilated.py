@@ -1,8 +1,8 @@
 """Segmentation at full resolution by dilated convolutions: Yu and Koltun 2015, Multi-Scale Context Aggregation by
 Dilated Convolutions, https://arxiv.org/abs/1511.07122
 
-Their context module with norms, on the image itself instead of the features of another network: each 3x3 convolution
-sees twice as far as the one before it, and nothing is pooled.
+Their context module with norms, on the image itself instead of the features of another network. The dilation of the 3x3
+convolutions doubles from most of them to the next, and nothing is pooled.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class FCNDilated(torch.nn.Module):
     """3x3 convolutions with norm and ReLU, then 1x1: [N, in_channels, H, W] -> [N, num_classes, H, W], scores before
     softmax or sigmoid.
 
-    Any height and width from 1 on; contiguous or channels_last. But group norm raises, in eval mode, too, where one
-    image leaves it one pixel and a group is one channel. A score depends on the `1 + 2 * sum(rates)` pixels
-    around it, both ways.
+    Any height and width from 1 on; contiguous or channels_last. Group norm raises, also in eval mode, if it gets a
+    single pixel of one image and a group is one channel. A score depends on a window of `1 + 2 * sum(rates)` pixels in
+    height and width around it.
 
     Args:
         num_classes: channels of the output.
@@ -49,7 +49,7 @@ class FCNDilated(torch.nn.Module):
         ValueError: when built, an option out of range; in `forward`, an input of another rank or without a pixel,
             and one value per channel in training (before any statistic changes), or per group of group norm.
         RuntimeError: in `forward`, another channel count, and integers.
-        TypeError: in `forward`, what is no tensor.
+        TypeError: in `forward`, an input that is not a tensor.
     """
 
     name: ClassVar[str] = "fcn_dilated"  # what error messages call the model

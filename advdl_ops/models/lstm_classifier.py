@@ -1,8 +1,8 @@
 """Sentence classifier: Conneau et al. 2017, Supervised Learning of Universal Sentence Representations from Natural
 Language Inference Data, https://arxiv.org/abs/1705.02364, section 3.2
 
-Of its encoders those with an LSTM: the bidirectional one pooled by maximum, which they found best, or by mean, and
-the last states. Dropout as in Zaremba et al. 2014, https://arxiv.org/abs/1409.2329
+The paper's encoders with an LSTM: the bidirectional one pooled by maximum, which they found best, or by mean, and the
+last states. Dropout as in Zaremba et al. 2014, https://arxiv.org/abs/1409.2329
 """
 
 from __future__ import annotations

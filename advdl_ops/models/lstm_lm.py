@@ -24,10 +24,10 @@ class LSTMLM(TokenModel):
     """Scores of the token that follows each one: `[T, N]` -> `[T, N, num_classes]`, before softmax, and the states.
 
     Args:
-        num_classes: the vocabulary, of what is read as of what is predicted.
-        tie_weights: `linear` has the embedding's weight (and no key `linear.weight`), for which `embedding_dim` and
-            `hidden_size` must be equal. `linear.weight` itself is None then: what initializes every `torch.nn.Linear`
-            must skip it.
+        num_classes: the size of the vocabulary, for inputs and predictions.
+        tie_weights: `linear` uses the embedding's weight (and has no key `linear.weight`). `embedding_dim` and
+            `hidden_size` must then be equal. `linear.weight` itself is then None: code that initializes every
+            `torch.nn.Linear` must skip it.
         embedding_dim, hidden_size, num_layers, options: as in `TokenModel`, without `vocabulary` and `bidirectional`.
 
     Raises:
@@ -62,7 +62,7 @@ class LSTMLM(TokenModel):
                 raise ValueError(
                     f"{self.name}: embedding_dim ({embedding_dim}) must be hidden_size ({hidden_size}) with tie_weights"
                 )
-            # Not the same parameter under two keys: a file of an untied model would fill it twice, unseen, and
+            # Not the same parameter under two keys: a file of an untied model would silently fill it twice, and
             # safetensors refuses to save it.
             self.linear.register_parameter("weight", None)
 
@@ -73,13 +73,13 @@ class LSTMLM(TokenModel):
 
         Args:
             tokens: `[T, N]`, with `batch_first` `[N, T]`.
-            hx: the states after the tokens before these, `(h, c)` `[num_layers, N, hidden_size]`, to go on from:
-                one token a call generates text. Detach them where gradients shall end.
+            hx: the states after the preceding tokens, `(h, c)` `[num_layers, N, hidden_size]` each. With one token per
+                call they generate text. Detach them to end backpropagation there.
             lengths: of each sequence, `[N]`.
 
         Returns:
             scores `[T, N, num_classes]`, and the states after each sequence's last token. Past its end the scores are
-            the bias of `linear`: leave them out of the loss.
+            the bias of `linear`: exclude them from the loss.
         """
         y, states = self.features(tokens, lengths, hx)
         y = self.dropout(y)

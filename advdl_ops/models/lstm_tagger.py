@@ -29,7 +29,7 @@ class LSTMTagger(TokenModel):
     def forward(self, tokens: Tensor, lengths: Lengths = None) -> Tensor:
         """`tokens` `[T, N]`, `lengths` `[N]` -> scores `[T, N, num_classes]`; errors as in `features`.
 
-        Past a sequence's end the scores are the bias of `linear`: leave them out of the loss.
+        Past a sequence's end the scores are the bias of `linear`: exclude them from the loss.
         """
         y, _ = self.features(tokens, lengths)
         return self.linear(self.dropout(y))

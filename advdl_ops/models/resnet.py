@@ -7,9 +7,9 @@
 - dilation in place of stride: Yu et al. 2017, Dilated Residual Networks, https://arxiv.org/abs/1705.09914
 - `zero_init_residual`: Goyal et al. 2017, https://arxiv.org/abs/1706.02677
 
-As in torchvision a bottleneck strides in its 3x3 convolution, not in the first 1x1 ("ResNet v1.5"). Each norm does
-its ReLU, and the last one of a block the addition before it, in one pass over memory; in eval mode the norm is
-folded into its convolution.
+As in torchvision, a bottleneck has its stride in the 3x3 convolution, not in the first 1x1 ("ResNet v1.5"). Each norm
+applies its ReLU in one pass over memory, and the last one of a block also the addition before it. In eval mode the norm
+is folded into its convolution.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ class Bottleneck(torch.nn.Module):
 class ResNet(torch.nn.Module):
     """Residual network for classification: [N, in_channels, H, W] -> [N, num_classes].
 
-    Any height and width from 1 on; contiguous or channels_last. From one seed it has the very weights that
-    torchvision's model has.
+    Any height and width from 1 on; contiguous or channels_last. With the same seed it has the same weights as
+    torchvision's model.
 
     Args:
         block: `BasicBlock` or `Bottleneck`.
@@ -126,18 +126,18 @@ class ResNet(torch.nn.Module):
         num_classes: outputs of `fc`.
         in_channels: channels of the input.
         norm: "batch", or "group" (32 groups).
-        zero_init_residual: start with the last norm of each block at weight 0, so that each block is its shortcut.
+        zero_init_residual: initialize the last norm of each block with weight 0, so that each block is its shortcut.
         groups, width_per_group: of the 3x3 convolutions (`Bottleneck` only).
         replace_stride_with_dilation: for stages 2, 3 and 4, whether to keep the resolution and dilate instead
             (`Bottleneck` only).
-        stem: "imagenet" (7x7 stride 2, then 3x3 max-pool stride 2) or "small" (3x3 stride 1, no max-pool; keys as
-            before), for images under 64 px, which the other one shrinks to nothing.
+        stem: "imagenet" (7x7 stride 2, then 3x3 max-pool stride 2) or "small" (3x3 stride 1, no max-pool, same keys).
+            "small" is for images under 64 px, for which "imagenet" reduces the resolution too much.
         name: what error messages call the model.
 
     Raises:
         ValueError, NotImplementedError: when built, an option out of range; in `forward`, ValueError for an input of
             another rank or without a pixel and for one value per channel in training, before any statistic changes;
-            RuntimeError for another channel count and for integers; TypeError for what is no tensor.
+            RuntimeError for another channel count and for integers; TypeError for an input that is not a tensor.
     """
 
     last_layers: ClassVar[tuple[str, ...]] = ("fc",)  # read by load_weights
@@ -182,8 +182,8 @@ class ResNet(torch.nn.Module):
         self.bn1 = make_norm(64, "relu")
         self.maxpool = torch.nn.Identity() if small else torch.nn.MaxPool2d(3, 2, 1)
 
-        # What has dilated stages trains as its input comes: its convolutions gain nothing then (deeplabv3_resnet50: 620
-        # against 645 ms), and dropout on images, as in its heads, draws by the order in memory.
+        # With dilated stages, training keeps the input's format: convolutions gain nothing (deeplabv3_resnet50: 620
+        # against 645 ms), and dropout on images, as in the heads, draws its numbers in memory order.
         self._is_dilated = any(replace_stride_with_dilation)
         self._stride = 1 if small else 4  # input pixels per pixel of the last stage
         stages: list[torch.nn.Sequential] = []
@@ -192,7 +192,7 @@ class ResNet(torch.nn.Module):
             width = 64 << stage
             stride, first_dilation = (1 if stage == 0 else 2), dilation
             if stage > 0 and replace_stride_with_dilation[stage - 1]:
-                # The first block still sees the old grid: dilation grows from its successor on.
+                # The first block still has the old dilation. It grows from the next block on.
                 dilation, stride = dilation * stride, 1
             self._stride *= stride
             blocks: list[torch.nn.Module] = []
@@ -201,7 +201,7 @@ class ResNet(torch.nn.Module):
                 out_channels = width * block.expansion
                 downsample = None
                 if first and (stride != 1 or channels != out_channels):
-                    # Built before its block, although its keys come after: the order of the random numbers.
+                    # Built before its block, although its keys come later, for torchvision's order of random numbers.
                     downsample = ConvNorm(channels, out_channels, 1, make_norm, None, stride)
                 blocks.append(
                     block(
@@ -231,11 +231,11 @@ class ResNet(torch.nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         check_image(self.name, x, self.in_channels)
-        # Each stride of 2 halves a size rounding up, so it is one pixel from _stride pixels down.
+        # Each stride of 2 halves a size, rounded up, so that at most _stride pixels become one.
         check_values_per_channel(self.name, x, self.layer4, self._stride)
 
     def _stem(self, x: Tensor) -> Tensor:
-        """The input, which is checked here -> what goes into `maxpool`, in the format for all that follows."""
+        """Checks the input and returns the input of `maxpool`, in the memory format of all later layers."""
         self._check_input(x)
         x = to_fast_format(self, x, not self._is_dilated)
         return to_fast_format(self, conv_norm(self.conv1, self.bn1, x), not self._is_dilated)
@@ -250,9 +250,9 @@ class ResNet(torch.nn.Module):
 
 
 class ResNetEncoder(ResNet):
-    """`ResNet` without its classifier; arguments as there.
+    """`ResNet` without its classifier, with the same arguments.
 
-    `load_weights(model.encoder, "resnet34.pth")` takes torchvision's file of a classifier as it is.
+    `load_weights(model.encoder, "resnet34.pth")` accepts torchvision's file of a classifier.
     """
 
     last_layers: ClassVar[tuple[str, ...]] = ()  # read by load_weights: there is none
@@ -265,7 +265,7 @@ class ResNetEncoder(ResNet):
     def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
         """[N, in_channels, H, W] -> the feature at 1/2, 1/4, 1/8, 1/16 and 1/32 of H and W, rounded up.
 
-        On CPU they are mostly channels_last whatever `x` is.
+        On CPU they are mostly channels_last, whatever the format of `x`.
         """
         features = [self._stem(x)]
         x = self.maxpool(features[0])

@@ -1,10 +1,10 @@
 """U-Net: Ronneberger et al. 2015, U-Net: Convolutional Networks for Biomedical Image Segmentation,
 https://arxiv.org/abs/1505.04597
 
-`state_dict` keys and numerics of https://github.com/milesial/Pytorch-UNet, which differs from the paper by zero padding
+`state_dict` keys and numerics of https://github.com/milesial/Pytorch-UNet. It differs from the paper by zero padding
 (the output has the input's size) and batch norm. The dilated bottleneck is that of D-LinkNet (Zhou et al. 2018,
 https://openaccess.thecvf.com/content_cvpr_2018_workshops/papers/w4/Zhou_D-LinkNet_LinkNet_With_CVPR_2018_paper.pdf)
-without its sums: the hybrid dilated convolution of Wang et al. 2018, https://arxiv.org/abs/1702.08502.
+without its sums, that is the hybrid dilated convolution of Wang et al. 2018, https://arxiv.org/abs/1702.08502.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from advdl_ops.models._registry import register_model
 
 
 class DoubleConv(torch.nn.Module):
-    """Twice 3x3 convolution, norm and ReLU: [N, channels, H, W] -> [N, out_channels, H, W].
+    """Two times 3x3 convolution, norm and ReLU: [N, channels, H, W] -> [N, out_channels, H, W].
 
     Args:
         channels, out_channels: of input and output.
-        norm: makes the norms.
+        norm: creates the norms.
         mid_channels: between the two convolutions; `out_channels` by default.
     """
 
@@ -51,7 +51,7 @@ class DoubleConv(torch.nn.Module):
     ) -> None:
         super().__init__()
         mid_channels = out_channels if mid_channels is None else mid_channels
-        # The original has its ReLUs at 2 and 5; here they are the norms' own.
+        # The original has ReLUs at 2 and 5. Here the norms contain them.
         self.double_conv = torch.nn.Sequential(
             OrderedDict(
                 [
@@ -82,14 +82,14 @@ class Down(torch.nn.Module):
 
 
 class Up(torch.nn.Module):
-    """Twice the size, joined with the encoder's feature, then `DoubleConv`.
+    """Upsampling by 2, concatenation with the encoder's feature, then `DoubleConv`.
 
     Args:
-        channels: of the joined feature: half of them the encoder's, half the upsampled one's.
+        channels: of the concatenation: half from the encoder, half from the upsampling.
         out_channels: of the output.
-        bilinear: interpolate, and narrow between the two convolutions; else a transposed convolution 2x2 of stride 2,
-            whose input has all `channels`.
-        norm: makes the norms.
+        bilinear: interpolate, and reduce the channels between the two convolutions. Else a transposed convolution, 2x2
+            with stride 2, whose input has all `channels`.
+        norm: creates the norms.
     """
 
     def __init__(self, channels: int, out_channels: int, bilinear: bool, norm: NormFactory) -> None:
@@ -108,12 +108,13 @@ class Up(torch.nn.Module):
 
 
 def _padded(x: Tensor, skip: Tensor) -> Tensor:
-    """`x` with zeros around it, up to the height and width of `skip`.
+    """`x` padded with zeros to the height and width of `skip`.
 
-    Not `ConvTranspose2d(match=)`, whose further row and column have the bias.
+    `ConvTranspose2d(match=)` is not used, because its additional row and column contain the bias.
     """
     rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
-    # Padding by nothing copies in eager mode. In a graph it costs nothing, and the question would fix the sizes.
+    # Padding by zero pixels makes a copy in eager mode. In a graph it costs nothing, and the comparison would make
+    # sizes static.
     if not is_traced() and rows == 0 and columns == 0:
         return x
     return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
@@ -122,19 +123,19 @@ def _padded(x: Tensor, skip: Tensor) -> Tensor:
 class UNet(torch.nn.Module):
     """U-Net: [N, in_channels, H, W] -> [N, num_classes, H, W], scores before softmax or sigmoid.
 
-    Any height and width from 2**depth on; contiguous or channels_last, and the output alike. But group norm raises, in
-    eval mode, too, where one image leaves it one pixel and a group is one channel. From one seed the model has the very
-    weights that milesial's has.
+    Any height and width from 2**depth on, contiguous or channels_last; the output has the same format. Group norm
+    raises, also in eval mode, if it gets a single pixel of one image and a group is one channel. With the same seed the
+    model has the same weights as milesial's.
 
     Args:
         num_classes: channels of the output.
         bilinear: upsample by interpolation instead of transposed convolutions, with half the channels at the bottom.
         in_channels: channels of the input.
-        base_channels: of the first stage; each further one has twice as many.
-        depth: how often the size is halved; milesial's has 4.
+        base_channels: channels of the first stage. Each further stage has twice as many.
+        depth: how often the size is halved; 4 in milesial's.
         norm: "batch", or "group" (32 groups, or the largest power of two that divides the channels).
-        dilated_bottleneck: `HybridDilatedConv` behind the last stage: one 3x3 convolution with ReLU for each of
-            `rates`. Its keys, `bottleneck.*`, come besides the others.
+        dilated_bottleneck: adds a `HybridDilatedConv` after the last stage: one 3x3 convolution with ReLU for each of
+            `rates`, with the additional keys `bottleneck.*`.
         rates: dilations of the bottleneck.
         name: what error messages call the model.
 
@@ -142,11 +143,11 @@ class UNet(torch.nn.Module):
         ValueError: when built, an option out of range; in `forward`, an input of another rank, a side below 2**depth,
             and one value per channel in training (before any statistic changes), or per group of group norm.
         RuntimeError: in `forward`, another channel count, and integers.
-        TypeError: in `forward`, what is no tensor.
+        TypeError: in `forward`, an input that is not a tensor.
     """
 
     last_layers: ClassVar[tuple[str, ...]] = ("outc.conv",)  # read by load_weights
-    # Pixel values of the masks, which milesial's training script saves among the weights.
+    # Pixel values of the masks, which milesial's training script saves with the weights.
     not_weights: ClassVar[frozenset[str]] = frozenset({"mask_values"})  # read by load_weights
 
     def __init__(
@@ -177,7 +178,7 @@ class UNet(torch.nn.Module):
         self.depth = depth
         make_norm = norm_factory(name, norm)
         widths = [base_channels << stage for stage in range(depth + 1)]
-        # What is interpolated keeps its channels, so each level hands up half.
+        # Interpolation does not change the channels, so each level outputs half as many.
         factor = 2 if bilinear else 1
         self.inc = DoubleConv(in_channels, widths[0], make_norm)
         for stage in range(1, depth + 1):
@@ -217,7 +218,7 @@ class UNet(torch.nn.Module):
 
 def _bottleneck(channels: int, rates: Sequence[int]) -> torch.nn.Module:
     layers = nn.HybridDilatedConv(channels, rates)
-    # No norm stands between them: torch's default start would shrink the signal in each one.
+    # There is no norm between them, and torch's default initialization would shrink the signal in each.
     for layer in layers:
         assert isinstance(layer, torch.nn.Conv2d) and layer.bias is not None
         torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

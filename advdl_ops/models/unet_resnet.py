@@ -28,11 +28,11 @@ from advdl_ops.models.resnet import BasicBlock, Bottleneck, ResNetEncoder
 
 
 class DecoderBlock(torch.nn.Module):
-    """Nearest upsampling, the encoder's feature beside it, two convolutions with norm and ReLU.
+    """Nearest upsampling, concatenation with the encoder's feature, two convolutions with norm and ReLU.
 
     Args:
         channels, skip_channels, out_channels: of the feature to upsample, of the encoder's (0: none), of the output.
-        norm: makes the norms.
+        norm: creates the norms.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class _Decoder(torch.nn.Module):
 class UNetResNet(torch.nn.Module):
     """U-Net on a ResNet: [N, in_channels, H, W] -> [N, num_classes, H, W], scores before softmax or sigmoid.
 
-    Any height and width from 1 on: each upsampling goes to the size of the feature it is joined with. Contiguous or
-    channels_last, and the output alike. But group norm raises, in eval mode, too, where one image leaves it one pixel
-    and a group is one channel.
+    Any height and width from 1 on: each upsampling goes to the size of the encoder's feature. Contiguous or
+    channels_last; the output has the same format. Group norm raises, also in eval mode, if it gets a single pixel of
+    one image and a group is one channel.
 
     Args:
         block, layers: of the encoder, as in `ResNet`.

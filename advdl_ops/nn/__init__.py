@@ -1,7 +1,7 @@
 """Layers with fused kernels and the ``state_dict`` keys of ``torch.nn``.
 
 A layer with the name of a ``torch.nn`` layer takes its arguments, with the same defaults, and further keyword
-arguments. The others say in their docstring what they take.
+arguments. The docstrings of the other layers list their arguments.
 """
 
 from .batch_norm_act import BatchNormAct2d

@@ -26,7 +26,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             ``"tanh"``, ``"hardswish"``, ``"relu6"``) or the matching ``torch.nn`` module, whose parameters are
             taken over.
 
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` replaces this layer by one without the activation: use it
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` replaces this layer by one without the activation. Use it
     before the activation is fused, or not at all.
     """
 
@@ -44,7 +44,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
     ) -> None:
         self.act = resolve_activation(type(self).__name__, act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        # What nn.conv_bn_act folded this norm into: a cache, dropped whenever its source may have changed.
+        # A cache of nn.conv_bn_act: the convolution with this norm folded in. Dropped whenever its source may have
+        # changed.
         self.folded: Any = None
 
     def train(self, mode: bool = True) -> BatchNormAct2d:
@@ -66,14 +67,14 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         """``input``, ``residual`` ``[N, C, H, W]`` -> ``[N, C, H, W]``; errors as :func:`.batch_norm_act`.
 
         Args:
-            act: in place of the layer's own.
+            act: overrides the layer's own activation.
         """
         return self.normalized(input, residual, self.act if act is None else act)
 
     def normalized(
         self, x: Tensor, residual: Tensor | None, act: _Act, statistics: Tensor | None = None
     ) -> Tensor:
-        """As :meth:`forward`; ``statistics``: of ``x``, where the convolution before has computed them."""
+        """As :meth:`forward`. ``statistics`` are those of ``x`` if the preceding convolution has computed them."""
         self._check_input_dim(x)
         # Through the dicts: Module.__getattr__ costs more than the kernel of a small input.
         buffers, parameters = self._buffers, self._parameters
@@ -82,14 +83,14 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         momentum = self.momentum
         training = self.training
         tracks = training and self.track_running_stats
-        # It is written last, and may not refuse then. Asked here, as it is asked on every call.
+        # The counter is written last and must not fail then, so it is checked here.
         if tracks and counter is not None and not is_compiling() and counter.is_inference():
             check_writable(type(self).__name__, num_batches_tracked=counter)
         if tracks and momentum is None and mean is not None and counter is not None:
             return self._forward_cumulative(x, residual, act, statistics)
         if training and not tracks:
             mean = var = None
-        # Not in the dict where the weight is parametrized.
+        # A parametrized weight is not in the dict.
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         momentum = 0.0 if momentum is None else momentum
@@ -119,10 +120,10 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             self.num_batches_tracked,
         )
         assert running_mean is not None and running_var is not None and counter is not None
-        # Before the counter is written.
+        # Checked before the counter is written.
         check_writable(type(self).__name__, running_mean=running_mean, running_var=running_var)
-        # The op writes the batch's own statistics; the average stays a tensor expression, with no
-        # read of the counter on the host, so that it compiles and never waits for the GPU.
+        # The op writes the batch's own statistics. The average is a tensor expression that does not
+        # read the counter on the host, so that it compiles and never waits for the GPU.
         acc = acc_dtype(running_mean.dtype)
         mean = torch.zeros_like(running_mean, dtype=acc)
         var = torch.zeros_like(mean)

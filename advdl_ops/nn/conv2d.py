@@ -56,9 +56,9 @@ class Conv2d(torch.nn.Conv2d):
         """``input``, ``residual`` (of the output's shape) -> ``[N, C_out, H_out, W_out]``; errors as :func:`.conv2d`.
 
         Args:
-            act: in place of the layer's own.
+            act: overrides the layer's own activation.
         """
-        # By torch's hook for subclasses, whose own may know of no residual.
+        # Calls torch's _conv_forward, which subclasses override, possibly without these two arguments.
         further = () if residual is None and act is None else (residual, act)
         return self._conv_forward(input, self.weight, self.bias, *further)
 
@@ -83,8 +83,8 @@ class Conv2d(torch.nn.Conv2d):
 class DilatedConv2d(Conv2d):
     """:class:`Conv2d` whose kernel has ``dilation - 1`` holes between its taps (Yu & Koltun 2016, arXiv:1511.07122).
 
-    The rate stands right behind the kernel's size. The kernel covers ``dilation * (kernel_size - 1) + 1`` positions
-    with the weights of ``kernel_size``.
+    ``dilation`` follows directly after ``kernel_size``. The kernel covers ``dilation * (kernel_size - 1) + 1``
+    positions with ``kernel_size`` weights on each axis.
 
     Args:
         in_channels, out_channels, kernel_size, stride, groups, bias, padding_mode, device, dtype, act: as
@@ -93,7 +93,7 @@ class DilatedConv2d(Conv2d):
         padding: as :class:`Conv2d`; ``None`` keeps height and width at stride 1: ``dilation * (kernel_size - 1) / 2``.
 
     Raises:
-        ValueError: ``padding=None`` where ``dilation * (kernel_size - 1)`` is odd; else as :class:`torch.nn.Conv2d`.
+        ValueError: ``padding=None`` with an odd ``dilation * (kernel_size - 1)``; else as :class:`torch.nn.Conv2d`.
     """
 
     def __init__(
@@ -121,16 +121,16 @@ class DilatedConv2d(Conv2d):
 
 
 class DepthwiseConv2d(Conv2d):
-    """:class:`Conv2d` that filters every channel by itself (Howard et al. 2017, arXiv:1704.04861).
+    """:class:`Conv2d` that filters each channel separately (Howard et al. 2017, arXiv:1704.04861).
 
     Args:
-        channels: of the input; the output has ``channels * multiplier``, those of one input channel side by side.
+        channels: of the input. The output has ``channels * multiplier``; the outputs of one input channel are adjacent.
         kernel_size, stride, dilation, bias, padding_mode, device, dtype, act: as :class:`Conv2d`.
         padding: as :class:`Conv2d`; ``None`` keeps height and width at stride 1: ``dilation * (kernel_size - 1) / 2``.
         multiplier: filters for each channel.
 
     Raises:
-        ValueError: ``multiplier`` below 1, ``padding=None`` where ``dilation * (kernel_size - 1)`` is odd; else as
+        ValueError: ``multiplier`` below 1, ``padding=None`` with an odd ``dilation * (kernel_size - 1)``; else as
             :class:`torch.nn.Conv2d`.
     """
 
@@ -161,24 +161,24 @@ class DepthwiseConv2d(Conv2d):
 
 
 class HybridDilatedConv(torch.nn.Sequential):
-    """A stack of :class:`DilatedConv2d` whose rates leave no hole in what the last one sees.
+    """A stack of :class:`DilatedConv2d` whose rates leave no holes in the receptive field.
 
-    Wang et al. 2018 (arXiv:1702.08502, section 3.2). Of equal rates r every output sees a grid alone, each r-th
+    Wang et al. 2018 (arXiv:1702.08502, section 3.2). With equal rates r an output depends only on a grid of every r-th
     position ("gridding"). With :math:`M_n = r_n` and
 
     .. math:: M_i = \\max[M_{i+1} - 2 r_i,\\; 2 r_i - M_{i+1},\\; r_i]
 
-    for the largest distance between two taps that are not zero, the condition is :math:`M_2 \\le K`. Beside it what the
-    whole stack sees is counted: it must be every position of its field, so rates have no common divisor.
+    for the largest distance between two taps that are not zero, the condition is :math:`M_2 \\le K`. In addition the
+    whole stack must see every position of its receptive field, so the rates must not have a common divisor.
 
     Args:
-        channels: of the input, of the output and between.
+        channels: of the input, of the output and in between.
         rates: dilation of each layer, first to last.
-        kernel_size: K, odd, of all layers.
-        act: behind every layer, as :class:`Conv2d`.
-        bias: of every layer.
+        kernel_size: K of all layers, odd.
+        act: after every layer, as in :class:`Conv2d`.
+        bias: whether every layer has a bias.
 
-    Height and width stay.
+    Height and width do not change.
 
     Raises:
         ValueError: rates that leave holes, no rate, a rate below 1, an even ``kernel_size``.
@@ -221,7 +221,7 @@ def _check_rates(name: str, rates: tuple[int, ...], kernel_size: int) -> None:
             f"{name}: rates ({rates}) must leave no holes (gridding): the largest distance between taps, "
             f"M_2 ({distance}), must not exceed kernel_size ({kernel_size})"
         )
-    # That the first rate fills what the others leave, M_2 does not say.
+    # M_2 does not show whether the first rate fills the holes that the others leave.
     half = kernel_size // 2
     seen = {0}
     for rate in rates:
@@ -235,19 +235,19 @@ def _check_rates(name: str, rates: tuple[int, ...], kernel_size: int) -> None:
 
 
 def padded_input(layer: torch.nn.Conv2d, x: Tensor) -> tuple[Tensor, Any]:
-    """``x``, padded where the layer does so by other than zeros, in its format; and what the convolution pads."""
+    """``x``, padded in its memory format unless the layer pads with zeros, and the padding left to the convolution."""
     if layer.padding_mode == "zeros":
         return x, layer.padding
     padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-    # Circular padding answers in contiguous memory whatever it was given.
+    # Circular padding always returns contiguous memory.
     return padded if x.dim() != 4 else padded.contiguous(memory_format=conv2d_format(x)), (0, 0)
 
 
 def same_padding(name: str, kernel_size: _Size, dilation: _Size) -> tuple[int, int]:
-    """What keeps height and width at stride 1.
+    """The padding that keeps height and width at stride 1.
 
     Raises:
-        ValueError: one number for both sides does not, as of an even kernel.
+        ValueError: there is none that is equal on both sides, as with an even kernel.
     """
     reach = [r * (k - 1) for k, r in zip(pair(kernel_size), pair(dilation), strict=True)]
     if reach[0] % 2 or reach[1] % 2:

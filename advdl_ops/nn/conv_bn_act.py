@@ -1,4 +1,4 @@
-"""Convolution, batch norm and activation as one layer; in evaluation as one op if the norm can be folded."""
+"""Convolution, batch norm and activation as one layer, and in evaluation as one op if the norm can be folded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ConvBNAct(torch.nn.Module):
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, padding_mode: as :class:`torch.nn.Conv2d`.
         padding: ``None`` keeps height and width at stride 1 (odd kernels): ``dilation * (kernel_size - 1) // 2``.
-        bias: the convolution's own; off, as the norm takes it away again.
+        bias: the convolution's own. Off by default, because the norm subtracts it again.
         act: see :class:`BatchNormAct2d`.
         order: ``"conv-bn-act"``, or ``"conv-act-bn"`` for ``bn(act(conv(x))) + residual``.
         eps, momentum, affine, track_running_stats: as :class:`torch.nn.BatchNorm2d`.
@@ -100,7 +100,7 @@ class ConvBNAct(torch.nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` ``[N, C_in, H, W]``, ``residual`` of the output's shape -> ``[N, C_out, H_out, W_out]``."""
         bn = self.bn
-        # The layer of another class that was put here may have no activation; a norm of this package has its own.
+        # A norm of this package has its own activation. A layer of another class that replaced it may have none.
         act = None if isinstance(getattr(bn, "act", None), Activation) else self._act
         return conv_bn_act(self.conv, bn, x, residual, act=act)
 
@@ -125,17 +125,16 @@ def conv_bn_act(
     *,
     act: str | Activation | torch.nn.Module | None = None,
 ) -> Tensor:
-    """``bn(conv(x), residual)`` for sibling layers; in evaluation without gradients, one convolution.
+    """``bn(conv(x), residual)`` for two layers; in evaluation without gradients, one convolution.
 
     Args:
-        conv, bn: left as they are; hooks on either, and an activation of ``conv``, are honoured by calling the two one
-            after the other. In the place of ``bn`` any layer may stand: to the output of one that knows no residual and
-            no activation they are added.
+        conv, bn: not modified. If either has hooks, or ``conv`` has an activation, the two are called one after the
+            other. ``bn`` may be any layer. If it takes no residual and no activation, both are applied to its output.
         x: ``[N, C_in, H, W]``.
         residual: of the output's shape, or ``None``.
-        act: in place of ``bn``'s own.
+        act: overrides ``bn``'s own activation.
     """
-    # `explain` finds a call of this function, and by these names what it was given.
+    # `explain` finds a call of this function by its code, and reads the arguments by these names.
     given = None if act is None else resolve_activation("conv_bn_act", act)
     if not isinstance(bn, BatchNormAct2d):
         return _by_another_norm(conv, bn, x, residual, given)
@@ -146,7 +145,7 @@ def conv_bn_act(
             return _folded(conv, bn, x, residual, activation, source)
     bn.folded = None
     uses_batch = bn.training or bn.running_mean is None
-    # On CUDA alone: there the convolution may give the norm its statistics.
+    # Only on CUDA, where the convolution may compute the statistics for the norm.
     if uses_batch and asks_for_statistics(x) and isinstance(conv, Conv2d) and _plain(conv, bn):
         running = (bn.running_mean, bn.running_var) if bn.track_running_stats else (None, None)
         norm = Norm(*running, bn.weight, bn.bias, residual, activation)
@@ -154,7 +153,7 @@ def conv_bn_act(
             x, options = _padded(conv, x)
             z, statistics = convolution_before(norm, x, conv.weight, conv.bias, options)
             return bn.normalized(z, residual, activation, statistics)
-    # A subclass with a forward of its own may know no activation: it is passed none unless one was asked for.
+    # The forward of a subclass may take no activation, so it is passed only if one was given.
     further = {} if act is None else {"act": activation}
     return bn(conv(x), residual, **further)
 
@@ -166,7 +165,7 @@ def _by_another_norm(
     residual: Tensor | None,
     act: Activation | None,
 ) -> Tensor:
-    """With a layer in the norm's place that may know neither a residual nor an activation (Identity, SyncBatchNorm)."""
+    """For a layer in the norm's place that may take neither a residual nor an activation (Identity, SyncBatchNorm)."""
     if isinstance(getattr(norm, "act", None), Activation):  # a norm of this package
         return norm(conv(x), residual) if act is None else norm(conv(x), residual, act=act)
     out = norm(conv(x))
@@ -182,7 +181,7 @@ def evaluates_as_one(
     residual: Tensor | None,
     source: Source,
 ) -> bool:
-    """Whether in evaluation the norm becomes part of the convolution; ``source``: the tensors of both."""
+    """Whether the norm is folded into the convolution in evaluation. ``source``: the tensors of both."""
     return (
         bn.running_mean is not None
         and x.dim() == 4
@@ -209,7 +208,7 @@ def _folded(
     if residual is not None:
         shape = conv2d_shape(x.shape, conv.weight.shape, *options[:3])
         check_residual("conv_bn_act", residual, shape, x.device)
-    # Read once: another thread may drop it meanwhile.
+    # Read once, because another thread may set it to None in between.
     folded = bn.folded
     if folded is None or not folded.serves(source, bn.eps, options):
         check_per_channel("conv_bn_act", x, conv.out_channels, bias=conv.bias)
@@ -221,7 +220,7 @@ def _folded(
 
 
 def _padded(conv: torch.nn.Conv2d, x: Tensor) -> tuple[Tensor, Conv]:
-    """What the functional convolution takes: zero padding alone is left to it."""
+    """``x`` and the options for the functional convolution, which only does padding by zeros itself."""
     stride: Any = conv.stride
     dilation: Any = conv.dilation
     x, padding = padded_input(conv, x)
@@ -232,10 +231,10 @@ def _padded(conv: torch.nn.Conv2d, x: Tensor) -> tuple[Tensor, Conv]:
 
 
 def problem_of_kept(conv: torch.nn.Conv2d, x: Tensor, options: Conv) -> Problem | None:
-    """The problem, where weight and bias with the norm in them are kept from call to call.
+    """The problem if the folded weight and bias are kept from call to call, else ``None``.
 
-    FSDP gathers a weight anew for each call: kept, the folded one would undo the sharding, and neither the version nor
-    the address of what was gathered says that the shards have changed.
+    Nothing is kept under FSDP, which gathers the weight for each call. A kept folded weight would undo the sharding,
+    and neither the version nor the address of the gathered weight shows that the shards have changed.
     """
     if isinstance(options.padding, str) or "_is_fsdp_managed_module" in conv.__dict__:
         return None
@@ -249,7 +248,7 @@ def _plain(conv: torch.nn.Conv2d, bn: BatchNormAct2d) -> bool:
         and type(bn).forward is BatchNormAct2d.forward
         and not {"forward", "_conv_forward"} & conv.__dict__.keys()
         and "forward" not in bn.__dict__
-        # Parametrized weights are made anew in every call.
+        # Parametrized weights are recomputed in every call.
         and "weight" in conv._parameters
         and "weight" in bn._parameters
         and not (conv._forward_hooks or conv._forward_pre_hooks)

@@ -1,4 +1,4 @@
-"""``torch.nn.ConvTranspose2d`` with the activation behind it, and an output that fits what it is joined with."""
+"""``torch.nn.ConvTranspose2d`` with an activation, and an output whose size can match another tensor."""
 
 from __future__ import annotations
 
@@ -60,21 +60,21 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         """``input`` ``[N, C_in, H, W]``, ``[C_in, H, W]`` -> the same with ``C_out`` channels and ``H_out``, ``W_out``.
 
         Args:
-            output_size: height and width of the output, or its whole shape, as :class:`torch.nn.ConvTranspose2d`: of
-                the sizes that the layer can give by some output padding less than the stride.
-            match: a tensor of ``input``'s rank whose height and width the output is to have, such as the feature of an
-                encoder that the output is joined with, or that height and width. Any size is reached: by output
-                padding where that can; beyond its range the output is cut, or zeros are added to it (after the
-                activation), at the bottom and on the right. There, because position 0 of a convolution's output and
-                of its transposed one belong together: what an encoder that rounds down leaves out lies at the end.
-            act: in place of the layer's own.
+            output_size: height and width of the output, or its whole shape, as in :class:`torch.nn.ConvTranspose2d`. It
+                must be a size that the layer can give with some output padding less than the stride.
+            match: a tensor of ``input``'s rank whose height and width the output shall have (such as the encoder's
+                feature with which the output is concatenated), or that height and width. Any size is possible. It is
+                reached by output padding if that is enough. Otherwise the output is cut, or padded with zeros (after
+                the activation), at the bottom and on the right: an encoder that rounds down leaves out pixels at these
+                ends.
+            act: overrides the layer's own activation.
 
-        ``output_size`` and ``match`` stand in place of the layer's ``output_padding``; one of them may be given.
+        ``output_size`` and ``match`` override the layer's ``output_padding``. At most one of them may be given.
 
         Raises:
             ValueError: both are given, ``output_size`` cannot be reached or has another length, ``match`` of another
                 rank or length, or a size below 1.
-            TypeError: ``match`` or ``output_size`` is neither of what it may be.
+            TypeError: ``match`` or ``output_size`` has another type.
 
         And as :func:`.conv_transpose2d`.
         """
@@ -90,7 +90,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             self.dilation,
             act=self.act if act is None else act,
         )
-        # A negative number of zeros cuts. Both keep the memory format.
+        # Negative padding cuts. Both keep the memory format.
         return out if more == (0, 0) else F.pad(out, (0, more[1], 0, more[0]))
 
     def padding_of(
@@ -99,7 +99,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         output_size: Sequence[int] | None = None,
         match: Tensor | Sequence[int] | None = None,
     ) -> tuple[tuple[int, ...], tuple[int, int]]:
-        """The output padding of a call, and how many rows and columns are added behind (or taken off)."""
+        """The output padding of a call, and how many rows and columns are added at the end (negative: cut)."""
         if match is not None:
             if output_size is not None:
                 raise ValueError(
@@ -123,7 +123,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
     def _padding_to_match(
         self, x: Tensor, match: Tensor | Sequence[int]
     ) -> tuple[tuple[int, ...], tuple[int, int]]:
-        """The output padding, and how many rows and columns are to be added after it (or taken off)."""
+        """The output padding, and how many rows and columns are to be added after it (negative: cut)."""
         sizes = _matched_sizes(x, match)
         missing = [size - least for size, least in zip(sizes, self._unpadded_sizes(x), strict=True)]
         padding = [

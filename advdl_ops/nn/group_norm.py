@@ -46,14 +46,14 @@ class GroupNorm(torch.nn.GroupNorm):
         """``input``, ``residual`` ``[N, C, ...]`` -> ``[N, C, ...]``; errors as :func:`.group_norm`.
 
         Args:
-            act: in place of the layer's own.
+            act: overrides the layer's own activation.
         """
         # Through the dict: Module.__getattr__ costs as much as the kernel of a small input.
         parameters = self._parameters
         return group_norm(
             input,
             self.num_groups,
-            # Not in the dict where the weight is parametrized.
+            # A parametrized weight is not in the dict.
             parameters["weight"] if "weight" in parameters else self.weight,  # noqa: SIM401
             parameters["bias"] if "bias" in parameters else self.bias,  # noqa: SIM401
             self.eps,
@@ -101,7 +101,7 @@ class LayerNorm2d(torch.nn.LayerNorm):
         """``input``, ``residual`` ``[N, C, ...]`` -> ``[N, C, ...]``; errors as :func:`.layer_norm_2d`.
 
         Args:
-            act: in place of the layer's own.
+            act: overrides the layer's own activation.
         """
         x = input
         if x.dim() > 1 and x.shape[1] != self.normalized_shape[0]:
@@ -146,7 +146,7 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
         """``input``, ``residual`` ``[N, C, ...]`` or ``[C, ...]`` -> the same; errors as :func:`.instance_norm`.
 
         Args:
-            act: in place of the layer's own.
+            act: overrides the layer's own activation.
         """
         x = input
         self._check_input_dim(x)

@@ -54,7 +54,7 @@ class LSTMCell(torch.nn.LSTMCell):
             ValueError: ``input`` or a state has neither one nor two dimensions.
         """
         x = input
-        # From the dict: Module.__getattr__ would add to the time of a small step.
+        # Read from the dict, because Module.__getattr__ would add to the time of a small step.
         own = self._parameters
         weights: tuple[Any, ...]
         if "weight_ih" in own and "weight_hh" in own and "bias_ih" in own and "bias_hh" in own:
@@ -137,7 +137,7 @@ class LSTM(torch.nn.RNNBase):
         self.zoneout = zoneout
         self.recurrent_dropout = recurrent_dropout
         self.forget_bias = forget_bias
-        # Until the parameters are there: RNNBase's constructor calls reset_parameters.
+        # False until the parameters exist, because RNNBase's constructor calls reset_parameters.
         self.layer_norm = False
         super().__init__(
             name, input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
@@ -171,7 +171,8 @@ class LSTM(torch.nn.RNNBase):
             if self.forget_bias is not None:
                 _set_forget_bias(own["bias_ih"], own["bias_hh"], self.forget_bias)
 
-    # RNNBase keeps a list of the parameters. It goes stale where they are replaced, parametrized or passed to a call.
+    # RNNBase keeps a list of the parameters. It would be stale after they are replaced, parametrized or passed to a
+    # call.
     @property
     def _flat_weights(self) -> list[Any]:
         own = self._parameters
@@ -204,7 +205,7 @@ class LSTM(torch.nn.RNNBase):
 
         Raises:
             ValueError: ``input`` has neither two nor three dimensions, or outside of autocast another dtype than the
-                weights; ``lengths`` beside a ``PackedSequence``.
+                weights; ``lengths`` together with a ``PackedSequence``.
         """
         x = input
         if isinstance(x, PackedSequence):
@@ -218,7 +219,7 @@ class LSTM(torch.nn.RNNBase):
             x = x.unsqueeze(0 if self.batch_first else 1)
             hx = self._batched_states(hx)
         weight = self._flat_weights[0]
-        # torch raises a ValueError here too. For packed data both leave the error to the arithmetic.
+        # torch raises a ValueError here too. For packed data, as in torch, the arithmetic raises the error.
         if (
             isinstance(x, Tensor)
             and x.dtype != weight.dtype
@@ -304,7 +305,7 @@ def _check_forget_bias(name: str, forget_bias: float | None, bias: bool) -> None
 
 
 def _set_forget_bias(b_ih: Tensor, b_hh: Tensor, value: float) -> None:
-    """The forget gate is the second of four, and torch adds both biases."""
+    """Sets the forget gate's part of both biases, which are added. It is the second of the four gates."""
     for bias, fill in ((b_ih, value), (b_hh, 0.0)):
         hidden = bias.shape[0] // 4
         with torch.no_grad():
@@ -312,7 +313,7 @@ def _set_forget_bias(b_ih: Tensor, b_hh: Tensor, value: float) -> None:
 
 
 def _check_cell_dims(name: str, tensors: Any) -> None:
-    """torch's own error type for a rank that is neither one nor two."""
+    """Raises torch's own error type for a rank that is neither one nor two."""
     for i, t in enumerate(tensors if isinstance(tensors, tuple | list) else ()):
         if isinstance(t, Tensor) and t.dim() not in (1, 2):
             part = name if name == "x" else f"{name}[{i}]"

@@ -19,7 +19,7 @@ def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of ``x`` ``[N, C, ...]`` over all dimensions but the channels: two ``[C]``."""
     dims = [0, *range(2, x.dim())]
     wide = x.to(acc_dtype(x.dtype))
-    if x.numel() == 0:  # the mean of nothing is NaN; torch's gradients of an empty batch are zero
+    if x.numel() == 0:  # its mean would be NaN, but torch's gradients of an empty batch are zero
         nothing = wide.sum(dims)
         return nothing, nothing
     mean = wide.mean(dims)
@@ -63,7 +63,7 @@ def batch_norm_act(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`advdl_ops.functional.batch_norm_act`; returns the output and the new running statistics.
 
-    The running statistics are returned, not written, and are ``None`` where there is nothing to write.
+    The running statistics are returned, not written. They are ``None`` if there is nothing to write.
     """
     acc = acc_dtype(x.dtype)
     if not training:

@@ -26,7 +26,7 @@ def conv2d(
 ) -> Tensor:
     """See :func:`advdl_ops.functional.conv2d`; ``x`` is ``[N, C_in, H, W]``, ``padding`` a pair of numbers.
 
-    What follows the convolution is computed in at least fp32 and rounded once to ``x``'s dtype.
+    The epilogue is computed in at least fp32 and rounded once to ``x``'s dtype.
     """
     in_conv = bias is not None and bias.dtype == x.dtype
     z = convolution(x, weight, bias if in_conv else None, stride, padding, dilation, groups)

@@ -38,7 +38,7 @@ def group_norm(
         grouped = wide.reshape(n, groups, math.prod(x.shape[1:]) // groups)
         mean = grouped.mean(2)
         var = (grouped - mean.unsqueeze(2)).square().mean(2)
-        # For each channel: in x's own shape its memory format is kept.
+        # One value for each channel, so that the arithmetic runs in x's own shape and keeps its memory format.
         spread_mean, spread_var = (
             v.unsqueeze(2)
             .expand(n, groups, channels // groups)

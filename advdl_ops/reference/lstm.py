@@ -25,11 +25,11 @@ def lstm_cell(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`advdl_ops.functional.lstm_cell`; ``h``, ``c`` ``None`` are zeros."""
+    """See :func:`advdl_ops.functional.lstm_cell`; ``None`` for ``h`` or ``c`` means zeros."""
     wide = _widened(x)
     with _without_autocast(x):
         zeros = wide(x.new_zeros(x.shape[0], w_hh.shape[1]))
-        # The product with zeros too: the gradient of w_hh is zero then, not missing.
+        # The product with zeros is computed too, so that the gradient of w_hh is zero and not missing.
         product = F.linear(zeros if h is None else wide(h), wide(w_hh))
         z = _projected(wide, x, w_ih, b_ih, b_hh) + product
         hidden, cell = _step(z, zeros if c is None else wide(c), lambda state: state)
@@ -47,7 +47,7 @@ def lstm(arguments: LSTMArguments) -> tuple[Tensor, Tensor, Tensor]:
     a = arguments
     wide = _widened(a.x)
     hidden_size, size = a.w_hh.shape[0] // 4, a.w_hh.shape[1]
-    dim = 0 if a.batch_sizes is not None or not a.batch_first else 1  # of time, where there is one
+    dim = 0 if a.batch_sizes is not None or not a.batch_first else 1  # the time dimension, if any
     batch = batch_of(a)
 
     def steps(rows: Tensor | None) -> tuple[Any, ...]:
@@ -98,7 +98,7 @@ def batch_of(a: LSTMArguments) -> int:
 
 
 def _without_padding(x: Tensor, lengths: Tensor, dim: int) -> Tensor:
-    """Zero past the end of each sequence: a NaN there would reach the gradients of the weights, as 0 * NaN."""
+    """``x`` with zeros past each sequence's end: a NaN there would reach the gradients of the weights as 0 * NaN."""
     times = torch.arange(x.shape[dim], device=x.device)
     runs = times[:, None] < lengths if dim == 0 else times < lengths[:, None]
     return torch.where(runs.unsqueeze(2), x, 0)
@@ -111,7 +111,7 @@ def _projected(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> Tensor:
-    """The part of the pre-activations that does not depend on ``h``. Without ``w_ih``, ``x`` is multiplied already."""
+    """The part of the pre-activations that does not depend on ``h``. Without ``w_ih``, ``x`` is the product already."""
     z = wide(x) if w_ih is None else F.linear(wide(x), wide(w_ih))
     for bias in (b_ih, b_hh):
         if bias is not None:
@@ -127,7 +127,7 @@ def _step(z: Tensor, c: Tensor, in_cell: Callable[[Tensor], Tensor]) -> tuple[Te
 
 
 def _zoneout(keep: Tensor | None, rate: float, before: Tensor, now: Tensor) -> Tensor:
-    """Krueger et al. 2017: by the mask of this step, or without one by its expectation."""
+    """Zoneout (Krueger et al. 2017): by the mask of this step, or without a mask by its expectation."""
     if keep is not None:
         return torch.where(keep != 0, before, now)
     return now if rate == 0 else rate * before + (1 - rate) * now
@@ -149,7 +149,7 @@ def _widened(x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Without autocast, which would multiply in half precision. Where it is off, a traced graph gets no switch."""
+    """Disables autocast, which would multiply in half precision. If it is off, a traced graph gets no extra node."""
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return nullcontext()

@@ -1,1 +1,1 @@
-"""Kernels in Triton and their launchers, imported where one is about to run: ``import advdl_ops`` imports no Triton."""
+"""Triton kernels and their launchers. They are imported at their first use, as ``import advdl_ops`` needs no Triton."""

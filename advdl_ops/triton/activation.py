@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def _expm1(x):
-    # exp(x) - 1 cancels near zero; there the series to x^9 is exact to fp32.
+    # exp(x) - 1 cancels near zero. There the series up to x^9 is exact to fp32.
     series = 1.0 + x / 8.0 * (1.0 + x / 9.0)
     series = 1.0 + x / 6.0 * (1.0 + x / 7.0 * series)
     series = 1.0 + x / 4.0 * (1.0 + x / 5.0 * series)
@@ -18,7 +18,7 @@ def _expm1(x):
 
 @triton.jit
 def _tanh(x):
-    # As above: the series to x^9 below 0.25, where 1 - exp would cancel. NaN takes the second branch.
+    # As above: the series up to x^9 below 0.25, where 1 - exp would cancel. NaN takes the second branch.
     square = x * x
     series = 2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0))
     series = x + x * square * (-1.0 / 3.0 + square * series)

@@ -1,7 +1,7 @@
 """Launchers of the convolution kernels: forward with prologue and epilogue, gradients of the input and of the weight.
 
-Products of fp32 run in TF32 where ``torch.backends.cudnn`` allows it for convolutions, else in fp32; sums are in fp32.
-Tensors and errors: :mod:`.launch`.
+Products of fp32 run in TF32 if ``torch.backends.cudnn`` allows it for convolutions, else in fp32. Sums are in fp32.
+:mod:`.launch` describes tensors and errors.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ __all__ = [
 
 
 class Config(NamedTuple):
-    """What tuning may choose of a kernel.
+    """The parameters of a kernel among which tuning chooses.
 
     Attributes:
         block_m, block_n: rows and columns of the result that a program computes.
         block_k: length of the sum that it takes at a time.
-        num_warps, num_stages: as Triton has them.
-        split_k: of a weight gradient, into how many parts its sum is split; 0 lets the sizes decide.
+        num_warps, num_stages: as in Triton.
+        split_k: the number of parts into which the sum of a weight gradient is split; 0: depends on the sizes.
     """
 
     block_m: int
@@ -51,7 +51,7 @@ class Config(NamedTuple):
 
 
 class Prologue(NamedTuple):
-    """What is applied to x as it is read: ``act(x * scale + shift)``, with zero padding after it.
+    """What is applied to x when it is read: ``act(x * scale + shift)``. The zero padding comes after it.
 
     Attributes:
         scale, shift: ``[C_in]``, fp32 or of x's dtype.
@@ -66,7 +66,8 @@ class Prologue(NamedTuple):
 _NO_EPILOGUE = Epilogue()
 
 
-# None of these spills a register in what suitable_configs lets through, with prologue and epilogue, on sm_80 and sm_90.
+# For the dtypes that suitable_configs allows, none of these spills registers on sm_80 and sm_90, with prologue and
+# epilogue.
 FORWARD_CONFIGS = (
     Config(128, 128, 64, 8, 3),
     Config(128, 128, 32, 8, 3),
@@ -85,10 +86,10 @@ WEIGHT_GRADIENT_CONFIGS = (
 
 
 def suitable_configs(configs: tuple[Config, ...], dtype: torch.dtype) -> tuple[Config, ...]:
-    """Those of ``configs`` that a kernel on tensors of ``dtype`` can hold in its registers.
+    """Those of ``configs`` for which a kernel on tensors of ``dtype`` has enough registers.
 
-    Half precision takes them all. TF32 takes twice the room in K. Products in fp32 without tensor cores keep a whole
-    block of both operands in registers.
+    Half precision allows all. TF32 needs twice the registers for the same K. Products in fp32 without tensor cores keep
+    a whole block of both operands in registers.
     """
     if dtype != torch.float32:
         return configs
@@ -132,9 +133,9 @@ def forward_with_statistics(
     prologue: Prologue | None = None,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`forward`, and the statistics of the output as stored.
+    """As :func:`forward`, and the statistics of the output after rounding.
 
-    Those are fp32 ``[2, C_out]``: the mean of each channel and the sum of its squared distances from that.
+    The statistics are fp32 ``[2, C_out]``: the mean of each channel and the sum of squared distances from it.
     """
     out, statistics = _forward(x, weight, conv, epilogue, prologue, config, True)
     assert statistics is not None

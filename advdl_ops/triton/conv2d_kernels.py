@@ -1,7 +1,7 @@
 """Convolution as implicit matrix products over channels_last tensors; launched by :mod:`advdl_ops.triton.conv2d`.
 
-x is [N, H, W, C_in], w is [C_out, KH, KW, C_in / groups], z (the output) is [N, OH, OW, C_out] in memory. Every program
-owns its part of the output: no atomics. Accumulation is in fp32. Rows are counted in 32 bits, offsets in 64.
+In memory, x is [N, H, W, C_in], w is [C_out, KH, KW, C_in / groups], z (the output) is [N, OH, OW, C_out]. Every
+program owns a part of the output, so there are no atomics. Sums are in fp32. Row numbers have 32 bits, offsets 64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .activation import activate
 
 @triton.jit
 def _tile(pid, blocks_m, blocks_n):
-    """Block row and column of a program: in columns of 8 rows, so that neighbours in time share operands in L2."""
+    """Block row and column of a program. Consecutive programs go down 8 block rows, to share operands in L2."""
     group = pid // (8 * blocks_n)
     size = tl.minimum(blocks_m - group * 8, 8)
     within = pid - group * 8 * blocks_n
@@ -23,10 +23,11 @@ def _tile(pid, blocks_m, blocks_n):
 
 @triton.jit
 def first_tap(phase, PAD: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DIL: tl.constexpr):  # fmt: skip
-    """The first tap that reaches the input positions ``phase + i * STRIDE`` from any output; KERNEL where none does."""
+    """The first tap that connects any output to the input positions ``phase + i * STRIDE``; KERNEL if there is none."""
     first = phase * 0 + KERNEL
     for i in tl.static_range(KERNEL):
-        # From the last tap to the first. The last summand keeps the dividend positive: there every language agrees.
+        # From the last tap to the first. The last summand keeps the dividend positive, as languages differ for negative
+        # ones.
         distance = phase + PAD - (KERNEL - 1 - i) * DIL + KERNEL * DIL * STRIDE
         first = tl.where(distance % STRIDE == 0, KERNEL - 1 - i, first)
     return first
@@ -36,8 +37,8 @@ def first_tap(phase, PAD: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constex
 def phase_pixels(
     rows, phase_h, phase_w, phase_rows, phase_cols, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr
 ):
-    """Image, row and column of the pixels ``rows``, which are counted within a phase of the input."""
-    # An input smaller than the stride has phases without a pixel; nothing may divide by that.
+    """Image, row and column of input pixels. ``rows`` are their numbers within one phase of the input."""
+    # An input smaller than the stride has phases without a pixel: avoid division by zero.
     per_row = tl.maximum(phase_cols, 1)
     per_image = tl.maximum(phase_rows, 1)
     line = rows // per_row
@@ -63,7 +64,7 @@ def store_output(
 
 @triton.jit
 def _normalized(x, mask, channels, channel_mask, scale_ptr, shift_ptr, param, ACT: tl.constexpr):
-    """act(x * scale + shift) in x's dtype, zero where ``mask`` is off: zero padding comes after the prologue."""
+    """act(x * scale + shift) in x's dtype, and zero where ``mask`` is off, because padding comes after the prologue."""
     scale = tl.load(scale_ptr + channels, mask=channel_mask, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + channels, mask=channel_mask, other=0.0).to(tl.float32)
     z = activate(x.to(tl.float32) * scale[None, :] + shift[None, :], param, ACT)
@@ -92,7 +93,7 @@ def forward_kernel(
     line = rows // out_w
     top = line % out_h * STRIDE_H - PAD_H
     left = rows % out_w * STRIDE_W - PAD_W
-    # Where tap (0, 0) is read; the other taps lie at a distance that is the same for every row.
+    # The pixel of tap (0, 0). The distances of the other taps from it are the same for every row.
     corner = ((line // out_h).to(tl.int64) * in_h + top) * in_w + left
     x_rows = x_ptr + corner * in_channels + group * group_in
     w_cols = w_ptr + (group * group_out + cols).to(tl.int64) * (KH * KW * group_in)
@@ -130,7 +131,7 @@ def forward_kernel(
         acc, out_ptr, offsets, mask, cols, col_mask, scale_ptr, shift_ptr, residual_ptr, act_param, ACT
     )  # fmt: skip
     if partial_ptr is not None:
-        # Of what was stored, rounded as it is: what a batch norm that reads it would find.
+        # Statistics of the rounded output, because a batch norm would read that.
         value = tl.where(mask, out.to(tl.float32), 0.0)
         mean = tl.sum(value, axis=0) / tl.minimum(pixels - block_m * BLOCK_M, BLOCK_M).to(
             tl.float32
@@ -150,7 +151,7 @@ def merge_statistics_kernel(
     partial_ptr, sums_ptr, blocks, pixels, channels,
     ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partial [2, blocks, C] of blocks of ROWS pixels (the last of what is left) -> mean and centred squares [2, C].
+    """partial [2, blocks, C] of blocks of ROWS pixels (the last may have fewer) -> mean and centred squares [2, C].
 
     Two passes in a fixed order: the mean first, then the squares about it.
     """
@@ -187,14 +188,14 @@ def input_gradient_kernel(
 ):  # fmt: skip
     """Rows are the input pixels of one phase, columns the input channels of a group, K taps x its output channels.
 
-    Input pixels that are equal modulo the stride (a phase, program axis 1) are reached by the same taps: every STEP-th
-    from the first one on, STEP = STRIDE / gcd(STRIDE, DIL). No other tap is visited.
+    A phase (program axis 1) consists of the input pixels that are equal modulo the stride. They have the same taps:
+    every STEP-th from the first one on, STEP = STRIDE / gcd(STRIDE, DIL). The loop visits no other tap.
     """
     phase_h = tl.program_id(1) // STRIDE_W
     phase_w = tl.program_id(1) % STRIDE_W
     phase_rows = (in_h - phase_h + STRIDE_H - 1) // STRIDE_H
     phase_cols = (in_w - phase_w + STRIDE_W - 1) // STRIDE_W
-    # Programs are counted by the first phase, the largest.
+    # The number of programs is that of the first phase, which is the largest.
     blocks_m = tl.cdiv(batch * tl.cdiv(in_h, STRIDE_H) * tl.cdiv(in_w, STRIDE_W), BLOCK_M)
     blocks_n = tl.cdiv(group_in, BLOCK_N)
     tiles = blocks_m * blocks_n
@@ -210,7 +211,7 @@ def input_gradient_kernel(
     first_w = first_tap(phase_w, PAD_W, KW, STRIDE_W, DIL_W)
     taps_w = (KW - first_w + STEP_W - 1) // STEP_W
     taps = (KH - first_h + STEP_H - 1) // STEP_H * taps_w
-    # Exact divisions (where there is a tap at all): the output pixel that the first tap joins to each row.
+    # The output pixel that the first tap connects to each row. The divisions are exact if there is a tap at all.
     bottom = (ih + PAD_H - first_h * DIL_H) // STRIDE_H
     right = (iw + PAD_W - first_w * DIL_W) // STRIDE_W
     dz_rows = dz_ptr + ((image * out_h + bottom) * out_w + right) * out_channels + group * group_out
@@ -307,7 +308,7 @@ def weight_gradient_kernel(
         )
         acc = tl.dot(tl.trans(dz), x, acc, input_precision=PRECISION)
 
-    # As many rows as all splits before this one have, then those of the groups before.
+    # The rows of all earlier splits, then those of the earlier groups.
     first_row = tl.program_id(1).to(tl.int64) * out_channels + group * group_out
     offsets = ((first_row + rows) * (KH * KW) + tap) * group_in
     tl.store(
@@ -319,7 +320,7 @@ def weight_gradient_kernel(
 
 @triton.jit
 def sum_splits_kernel(partial_ptr, out_ptr, splits, size, BLOCK: tl.constexpr):
-    """partial [splits, size] -> out [size], one after the other: the order does not depend on the launch."""
+    """partial [splits, size] -> out [size]. The splits are added in order, independent of the launch."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
     total = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -1,6 +1,6 @@
 """Launchers of the depthwise convolution (one filter per channel) and of its gradients.
 
-Computed in fp32, never in TF32. Tensors and errors: :mod:`.launch`.
+Computed in fp32, never in TF32. :mod:`.launch` describes tensors and errors.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = [
 
 
 class Config(NamedTuple):
-    """What tuning may choose of a kernel.
+    """The parameters of a kernel among which tuning chooses.
 
     Attributes:
         block_m, block_n: pixels and channels that a program takes at a time.
-        num_warps: as Triton has it.
-        split_k: of a weight gradient, into how many parts its sum is split; 0 lets the sizes decide.
+        num_warps: as in Triton.
+        split_k: the number of parts into which the sum of a weight gradient is split; 0: depends on the sizes.
     """
 
     block_m: int
@@ -45,7 +45,7 @@ class Config(NamedTuple):
 
 _NO_EPILOGUE = Epilogue()
 
-# Memory decides: half a warp or more on neighbouring channels, and a few elements per thread.
+# These kernels are bound by memory: half a warp or more reads neighbouring channels, with a few elements per thread.
 FORWARD_CONFIGS = (
     Config(16, 128, 4),
     Config(32, 64, 4),
@@ -61,7 +61,7 @@ WEIGHT_GRADIENT_CONFIGS = (
 
 
 def suitable_configs(configs: tuple[Config, ...], dtype: torch.dtype) -> tuple[Config, ...]:
-    """All of ``configs``: none of these kernels comes near to the registers of a thread, in any dtype."""
+    """All of ``configs``: in every dtype these kernels need far fewer registers than a thread has."""
     return configs
 
 
@@ -165,7 +165,7 @@ def weight_gradient(
 
 
 def _taps_first(weight: Tensor) -> Tensor:
-    """[C, 1, kH, kW] -> [kH * kW, C]: neighbouring channels are read together."""
+    """[C, 1, kH, kW] -> [kH * kW, C], so that neighbouring channels are read together."""
     return weight.flatten(1).t().contiguous()
 
 

@@ -1,7 +1,7 @@
 """Depthwise convolution over channels_last tensors; launched by :mod:`advdl_ops.triton.depthwise_conv2d`.
 
-x is [N, H, W, C], w is [KH, KW, C], z (the output) is [N, OH, OW, C] in memory. Every program owns its part of the
-output: no atomics. Sums are in fp32. Rows are counted in 32 bits, offsets in 64.
+In memory, x is [N, H, W, C], w is [KH, KW, C], z (the output) is [N, OH, OW, C]. Every program owns a part of the
+output, so there are no atomics. Sums are in fp32. Row numbers have 32 bits, offsets 64.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def depthwise_input_gradient_kernel(
     )
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # As many steps as any phase has; a tap beyond the kernel is masked.
+    # The most steps of any phase. A tap past the end of the kernel is masked.
     for step_h in range((KH + STEP_H - 1) // STEP_H):
         kh = first_h + step_h * STEP_H
         oh = bottom - step_h * (STEP_H * DIL_H // STRIDE_H)
@@ -114,7 +114,7 @@ def depthwise_weight_gradient_kernel(
 
     split_pixels is a multiple of BLOCK_M; partial is [splits, KH, KW, C].
     """
-    # Taps are neighbours in time: all of them read the same dz, and nearly the same x.
+    # The taps of a block run one after another, because all of them read the same dz and nearly the same x.
     tap = tl.program_id(0) % (KH * KW)
     cols = tl.program_id(0) // (KH * KW) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = cols < channels

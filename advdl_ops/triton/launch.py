@@ -1,8 +1,9 @@
-"""What the launchers of the dense and of the depthwise convolution share: checks, memory, splits, the order of steps.
+"""What the launchers of the dense and of the depthwise convolution share: checks, allocation, splits, the order of
+steps.
 
-Tensors are [N, C, H, W] on one CUDA device, used in channels_last memory (another format is converted, once per call),
-in fp32, bf16 or fp16; fp64 is refused. No atomics: two runs with the same config are bitwise equal. Arguments are
-checked where the operator is called: here only for what no kernel does.
+Tensors are [N, C, H, W] on one CUDA device, in fp32, bf16 or fp16; fp64 is refused. Kernels use channels_last memory;
+another format is converted once per call. There are no atomics, so two runs with the same config are bitwise equal. The
+operators check the arguments. Here is only a check for what no kernel supports.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .._schemas import conv2d_shape
 from . import conv2d_kernels as kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Weight gradients have few tiles and long sums: these are split until there are this many programs, some for each
-# multiprocessor of any GPU. Not asked of the device, so that the result does not depend on how large that is.
+# Weight gradients have few tiles and long sums. The sums are split until there are this many programs, several for each
+# multiprocessor of any GPU. A constant, so that the result does not depend on the size of the GPU.
 _SPLIT_PROGRAMS = 1024
 
 
@@ -29,8 +30,8 @@ class Splits(NamedTuple):
     """How the sum of a weight gradient over the output pixels is split.
 
     Attributes:
-        pixels: of each split.
-        number: how many there are.
+        pixels: pixels of each split.
+        number: the number of splits.
     """
 
     pixels: int
@@ -43,8 +44,8 @@ def forward(
     """Output ``[N, C_out, oH, oW]`` in channels_last.
 
     Args:
-        function: named in errors.
-        run: launches the kernel on ``x`` in channels_last, the output and the number of its pixels; not called for an
+        function: the name in errors.
+        run: launches the kernel on ``x`` in channels_last, the output and the number of its pixels. Not called for an
             empty output.
     """
     _check(function, x, weight)
@@ -69,8 +70,8 @@ def input_gradient(
     """The gradient of x ``[N, C_in, H, W]`` in channels_last.
 
     Args:
-        run: launches the kernel on ``dz`` in channels_last, the gradient and the number of input pixels of one phase:
-            those that the stride leaves the same remainder.
+        run: launches the kernel on ``dz`` in channels_last, the gradient and the number of input pixels of the largest
+            phase.
     """
     _check(function, dz, weight)
     dz = channels_last(dz)
@@ -94,12 +95,12 @@ def weight_gradient(
     split_k: int,
     run: Callable[[Tensor, Tensor, Tensor, int, Splits], None],
 ) -> Tensor:
-    """The gradient of the weight, fp32 of ``shape``, which has the order of the kernel's memory.
+    """The gradient of the weight in fp32. ``shape`` has the kernel's order of dimensions.
 
     Args:
-        programs: of one split.
+        programs: the number of programs of one split.
         block: pixels that a program takes at a time.
-        split_k: number of splits; 0 lets the sizes decide.
+        split_k: number of splits; 0: depends on the sizes.
         run: launches the kernel on ``dz`` and ``x`` in channels_last, ``[splits, *shape]``, the number of output
             pixels and the splits.
     """
@@ -126,7 +127,7 @@ def weight_gradient(
 
 
 def vector(t: Tensor | None) -> Tensor | None:
-    """As kernels read a value per channel."""
+    """A per-channel tensor as kernels read it: contiguous, or ``None``."""
     return None if t is None else t.contiguous()
 
 
@@ -141,21 +142,21 @@ def empty_channels_last(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def geometry(weight_shape: Sequence[int], conv: Conv) -> dict[str, int]:
-    """The constants of a kernel that follow from the kernel's size and the options."""
+    """The compile-time constants of a Triton kernel, from the filter's size and the options."""
     names = "KH", "KW", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DIL_H", "DIL_W"
     values = *weight_shape[2:], *conv.stride, *conv.padding, *conv.dilation
     return dict(zip(names, values, strict=True))
 
 
 def tap_steps(conv: Conv) -> dict[str, int]:
-    """Every how many taps one reaches the same input pixel again: the tap's distance is a multiple of the stride."""
+    """The step between taps of the same phase: their distance in pixels is a multiple of the stride."""
     pairs = zip(conv.stride, conv.dilation, strict=True)
     step_h, step_w = (stride // math.gcd(stride, dilation) for stride, dilation in pairs)
     return {"STEP_H": step_h, "STEP_W": step_w}
 
 
 def _pixels_of_split(pixels: int, programs: int, block: int, split_k: int) -> int:
-    """How many pixels each split sums: a multiple of ``block``, at least four of them where the sizes decide."""
+    """The pixels of each split: a multiple of ``block``. With ``split_k`` 0, at least four blocks."""
     blocks = triton.cdiv(pixels, block)
     splits = split_k or min(triton.cdiv(_SPLIT_PROGRAMS, programs), max(blocks // 4, 1))
     return triton.cdiv(blocks, splits) * block
@@ -175,7 +176,7 @@ def _check(function: str, *tensors: Tensor) -> None:
 
 
 def _check_pixels(function: str, pixels: int) -> None:
-    if pixels >= 2**31 - 256:  # blocks that pass the end must not wrap around
+    if pixels >= 2**31 - 256:  # row numbers of the last block must not wrap around
         raise NotImplementedError(
             f"{function}: N * H * W ({pixels}) must be below 2^31 for the Triton kernels"
         )

@@ -1,4 +1,4 @@
-"""One file per op family or model; every module here is imported by the registry and registers its cases.
+"""One file per op family or model. The registry imports every module here, and each registers its cases.
 
-Torch is imported inside the functions only: ``list`` must not need it.
+Torch is imported only inside functions, because ``list`` must work without it.
 """

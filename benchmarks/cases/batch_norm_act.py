@@ -13,8 +13,8 @@ train bwd          reduce reads x, dy; apply reads x, dy,       3 (5)         5 
 =================  ===========================================  ============  ====
 
 On a CPU in contiguous layout one channel fits into the cache, so its second read is free ("in the cache").
-In channels_last, and on a GPU, nothing of the first pass is left. With a residual the reduction reads x, y
-and dy and writes d residual, which the apply step then reads beside x.
+In channels_last, and on a GPU, nothing of the first pass is left in the cache. With a residual the reduction
+reads x, y and dy and writes d residual. The apply step then reads that and x.
 
 Flops per element: statistics 4, apply 3 (+1 residual); backward: mask 1, two sums 4, apply 5.
 """
@@ -49,7 +49,7 @@ def flops(training: bool, residual: bool) -> dict[str, int]:
 
 
 def stock(act: str | None, training: bool) -> Function:
-    """The strongest stock formulation: the addition in place, the activation where that is faster."""
+    """The fastest stock formulation: the addition in place, and the activation in place if that is faster."""
     import torch.nn.functional as F
 
     activate = stock_activation(act, training)
@@ -124,7 +124,7 @@ def add(
     device: str = "cpu",
     **common: Any,
 ) -> None:
-    """``common``: of :func:`.add_norm`."""
+    """``common``: further arguments of :func:`.add_norm`."""
     moved = passes(training, residual, cached=device == "cpu" and layout == "contiguous")
     add_norm(
         problem,
@@ -147,7 +147,7 @@ for _layout, _target in zip(LAYOUTS, (">= 2.5x", ">= 1.8x, stretch 2.2x"), stric
 for _layout, _target in zip(LAYOUTS, (">= 2.3x", ">= 1.8x"), strict=True):
     add(STEM, _layout, residual=True, suites=("quick", "ops"), target=_target)
 for _layout in LAYOUTS:
-    # Ours is compiled in the rows above only: half a minute each.
+    # advdl_ops is compiled only in the rows above, because that takes half a minute each.
     for _shape in ((16, 256, 56, 56), (16, 512, 28, 28), (16, 2048, 7, 7)):
         add(_shape, _layout, modes=("full",), compile_ours=False)
     add(STEM, _layout, dtype="bfloat16", modes=("fwd", "full"), compile_ours=False)

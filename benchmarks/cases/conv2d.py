@@ -1,12 +1,12 @@
 """Convolutions with bias and ReLU, dilated and depthwise, on CPU and CUDA, in both layouts.
 
-Bytes: forward reads x and the weight and writes y. Backward reads dy and y (of which ReLU's mask is), x and the weight,
-and writes dx and dweight. Flops: forward 2 per product, backward twice that; bias and ReLU are left out.
-Stock runs in both layouts, with the conversions of x and the output in the one that the case is not in (``eager
-channels_last`` or ``eager contiguous``). A dilated depthwise convolution, for which stock has no fast kernel, also runs
-in channels_last as one with zeros between the weights (``eager zero-stuffed``) and as one without dilation on every
-d-th pixel (``eager phases``): fwd + bwd 9.9x and 9.6x as fast as ``eager`` at dilation 2 in contiguous layout, beside
-7.1x of channels_last alone.
+Bytes: forward reads x and the weight and writes y. Backward reads dy and y (for ReLU's mask), x and the weight,
+and writes dx and dweight. Flops: forward 2 per product, backward twice that; bias and ReLU are not counted.
+Stock runs in both layouts. In the layout that is not the case's (``eager channels_last`` or ``eager contiguous``), the
+conversions of x and the output are included. A dilated depthwise convolution, for which stock has no fast kernel, also
+runs in channels_last as one with zeros between the weights (``eager zero-stuffed``) and as one without dilation on
+every d-th pixel (``eager phases``). For fwd + bwd at dilation 2 in contiguous layout, these are 9.9x and 9.6x as fast
+as ``eager``, channels_last alone 7.1x.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Conv(NamedTuple):
 
 
 def stock(conv: Conv, act: bool, layout: str = "") -> Function:
-    """torch's convolution with its bias, then ReLU in place; as nn.Conv2d and nn.ReLU(inplace=True).
+    """torch's convolution with its bias, then ReLU in place, as nn.Conv2d and nn.ReLU(inplace=True).
 
-    With ``layout`` it runs in that one, which is not the one of x.
+    With ``layout``, it runs in that layout and converts x and the output.
     """
     import torch
     import torch.nn.functional as F
@@ -85,7 +85,7 @@ def stock(conv: Conv, act: bool, layout: str = "") -> Function:
 
 
 def zero_stuffed(conv: Conv) -> Function:
-    """The dilated convolution as a larger one whose weight has zeros between."""
+    """The dilated convolution as a larger one, whose weight has zeros between the taps."""
     import torch
     import torch.nn.functional as F
 
@@ -104,7 +104,7 @@ def zero_stuffed(conv: Conv) -> Function:
 
 
 def phases(conv: Conv) -> Function:
-    """The dilated convolution as one without dilation of d * d images, each of every d-th pixel of every d-th row."""
+    """The dilated convolution as one without dilation on d * d images, each with every d-th pixel of every d-th row."""
     import torch
     import torch.nn.functional as F
 
@@ -174,7 +174,7 @@ def problem(case: Case) -> Problem:
     made.grad = random.normal(*conv.output).to(dtype)
     if act:
         before = stock(conv, False)({n: t.detach().double() for n, t in inputs.items()}, {})
-        # Where rounding decides on which side of ReLU's kink a value lies both may be off by all of it.
+        # Near ReLU's kink, rounding decides the side, and both implementations may have the full error there.
         made.grad = made.grad.masked_fill(before.abs() < MARGIN[case.dtype], 0.0)
     if case.layout == "channels_last":
         made.grad = made.grad.contiguous(memory_format=torch.channels_last)
@@ -237,7 +237,7 @@ for _layout in LAYOUTS:
     add(Conv(STEM, 64, 7, groups=64), _layout, epilogue=False, compile_ours=False, target=_target)
     for _dilation in (2, 4, 6, 8, 12):
         add(Conv(STEM, 64, 3, _dilation), _layout, compile_ours=False, target=">= 0.95x")
-    # Where MobileNets halve the image, and where their images are small.
+    # The layers of MobileNets that halve the image, and those with small images.
     add(
         Conv((16, 64, 112, 112), 64, stride=2, groups=64),
         _layout,
@@ -245,7 +245,7 @@ for _layout in LAYOUTS:
         compile_ours=False,
     )
     add(Conv((16, 512, 14, 14), 512, groups=512), _layout, epilogue=False, compile_ours=False)
-    # The last stages of a ResNet of small images: few pixels, large weights.
+    # The last stages of a ResNet for small images: few pixels, large weights.
     for _conv in (Conv((16, 512, 4, 4), 512), Conv((16, 256, 7, 7), 512, stride=2)):
         add(_conv, _layout, epilogue=False, compile_ours=False)
 

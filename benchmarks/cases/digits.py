@@ -1,8 +1,8 @@
 """The training of a small ResNet on real images, stock and fused side by side from the same weights.
 
-The loop is the one of examples/train_classifier.py; the two trainings advance step by step in turn. Rounding
-differs, and training amplifies it a thousandfold within ten steps, so the fp32 curves agree closely at first and in
-their epoch means later; the same first steps are taken once more in fp64, where they agree to 1e-8.
+The loop is that of examples/train_classifier.py. The two trainings take steps alternately. Rounding errors differ, and
+training amplifies them a thousandfold within ten steps. So the fp32 curves agree closely at first, and later in their
+epoch means. The first steps are repeated in fp64, where they agree to 1e-8.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ACCURACY = 0.97
 
 
 class Disagreement(RuntimeError):
-    """The two trainings are not the same training, or one of them does not learn."""
+    """The two trainings differ, or one of them does not learn."""
 
 
 def example() -> ModuleType:
@@ -60,7 +60,7 @@ def check_curves(stock: list[list[float]], fused: list[list[float]]) -> None:
 
 
 def check_exactly(training: ModuleType, train_set: Any, device: str) -> None:
-    """The first steps of both trainings in fp64, where rounding explains next to nothing."""
+    """The first steps of both trainings in fp64, where rounding explains almost no difference."""
     from torch.utils.data import TensorDataset
 
     images, labels = train_set.tensors
@@ -133,7 +133,7 @@ def run(case: Case, session: Session) -> None:
     )
     report_times(session, "step", {p: values[warm:] for p, values in seconds.items()})
     for provider, network in networks.items():
-        # The accuracy first: one more forward in train mode moves the running statistics.
+        # The accuracy comes first, because a further forward in train mode changes the running statistics.
         tests = training.loader(test_set, BATCH, SEED, shuffle=False)
         right = training.accuracy(network, tests, case.device)
         session.record(provider, "step", "accuracy", "1", right)

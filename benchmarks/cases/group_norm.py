@@ -1,13 +1,14 @@
 """Group norm, instance norm and layer norm 2d with their activation, on CPU and CUDA, in both layouts.
 
-Stock's other forms that win somewhere compete too, each also compiled. Instance norm: ``F.group_norm(x, C)`` and
-``F.layer_norm`` over height and width, 1.9x to 2.8x as fast as ``F.instance_norm``. Layer norm 2d: the output made
-contiguous, without which Inductor's backward takes 2.8x as long in contiguous layout, and ``torch.var_mean``, which
-wins compiled only (eager: 0.2x to 0.4x). The form of mean and squares that ConvNeXt has loses to it (0.8x to 0.9x).
+Stock's other forms compete too if they are the fastest in some case, each also compiled. Instance norm:
+``F.group_norm(x, C)`` and ``F.layer_norm`` over height and width, 1.9x to 2.8x as fast as ``F.instance_norm``. Layer
+norm 2d: with the output made contiguous, as Inductor's backward otherwise takes 2.8x as long in contiguous layout; and
+``torch.var_mean``, which is faster only compiled (eager: 0.2x to 0.4x). ConvNeXt's form with mean and squares is slower
+than it (0.8x to 0.9x).
 
-Bytes, as passes over the activation tensor: forward reads x and writes y, backward reads x and dy and writes dx, where
-a set of elements stays on chip between statistics and apply. Where it does not (CUDA beyond shared memory) x, or x and
-dy, are read twice: docs/kernels.md. The cases count the former: the share of the copy rate is against the least.
+Bytes, as passes over the activation tensor: forward reads x and writes y, backward reads x and dy and writes dx. This
+holds if a set stays on chip between statistics and apply. If it does not (CUDA beyond shared memory), x, or x and dy,
+are read twice: docs/kernels.md. The cases count the former, so the share of the copy rate refers to the least traffic.
 
 Flops per element: statistics 4, apply 3; backward: mask 1, two sums 4, apply 5.
 """
@@ -29,7 +30,7 @@ FLOPS = {"fwd": 7, "bwd": 10, "full": 17}
 
 
 def forms(case: Case) -> tuple[str, ...]:
-    """Other stock forms of the same values; head of this file."""
+    """Other stock forms of the same function, see the head of this file."""
     if case.options["kind"] == "instance_norm":
         return ("group_norm", "layer_norm")
     if case.options["kind"] == "layer_norm_2d":
@@ -120,7 +121,7 @@ def add(
     residual: bool = False,
     **common: Any,
 ) -> None:
-    """``common``: of :func:`.add_norm`."""
+    """``common``: further arguments of :func:`.add_norm`."""
     name = kind if kind != "group_norm" or groups == 32 else f"{kind}{groups}"
     extra = 1 if residual else 0
     add_norm(
@@ -154,7 +155,7 @@ for _layout in LAYOUTS:
     for _shape in UNET:
         add("group_norm", _shape, _layout, modes=("full",), compile_ours=False)
     add("instance_norm", VOLUME, _layout, act="leaky_relu", modes=("full",), compile_ours=False)
-    # Where the cost of a call rules: few groups, one position, 7x7.
+    # The cost of a call dominates here: few groups, one position, 7x7.
     add("group_norm", (1, 64, 28, 28), _layout, groups=4, modes=("full",), compile_ours=False)
     add("group_norm", (8, 512, 7, 7), _layout, modes=("full",), compile_ours=False)
     add("layer_norm_2d", (8, 768, 7, 7), _layout, act=None, modes=("full",), compile_ours=False)

@@ -1,4 +1,4 @@
-"""What comes before the first call: the import and the native build."""
+"""The import and the native build."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ print(torch_seconds, time.perf_counter() - begin)
 
 
 def run_import(case: Case, session: Session) -> None:
-    """``import advdl_ops`` after ``import torch``, each time in a fresh process, from bytecode as users have it."""
-    # Where this is set the package would be compiled at each import, and torch, which pip has compiled, would not.
+    """``import advdl_ops`` after ``import torch``, each time in a new process and from bytecode, as for users."""
+    # With this variable the package would be compiled at each import, but not torch, which pip has compiled.
     variables = {n: v for n, v in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"}
     found: dict[str, list[float]] = {"torch": [], "advdl_ops": []}
     for turn in range(-1, session.rounds):  # the first writes the bytecode
@@ -70,7 +70,7 @@ def run_build(case: Case, session: Session) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, target)
         session.progress("build")
-        # No compiler cache: the time from clean is asked for.
+        # No compiler cache, as the time of a clean build is measured.
         env = {**os.environ, "CCACHE_DISABLE": "1", "SCCACHE_RECACHE": "1"}
         begin = time.perf_counter()
         done = subprocess.run(
@@ -95,7 +95,7 @@ def _register(
     register(
         Case(
             name=name,
-            # Of every suite where a switch asks for it: `run --include-build` alone means the quick one.
+            # With a switch, the case is in every suite: `run --include-build` alone means the quick one.
             suites=("quick", "ops", "models") if opt_in else ("ops",),
             op=name,
             modes=modes,

@@ -1,14 +1,14 @@
 """The LSTM: one step, and one layer over whole sequences, of one length or of many.
 
 Stock is ``torch.lstm_cell``, also compiled, and ``torch.lstm``. Sequences are not compiled: Inductor unrolls
-``torch.lstm`` step by step (five steps took minutes on a busy machine), and at ``nn.LSTM`` Dynamo breaks the graph
-and runs what ``eager`` is. In half precision stock also runs by way of fp32 (``eager float32``): in bf16 it raises on
-a CPU without AVX512-BF16 (pytorch#88136), which is stored as refused. Sequences of many lengths stock either packs
-(``eager``, the same results) or computes as if all were the longest (``eager padded``: past the end its output is
-anything; only what comes before the ends is compared).
+``torch.lstm`` step by step (five steps took minutes on a busy machine), and for ``nn.LSTM`` Dynamo breaks the graph
+and runs the same as ``eager``. In half precision stock also runs in fp32 with conversions (``eager float32``), because
+in bf16 it raises on a CPU without AVX512-BF16 (pytorch#88136), which is stored as refused. For sequences of different
+lengths, stock either packs them (``eager``, the same results) or computes all with the largest length (``eager
+padded``: its output past the ends is arbitrary, and only the part before the ends is compared).
 
-Flops are those of the matrix products: 2 * 4H * (I + H) for each time that a sequence has, forward, and twice that
-backward. Bytes: the tensors of the call, each read or written once.
+Flops are those of the matrix products: forward 2 * 4H * (I + H) for each time of each sequence, backward twice that.
+Bytes: the tensors of the call, each read or written once.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 
 def sequence_lengths(shape: tuple[int, ...], bounds: tuple[int, int]) -> list[int]:
-    """Uniform between the bounds; the first has every step."""
+    """Random lengths, uniform between the bounds. The first sequence has every step."""
     random = Random(0)
     return [shape[0], *(random.randint(*bounds) for _ in range(shape[1] - 1))]
 
 
 def _rows(shape: tuple[int, ...], bounds: tuple[int, int] | None) -> int:
-    """Times of all sequences together."""
+    """The number of times of all sequences together."""
     if bounds:
         return sum(sequence_lengths(shape, bounds))
     return shape[0] * (shape[1] if len(shape) == 4 else 1)
@@ -55,7 +55,7 @@ def stock(inputs: Tensors, state: Tensors) -> torch.Tensor:
 
 
 def in_float32(inputs: Tensors, state: Tensors) -> torch.Tensor:
-    """Stock on half-precision tensors by way of fp32: in bf16 it raises where the CPU has no AVX512-BF16."""
+    """Stock on half-precision tensors, computed in fp32. In bf16 itself, it raises on a CPU without AVX512-BF16."""
     wide = {name: tensor.float() for name, tensor in inputs.items()}
     return stock(wide, state).to(inputs["x"].dtype)
 

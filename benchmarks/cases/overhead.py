@@ -1,11 +1,10 @@
-"""What one call costs beyond its kernel: batch norm + ReLU, group norm + SiLU, an LSTM cell, convolution + ReLU.
+"""The cost of one call beyond its kernel: batch norm + ReLU, group norm + SiLU, an LSTM cell, convolution + ReLU.
 
-On a tiny tensor. The stock layers are nn.BatchNorm2d and nn.ReLU(inplace=True), nn.GroupNorm and nn.SiLU, nn.LSTMCell,
-nn.Conv2d and nn.ReLU(inplace=True), and their functional forms; ``eager native`` is the operator below F.batch_norm or
-F.group_norm, which saves their checks in Python (1.1x to 1.4x as fast). Compiled they lose: 0.1x to 0.4x of the speed.
-``over_stock`` compares each with the fastest stock form of all.
-``raw operator`` is torch.ops.advdl_ops alone. targets.md: raw <= 10 us, without gradients <= 15 us, with gradients
-below the stock layers.
+Measured on a tiny tensor. The stock layers are nn.BatchNorm2d and nn.ReLU(inplace=True), nn.GroupNorm and nn.SiLU,
+nn.LSTMCell, nn.Conv2d and nn.ReLU(inplace=True), and their functional forms. ``eager native`` is the operator below
+F.batch_norm or F.group_norm, without their checks in Python (1.1x to 1.4x as fast). Compiled, they have 0.1x to 0.4x of
+the speed. ``over_stock`` compares each provider with the fastest stock form. ``raw operator`` is torch.ops.advdl_ops
+alone. targets.md: raw <= 10 us, without gradients <= 15 us, with gradients below the stock layers.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Calls = dict[str, dict[str, Callable[[], Any]]]
 
 
 def batch_norm_calls(device: str) -> Calls:
-    """Per mode, the competing calls; ``eager`` and ``advdl_ops`` are the modules."""
+    """The competing calls of each mode. ``eager`` and ``advdl_ops`` are the modules."""
     import torch
     from torch import nn
     from torch.nn.functional import batch_norm, relu_
@@ -92,7 +91,7 @@ def group_norm_calls(device: str) -> Calls:
     x, channels, groups = torch.randn(SHAPE, device=device), SHAPE[1], 2
     ours = GroupNorm(groups, channels, act="silu").to(device)
     stock = nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU()).to(device)
-    # In place it is the faster without gradients, and the slower with them.
+    # In place it is faster without gradients, and slower with them.
     in_place = nn.Sequential(_copy(stock[0]), nn.SiLU(inplace=True))
     weight, bias = torch.ones(channels, device=device), torch.zeros(channels, device=device)
     operator, silu = torch.ops.advdl_ops.group_norm.default, ours.act
@@ -130,7 +129,7 @@ def group_norm_calls(device: str) -> Calls:
 
 
 def conv2d_calls(device: str) -> Calls:
-    """As :func:`batch_norm_calls`, of a dilated 3x3 convolution."""
+    """As :func:`batch_norm_calls`, for a dilated 3x3 convolution."""
     import torch
     from torch import nn
     from torch.nn import functional as stock_functional
@@ -176,7 +175,7 @@ CELL = (1, 32, 32)  # batch, input and hidden size
 
 
 def lstm_cell_calls(device: str) -> Calls:
-    """As :func:`batch_norm_calls`; the modules get zeros for their states, as in a loop's first step."""
+    """As :func:`batch_norm_calls`. The modules get zeros as states, as in the first step of a loop."""
     import torch
     from torch import nn
 
@@ -223,7 +222,7 @@ def _under_gradients(
     output: Callable[[nn.Module], Callable[[Any], Any]] = lambda module: module,
     gradient: torch.Tensor | None = None,
 ) -> Calls:
-    """Modules, and functions of x and the parameters of the stock module, as leaves."""
+    """The calls with gradients: of modules, and of functions of x and the stock module's parameters, all as leaves."""
     import torch
 
     leaf = x.clone().requires_grad_()
@@ -272,7 +271,7 @@ def run(case: Case, session: Session) -> None:
     family = next(name for name in calls if name in case.op)
     for mode, competing in calls[family](case.device).items():
         _agree(session, competing)
-        # The host's clock on CUDA too: what a call costs, not what its kernel takes.
+        # The host's clock on CUDA too, as the cost of a call is measured and not the time of its kernel.
         seconds = timing.measure(
             {name: timing.Timed(call) for name, call in competing.items()},
             torch.device("cpu"),
@@ -285,9 +284,10 @@ def run(case: Case, session: Session) -> None:
 
 
 def _agree(session: Session, competing: dict[str, Callable[[], Any]]) -> None:
-    """Every call returns what stock PyTorch does (``full``: its gradients; the raw operator: its first output).
+    """Refuses calls whose result differs from stock PyTorch's (``full``: the gradients; raw operator: the first
+    output).
 
-    What does not is not timed.
+    Refused calls are not timed.
     """
     import torch
 
@@ -300,7 +300,7 @@ def _agree(session: Session, competing: dict[str, Callable[[], Any]]) -> None:
     for name in list(competing):
         try:
             found = parts(competing[name]())
-            # The raw operator returns what is saved for backward, too.
+            # The raw operator also returns the tensors saved for backward.
             pairs = list(zip(found, expected, strict=name != "raw operator"))
             right = all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs)
             off = [f"{float((a - b).detach().abs().max()):.2e}" for a, b in pairs]

@@ -1,6 +1,6 @@
 """ResNet of targets.md: torchvision's architecture in plain PyTorch, which needs no torchvision, against the zoo.
 
-That `optimize` also serves torchvision's own class is what the hidden cases of `torchvision_resnet18` run.
+The hidden cases of `torchvision_resnet18` check that `optimize` also works on torchvision's own class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def subject(case: Case) -> Subject:
     else:
         stock, zoo = stock_resnet(name), from_zoo(name)
         assert zoo is not None
-        stock.load_state_dict(zoo.state_dict())  # the plain one has no first weights of its own
+        stock.load_state_dict(zoo.state_dict())  # the plain one has no initialization of its own
     return Subject(stock, zoo, (random_images(case),), random_labels(1000, case.shape[:1]))
 
 

@@ -1,7 +1,7 @@
 """EfficientNet-B0 (Tan and Le 2019, https://arxiv.org/abs/1905.11946), timm's own.
 
-Of timm's networks with batch norm and SiLU it is among those that most build on, its depthwise convolutions and
-squeeze-and-excitation are what the ResNets lack, and it is small enough for two CPU cores. The zoo has none.
+It is among the most used of timm's networks with batch norm and SiLU. It has depthwise convolutions and
+squeeze-and-excitation, which the ResNets lack, and is small enough for two CPU cores. The zoo does not have it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def subject(case: Case) -> Subject:
     from ..extras import require
     from ..measure_model import Subject, random_images, random_labels
 
-    # Dropped paths are random: no two providers would compute the same.
+    # Dropped paths are random, so that no two providers would compute the same.
     stock = require("timm").create_model("efficientnet_b0", drop_rate=0.0, drop_path_rate=0.0)
     return Subject(stock, None, (random_images(case),), random_labels(1000, case.shape[:1]))
 

@@ -29,8 +29,8 @@ def subject(case: Case) -> Subject:
 
 add = functools.partial(networks.add, "deeplabv3_resnet50", subject, extras=("torchvision",))
 add(2, 193, training=False)
-# Four images: the branch that pools the whole image normalizes one value of each, and two of them become +-1
-# whatever they are, with gradients that are rounding errors.
+# Four images, because the branch that pools the whole image normalizes one value of each. Two values would always
+# become +-1, with gradients that are only rounding errors.
 add(4, 97, training=True)
 add(2, 33, training=False, hidden=True)
 add(4, 33, training=True, hidden=True)

@@ -1,6 +1,6 @@
 """The U-Net of a diffusion model (Ho et al. 2020, https://arxiv.org/abs/2006.11239), diffusers' own.
 
-Group norm, SiLU and attention, as in https://huggingface.co/google/ddpm-cifar10-32. The zoo has none.
+Group norm, SiLU and attention, as in https://huggingface.co/google/ddpm-cifar10-32. The zoo does not have it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def subject(case: Case) -> Subject:
         stock,
         None,
         (random_images(case), steps),
-        random_images(case, seed=2),  # the noise that it is to find
+        random_images(case, seed=2),  # the noise to predict
         torch.nn.functional.mse_loss,
     )
 

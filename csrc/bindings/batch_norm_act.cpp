@@ -38,7 +38,7 @@ struct ForwardOptions {
   double act_param;
 };
 
-// `in_place`: the running statistics are written where they are, else into running_out [2, C].
+// `in_place`: the new running statistics overwrite the old ones. Otherwise they go to running_out [2, C].
 struct ForwardOutputs {
   Tensor out, stats;  // as x; [2, C] acc: mean, rstd
   OptionalTensor running_out;
@@ -107,7 +107,7 @@ ForwardOutputs run_forward(Tensor x, OptionalTensor residual, OptionalTensor wei
     p.running_var_out = in_place ? data(old_var) : second_of_pair(*outputs.running_out);
   }
   if (training && x.numel() == 0) {
-    // No batch to take statistics of: the running ones stay, as in torch.
+    // Without elements there are no batch statistics: the running ones do not change, as in torch.
     torch::stable::zero_(outputs.stats);
     Tensor rstd = torch::stable::select(outputs.stats, 0, 1);
     torch::stable::fill_(rstd, 1.0 / std::sqrt(options.eps));
@@ -123,7 +123,7 @@ ForwardOutputs run_forward(Tensor x, OptionalTensor residual, OptionalTensor wei
     return device::batch_norm_act_forward_workspace(p);
   }).run(device::batch_norm_act_forward, p);
   if (in_place && writes_running) {
-    // Where the kernel was given a contiguous copy.
+    // If the kernel wrote to a contiguous copy, copy the result back.
     for (const auto& [given, written] :
          {std::pair{&running_mean, &old_mean}, std::pair{&running_var, &old_var}}) {
       if ((*given)->is_contiguous()) continue;
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
         kBackwardName, "stats must be [2, C] as forward returned them");
 
   x = dense(x);
-  // Inductor may hand a gradient in another memory format than forward's output had.
+  // Inductor may pass a gradient whose memory format differs from that of forward's output.
   dout = in_format_of(dout, x);
   saved = in_format_of(saved, x);
   weight = contiguous(weight);

@@ -1,4 +1,4 @@
-// What the convolutions on CPU read off their arguments alike.
+// What the bindings of both convolutions on CPU share: memory formats, checks and axes.
 #pragma once
 
 #include <vector>
@@ -9,7 +9,7 @@
 
 namespace advdl_ops {
 
-// channels_last for what is that alone (advdl_ops/_schemas.py, conv2d_format).
+// channels_last only if x is not contiguous as well (conv2d_format in advdl_ops/_schemas.py).
 inline Layout format_of(const Tensor& x) {
   return is_channels_last(x) && !x.is_contiguous() ? Layout::channels_last : Layout::channels_first;
 }
@@ -46,13 +46,13 @@ inline Tensor convert_layout(Tensor x, bool channels_last) {
   return out;
 }
 
-// `t` [N, C, H, W] in this format: itself or a copy.
+// `t` [N, C, H, W] in this layout: itself or a copy.
 inline Tensor in_format(const Tensor& t, Layout layout) {
   const bool is_last = layout == Layout::channels_last;
   return (is_last ? is_channels_last(t) : t.is_contiguous()) ? t : convert_layout(t, is_last);
 }
 
-// What holds of every convolution, before anything is read off these arguments.
+// The checks of every convolution. They run before any size of these arguments is read.
 inline void check_conv2d(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                          const char* function) {
@@ -74,13 +74,13 @@ inline Conv2dAxis axis(const Tensor& x, const Tensor& weight, const std::vector<
   a.dilation = dilation[i];
   check(a.stride > 0 && a.dilation > 0 && a.padding >= 0 && a.kernel > 0, function,
         "stride, dilation and the kernel must be positive, padding not negative");
-  constexpr int64_t kLargest = int64_t{1} << 40;  // no sum of them overflows
+  constexpr int64_t kLargest = int64_t{1} << 40;  // sums of such numbers do not overflow
   check(a.stride < kLargest && a.padding < kLargest && a.dilation < kLargest / a.kernel, function,
         "stride, padding and the filter's reach must be less than 2^40");
   const int64_t room = a.in + 2 * a.padding - a.reach() - 1;
   check(room >= 0, function, "the kernel must not be larger than the padded input");
   a.out = room / a.stride + 1;
-  if (a.out == 1) a.stride = 1;  // nothing is stepped over: no kernel need care for a large one
+  if (a.out == 1) a.stride = 1;  // the stride has no effect; kernels need not handle a large one
   return a;
 }
 

@@ -1,5 +1,5 @@
-// torch.ops.advdl_ops.dense_conv2d and its backward, on CPU alone: argument checks, allocation, registration. Which convolutions
-// they serve, advdl_ops/_conv/choice.py says.
+// torch.ops.advdl_ops.dense_conv2d and its backward, on CPU only: argument checks, allocation, registration.
+// advdl_ops/_conv/choice.py decides which convolutions they serve.
 
 #include "../common/dense_conv2d.h"
 
@@ -39,7 +39,7 @@ bool is_output(const Tensor& t, const Tensor& x, const DenseConv2dShape& s) {
          t.size(3) == s.w.out && t.scalar_type() == x.scalar_type() && t.device() == x.device();
 }
 
-// In channels_last memory, which may be contiguous as well: then with the strides of `given`.
+// An image in channels_last memory. If that memory is contiguous as well, the strides are those of `given`.
 Tensor allocate_last(const Tensor& like, Layout given, int64_t n, int64_t c, int64_t h, int64_t w) {
   const bool is_both = c == 1 || h * w == 1 || n * c * h * w == 0;
   return allocate_image(like, is_both ? given : Layout::channels_last, n, c, h, w);
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight, std::vec
   check(is_output(dz, x, s), kBackwardName,
         "dz must have the shape of the output and x's dtype and device");
   const Layout given = format_of(x);
-  // Of x only the sizes and the format count where the weight needs no gradient, and the other way around.
+  // If dweight is not wanted, only the sizes and format of x are used; if dx is not wanted, only those of the weight.
   if (need_dweight) x = in_format(x, Layout::channels_last);
   if (need_dx) weight = in_format(weight, s.weight_layout);
   dz = in_format(dz, Layout::channels_last);

@@ -1,5 +1,5 @@
-// torch.ops.advdl_ops.depthwise_conv2d, its backward and convert_layout on CPU: argument checks, allocation, registration.
-// In which format, where that is a matter of speed, advdl_ops/_conv/choice.py says.
+// torch.ops.advdl_ops.depthwise_conv2d, its backward and convert_layout on CPU: argument checks, allocation,
+// registration. advdl_ops/_conv/choice.py decides when converting x to channels_last is faster.
 
 #include <tuple>
 #include <vector>
@@ -12,7 +12,8 @@ namespace {
 
 constexpr const char *kName = "depthwise_conv2d", *kBackwardName = "depthwise_conv2d_backward";
 
-// channels_first copies the whole reach of a filter, of which most may lie outside of the image: channels_last then.
+// The channels_first kernel copies the whole reach of a filter. If most of that is outside the image, channels_last is
+// used.
 bool reaches_far(const DepthwiseConv2dShape& s) {
   constexpr int64_t kLargeReach = 1 << 18;
   return s.h.reach() > 4 * s.h.in || s.w.reach() > 4 * s.w.in ||
@@ -92,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
   check(is_image(dz, s) && dz.scalar_type() == x.scalar_type() && dz.device() == x.device(),
         kBackwardName, "dz must have the shape of the output and x's dtype and device");
   const Layout given = format_of(x);
-  // Of x only the sizes and the format count where the weight needs no gradient.
+  // If dweight is not wanted, only the sizes and format of x are used.
   if (need_dweight) x = in_format(x, s.layout);
   dz = in_format(dz, s.layout);
   weight = *contiguous(OptionalTensor(weight));

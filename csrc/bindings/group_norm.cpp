@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
   check_common(x, weight, bias, groups, eps, act);
   check_backward(kBackwardName, dout, x, saved, act, z_source);
   x = dense(x);
-  // Inductor may hand a gradient in another memory format than forward's output had.
+  // Inductor may pass a gradient whose memory format differs from that of forward's output.
   dout = in_format_of(dout, x);
   saved = in_format_of(saved, x);
   weight = contiguous(weight);
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
   p.bias = data(bias);
   p.mean = data(stats);
   p.var = second_of_pair(stats);
-  // A set of one value is its own mean: the gradient is zero, which the kernels would find but for rounding.
+  // In a set of one value, x is the mean and dx is zero. The kernels would only compute it up to rounding.
   const bool is_zero = need_dx && p.shape.set_size() == 1;
   if (is_zero) torch::stable::zero_(dx);
   p.dx = data_or_null(dx, need_dx && !is_zero);

@@ -106,7 +106,7 @@ void check_sequences(const Arguments& a) {
         "zoneout must lie in 0 .. 1");
 }
 
-// `t` [T, B, ...], [B, T, ...] or [rows, ...]: itself where each row is contiguous, else a contiguous copy.
+// `t` [T, B, ...], [B, T, ...] or [rows, ...]: itself if each row is contiguous, else a contiguous copy.
 Tensor with_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
@@ -115,7 +115,7 @@ OptionalTensor with_rows(const OptionalTensor& t) {
   return t.has_value() ? OptionalTensor(with_rows(*t)) : std::nullopt;
 }
 
-// A gradient of a weight, empty where it is not wanted.
+// An uninitialised gradient of a weight, empty if not wanted.
 Tensor allocate_gradient(const Tensor& x, const OptionalTensor& weight, bool wanted) {
   const ScalarType acc = acc_type(x.scalar_type());
   if (!wanted || !weight.has_value()) return allocate_vector(x, 0, acc);
@@ -191,7 +191,7 @@ void check_saved(const char* function, const Arguments& a, const BackwardInputs&
   check_like(function, in.dc_n, a.x, {a.batch(), a.hidden()}, "dc_n must be as c_n");
 }
 
-// The operators lstm and lstm_backward. Shared: the types of the arguments that both have, as Arguments lists them.
+// The operators lstm and lstm_backward. `Shared` are the types of the arguments of both, in the order of `Arguments`.
 template <class... Shared>
 struct Operators {
   static Arguments checked(const Shared&... shared) {

@@ -1,5 +1,5 @@
-// What the LSTM's bindings share. lstm.cpp checks, allocates and registers. lstm_cpu.cpp and lstm_cuda.cpp run the kernels:
-// each library has one of the two.
+// What the LSTM's bindings share. lstm.cpp checks, allocates and registers. lstm_cpu.cpp and lstm_cuda.cpp run the
+// kernels: each library has one of the two.
 #pragma once
 
 #include <algorithm>
@@ -50,7 +50,7 @@ struct BackwardOutputs {
   Tensor dx, dh0, dc0, dw_ih, dw_hh, dbias, dw_hr, dln_hh_weight, dln_c_weight, dln_c_bias;
 };
 
-// They write every output that is not empty. Tensors are contiguous; of x and dy only each row is.
+// Both write every output that is not empty. All tensors are contiguous, except x and dy, whose rows are.
 void run_forward(const Arguments& a, const ForwardOutputs& o);
 void run_backward(const Arguments& a, const BackwardInputs& in, const BackwardOutputs& o);
 

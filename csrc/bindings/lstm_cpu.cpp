@@ -1,4 +1,5 @@
-// The LSTM on CPU: csrc/cpu/lstm.cpp does a whole layer and direction. This gives it the tensors' pointers and strides.
+// The LSTM on CPU: passes the tensors' pointers and strides to csrc/cpu/lstm*.cpp, which computes a whole layer and
+// direction.
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -50,7 +51,7 @@ class Sequences {
   std::vector<int64_t> order_, batch_sizes_, starts_;
 };
 
-// The rows of a tensor as the arguments have them; null where it is empty or not given.
+// The rows of a tensor in the arguments' layout (packed, batch_first or neither). Null if it is empty or not given.
 template <class Rows>
 Rows rows_of(const Arguments& a, const OptionalTensor& t) {
   if (!t.has_value() || t->numel() == 0) return {};
@@ -61,7 +62,7 @@ Rows rows_of(const Arguments& a, const OptionalTensor& t) {
   return {pointer, t->stride(a.batch_first ? 1 : 0), t->stride(a.batch_first ? 0 : 1)};
 }
 
-// What the parameters of both passes have in common.
+// The parameters that forward and backward share.
 template <class Params>
 Params params_of(const Arguments& a, const LstmSequences& sequences) {
   Params p;

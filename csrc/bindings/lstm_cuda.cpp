@@ -1,7 +1,8 @@
-// The LSTM on CUDA, step by step: torch multiplies, csrc/cuda/lstm.cu does the rest. docs/kernels.md: launches.
+// The LSTM on CUDA, step by step: torch computes the matrix products, csrc/cuda/lstm.cu the rest. docs/kernels.md
+// counts launches.
 //
-// Everything runs on the current stream, and nothing waits for it. The only values that are read are those of batch_sizes,
-// which is in host memory. So CUDA graphs can capture a call.
+// Everything runs on the current stream without synchronization. The host reads the values of batch_sizes only, which
+// are in host memory. So CUDA graphs can capture a call.
 #include <array>
 #include <optional>
 #include <type_traits>
@@ -15,7 +16,7 @@ namespace {
 
 // ---- matrices ----
 
-// A matrix on the memory of `t`, from its element `at` on. Autograd does not track it, so operators with an `out` accept it.
+// A matrix view of the memory of `t` from element `at` on. Autograd does not track it, so operators accept it as `out`.
 Tensor matrix_of(const Tensor& t, int64_t at, std::array<int64_t, 2> sizes,
                  std::array<int64_t, 2> strides) {
   AtenTensorHandle handle = nullptr;
@@ -38,13 +39,13 @@ Tensor all_rows(const Tensor& t) {
 Tensor first_rows(const Tensor& t, int64_t rows) {
   return matrix_of(t, 0, {rows, width_of(t)}, {width_of(t), 1});
 }
-// The rows of a contiguous tensor as columns of a matrix.
+// The transpose of all_rows(t).
 Tensor transposed(const Tensor& t) {
   const int64_t width = width_of(t);
   return matrix_of(t, 0, {width, count_rows(t)}, {1, width});
 }
 
-// out = a b; `out` may be of fp32 beside half-precision factors.
+// out = a b. `out` may be fp32 with half-precision factors.
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   if (out.scalar_type() == a.scalar_type()) {
@@ -68,7 +69,7 @@ void sum_rows(const Tensor& rows, Tensor out) {
                          out.scalar_type());
 }
 
-// Copies a tensor of the same rows, or zeros, into a matrix.
+// Copies a tensor with the same rows into a matrix, or fills it with zeros.
 void set(Tensor to, const OptionalTensor& from) {
   if (from.has_value()) {
     torch::stable::copy_(to, all_rows(*from));
@@ -79,7 +80,7 @@ void set(Tensor to, const OptionalTensor& from) {
 
 // ---- times ----
 
-// Which sequences have a time step, and where its rows are in tensors that are laid out as x.
+// Which sequences have a time step, and where its rows are in tensors with x's layout.
 class Times {
  public:
   explicit Times(const Arguments& a) : a_(a), steps_(a.steps()) {
@@ -90,11 +91,11 @@ class Times {
     for (int64_t t = 1; t < steps_; ++t) starts_[t] = starts_[t - 1] + sizes_[t - 1];
   }
   int64_t steps() const { return steps_; }
-  // The time of a step. Steps are counted in the order in which forward takes them.
+  // The time of a step. Steps are numbered in forward's order.
   int64_t of_step(int64_t step) const { return a_.reverse ? steps_ - 1 - step : step; }
   int64_t rows(int64_t time) const { return sizes_.empty() ? a_.batch() : sizes_[time]; }
 
-  // Null where the tensor is empty or not given.
+  // The rows of a time; null if the tensor is empty or not given.
   template <class Pointer>
   LstmStepRows<Pointer> at(const OptionalTensor& t, int64_t time) const {
     if (!t.has_value() || t->numel() == 0) return {};
@@ -140,7 +141,7 @@ LstmStep step_of(const Arguments& a, const Times& times, int64_t time) {
   return step;
 }
 
-// A step of all sequences that reads or writes only h.
+// A step of all sequences that only reads or writes h.
 LstmStep state_step(const Arguments& a) {
   LstmStep step;
   step.rows = a.batch();
@@ -149,7 +150,7 @@ LstmStep state_step(const Arguments& a) {
   return step;
 }
 
-// The first rows of `t`. The last view is kept, as the number of rows seldom changes from step to step.
+// The first rows of `t`. The last view is kept, because the number of rows seldom changes from step to step.
 class FirstRows {
  public:
   explicit FirstRows(Tensor t) : t_(std::move(t)) {}
@@ -163,13 +164,13 @@ class FirstRows {
   OptionalTensor part_;
 };
 
-// A launcher of csrc/common/lstm.h; none needs a workspace.
+// Calls a launcher of csrc/common/lstm.h. None needs a workspace.
 template <auto kernel, class Params, class... Arguments>
 void run_step(Launch& launch, const Params& p, const Arguments&... arguments) {
   launch.run([&](const Params&, void*, void* stream) { kernel(p, arguments..., stream); }, p);
 }
 
-// x, contiguous, with zeros in place of the padding.
+// A contiguous x with zeros in place of the padding.
 Tensor without_padding(const Arguments& a, Launch& launch) {
   if (!a.lengths.has_value()) return *contiguous(OptionalTensor(a.x));
   const Tensor copy = allocate_rows(a.x, width_of(a.x));
@@ -283,10 +284,10 @@ void run_backward(const Arguments& a, const BackwardInputs& in, const BackwardOu
   const Tensor dfed = allocate_matrix(a.x, batch, size, dtype);
   set(dh, in.dh_n);
   set(dc, in.dc_n);
-  // Zero, as shorter packed sequences join in later and nothing was fed back to them before. In reverse, a sequence drops out
-  // after its first step, and what that fed back stays in dfed.
+  // Backward reaches shorter packed sequences later: their dfed must be zero until then. In reverse they leave after
+  // their first step, and dfed keeps what that step wrote.
   set(dfed, std::nullopt);
-  // Both collect the rows of all steps, in the order in which they are taken: dw_hr is one product of them.
+  // For dw_hr, both collect the rows of all steps in backward's order, so that dw_hr is one product.
   const int64_t kept_rows = wanted(o.dw_hr) ? count_rows(a.x) : batch;
   const Tensor dprojected = allocate_matrix(a.x, projects ? kept_rows : 0, size, dtype);
   const Tensor hidden_out = allocate_matrix(a.x, wanted(o.dw_hr) ? kept_rows : 0, hidden, dtype);

@@ -1,8 +1,8 @@
-// What the bindings share: torch tensors as the kernels see them, the checks of arguments, and where kernels run. The bindings
-// are the only code that knows torch, and through its stable ABI alone.
+// What the bindings share: how a tensor is described to the kernels, checks of arguments, allocation and launches. The
+// bindings are the only code that uses torch, and only through its stable ABI.
 //
-// The bindings of batch_norm_act, group_norm and lstm are compiled twice: for the CPU library, and with USE_CUDA for the CUDA
-// library. The others belong to the CPU library alone.
+// The bindings of batch_norm_act, group_norm and lstm are compiled twice: for the CPU library, and with USE_CUDA for
+// the CUDA library. The others belong to one library only.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -55,10 +55,11 @@ inline void check(bool condition, const char* function, const char* message) {
 
 inline void* data(const Tensor& t) { return t.data_ptr(); }
 inline void* data(const OptionalTensor& t) { return t.has_value() ? t->data_ptr() : nullptr; }
-// Of a tensor that stands for "not wanted" where it is empty.
+// For a gradient that may be not wanted; its tensor is then empty.
 inline void* data_or_null(const Tensor& t, bool wanted) { return wanted ? t.data_ptr() : nullptr; }
 
-// Uninitialised, of the device of `like`. Straight through the C shim: a call of the dispatcher costs more than the allocation.
+// An uninitialised tensor on the device of `like`. It calls the C shim directly: the dispatcher would cost more than
+// the allocation.
 inline Tensor allocate(const Tensor& like, const int64_t* sizes, const int64_t* strides,
                        int64_t rank, ScalarType dtype) {
   int32_t device_type = 0;
@@ -82,7 +83,8 @@ inline Tensor allocate_matrix(const Tensor& like, int64_t rows, int64_t columns,
   return allocate(like, sizes, strides, 2, dtype);
 }
 
-// [2, size], contiguous: two vectors in one tensor, as each tensor that an operator returns costs as much as a small kernel.
+// [2, size], contiguous: two vectors in one tensor. Each tensor that an operator returns costs as much as a small
+// kernel.
 inline Tensor allocate_pair(const Tensor& like, int64_t size, ScalarType dtype) {
   return allocate_matrix(like, 2, size, dtype);
 }
@@ -95,7 +97,7 @@ inline ScalarType acc_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Whether `t` is [N, C, S...] dense with channels innermost.
+// Whether `t` [N, C, S...] is dense with channels innermost.
 inline bool is_channels_last(const Tensor& t) {
   const auto sizes = t.sizes();
   const auto strides = t.strides();
@@ -111,7 +113,7 @@ inline bool is_channels_last(const Tensor& t) {
   return sizes[0] == 1 || strides[0] == expected;
 }
 
-// `t` itself where kernels can read it ([N, C, S] or [N, S, C]), else a contiguous copy.
+// `t` itself if kernels can read it ([N, C, S] or [N, S, C]), else a contiguous copy.
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() || is_channels_last(t) ? t : torch::stable::contiguous(t);
 }
@@ -147,7 +149,8 @@ inline int64_t positions(const Tensor& x) {
   return count;
 }
 
-// Of a dense x. With one position, or one channel, both are true; rows of channels are the longer runs.
+// The layout of a dense x. With one position or one channel, x has both layouts; the one with the longer innermost rows
+// is chosen.
 inline Layout layout_of(const Tensor& x) {
   return is_channels_last(x) && (x.size(1) > 1 || !x.is_contiguous()) ? Layout::channels_last
                                                                       : Layout::channels_first;
@@ -166,7 +169,7 @@ inline bool same_kind(const Tensor& a, const Tensor& b) {
   return same_sizes(a, b) && a.scalar_type() == b.scalar_type() && a.device() == b.device();
 }
 
-// Whether a [C] tensor's dtype goes with x's: its own, or fp32 beside a half-precision x.
+// Whether a [C] tensor may have its dtype: that of x, or fp32 with a half-precision x.
 inline bool goes_with(const OptionalTensor& t, ScalarType x) {
   if (!t.has_value() || t->scalar_type() == x) return true;
   return (x == ScalarType::Half || x == ScalarType::BFloat16) &&
@@ -208,11 +211,11 @@ inline void check_backward(const char* function, const Tensor& dout, const Tenso
         "only relu's derivative can be read off its output");
 }
 
-// Scratch memory of a call, and on CUDA the device and stream that it runs on.
+// The workspace of a call, and on CUDA the device and stream on which it runs.
 #if defined(USE_CUDA)
 class Launch {
  public:
-  // `workspace` is asked behind the guard: its answer may depend on the device.
+  // workspace() runs after the device is set, as the bytes may depend on the device.
   template <class Workspace>
   Launch(const Tensor& like, Workspace workspace)
       : guard_(like.get_device_index()),
@@ -244,7 +247,7 @@ class Launch {
   }
 
  private:
-  // Small inputs need little: the allocation would cost as much as the kernel.
+  // The workspace of small inputs: an allocation would cost as much as the kernel.
   alignas(64) unsigned char small_[16384];
   OptionalTensor large_;
 };

@@ -1,4 +1,5 @@
-// Lends torch's thread pool to the CPU kernels: a pool of our own beside it would halve the speed of both.
+// Gives the CPU kernels torch's thread pool. A second pool would compete with it for the cores and halve the speed of
+// both.
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 

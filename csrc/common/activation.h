@@ -1,8 +1,9 @@
-// The activations that every fused kernel applies, and their derivatives: one arithmetic for CPU and CUDA.
+// The activations that every fused kernel applies, and their derivatives. CPU and CUDA share the formulas.
 //
-// T is float or double (CUDA, scalar CPU) or a SIMD vector of them (csrc/cpu/simd_math.h). The few primitives
-// that differ between those (exp, one_plus_exp, tanh, normal_cdf, select) are overloads found by argument-dependent lookup or
-// declared below, so that each formula stands here once. Formulas and derivatives follow torch.nn.functional.
+// T is float or double (CUDA, scalar CPU) or a SIMD vector of them (csrc/cpu/simd.h). The primitives that differ
+// between these types (exp, expm1, one_plus_exp, tanh, normal_cdf, select) are overloads in `math`, here and in
+// csrc/cpu/simd.h and simd_math.h, so that each formula is written once. Formulas and derivatives follow
+// torch.nn.functional.
 #pragma once
 
 #include <cmath>
@@ -14,14 +15,15 @@ namespace advdl_ops {
 namespace math {
 ADVDL_HOST_DEVICE float exp(float x) { return ::expf(x); }
 ADVDL_HOST_DEVICE double exp(double x) { return ::exp(x); }
-// The denominator of the sigmoid, where a product of two powers of two is not needed (csrc/cpu/simd_math.h).
+// The denominator of the sigmoid. The vector version saves a multiplication (csrc/cpu/simd_math.h).
 ADVDL_HOST_DEVICE float one_plus_exp(float x) { return 1.0f + ::expf(x); }
 ADVDL_HOST_DEVICE double one_plus_exp(double x) { return 1.0 + ::exp(x); }
 ADVDL_HOST_DEVICE float expm1(float x) { return ::expm1f(x); }
 ADVDL_HOST_DEVICE double expm1(double x) { return ::expm1(x); }
 ADVDL_HOST_DEVICE float tanh(float x) { return ::tanhf(x); }
 ADVDL_HOST_DEVICE double tanh(double x) { return ::tanh(x); }
-// As torch has it; where erfc costs no more than erf (csrc/cpu/simd_math.h) its form does not cancel below zero.
+// torch's formula. The vector version uses erfc, which does not cancel for negative z and there costs no more than erf
+// (csrc/cpu/simd_math.h).
 ADVDL_HOST_DEVICE float normal_cdf(float z) {
   return 0.5f * (1.0f + ::erff(z * 0.70710678118654752440f));
 }
@@ -45,8 +47,9 @@ ADVDL_HOST_DEVICE T sigmoid(T z) {
   return Lanes<T>::set(1.0) / math::one_plus_exp(-z);
 }
 
-// Whether the gradient dz of the pre-activation, stored in a tensor of elements of so many bytes, is dz itself. In half
-// precision it is rounded, but for relu and identity, where dz is dout or 0. dx must be made of the same dz as the sums.
+// Whether dz, the gradient of the pre-activation, is stored without rounding in elements of `bytes` bytes. Half
+// precision rounds it, except for relu and identity, where dz is dout or 0. It matters because dx and the sums must use
+// the same dz.
 ADVDL_HOST_DEVICE bool stored_dz_is_exact(int bytes, Activation act) {
   return bytes >= 4 || act == Activation::identity || act == Activation::relu;
 }
@@ -96,7 +99,7 @@ ADVDL_HOST_DEVICE T activate_grad(Activation act, T z, T param) {
   const T zero = Lanes<T>::set(0.0), half = Lanes<T>::set(0.5), one = Lanes<T>::set(1.0);
   switch (act) {
     case Activation::relu:
-      return math::select(z <= zero, zero, one);  // NaN passes the gradient on, as torch does
+      return math::select(z <= zero, zero, one);  // 1 at NaN, as in torch
     case Activation::leaky_relu:
       return math::select(z > zero, one, param);
     case Activation::elu:
@@ -128,7 +131,7 @@ ADVDL_HOST_DEVICE T activate_grad(Activation act, T z, T param) {
       const T middle = z / three + half;
       return math::select(z <= -three, zero, math::select(z >= three, one, middle));
     }
-    case Activation::relu6:  // 0 at both kinks, as torch; NaN passes the gradient on, as relu
+    case Activation::relu6:  // 0 at both kinks and 1 at NaN, as in torch
       return math::select(z <= zero, zero, math::select(z >= Lanes<T>::set(6.0), zero, one));
     default:
       return one;

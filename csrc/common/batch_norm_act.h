@@ -1,8 +1,8 @@
-// y = act(batch_norm(x) + residual) and its gradients: what a launcher is given.
+// y = act(batch_norm(x) + residual) and its gradients: the arguments of the launchers.
 //
 // csrc/cpu/batch_norm_act.cpp and csrc/cuda/batch_norm_act_*.cu implement the same functions on these structs;
-// csrc/bindings/batch_norm_act.cpp checks, allocates and fills them. No pointer aliases another one, but for running_*_out.
-// "acc" is float, or double where `dtype` is f64: the type of statistics, sums and arithmetic.
+// csrc/bindings/batch_norm_act.cpp checks, allocates and fills them. No pointer aliases another one, except
+// running_*_out. "acc" is float, or double where `dtype` is f64: the type of statistics, sums and arithmetic.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +41,7 @@ struct BatchNormActForward {
   void* mean = nullptr;                // [C] acc
   void* rstd = nullptr;                // [C] acc
   void* running_mean_out =
-      nullptr;  // [C], may be running_mean; written in training where that is given
+      nullptr;  // [C], may be running_mean; written in training if that is given
   void* running_var_out = nullptr;  // [C], may be running_var
 };
 
@@ -68,7 +68,7 @@ struct BatchNormActBackward {
 };
 
 namespace cpu {
-// Scratch bytes that the call needs; depends on the shape only, never on the thread count.
+// Bytes of workspace that the call needs. They depend on the shape only, never on the number of threads.
 size_t batch_norm_act_forward_workspace(const BatchNormActForward& p);
 size_t batch_norm_act_backward_workspace(const BatchNormActBackward& p);
 void batch_norm_act_forward(const BatchNormActForward& p, void* workspace);

@@ -8,9 +8,9 @@ namespace advdl_ops {
 
 struct ConvertLayout {
   int64_t n = 0, rows = 0, columns = 0;
-  int64_t element_bytes = 4;   // 2, 4 or 8: values are moved, not read
+  int64_t element_bytes = 4;   // 2, 4 or 8; the dtype itself does not matter
   const void* from = nullptr;  // [N, rows, columns]
-  void* to = nullptr;          // [N, columns, rows], no overlap
+  void* to = nullptr;          // [N, columns, rows]; must not overlap `from`
 };
 
 namespace cpu {

@@ -1,7 +1,7 @@
-// Depthwise convolution: one filter of kernel_h x kernel_w for each channel, with its epilogue, and its gradients.
+// Depthwise convolution: one filter of kernel_h x kernel_w for each channel, with an epilogue, and its gradients.
 //
 // csrc/cpu implements these functions in depthwise_conv2d (channels_first) and depthwise_conv2d_last (channels_last);
-// csrc/bindings/depthwise_conv2d.cpp checks, allocates and fills the structs. On CUDA the family is Triton's
+// csrc/bindings/depthwise_conv2d.cpp checks, allocates and fills the structs. On CUDA, Triton computes this family
 // (advdl_ops/triton). No pointer aliases another one.
 // "acc" is float, or double where `dtype` is f64.
 #pragma once
@@ -25,8 +25,9 @@ struct DepthwiseConv2dShape {
   int64_t taps() const { return h.kernel * w.kernel; }
 };
 
-// out[n, c, i, j] = act(scale[c] * sum over a, b of x[n, c, i * stride + a * dilation - padding, j ...] * weight[c, a, b]
-//                       + shift[c] + residual[n, c, i, j]), with x = 0 outside of the image.
+// out[n, c, i, j] = act(scale[c] * sum over a, b of x[n, c, i * stride + a * dilation - padding, j ...] * weight[c, a,
+// b]
+//                       + shift[c] + residual[n, c, i, j]), with x = 0 outside the image.
 struct DepthwiseConv2dForward {
   DepthwiseConv2dShape shape;
   Activation act = Activation::identity;
@@ -52,7 +53,7 @@ struct DepthwiseConv2dBackward {
 };
 
 namespace cpu {
-// Scratch bytes that the call needs; depends on the shape only, never on the thread count.
+// Bytes of workspace that the call needs. They depend on the shape only, never on the number of threads.
 size_t depthwise_conv2d_forward_workspace(const DepthwiseConv2dForward& p);
 size_t depthwise_conv2d_backward_workspace(const DepthwiseConv2dBackward& p);
 void depthwise_conv2d_forward(const DepthwiseConv2dForward& p, void* workspace);

@@ -1,5 +1,6 @@
-// y = act(group_norm(x) + residual) and its gradients: what a launcher is given. Instance norm is one channel per group;
-// the layer norm over the channels of each position ("layer norm 2d") is the same with another set of elements.
+// y = act(group_norm(x) + residual) and its gradients: the arguments of the launchers. Instance norm has one channel
+// per group. The layer norm over the channels of each position ("layer norm 2d") differs only in the set that is
+// normalized.
 //
 // csrc/cpu and csrc/cuda implement these functions in group_norm* and layer_norm_2d* (groups == kEachPosition);
 // csrc/bindings/group_norm.cpp checks, allocates and fills the structs. No pointer aliases another one.
@@ -13,7 +14,7 @@
 
 namespace advdl_ops {
 
-// In place of a number of groups: each position is normalized over its channels.
+// A value of `groups`: each position is normalized over its channels.
 inline constexpr int64_t kEachPosition = 0;
 
 struct GroupNormShape {
@@ -23,7 +24,7 @@ struct GroupNormShape {
   DType dtype = DType::f32;         // of x, residual, out and their gradients
   DType weight_dtype = DType::f32;  // of weight and bias
 
-  // Sets of elements with statistics of their own, and the elements of each.
+  // The number of sets, and the elements of each.
   int64_t sets() const { return n * (groups == kEachPosition ? s : groups); }
   int64_t set_size() const { return groups == kEachPosition ? c : c / groups * s; }
   bool is_empty() const { return n == 0 || c == 0 || s == 0; }
@@ -41,13 +42,13 @@ struct GroupNormForward {
   const void* weight = nullptr;    // [C] or null (1)
   const void* bias = nullptr;      // [C] or null (0)
   void* out = nullptr;             // as x
-  void* mean = nullptr;            // [N, groups], or [N, S], acc
+  void* mean = nullptr;            // [N, groups], or [N, S] with kEachPosition; acc
   void* var = nullptr;             // as mean
 };
 
 // With dz = dout * act'(z), xhat = (x - mean) * rstd, M elements in a set:
 //   dresidual = dz, dbias[c] = sum dz, dweight[c] = sum dz * xhat over N and S,
-//   dx = rstd * (weight * dz - (sum of weight * dz + xhat * sum of weight * dz * xhat) / M), these sums over the set.
+//   dx = rstd * (weight * dz - (sum of weight * dz + xhat * sum of weight * dz * xhat) / M), with sums over the set.
 struct GroupNormBackward {
   GroupNormShape shape;
   double eps = 1e-5;
@@ -63,12 +64,12 @@ struct GroupNormBackward {
   const void* var = nullptr;     // as forward wrote it
   void* dx = nullptr;            // as x, or null: not wanted
   void* dresidual = nullptr;     // as x, or null: not wanted
-  void* dweight = nullptr;       // [C] acc, or null: not wanted, as dbias then
+  void* dweight = nullptr;       // [C] acc, or null: not wanted
   void* dbias = nullptr;         // [C] acc, null exactly where dweight is
 };
 
 namespace cpu {
-// Scratch bytes that the call needs; depends on the shape only, never on the thread count.
+// Bytes of workspace that the call needs. They depend on the shape only, never on the number of threads.
 size_t group_norm_forward_workspace(const GroupNormForward& p);
 size_t group_norm_backward_workspace(const GroupNormBackward& p);
 void group_norm_forward(const GroupNormForward& p, void* workspace);

@@ -1,6 +1,6 @@
-// The gate arithmetic of one LSTM step and its derivatives: one text for CPU vectors and CUDA scalars.
+// The gate arithmetic of one LSTM step and its derivatives: one source for CPU vectors and CUDA scalars.
 //
-// Hochreiter & Schmidhuber 1997 with a forget gate (Gers et al. 2000); torch's order of the gates: i, f, g, o.
+// Hochreiter & Schmidhuber 1997 with a forget gate (Gers et al. 2000). The gates are in torch's order: i, f, g, o.
 #pragma once
 
 #include "activation.h"
@@ -14,7 +14,7 @@ struct LstmGates {
   V i, f, g, o;
 };
 
-// What is kept of `old`, where `keep` is 1, 0 or, in evaluation, the rate of the zoneout (Krueger et al. 2017).
+// Zoneout (Krueger et al. 2017). In training `keep` is 1 or 0, in evaluation it is the rate.
 template <class V>
 ADVDL_HOST_DEVICE V lstm_zoneout(V keep, V old, V now) {
   return keep * old + (Lanes<V>::set(1.0) - keep) * now;
@@ -35,8 +35,9 @@ ADVDL_HOST_DEVICE void lstm_activate(LstmGates<V>& gates) {
   gates.o = sigmoid(gates.o);
 }
 
-// The gradients of the pre-activations; dcell, that of c' beside its way through the hidden state, becomes that of c.
-// With t = tanh(c'), or of what the layer norm makes of c': dhidden is the gradient of o t, and dcell includes its way through t.
+// Returns the gradients of the pre-activations. `cell` is c, t is tanh(c') or, with layer norm, tanh of the normalized
+// c'; dhidden is the gradient of o t. dcell comes in as the whole gradient of c', including the part through t, and
+// becomes that of c.
 template <class V>
 ADVDL_HOST_DEVICE LstmGates<V> lstm_gates_backward(const LstmGates<V>& gates, V cell, V t,
                                                    V dhidden, V& dcell) {

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-// Of functions that CPU and CUDA kernels share. Always inlined: one that was compiled for AVX-512 must not serve another CPU.
+// Marks functions that CPU and CUDA kernels share. They are always inlined: otherwise the linker could merge a copy
+// compiled for AVX-512 with those for other CPUs.
 #if defined(__CUDACC__)
 #define ADVDL_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -30,7 +31,7 @@ struct AccOf<double> {
 template <class T>
 using acc_t = typename AccOf<T>::type;
 
-// How [N, C, spatial...] lies in memory, with S the product of the spatial sizes.
+// The order of [N, C, spatial...] in memory. S is the product of the spatial sizes.
 enum class Layout : int {
   channels_first = 0,  // [N, C, S]
   channels_last = 1,   // [N, S, C]
@@ -52,11 +53,11 @@ enum class Activation : int {
 };
 inline constexpr int kActivationCount = 11;
 
-// Where the pre-activation z comes from that backward needs for act'(z): recomputed from x and the statistics, and this.
+// How backward gets act'(z) of the pre-activation z. norm(x) is recomputed from x and the statistics.
 enum class ZSource : int {
   input = 0,     // z = norm(x); `saved` is null
   residual = 1,  // z = norm(x) + saved
-  output = 2,    // act'(z) read off saved = act(z); relu only (out > 0 exactly where z > 0)
+  output = 2,    // act'(z) from saved = act(z); relu only, as out > 0 exactly where z > 0
 };
 
 }  // namespace advdl_ops

@@ -1,13 +1,14 @@
-// Batch norm, residual addition and activation on the CPU; what is computed stands in ../common/batch_norm_act.h.
+// Batch norm, residual addition and activation on the CPU. ../common/batch_norm_act.h has the formulas.
 //
-// channels_first: a channel is N runs of S elements. They are cut into blocks of up to kBlock elements, which stay in L1 while
-// their moments are computed; blocks are grouped into chunks. Where there are channels enough for all threads, one thread does a
-// few neighbouring channels from statistics to output while they lie in L2, so that x is read from memory once.
-// channels_last, and short runs: rows are cut into chunks (norm_columns.h). The statistics of all chunks come first, then the
-// output of the same chunks in reverse, so that what was read last, and is still in cache, is used first.
+// channels_first: a channel is N runs of S elements. They are cut into blocks of up to kBlock elements, which stay in
+// L1 while their moments are computed; blocks are grouped into chunks. If there are enough channels for all threads,
+// one thread processes a few neighbouring channels from statistics to output while they are in L2, so that x is read
+// from memory once. channels_last and short runs: rows are cut into chunks (norm_columns.h). The statistics of all
+// chunks come first. The output follows in reverse order of chunks, to begin with those that were read last and are
+// still in cache.
 //
-// Chunks depend on the shape only, and partial sums are merged in chunk order in double: the result does not depend on the
-// number of threads.
+// Chunks depend on the shape only, and partial sums are merged in chunk order in double. So the result does not depend
+// on the number of threads.
 #include "../common/batch_norm_act.h"
 
 #include "dispatch.h"
@@ -20,17 +21,18 @@ namespace {
 
 using cpu::parallel_ranges;
 
-// Runs from here on are blocks of their own: rows side by side lose the prefetchers.
+// Runs of at least this length are not put into one block with others: to read several long rows together defeats the
+// prefetchers.
 constexpr int64_t kLongRun = 512;
-// Neighbouring channels of so many bytes in x take turns, block by block. Their runs lie side by side; the runs of one channel
-// lie far apart, each on pages that the TLB does not hold.
+// Bytes of x in a group of neighbouring channels, which take turns block by block. Their runs are adjacent in memory.
+// The runs of one channel are far apart, and each would miss the TLB.
 constexpr int64_t kGroupBytes = 1 << 20;
 
-// From the moments of channel c: everything that forward stores or applies.
+// Computes everything that forward stores or applies from the moments of channel c.
 template <class Acc>
 void finish_statistics(const BatchNormActForward& p, int64_t c, const Moments<double>& m,
                        Acc* scale, Acc* shift) {
-  const double m2 = m.m2 < 0 ? 0 : m.m2;  // rounding may leave a trace below zero; NaN stays
+  const double m2 = m.m2 < 0 ? 0 : m.m2;  // rounding may make it slightly negative; NaN stays
   const double var = m2 / m.count;
   const Acc rstd = static_cast<Acc>(1.0 / __builtin_sqrt(var + p.eps));
   static_cast<Acc*>(p.mean)[c] = static_cast<Acc>(m.mean);
@@ -46,7 +48,7 @@ void finish_statistics(const BatchNormActForward& p, int64_t c, const Moments<do
   channel_affine(p.weight, p.bias, p.shape.weight_dtype, c, rstd, scale, shift);
 }
 
-// The running statistics as mean and rstd, for evaluation.
+// For evaluation: mean and rstd from the running statistics.
 template <class Acc>
 void use_running_statistics(const BatchNormActForward& p, int64_t c, Acc* scale, Acc* shift) {
   const double var = read_scalar(p.running_var, p.shape.running_dtype, c);
@@ -57,7 +59,7 @@ void use_running_statistics(const BatchNormActForward& p, int64_t c, Acc* scale,
   channel_affine(p.weight, p.bias, p.shape.weight_dtype, c, rstd, scale, shift);
 }
 
-// dx = scale * dz + slope * (x - mean) + offset.
+// Writes dbias and dweight, and computes slope and offset of dx = scale * dz + slope * (x - mean) + offset.
 template <class Acc>
 void finish_gradients(const BatchNormActBackward& p, int64_t c, const GradientSums<double>& sums,
                       Acc* slope, Acc* offset) {
@@ -75,7 +77,7 @@ void finish_gradients(const BatchNormActBackward& p, int64_t c, const GradientSu
 
 // --- channels_first ------------------------------------------------------------------------------
 
-// How a channel's N runs of S elements are cut; by the shape alone.
+// How a channel's N runs of S elements are cut into blocks and chunks. Depends on the shape only.
 struct ChannelBlocks {
   int64_t n, c, s, rows_per_block, blocks, chunks, group;
   ChannelBlocks(const BatchNormActShape& shape, int64_t element_bytes)
@@ -85,8 +87,8 @@ struct ChannelBlocks {
     chunks = clamp(blocks / 4, 1, kMaxChunks);
     group = max_of(1, kGroupBytes / max_of(1, n * s * element_bytes));
   }
-  // f(channel, offset of the first element, run length, runs; runs lie c * s apart) for each block of a chunk of the
-  // channels [first, last): neighbours in memory take turns.
+  // Calls f(channel, offset of the first element, run length, number of runs) for each block of a chunk, for all
+  // channels [first, last) before the next block. The runs of a block are c * s elements apart.
   template <class F>
   ADVDL_INLINE void for_blocks(int64_t first, int64_t last, int64_t chunk, F&& f) const {
     const int64_t end = (chunk + 1) * blocks / chunks;
@@ -154,7 +156,7 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
 
   if (cut.channel_per_thread()) {
     parallel_ranges(cut.c, cut.n * cut.s, [&](int64_t begin, int64_t end) {
-      // Evaluation reads once: in the order of memory.
+      // Evaluation reads x only once, so it goes in memory order.
       const int64_t group = p.training ? cut.group : cut.c;
       for (int64_t first = begin; first < end; first += group) {
         const int64_t last = min_of(first + group, end);
@@ -194,7 +196,7 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
   const bool stream_residual =
       !is_transcendental(kAct) && streams<T>(p.shape.n * p.shape.c * p.shape.s, kStreamStoredBytes);
   const bool stream_out = streams_dx<T>(p.shape.n * p.shape.c * p.shape.s, kept, dx);
-  // What was streamed is far: dz is then computed again from dout, which is near.
+  // A streamed dz is not in cache. dout is, so dz is computed from it again.
   if (stream_residual) kept = nullptr;
   const Acc param = static_cast<Acc>(p.act_param);
   const int64_t stride = cut.c * cut.s;
@@ -283,13 +285,13 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
 
 // --- rows: channels_last, and channels_first with short runs ------------------------------------
 
-// Channels of one column each, or of S where a run of S is too short for vectors.
+// Each channel has one column, or S columns if runs of S elements are too short for vectors.
 RowChunks row_chunks(const BatchNormActShape& shape) {
   const bool last = shape.layout == Layout::channels_last;
   return {last ? shape.n * shape.s : shape.n, shape.c, last ? 1 : shape.s};
 }
 
-// Whether a tensor is read as rows of channels, and not channel by channel.
+// Whether a tensor is read row by row and not channel by channel.
 bool by_rows(const BatchNormActShape& shape) {
   return shape.layout == Layout::channels_last || (shape.s > 0 && shape.s < kShortRun);
 }
@@ -357,7 +359,7 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
   const auto& [k, partial_dz, partial_dz_x] = memory;
   auto [dout, x, saved, dresidual, dx, kept, stores_dz] = gradient_tensors<T, kAct>(p);
   const bool stream_out = streams<T>(p.shape.n * p.shape.c * p.shape.s, kStreamBytes);
-  // Read again only after a pass over three tensors.
+  // dz is read again only after a pass over three tensors, so it streams from a smaller size on.
   const bool stream_residual = streams<T>(p.shape.n * p.shape.c * p.shape.s, kStreamStoredBytes);
 
   for (int64_t c = 0; c < cut.channels; ++c) {
@@ -400,7 +402,7 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
 // --- both ----------------------------------------------------------------------------------------
 
 void forward(const BatchNormActForward& p, void* workspace) {
-  // Nothing to normalize; evaluation still has mean and rstd to report.
+  // With an empty batch, training has nothing to do, but evaluation still writes mean and rstd.
   if (p.shape.c == 0 || (p.training && p.shape.n * p.shape.s == 0)) return;
   const Arena arena(workspace);
   dispatch_forward(p, [&]<class T, ForwardAct kAct, bool kResidual>() {
@@ -418,7 +420,7 @@ void backward(const BatchNormActBackward& p, void* workspace) {
   });
 }
 
-// Partial: Moments<double> of forward, GradientSums<double> of backward.
+// Partial: Moments<double> in forward, GradientSums<double> in backward.
 template <class Partial>
 size_t workspace_bytes(const BatchNormActShape& shape) {
   if (shape.c == 0) return 0;

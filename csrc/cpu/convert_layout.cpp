@@ -1,4 +1,5 @@
-// Transpositions in tiles: squares of a vector's lanes in registers, taken so that both sides are whole lines of cache.
+// Transposes in square tiles. Elements of 4 and 8 bytes: a vector's lanes on each side, transposed in registers.
+// Elements of 2 bytes: 32 on each side, moved one by one.
 #include "../common/convert_layout.h"
 
 #include "dispatch.h"
@@ -64,7 +65,7 @@ void transpose_columns(const T* from, T* to, int64_t rows, int64_t columns, int6
 
 template <class T>
 void convert(const ConvertLayout& p) {
-  // Blocks of output rows: as many as keep the rows of input that they share in cache.
+  // Output rows of a task: few enough that the input lines that they share stay in cache.
   constexpr int64_t kBlock = 64;
   const int64_t blocks = (p.columns + kBlock - 1) / kBlock;
   cpu::parallel_ranges(p.n * blocks, p.rows * kBlock, [&](int64_t begin, int64_t end) {

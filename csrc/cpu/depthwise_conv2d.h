@@ -1,5 +1,5 @@
-// What both layouts of the depthwise convolution share: parameters in the type of the arithmetic, and the epilogue, which is that
-// of the dense one as well.
+// What both layouts of the depthwise convolution share: conversion of parameters to the type of the arithmetic, and the
+// epilogue. The dense convolution uses the same epilogue.
 #pragma once
 
 #include "../common/depthwise_conv2d.h"
@@ -9,8 +9,9 @@
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 
-// What is read soon, into the second-level cache: these loops multiply so much between two reads that the hardware's
-// prefetchers and the reordering of instructions leave half of the time for waiting. `p` may lie past the end.
+// Prefetches into the second-level cache. These loops multiply so much between two reads that, with the hardware's
+// prefetchers and out-of-order execution alone, half of the time would be spent waiting. `p` may be past the end of the
+// array.
 ADVDL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 ADVDL_INLINE float widened(float v) { return v; }
@@ -18,7 +19,7 @@ ADVDL_INLINE double widened(double v) { return v; }
 ADVDL_INLINE float widened(BFloat16 v) { return to_float(v); }
 ADVDL_INLINE float widened(Float16 v) { return to_float(v); }
 
-// to[i * step] = from[i], or `absent` where there is no array.
+// to[i * step] = from[i], or `absent` if `from` is null.
 template <class Acc>
 void widen(DType dtype, const void* from, Acc absent, Acc* to, int64_t count, int64_t step = 1) {
   if (from == nullptr) {
@@ -31,10 +32,10 @@ void widen(DType dtype, const void* from, Acc absent, Acc* to, int64_t count, in
   });
 }
 
-// Outputs of so many bytes and more are written past the caches: so their inputs stay there (docs/performance.md).
+// Outputs of at least this many bytes bypass the caches, so that the inputs stay there (docs/performance.md).
 inline constexpr int64_t kConvStreamBytes = 4 << 20;
 
-// What follows the sum: act(sum * scale + shift + residual), stored as T.
+// The epilogue: act(sum * scale + shift + residual), stored as T.
 template <class T>
 struct Epilogue {
   using Acc = acc_t<T>;
@@ -46,10 +47,10 @@ struct Epilogue {
   Activation act;
   Acc act_param;
   bool is_affine;
-  bool streams = false;  // every vector that is written is then aligned
+  bool streams = false;  // bypass the caches; every vector that is written must then be aligned
 
-  // kColumns vectors of one run, `step` elements apart, from out[at] on; scale and shift are theirs. Loops are unrolled by
-  // name, else gcc keeps the sums in memory.
+  // Finishes kColumns vectors of one run, `step` elements apart, from out[at] on, with their scale and shift. The loops
+  // are unrolled explicitly, as gcc would otherwise keep the sums in memory.
   template <int kColumns, class Lanes>
   ADVDL_INLINE void finish(Vec (&sums)[kColumns], Vec scale_, Vec shift_, int64_t at, int64_t step,
                            const Lanes& lanes) const {

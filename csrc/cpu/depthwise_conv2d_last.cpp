@@ -10,7 +10,7 @@ namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 namespace {
 
-// Output columns of a block: as many as have their sums in registers, with kVectors vectors of channels.
+// Output columns of a block: as many as keep their sums in registers, with kVectors vectors of channels.
 template <int kVectors>
 inline constexpr int kColumns = ADVDL_VECTOR_BYTES == 64 ? 8 : 8 / kVectors;
 
@@ -45,21 +45,21 @@ struct Row {
   const T* in = nullptr;             // [.., C]
   const acc_t<T>* weight = nullptr;  // [taps, C]
   int64_t c = 0, in_step = 1, in_columns = 0, out_columns = 0, out_step = 1;
-  // The taps come in runs of so many, which read neighbouring columns in this order; 1: they do not.
+  // The taps come in runs of this many, which read neighbouring columns in ascending order. 1: no such runs.
   int64_t run = 1;
   int64_t first_column =
-      0;  // of runs: the input column that the first tap of a run reads for output column 0
+      0;  // with runs: the input column that the first tap of a run reads for output column 0
   int64_t out = 0;  // element of the output at column 0
   const Tap* taps = nullptr;
   int64_t tap_count = 0;
-  // From what the last tap reads to what the next row of outputs is the first to read.
+  // Elements from the input of the last tap to the input that the next row of outputs reads first; 0: no prefetch.
   int64_t ahead = 0;
   Columns inside{};  // what every tap reaches
 };
 
-// kCount outputs from column j on, of kVectors vectors of channels from c on. The taps come in runs of kRun neighbours, the outputs
-// are kStep input columns apart: a vector of input is read once for all products of a run. `missing_left` and `missing_right` of
-// the input columns are outside of the image, each fewer than kRun.
+// Computes kCount outputs from column j on, for kVectors vectors of channels from c on. The taps come in runs of kRun
+// neighbours and the outputs are kStep input columns apart, so each vector of input is read once for all products of a
+// run. The first `missing_left` and the last `missing_right` input columns are outside the image, fewer than kRun each.
 template <int kCount, int kVectors, int kRun, int kStep, class T, class Lanes>
 ADVDL_INLINE void correlate_columns(const Row<T>& row, const Epilogue<T>& epilogue, int64_t j,
                                     int64_t c, int64_t missing_left, int64_t missing_right,
@@ -110,8 +110,8 @@ ADVDL_INLINE void correlate_columns(const Row<T>& row, const Epilogue<T>& epilog
   }
 }
 
-// The columns `all` in blocks of kCount, of which the last may overlap the one before. Channels are inside of columns: what is
-// read is one piece of memory, which the prefetchers follow.
+// Computes the columns `all` in blocks of kCount. The last block may overlap the one before. The loop over
+// channels is inside the one over blocks, so that memory is read in order, which the prefetchers follow.
 template <int kCount, int kVectors, int kRun, int kStep, class T>
 void correlate_blocks(const Row<T>& row, const Epilogue<T>& epilogue, Columns all) {
   constexpr int64_t width = Simd<acc_t<T>>::lanes;
@@ -140,7 +140,7 @@ void correlate_blocks(const Row<T>& row, const Epilogue<T>& epilogue, Columns al
   }
 }
 
-// The columns `all` in equal blocks.
+// Computes the columns `all` in blocks of about equal size.
 template <int kVectors, int kRun, int kStep, class T>
 void correlate_columns_of(const Row<T>& row, const Epilogue<T>& epilogue, Columns all) {
   constexpr int most = kColumns<kVectors>;
@@ -184,7 +184,7 @@ ADVDL_INLINE void correlate_border(const Row<T>& row, const Epilogue<T>& epilogu
   }
 }
 
-// A row whose taps come one by one.
+// A row without runs of taps.
 template <class T>
 void correlate_taps(const Row<T>& row, const Epilogue<T>& epilogue) {
   using Acc = acc_t<T>;
@@ -209,9 +209,10 @@ template <class T>
 void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
   if constexpr (kHasRuns<T>) {
     const Columns all{0, row.out_columns};
-    // Two vectors for a run of 3: each input is added to three sums in a row, and with one vector they would wait for each other.
-    // Vectors of half a cache line have too few registers for that, but where columns lie in the same sets of the first-level
-    // cache a line does not stay there until its second half is read.
+    // Two vectors of channels for runs of 3: each input is added to three sums in a row, and with one vector these
+    // additions would wait for each other. Vectors of half a cache line have too few registers for two. They take two all
+    // the same if columns fall into the same sets of the L1 cache, because a line would be evicted before its second half
+    // is read.
     const bool whole_lines =
         ADVDL_VECTOR_BYTES == 64 || row.in_step * row.c * sizeof(T) % 2048 == 0;
     switch (10 * row.run + row.in_step) {
@@ -318,8 +319,8 @@ int64_t gradient_taps(const DepthwiseConv2dShape& s, int64_t n, int64_t i, int64
   return count;
 }
 
-// How many taps of a row of the filter read neighbours, where outputs are `step` input columns apart and `padding` columns beside
-// the image are read on each side; 1 where correlate_row has no loop for them.
+// The number of taps in a run: the taps of a row of the filter, or 1 if correlate_row has no loop for such runs. Outputs
+// are `step` input columns apart, and `padding` columns beside the image are read on each side.
 int64_t run_of(const Conv2dAxis& w, int64_t step, int64_t padding) {
   const bool is_known = w.kernel == 3 || w.kernel == 5 || (w.kernel == 7 && step == 1);
   return is_known && w.dilation == 1 && step <= 2 && padding < w.kernel ? w.kernel : 1;
@@ -382,7 +383,7 @@ void input_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>>
                              false,
                              streams(p.dx, s.n * s.h.in * s.w.in, s.c * sizeof(T))};
   Row<T> like{static_cast<const T*>(p.dz), parameters.weight, s.c};
-  // With a stride the taps of a phase are every stride-th of the filter.
+  // With a stride, the taps of a phase are every stride-th tap of the filter.
   like.run = s.w.stride == 1 ? run_of(s.w, 1, s.w.padding) : 1;
   like.first_column = s.w.padding - (s.w.kernel - 1);
   like.in_columns = s.w.out;

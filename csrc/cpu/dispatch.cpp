@@ -6,7 +6,7 @@
 
 namespace advdl_ops {
 
-// Each family adds its kernels to the table of each capability; a new one adds its line here.
+// Each family adds its kernels to the table of each capability. A new family needs its lines here.
 #define ADVDL_DECLARE_KERNELS(capability)                  \
   namespace capability {                                   \
   void add_batch_norm_act(cpu::KernelTable& table);        \

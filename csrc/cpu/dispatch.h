@@ -1,7 +1,7 @@
-// What runs the CPU kernels: the table of one capability's kernels, chosen at load, and the threads.
+// How the CPU kernels run: the table of one capability's kernels, chosen at the first call, and the threads.
 //
-// dispatch.cpp fills the table. There each function that ../common/<family>.h declares in `cpu` is a call of the entry of the
-// same name, which `add_<family>` at the end of <family>.cpp has set.
+// dispatch.cpp makes the table. `add_<family>` at the end of <family>.cpp sets the family's entries. Each function that
+// ../common/<family>.h declares in `cpu` calls the entry of the same name.
 #pragma once
 
 #include <cstddef>
@@ -40,7 +40,7 @@ struct KernelTable {
 // The capability in use: "default", "avx2" or "avx512".
 const char* capability();
 
-// Uses the named capability from now on; false, and nothing changed, where this build or CPU lacks it.
+// Uses the named capability from now on. Returns false and changes nothing if this build or CPU lacks it.
 bool set_capability(const char* name);
 
 // --- threads -------------------------------------------------------------------------------------
@@ -49,13 +49,13 @@ using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFunction,
                              void* context);
 
-// Kernels run on the thread pool that is given here (the binding gives torch's), or on one thread.
+// Kernels run on the thread pool that is set here (the bindings set torch's), or on one thread if none is set.
 void set_parallel_for(ParallelFor parallel_for, int (*thread_count)());
 void parallel_for(int64_t begin, int64_t end, int64_t grain, RangeFunction function, void* context);
 int thread_count();
 
-// f(begin, end) on parts of [0, count), none so small that a thread costs more than it saves. `work` is the number of elements
-// that one index stands for.
+// Calls f(begin, end) on parts of [0, count), each large enough to be worth a thread. `work` is the number of elements
+// per index.
 template <class F>
 void parallel_ranges(int64_t count, int64_t work, F&& f) {
   constexpr int64_t kGrain = 32768;

@@ -1,14 +1,14 @@
-// Group norm, residual addition and activation on the CPU; what is computed stands in ../common/group_norm.h.
+// Group norm, residual addition and activation on the CPU. ../common/group_norm.h has the formulas.
 //
-// channels_first: a set (a group of a sample) is one contiguous run of D channels of S elements, D = C / groups. The first pass
-// takes the moments of the run, block by block. The second pass normalizes it channel by channel; the run is mostly still in L2.
-// Where a channel is too short for vectors the run is normalized as a whole, with a weight for each element
-// (norm_elementwise_affine.cpp). channels_last: a sample is S rows of C columns (norm_columns.h); the moments of the columns are
-// merged to those of the groups.
+// channels_first: a set (a group of a sample) is one contiguous run of D channels of S elements, D = C / groups. The
+// first pass takes the moments of the run, block by block. The second pass normalizes it channel by channel; the run is
+// mostly still in L2. If channels are too short for vectors, the run is normalized as a whole, with a weight for each
+// element (norm_elementwise_affine.cpp). channels_last: a sample is S rows of C columns (norm_columns.h); the moments
+// of the columns are merged into those of the groups.
 //
-// Where there are sets (or samples) enough for all threads, one thread does each from statistics to output. Otherwise the chunks
-// of each set are shared out, pass by pass. Chunks depend on the shape only, and partial sums are merged in chunk order in
-// double: the result does not depend on the number of threads.
+// If there are enough sets (or samples) for all threads, one thread processes each from statistics to output. Otherwise
+// the chunks of each set are distributed over the threads, pass by pass. Chunks depend on the shape only, and partial
+// sums are merged in chunk order in double. So the result does not depend on the number of threads.
 #include "../common/group_norm.h"
 
 #include "dispatch.h"
@@ -23,13 +23,13 @@ namespace {
 
 using cpu::parallel_ranges;
 
-// Whether whole sets (or samples) are enough to keep all threads busy, without their chunks.
+// Whether there are enough whole sets (or samples) to keep all threads busy, so that chunks need not be distributed.
 bool shares_out_whole(int64_t count, int64_t chunks) {
   const int64_t threads = cpu::thread_count();
   return chunks == 1 || count >= 4 * threads || count % threads == 0;
 }
 
-// dweight, dbias [C] from the sums of each sample's channels, sums [N, C, pieces].
+// dweight and dbias [C] from the sums [N, C, pieces].
 template <class Acc>
 void sum_over_samples(const GroupNormBackward& p, const GradientSums<double>* sums, int64_t pieces,
                       const Acc* rstd) {
@@ -61,7 +61,7 @@ void sum_over_samples(const GroupNormBackward& p, const GradientSums<double>* su
 
 // --- channels_first ------------------------------------------------------------------------------
 
-// How the sets, contiguous runs of `length` elements, are cut; by the shape alone.
+// How the sets, contiguous runs of `length` elements, are cut into blocks and chunks. Depends on the shape only.
 struct SetChunks {
   int64_t sets, per_set, s, length, blocks, chunks;  // sets of per_set channels of s elements
   explicit SetChunks(const GroupNormShape& shape)
@@ -69,7 +69,7 @@ struct SetChunks {
     blocks = ceil_div(length, kBlock);
     chunks = clamp(blocks / 4, 1, kMaxChunks);
   }
-  // The elements of a set from here on belong to `chunk`.
+  // The first element of a set that belongs to `chunk`.
   int64_t begin_of(int64_t chunk) const { return min_of(chunk * blocks / chunks * kBlock, length); }
 };
 
@@ -147,11 +147,11 @@ void forward_channels_first(const GroupNormForward& p, Arena arena) {
   });
 }
 
-// How the rows, one channel of a sample each, are cut for the gradients; by the shape alone.
+// How the rows (each one channel of a sample) are cut into pieces for the gradients. Depends on the shape only.
 struct RowPieces {
   int64_t rows, s, pieces, step;
   explicit RowPieces(const GroupNormShape& shape) : rows(shape.n * shape.c), s(shape.s) {
-    // Whole vectors in all pieces but the last.
+    // All pieces but the last consist of whole vectors.
     step = ceil_div(ceil_div(s, clamp(s / (4 * kBlock), 1, kMaxChunks)), 64) * 64;
     pieces = max_of(1, ceil_div(s, step));
   }
@@ -186,11 +186,11 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
   const bool stream_residual =
       !is_transcendental(kAct) && dresidual != nullptr && streams<T>(elements, kStreamStoredBytes);
   const bool stream_out = streams_dx<T>(elements, kept, dx);
-  // What was streamed is far: dz is then computed again from dout, which is near.
+  // A streamed dz is not in cache. dout is, so dz is computed from it again.
   if (stream_residual) kept = nullptr;
   const Acc param = static_cast<Acc>(p.act_param);
 
-  // f(offset, length, constants) for a piece of a row.
+  // Calls f(offset, length, constants) for a piece of a row.
   const auto with_piece = [&](int64_t row, int64_t piece, const auto& f) {
     const int64_t set = row / per_set;
     Acc scale = rstd[set] * affine.weight[row % p.shape.c], shift = affine.bias[row % p.shape.c];
@@ -273,12 +273,13 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
 
 // --- channels_last -------------------------------------------------------------------------------
 
-// A sample as rows of columns, a group's D columns side by side.
+// A sample as rows, with D adjacent columns for each group.
 RowChunks group_columns(const GroupNormShape& shape) {
   return {shape.s, shape.groups, shape.c / shape.groups};
 }
 
-// f(sample, chunk) over the passes of `first`, then finish(sample), then the passes of `second`, in reverse.
+// Calls first(sample, chunk) for all chunks of a sample, then finish(sample), then second(sample, chunk) in reverse
+// order.
 template <class First, class Finish, class Second>
 void for_samples(const GroupNormShape& shape, const RowChunks& cut, const First& first,
                  const Finish& finish, const Second& second, bool fence) {
@@ -307,10 +308,10 @@ void for_samples(const GroupNormShape& shape, const RowChunks& cut, const First&
   });
 }
 
-// What the samples' columns are normalized by: constants [N, width], and two partial results for each chunk.
+// The constants of each sample's columns [N, width], and two partial results for each chunk.
 template <class Acc>
 struct Columns {
-  RowChunks cut, channels;  // columns of the groups, and of the channels
+  RowChunks cut, channels;  // columns by group, and by channel
   int64_t stride;
   Constants<Acc> all;
   double *partial_first, *partial_second;  // [N, chunks, width]
@@ -331,7 +332,7 @@ struct Columns {
   double* first(int64_t n) const { return partial_first + n * cut.chunks * cut.width; }
   double* second(int64_t n) const { return partial_second + n * cut.chunks * cut.width; }
 
-  // A sample's mean, scale and shift for each column, from the statistics of its groups.
+  // Sets mean, scale and shift of a sample's columns, from the statistics of its groups.
   void set_affine(int64_t n, const Acc* mean, const Acc* rstd, const Affine<Acc>& affine) const {
     const Constants<Acc> k = of(n);
     for (int64_t c = 0; c < channels.channels; ++c) {
@@ -472,8 +473,8 @@ bool is_channels_last(const GroupNormShape& shape) {
   return shape.layout == Layout::channels_last && shape.s > 1;
 }
 
-// Whether the channels of a contiguous sample are too short for loops of their own. A channel that is not made of whole vectors
-// (7x7) costs a vector in part and two reductions, which take longer than to read a weight for each element.
+// Whether the channels of a contiguous sample are too short for loops of their own. A channel with a partial vector at
+// its end (7x7) costs that vector and two reductions, which takes longer than reading a weight for each element.
 bool has_short_channels(const GroupNormShape& shape) {
   if (is_channels_last(shape)) return false;
   return shape.s < kShortRun || (shape.s < 4 * kShortRun && shape.s % 8 != 0);

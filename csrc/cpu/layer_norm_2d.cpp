@@ -1,10 +1,10 @@
-// Layer norm over the channels of each position, residual addition and activation on the CPU; what is computed stands in
-// ../common/group_norm.h.
+// Layer norm over the channels of each position, residual addition and activation on the CPU. ../common/group_norm.h
+// has the formulas.
 //
-// channels_last: a position is a contiguous run (norm_elementwise_affine.cpp). channels_first: tiles of neighbouring positions,
-// which are C rows of up to kMaxTileWidth elements that lie S apart. The moments and the gradient sums of the positions are those
-// of the tile's columns; the gradients of weight and bias are sums along its rows. A tile is small enough to be found in L2 by
-// its second pass.
+// channels_last: a position is a contiguous run (norm_elementwise_affine.cpp). channels_first: neighbouring positions
+// form a tile of C rows, each of up to kMaxTileWidth elements, S apart. The moments and gradient sums of the positions
+// are taken over the tile's columns, the gradients of weight and bias over its rows. A tile is small enough to be still
+// in L2 at its second pass.
 #include "../common/group_norm.h"
 
 #include "dispatch.h"
@@ -18,10 +18,11 @@ namespace {
 
 using cpu::parallel_ranges;
 
-constexpr int64_t kTileBytes = 256 << 10;  // of x; the gradients read two or three tensors
+constexpr int64_t kTileBytes = 256 << 10;  // of x; backward reads two or three tensors of that size
 constexpr int64_t kMinTileWidth = 128, kMaxTileWidth = 512;
 
-// How the positions of the samples are cut into tiles, and these into chunks that sum dweight and dbias; by the shape alone.
+// How positions are cut into tiles, and tiles into chunks with partial sums of dweight and dbias. Depends on the shape
+// only.
 struct Tiles {
   int64_t c, s, width, per_sample, count, chunks;
   explicit Tiles(const GroupNormShape& shape, int64_t element_bytes) : c(shape.c), s(shape.s) {
@@ -32,7 +33,7 @@ struct Tiles {
     chunks = min_of(count, kMaxChunks);
   }
   int64_t first_of(int64_t chunk) const { return chunk * count / chunks; }
-  // f(offset of the tile's first element, of its first position's statistics, its width)
+  // Calls f(offset of the tile's first element, offset of its first position's statistics, its width).
   template <class F>
   void with_tile(int64_t tile, const F& f) const {
     const int64_t n = tile / per_sample, begin = tile % per_sample * width;
@@ -40,7 +41,7 @@ struct Tiles {
   }
 };
 
-// Statistics of the positions of one tile, for each column.
+// The statistics of a tile's positions, one for each column.
 template <class Acc>
 struct TileStatistics {
   alignas(64) Acc mean[kMaxTileWidth + kPad], rstd[kMaxTileWidth + kPad];
@@ -178,7 +179,7 @@ void backward_channels_first(const GroupNormBackward& p, Arena arena) {
   if (p.dweight != nullptr) sum_parts<Acc>(p, dbias, dweight, cut.chunks, 1);
 }
 
-// Also where there is one position: its channels are a run in either layout.
+// With a single position, its channels are contiguous in either layout.
 bool positions_are_runs(const GroupNormShape& shape) {
   return shape.layout == Layout::channels_last || shape.s == 1;
 }

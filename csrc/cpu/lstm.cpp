@@ -1,12 +1,13 @@
-// The LSTM's forward pass on the CPU: one pass over the steps, each a product with packed weights whose tiles become gates,
-// cells and outputs while they are in registers and the first cache. docs/kernels.md.
+// The LSTM's forward pass on the CPU. Each step is a product with packed weights. Its tiles become gates, cells and
+// outputs while they are in registers and L1. docs/kernels.md has more.
 #include "lstm.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 namespace {
 
-// The products of w_ih with the rows of some steps come before these steps: its panels are then read for that many rows.
+// w_ih x is computed for a chunk of steps with at least this many rows, before these steps. A panel of w_ih is then
+// read once for all of these rows.
 constexpr int64_t kChunkRows = 48;
 
 template <class T>
@@ -76,9 +77,9 @@ class Forward {
   A* converted_{};  // [chunk rows][I]
   const A** rows_;  // [chunk rows]: rows of x
   A* cell_;         // [B][H]: c
-  A* state_[2];     // [B][R]: h of the last step and of this one, in turns
+  A* state_[2];     // [B][R]: h of the previous step and of this one, alternating
   A* fed_[2];       // [B][R]: h * recurrent_mask
-  A* hidden_{};     // [B][H]: before w_hr
+  A* hidden_{};     // [B][H]: o tanh(c), the input of w_hr
   A* product_{};    // [B][4][H]: w_hh h, with layer norm
   A* packed_ih_{};  // [units][I][panel]
   A* packed_hh_{};  // [units][R][panel]
@@ -86,7 +87,7 @@ class Forward {
 
   static const T* typed(const void* pointer) { return static_cast<const T*>(pointer); }
   int64_t output_panels() const { return ceil_div(p_.shape.projection, kPanel<A>); }
-  // A panel of units: one vector of each gate's rows.
+  // The rows of w_ih or w_hh for a panel: one vector of each gate.
   RowRuns gate_rows(int64_t panel) const {
     return {panel * kLanes, size_.hidden, size_.hidden - panel * kLanes, 0};
   }
@@ -129,7 +130,7 @@ class Forward {
                          });
   }
 
-  // The states before the first step, in both turns: a sequence that begins later finds its own.
+  // Fills both buffers with the initial states, because in reverse a shorter sequence begins at a later step.
   void begin() {
     const int64_t batch = p_.shape.sequences.batch;
     cpu::parallel_ranges(batch, size_.hidden + size_.recurrent, [&](int64_t first, int64_t end) {
@@ -194,7 +195,7 @@ class Forward {
     });
   }
 
-  // tile += a times the packed panel, or the rows that it would be made of.
+  // tile += a times the packed panel, or times the unpacked rows if there are few.
   void multiply(int64_t rows, const A* const* a, const void* matrix, const A* packed,
                 const RowRuns& runs, int64_t panel, int64_t depth, A* tile) {
     if (depth == 0) return;
@@ -206,7 +207,7 @@ class Forward {
     }
   }
 
-  // One step of all sequences that have it; their rows of projected_ begin at `row`.
+  // One step of all sequences that have it. Their rows in projected_ begin at `row`.
   void advance(int64_t step, int64_t row) {
     const int64_t active = times_.active(step);
     const A* fed = fed_[step % 2];
@@ -245,7 +246,7 @@ class Forward {
   }
   bool last(int64_t step, int64_t k) const { return k >= times_.active(step + 1); }
 
-  // The units from j on of one row: sums [panel] are pre-activations.
+  // Finishes the units of one row from j on. `sums` [panel] are the pre-activations.
   template <class Lanes>
   ADVDL_INLINE void become_gates(int64_t step, int64_t k, int64_t j, const A* sums, Lanes part) {
     LstmGates<Vec> gates{load(sums), load(sums + kLanes), load(sums + 2 * kLanes),
@@ -254,7 +255,7 @@ class Forward {
     output_hidden(step, k, j, gates.o * math::tanh(cell), part);
   }
 
-  // Activates, writes gates and the cell, and returns the cell before its zoneout.
+  // Activates the gates, writes them and the cell, and returns the cell before zoneout.
   template <class Lanes>
   ADVDL_INLINE Vec next_cell(int64_t step, int64_t k, int64_t j, LstmGates<Vec>& gates,
                              Lanes part) {
@@ -290,7 +291,7 @@ class Forward {
     }
   }
 
-  // h of this step: zoneout, y and the states.
+  // Finishes h of this step: zoneout, then writes the state, y and h_n.
   template <class Lanes>
   ADVDL_INLINE void output(int64_t step, int64_t k, int64_t j, Vec h, Lanes part) {
     const int turn = step % 2;
@@ -325,12 +326,12 @@ class Forward {
 
   void clear_ended(int64_t step, int64_t active) {
     if (p_.shape.sequences.starts != nullptr || p_.y.data == nullptr)
-      return;  // packed: there are no rows past an end
+      return;  // packed tensors have no rows for ended sequences
     for (int64_t k = active; k < p_.shape.sequences.batch; ++k)
       std::memset(times_.template row<T>(p_.y, step, k), 0, size_.recurrent * sizeof(T));
   }
 
-  // --- layer norm: a row of the product is complete before it becomes gates -----------------------
+  // --- layer norm: needs a whole row of the product before the gates ------------------------------
 
   A* product_row(int64_t k, int64_t gate) const {
     return product_ + (k * kLstmGates + gate) * size_.hidden_row;
@@ -352,7 +353,7 @@ class Forward {
     }
     const RowStatistics<A> of_product(product_row(k, 0), kLstmGates, size_.hidden, size_.hidden_row,
                                       norm.eps);
-    // The cell and the output gate take the places of what they are made of.
+    // The cell and the output gate overwrite the products of the first two gates, which are no longer needed.
     for (int64_t panel = 0; panel < size_.units; ++panel) {
       const int64_t j = panel * kLanes;
       with_lanes<A>(size_.hidden - j, [&](auto part) {

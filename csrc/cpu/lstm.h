@@ -1,4 +1,4 @@
-// What the forward and the backward pass of the LSTM share: sizes, where rows lie, scratch memory, and products of few rows.
+// What the forward and the backward pass of the LSTM share: sizes, addresses of rows, zoneout, layer norm statistics.
 #pragma once
 
 #include "../common/arena.h"
@@ -8,21 +8,22 @@
 #include "matmul.h"
 #include "simd_math.h"
 
-// After the vectors' overloads: its formulas look the functions up where they stand.
+// Must follow the overloads for vectors: its templates call math::tanh by its qualified name and see only earlier
+// declarations.
 #include "../common/lstm_gates.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 
-// Packing a matrix costs as much as its product with some rows: with fewer in all of the call its rows are read as they are.
+// A call with fewer rows in total does not pack the weights, because packing would cost as much as the product itself.
 inline constexpr int64_t kFewRows = 8;
 
-// Times in the order of the forward pass, or from the last to the first.
+// Maps the steps of the forward pass to times. In reverse, the first step is the last time.
 struct Times {
   const LstmSequences& s;
 
   ADVDL_INLINE int64_t at(int64_t step) const { return s.reverse ? s.steps - 1 - step : step; }
-  // Sequences that have the time of a step; none before the first step and after the last.
+  // The number of sequences that have the time of a step: 0 before the first step and after the last.
   ADVDL_INLINE int64_t active(int64_t step) const {
     if (step < 0 || step >= s.steps) return 0;
     return s.batch_sizes == nullptr ? s.batch : s.batch_sizes[at(step)];
@@ -35,7 +36,8 @@ struct Times {
     for (int64_t t = 0; t < s.steps; ++t) sum += s.batch_sizes[t];
     return sum;
   }
-  // The row of the k-th longest sequence at the time of a step, of elements T (as const as the tensor's pointer).
+  // The row of the k-th longest sequence at the time of a step. T is the element type, const if the tensor's pointer
+  // is.
   template <class T, class Rows>
   ADVDL_INLINE T* row(const Rows& tensor, int64_t step, int64_t k) const {
     const int64_t t = at(step);
@@ -43,20 +45,21 @@ struct Times {
                                                : t * tensor.time + number(k) * tensor.batch;
     return static_cast<T*>(tensor.data) + offset;
   }
-  // The row of `state` [B, size], T* or null.
+  // The row of a state `data` [B, size], or null if that is null.
   template <class T>
   ADVDL_INLINE const T* state(const void* data, int64_t size, int64_t k) const {
     return data == nullptr ? nullptr : static_cast<const T*>(data) + number(k) * size;
   }
 };
 
-// Sizes in elements. Rows of states are whole vectors, so that kernels need no masks for them.
+// Sizes in elements. Rows of states are padded to whole vectors, so that they can be read and written without masks.
 template <class A>
 struct LstmSizes {
   int64_t input, hidden, recurrent, gates;  // I, H, R, 4H
-  int64_t units;                            // of H: panels of one vector of each gate
-  int64_t hidden_row, recurrent_row;        // H and R in whole vectors
-  int64_t gates_row;  // 4H, and a line, so that rows of 4 KB do not share their places in the cache
+  int64_t units;                            // panels that cover H, with one vector of each gate
+  int64_t hidden_row, recurrent_row;        // H and R, rounded up to whole vectors
+  int64_t
+      gates_row;  // 4H plus a vector: rows with a stride of 4 KB would compete for the same cache sets
 
   explicit LstmSizes(const LstmShape& shape)
       : input(shape.input),
@@ -69,10 +72,11 @@ struct LstmSizes {
         gates_row(round_up(gates, Simd<A>::lanes) + Simd<A>::lanes) {}
 };
 
-// How many tiles cover these rows.
+// The number of tiles that cover these rows.
 inline int64_t tiles_of(int64_t rows) { return ceil_div(rows, kTileRows); }
 
-// f(panel, first row, rows) for all tiles of all panels, the tiles of a panel one after another on one thread.
+// Calls f(panel, first row, rows) for all tiles of all panels. A thread goes through the tiles of a panel one after
+// another.
 template <class A, class F>
 void for_tiles(int64_t panels, int64_t rows, int64_t depth, F&& f) {
   const int64_t tiles = tiles_of(rows);
@@ -85,13 +89,13 @@ void for_tiles(int64_t panels, int64_t rows, int64_t depth, F&& f) {
                        });
 }
 
-// Element j .. of a row that may be null (zeros), and of one in another type.
+// A vector of a row from element j on, converted to A. A null row is all zeros.
 template <class A, class T, class Lanes>
 ADVDL_INLINE typename Simd<A>::Vec read_or_zero(const T* row, int64_t j, Lanes part) {
   return row == nullptr ? typename Simd<A>::Vec{} : part.read(row + j);
 }
 
-// The factors of a zoneout for the units from j on of a row.
+// The factors of the previous state in a zoneout, for the units of a row from j on.
 template <class A>
 ADVDL_INLINE typename Simd<A>::Vec zoneout_keep(const Times& times, const LstmZoneout& zoneout,
                                                 int64_t step, int64_t k, int64_t j, int64_t size) {
@@ -102,7 +106,7 @@ ADVDL_INLINE typename Simd<A>::Vec zoneout_keep(const Times& times, const LstmZo
   return keep;
 }
 
-// The entries of the kernel table: a pass is a class of the element type.
+// The entries of the kernel table. Pass<T> is the class of a pass for the element type T.
 template <template <class> class Pass, class Params>
 size_t lstm_workspace(const Params& p) {
   size_t bytes = 0;
@@ -114,7 +118,7 @@ void lstm_run(const Params& p, void* workspace) {
   with_type(p.shape.dtype, [&]<class T>() { Pass<T>(p, workspace).run(); });
 }
 
-// Mean and 1 / std of a row of `parts` runs of `size` values, each run in whole vectors; in two passes.
+// Mean and 1 / std of a row in two passes. The row has `parts` runs of `size` values, `stride` apart.
 template <class A>
 struct RowStatistics {
   A mean, rstd;

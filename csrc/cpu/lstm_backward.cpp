@@ -1,14 +1,16 @@
-// The LSTM's gradients on the CPU: the steps from the last to the first, each a product with packed weights whose tiles become
-// the gradients of the pre-activations; every few hundred rows of those, their products for x and the weights, from the cache.
+// The LSTM's gradients on the CPU, from the last step to the first. Each step is a product with packed weights, whose
+// tiles become the gradients of the pre-activations. After every few hundred rows of these, while they are in cache,
+// their products give dx and the gradients of the weights.
 #include "lstm.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 namespace {
 
-// The depth of the products that make the gradients of the weights: each of them is read and written once for so many rows.
+// The most rows of a chunk, unless a single step has more. The gradients of the weights are read and written once for
+// each chunk.
 constexpr int64_t kChunkRows = 512;
-// With fewer rows a matrix [4H, columns] is read where it lies: its rows are already those of panels.
+// With fewer rows a weight [4H, columns] is not packed: a row of a panel is contiguous in it already.
 constexpr int64_t kPackedRows = 256;
 
 template <class T>
@@ -17,17 +19,17 @@ class Backward {
   using Vec = typename Simd<A>::Vec;
   static constexpr int64_t kLanes = Simd<A>::lanes;
 
-  // A step's row, by its place among the rows of a chunk.
+  // The step and sequence of a row of a chunk.
   struct Place {
     int64_t step, k;
   };
-  // Gradients of some steps, in the order in which they are made.
+  // The gradients of some steps, in the order in which they are computed.
   struct Chunk {
     A* gates;        // [rows][4H]: of the pre-activations
-    A* products;     // [rows][4H]: of w_hh h; with layer norm, otherwise `gates`
+    A* products;     // [rows][4H]: of w_hh h; without layer norm the same array as `gates`
     A* projected{};  // [rows][P]: of w_hr's product
     int64_t rows = 0;
-    int64_t last = 0;  // where the rows of the last step begin
+    int64_t last = 0;  // where the rows of the step that was added last begin
   };
 
  public:
@@ -80,7 +82,7 @@ class Backward {
       if (chunk.rows + times_.active(step) > kChunkRows && chunk.rows > 0) finish_chunk();
       go_back(step);
     }
-    // What the first step fed back, for h0.
+    // The gradient of h0.
     take_feedback(-1);
     finish_chunk();
     end();
@@ -93,14 +95,14 @@ class Backward {
   const LstmSizes<A> size_;
   const bool few_, packs_;
   Arena scratch_;
-  A* dh_;  // [B][R]: of h, beside what w_hh feeds back
+  A* dh_;  // [B][R]: of h, without the part through w_hh
   A* dc_;  // [B][H]: of c
   Chunk chunks_[2];
-  int turn_ = 0;                                 // which of them is being filled
+  int turn_ = 0;                                 // the chunk that is being filled
   const Chunk* later_{};                         // the chunk that holds the step after this one
   Place* places_;                                // [rows] of the chunk that is being filled
-  A* dhidden_{};                                 // [B][H]: before w_hr
-  A* hidden_{};                                  // [rows][H]: before w_hr
+  A* dhidden_{};                                 // [B][H]: of o tanh(c), the input of w_hr
+  A* hidden_{};                                  // [rows][H]: o tanh(c)
   A *dhh_weight_{}, *dc_weight_{}, *dc_bias_{};  // [rows][4H], [rows][H], [rows][H]
   A* normal_{};                                  // [B][4][H]
   A* transposed_;                                // [tiles of 4H or P][rows][kTileRows]
@@ -130,7 +132,7 @@ class Backward {
     });
   }
 
-  // tile += a [rows][depth] times the columns of `matrix` [depth][columns] from those of the panel on.
+  // tile += a [rows][depth] times the panel's columns of `matrix` [depth][columns].
   void multiply(int64_t rows, const A* const* a, const void* matrix, int64_t columns,
                 const A* packed, int64_t panel, int64_t depth, A* tile) {
     if (packs_)
@@ -209,7 +211,7 @@ class Backward {
     later_ = &chunk;
   }
 
-  // f(row of the tile, column, values, lanes) for the columns of the tile that exist.
+  // Calls f(row of the tile, column, values, lanes) for the columns of the tile that exist.
   template <class F>
   ADVDL_INLINE void for_vectors_of(const A* tile, int64_t rows, int64_t panel, int64_t columns,
                                    F&& f) {
@@ -222,7 +224,8 @@ class Backward {
     }
   }
 
-  // What w_hh feeds back to h from the step after this one, and on to this step's own gradients where it has the sequence.
+  // The part of the gradient of h that comes through w_hh from the step after this one. Sequences that have this step
+  // continue with its other gradients; for the others it is added to dh_.
   void take_feedback(int64_t step) {
     const int64_t active = times_.active(step);
     const int64_t fed = later_ == nullptr ? 0 : later_->rows - later_->last;
@@ -263,7 +266,7 @@ class Backward {
     part.write(chunk.projected + (chunk.rows + k) * size_.recurrent + j, dh);
   }
 
-  // The gradient of o tanh(c): on to the gates, or kept until the row is complete, for layer norm.
+  // Continues from the gradient of o tanh(c) to the gates. With layer norm it is stored until the row is complete.
   template <class Lanes>
   ADVDL_INLINE void hidden_gradient(int64_t step, int64_t k, int64_t j, Vec dhidden, Lanes part) {
     if (w_.norm.on()) return store(normal_row(k, 3) + j, dhidden);
@@ -280,7 +283,7 @@ class Backward {
             part.read(row + 3 * size_.hidden)};
   }
 
-  // Whether the sequence has the step before this one; otherwise it began here.
+  // Whether the sequence has the step before this one. Otherwise it began here.
   bool continues(int64_t step, int64_t k) const { return k < times_.active(step - 1); }
   template <class Lanes>
   ADVDL_INLINE Vec cell_before(int64_t step, int64_t k, int64_t j, Lanes part) const {
@@ -289,7 +292,7 @@ class Backward {
                            j, part);
   }
 
-  // dcell: what reaches the cell through the hidden state.
+  // dcell: the part of the cell's gradient that comes through the hidden state.
   template <class Lanes>
   ADVDL_INLINE void gates_gradient(int64_t step, int64_t k, int64_t j, const LstmGates<Vec>& gates,
                                    Vec before, Vec t, Vec dhidden, Vec dcell, Lanes part) {
@@ -323,7 +326,7 @@ class Backward {
     return normal_ + (k * 4 + part) * size_.hidden_row;
   }
 
-  // For dx of y = xhat weight + bias, the means over the row of dxhat and of dxhat xhat.
+  // The input gradient of y = xhat weight + bias, from the means of dxhat and of dxhat xhat over the row.
   struct Means {
     Vec first{}, second{};
     template <class Lanes>
@@ -478,10 +481,10 @@ class Backward {
     return times_.template row<T>(p_.dx, places_[row].step, places_[row].k);
   }
 
-  // transposed_ = the rows, kTileRows columns of them at a time; past the last one zeros.
+  // transposed_ = the transposed rows, in tiles of kTileRows columns, padded with zeros.
   void transpose(const A* rows, int64_t stride, int64_t width, int64_t count) {
     constexpr int64_t kBlock =
-        8;  // tiles that a row is read for at once: it lies in another page than the next one
+        8;  // tiles that are read from a row before the next row, which is on another page
     const int64_t tiles = tiles_of(width);
     cpu::parallel_ranges(ceil_div(tiles, kBlock), kBlock * count * kTileRows,
                          [&](int64_t begin, int64_t end) {
@@ -504,8 +507,8 @@ class Backward {
                          });
   }
 
-  // sums [height][width] += transposed_^T times rows of `width`; source(row, column, f) calls f(values, factors), either
-  // null for zeros and ones.
+  // sums [height][width] += transposed_^T times rows of `width`, or = for the first chunk. source(row, column, f) calls
+  // f(values, factors): null values are zeros, null factors are ones.
   template <class Source>
   void add_products(int64_t height, int64_t depth, int64_t width, Source&& source, A* sums) {
     if (few_) return add_few_products(height, depth, width, source, sums);
@@ -549,7 +552,7 @@ class Backward {
     });
   }
 
-  // The same where the sums are longer than what they are made of, and the only chunk's.
+  // The same for a call with few rows, which is a single chunk. The sums are then larger than the factors.
   template <class Source>
   void add_few_products(int64_t height, int64_t depth, int64_t width, Source&& source, A* sums) {
     A* rows = columns_;  // [depth][width]
@@ -577,7 +580,7 @@ class Backward {
     });
   }
 
-  // sums[width] += the sum of the rows.
+  // sums[width] += the sum of the rows, or = for the first chunk.
   void add_rows(const A* rows, int64_t stride, int64_t width, int64_t count, void* sums) {
     if (sums == nullptr) return;
     cpu::parallel_ranges(panels(width), count * kPanel<A>, [&](int64_t begin, int64_t end) {

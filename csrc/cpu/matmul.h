@@ -1,7 +1,8 @@
-// Matrix products for kernels that multiply on their way: a panel of packed columns times a tile of rows, in registers.
+// Matrix products inside other kernels: a few rows times a panel of columns, with the sums of the tile in registers.
 //
-// A panel is kPanelVectors vectors of columns wide; packed, its rows (the depth) follow each other. A tile of kTileRows rows
-// by one panel is summed over the whole depth, in order, so that no result depends on how tiles are spread over threads.
+// A panel is kPanelVectors vectors of columns wide. In a packed panel, its rows (the depth) follow each other. A tile
+// of kTileRows rows by one panel is summed over the whole depth, in order, so that no result depends on the number of
+// threads.
 #pragma once
 
 #include "simd.h"
@@ -12,14 +13,14 @@ namespace ADVDL_CAPABILITY_NAMESPACE {
 inline constexpr int kPanelVectors = 4;
 template <class A>
 inline constexpr int64_t kPanel = kPanelVectors * Simd<A>::lanes;  // columns
-// As many as leave registers for one row of the panel and a factor.
+// The most that leave registers for one row of the panel and a factor.
 inline constexpr int kTileRows = ADVDL_VECTOR_BYTES == 64 ? 6 : 3;
 
-// Sums longer than this are made of parts: their rounding errors would grow with the square root of the length.
+// Longer sums are split into parts of this depth, because rounding errors grow with the square root of the length.
 inline constexpr int64_t kDepth = 256;
 
-// tile[kRows][panel] = or, where it `adds`, += a[kRows][depth] * b[depth][panel]. The elements of a row of `a` lie kStep apart,
-// rows of b and of the tile as said.
+// tile[kRows][panel] = a[kRows][depth] * b[depth][panel], or += if `adds`. The elements of a row of `a` are kStep apart
+// and begin at `first`; rows of b and of the tile are b_stride and tile_stride apart.
 template <int kRows, int kStep, class A>
 __attribute__((noinline)) void multiply_rows(const A* const* a, int64_t first, const A* b,
                                              int64_t b_stride, int64_t depth, A* tile,
@@ -55,7 +56,7 @@ __attribute__((noinline)) void multiply_rows(const A* const* a, int64_t first, c
   }
 }
 
-// The same for a number of rows known at run time, from 1 to kMost.
+// The same for a number of rows known only at run time, from 1 to kMost.
 template <int kMost, int kStep, class A>
 void multiply_at_most(int64_t rows, const A* const* a, int64_t first, const A* b, int64_t b_stride,
                       int64_t depth, A* tile, int64_t tile_stride, bool adds) {
@@ -65,7 +66,7 @@ void multiply_at_most(int64_t rows, const A* const* a, int64_t first, const A* b
     multiply_at_most<kMost - 1, kStep>(rows, a, first, b, b_stride, depth, tile, tile_stride, adds);
 }
 
-// And for any depth.
+// The same for any depth.
 template <int kStep, class A>
 void multiply_tile(int64_t rows, const A* const* a, const A* b, int64_t b_stride, int64_t depth,
                    A* tile, int64_t tile_stride, bool adds = true) {
@@ -76,7 +77,7 @@ void multiply_tile(int64_t rows, const A* const* a, const A* b, int64_t b_stride
                                        adds);
   }
 }
-// f(lanes) with all lanes, or with the `count` that are left before an end.
+// Calls f(lanes) with all lanes, or with the first `count` if fewer are left. Does not call it if count <= 0.
 template <class A, class F>
 ADVDL_INLINE void with_lanes(int64_t count, F&& f) {
   if (count >= Simd<A>::lanes) {
@@ -86,18 +87,18 @@ ADVDL_INLINE void with_lanes(int64_t count, F&& f) {
   }
 }
 
-// Rows of a matrix [rows][depth] whose products become the columns of a panel: one run of rows for each vector of it.
+// The rows of a matrix [rows][depth] that become the columns of a panel: one run of neighbouring rows for each vector.
 struct RowRuns {
   int64_t first;      // row of the first run
-  int64_t stride;     // from a run to the next
-  int64_t available;  // rows of the first run that exist
-  int64_t taken;      // how many fewer the next one has
+  int64_t stride;     // rows from one run to the next
+  int64_t available;  // rows that exist from the first run on
+  int64_t taken;      // by how many that decreases from one run to the next
   int64_t count(int64_t run, int64_t lanes) const {
     return max_of(0, min_of(lanes, available - run * taken));
   }
 };
 
-// Such rows as a panel [depth][panel], filled up with zeros.
+// Packs such rows into a panel [depth][panel], padded with zeros.
 template <class A, class T>
 void pack_rows(const T* matrix, const RowRuns& runs, int64_t depth, A* panel) {
   constexpr int64_t lanes = Simd<A>::lanes;
@@ -119,7 +120,7 @@ void pack_rows(const T* matrix, const RowRuns& runs, int64_t depth, A* panel) {
   }
 }
 
-// tile[rows][panel] += a[rows][depth] times such rows, as they are.
+// tile[rows][panel] += a[rows][depth] times such rows, read from the matrix itself without packing.
 template <class A, class T>
 void multiply_runs(int64_t rows, const A* const* a, const T* matrix, const RowRuns& runs,
                    int64_t depth, A* tile) {
@@ -144,7 +145,8 @@ void multiply_runs(int64_t rows, const A* const* a, const T* matrix, const RowRu
   }
 }
 
-// tile[rows][panel] += a[rows][depth] times the first columns, as they are, of a matrix [depth] of rows `stride` apart.
+// tile[rows][panel] += a[rows][depth] times the first columns of a matrix with `depth` rows, `stride` apart, without
+// packing.
 template <class A, class T>
 void multiply_columns(int64_t rows, const A* const* a, const T* matrix, int64_t stride,
                       int64_t columns, int64_t depth, A* tile) {
@@ -169,7 +171,7 @@ void multiply_columns(int64_t rows, const A* const* a, const T* matrix, int64_t 
   }
 }
 
-// The columns of rows that lie anywhere, `columns` of them, as a panel [depth][panel], filled up with zeros.
+// Packs the first `columns` values of row(0), row(1), ... into a panel [depth][panel], padded with zeros.
 template <class A, class Row>
 ADVDL_INLINE void pack_columns(int64_t columns, int64_t depth, A* panel, Row&& row) {
   constexpr int64_t lanes = Simd<A>::lanes;

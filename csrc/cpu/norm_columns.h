@@ -1,5 +1,6 @@
-// What batch norm and group norm share on the CPU where channels are innermost: a tensor is read as rows, and each column
-// belongs to one channel (or group). Moments and gradient sums are added up down the columns, one chunk of rows after another.
+// What batch norm and group norm share on the CPU if channels are innermost: a tensor is read as rows, and each column
+// belongs to one channel (or group). Moments and gradient sums are taken for each column, one chunk of rows after
+// another.
 #pragma once
 
 #include "norm_runs.h"
@@ -7,19 +8,20 @@
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 
-// Columns that the sums hold on the stack. Whole rows are read up to there: parts of rows side by side lose the prefetchers.
+// Columns whose sums are on the stack. Rows of up to this width are read whole: to read parts of several rows defeats
+// the prefetchers.
 constexpr int64_t kMaxColumns = 2048;
-// Narrower rows are read side by side as one of up to so many columns. Not more: sums of 256 columns made the same reads from
-// memory three times as slow (docs/performance.md).
+// Several narrower rows are read as one of up to this many columns. With 256 columns the same reads from memory took
+// three times as long (docs/performance.md).
 constexpr int64_t kFoldedColumns = 64;
-// Rows that a column adds up one after another for its moments, of the kMaxRows in its own precision.
+// Rows that are added to one partial sum of a column's moments. kMaxRows rows consist of such strips.
 constexpr int64_t kStripRows = 16;
-// Rows that the guess of a mean looks at, at least (see kSampled).
+// The guess of a mean uses at least this many rows (see kSampled).
 constexpr int64_t kMinSampledRows = 8;
 
 // How a tensor [positions, channels * inner] is read as rows: each channel (for group norm: each group) has `inner`
-// neighbouring columns. `fold` positions side by side make one row, so that it is wide enough even with 3 columns. Rows are cut
-// into chunks, by the shape alone.
+// adjacent columns. A row consists of `fold` consecutive positions, so that it is wide enough even for 3 columns. Rows
+// are cut into chunks, which depend on the shape only.
 struct RowChunks {
   int64_t channels, inner, fold = 1, width, rows, chunks;
   RowChunks(int64_t positions, int64_t channels, int64_t inner) : channels(channels), inner(inner) {
@@ -31,7 +33,7 @@ struct RowChunks {
   int64_t first_row(int64_t chunk) const { return chunk * rows / chunks; }
   int64_t columns_per_channel() const { return fold * inner; }
   int64_t elements_per_chunk() const { return rows * width / chunks; }
-  // The sum of f(column) over the columns of a channel, in parts: a channel may have thousands.
+  // The sum of f(column) over the columns of a channel, in parts, as a channel may have thousands.
   template <class F>
   ADVDL_INLINE double sum_columns(int64_t c, F&& f) const {
     constexpr int64_t kPart = 64;
@@ -46,7 +48,7 @@ struct RowChunks {
     }
     return total;
   }
-  // f(column) for each column of a channel.
+  // Calls f(column) for each column of a channel.
   template <class F>
   ADVDL_INLINE void for_columns(int64_t c, F&& f) const {
     for (int64_t part = 0; part < fold; ++part) {
@@ -56,8 +58,8 @@ struct RowChunks {
   }
 };
 
-// Gives every column the value of its channel, values[0 .. channels), in place. It goes from the end, as a channel's columns
-// lie at or behind its own index.
+// Replaces values[0 .. channels) by the value of each column's channel, in place. It starts at the end, because the
+// columns of a channel are at or after its own index.
 template <class Acc>
 void repeat(const RowChunks& cut, Acc* values) {
   if (cut.columns_per_channel() == 1) return;
@@ -70,7 +72,7 @@ void repeat(const RowChunks& cut, Acc* values) {
   }
 }
 
-// Per column of x [rows, width], rows `stride` apart: mean and squared deviations.
+// The mean and the sum of squared deviations of each column of x [rows, width], with rows `stride` apart.
 template <class T>
 void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, double* mean,
                     double* m2) {
@@ -95,7 +97,7 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, dou
                           });
     }
     for (int64_t i = 0; i < width; ++i) centre[i] /= static_cast<Acc>(sampled);
-    // Adds `group` rows from r on to a pair of sums.
+    // Adds `group` rows, from row r on, to a pair of sums.
     const auto add_rows = [&](int64_t r, auto group, Acc* sum_to,
                               Acc* squares_to) __attribute__((always_inline)) {
       for_vectors<Acc, 1>(width,
@@ -113,11 +115,13 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, dou
     };
     int64_t r = 0;
     if (stride > width) {
-      // Rows that lie apart are separate streams anyway. With four at a time the sums are loaded and stored once.
+      // Rows with a gap between them are separate streams for the prefetchers anyway. Four at a time load and store the
+      // sums once.
       for (; r + 4 <= count; r += 4) add_rows(r, Index<4>{}, first, second);
       for (; r < count; ++r) add_rows(r, Index<1>{}, first, second);
     }
-    // Neighbouring rows are read in the order of memory, one by one. They are added in strips: 64 equal terms in a row drift.
+    // Contiguous rows are read in memory order. They are added in strips, as the rounding errors of 64 equal terms add
+    // up.
     while (r < count) {
       std::memset(strip_first, 0, bytes);
       std::memset(strip_second, 0, bytes);
@@ -144,7 +148,8 @@ void column_moments(const T* x, int64_t stride, int64_t rows, int64_t width, dou
 
 // --- the columns of one chunk of rows, and their merge over the chunks -----------------------------
 
-// partial_mean, partial_m2 [chunks, width]: the moments of the columns of x [rows, width] over the rows of `chunk`.
+// Writes partial_mean and partial_m2 [chunks, width]: the moments of the columns of x [rows, width] over the rows of
+// `chunk`.
 template <class T>
 void collect_moments(const T* x, const RowChunks& cut, int64_t chunk, double* partial_mean,
                      double* partial_m2) {
@@ -164,7 +169,7 @@ inline void merge_moments(const RowChunks& cut, const double* partial_mean,
   for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
     const double* means = partial_mean + chunk * cut.width;
     const double* squares = partial_m2 + chunk * cut.width;
-    // All columns of a chunk count alike: no division for each.
+    // All columns of a chunk have the same count, so one division serves all.
     const double rows = static_cast<double>(cut.first_row(chunk + 1) - cut.first_row(chunk));
     const double columns = static_cast<double>(cut.columns_per_channel());
     const double total = done + rows * columns, share = rows * columns / total;
@@ -183,7 +188,7 @@ inline void merge_moments(const RowChunks& cut, const double* partial_mean,
   }
 }
 
-// out of the rows of `chunk`; k holds a value for each column.
+// Writes out for the rows of `chunk`. k has a value for each column.
 template <class T, ForwardAct kAct, bool kResidual, class Params>
 void apply_chunk(const Params& p, const RowChunks& cut, int64_t chunk, const T* x,
                  const T* residual, T* out, const Constants<acc_t<T>>& k, bool streams) {
@@ -195,8 +200,8 @@ void apply_chunk(const Params& p, const RowChunks& cut, int64_t chunk, const T* 
   }
 }
 
-// partial_dz, partial_dz_x [chunks, width]: the sums of dz and of dz * (x - mean) down the columns of `chunk`. dz is
-// stored in stores_dz (as x, or null) on the way.
+// Writes partial_dz and partial_dz_x [chunks, width]: the sums of dz and of dz * (x - mean) over the rows of `chunk`.
+// Also writes dz to stores_dz (as x), if that is not null.
 template <class T, BackwardAct kAct, class Params>
 void collect_gradients(const Params& p, const RowChunks& cut, int64_t chunk, const T* dout,
                        const T* x, const T* saved, T* stores_dz, const Constants<acc_t<T>>& k,
@@ -235,7 +240,8 @@ void collect_gradients(const Params& p, const RowChunks& cut, int64_t chunk, con
   }
 }
 
-// dx of the rows of `chunk`, made of what collect_gradients stored in `kept`, or where that is null computed again.
+// Writes dx for the rows of `chunk`. dz is what collect_gradients stored in `kept`, or is computed again if that is
+// null.
 template <class T, BackwardAct kAct, bool kTraining = true, class Params>
 void gradient_chunk(const Params& p, const RowChunks& cut, int64_t chunk, const T* dout, const T* x,
                     const T* saved, const T* kept, T* dx, const Constants<acc_t<T>>& k,
@@ -254,7 +260,7 @@ void gradient_chunk(const Params& p, const RowChunks& cut, int64_t chunk, const 
   }
 }
 
-// The sums of the channels [first, first + channels).
+// Adds up the sums of the channels [first, first + channels).
 inline void merge_gradients(const RowChunks& cut, const double* partial_dz,
                             const double* partial_dz_x, int64_t first, int64_t channels,
                             GradientSums<double>* sums) {

@@ -1,6 +1,6 @@
-// A set is one run, mostly of a few hundred elements. Its statistics or gradient sums are computed, and then its output while
-// it lies in L1. The gradients of weight and bias are sums down the columns of the rows. Rows are cut into chunks, each with sums
-// of its own: in the precision of the arithmetic for kMaxRows rows, and in double beyond.
+// A set is one run, mostly of a few hundred elements. Its statistics or gradient sums are computed first, then its
+// output while it is still in L1. The gradients of weight and bias are sums over the rows, column by column. Rows are
+// cut into chunks, each with its own sums: in the precision of the arithmetic for up to kMaxRows rows, then in double.
 #include "norm_elementwise_affine.h"
 
 #include "dispatch.h"
@@ -13,23 +13,24 @@ namespace {
 
 using cpu::parallel_ranges;
 
-// Rows are cut into chunks by the shape alone.
+// The number of chunks of rows. Depends on the shape only.
 int64_t chunks_of(const ContiguousSets& cut) {
   const int64_t most = min_of(kMaxChunks, max_of(1, cut.rows / 32));
   return clamp(cut.rows * cut.width() / (8 * kBlock), 1, most);
 }
 
-// Forward has nothing to add up: where a chunk needs no memory of its own there may be more, for threads of equal work.
+// Forward has no partial sums. If chunks also need no memory (inner == 1), there may be more of them, to balance the
+// threads.
 int64_t forward_chunks(const ContiguousSets& cut) {
   return cut.inner == 1 ? min_of(cut.rows, 8 * kMaxChunks) : chunks_of(cut);
 }
 
-// Neighbouring sets of the rows of one chunk: what one thread does row by row, in the order of memory.
+// Neighbouring sets in the rows of one chunk. One thread processes them row by row, in memory order.
 struct Span {
   int64_t chunk, first_set, last_set, first_row, last_row;
 };
 
-// f(span) on all threads. Where there are few chunks they are shared out by their sets.
+// Calls f(span) on all threads. With fewer chunks than threads, the sets of a chunk are divided too.
 template <class F>
 void for_spans(const ContiguousSets& cut, int64_t chunks, const F& f) {
   const int64_t work = cut.rows * cut.length / chunks;
@@ -43,9 +44,10 @@ void for_spans(const ContiguousSets& cut, int64_t chunks, const F& f) {
   });
 }
 
-// Weights and biases of every element of a row. Where a channel's values are repeated each chunk has an array of its own, filled
-// by the thread that reads it: one array filled by one thread would travel from core to core at every call. Each set is then
-// followed by padding, as a vector in part is read whole, and what comes next may be another thread's.
+// The weight and bias of each element of a row. If a channel has several elements (inner > 1), each chunk has its own
+// array, filled by the thread that reads it: a single array, filled by one thread, would move between cores in every
+// call. Each set is then followed by padding, because whole vectors are read and the next set may belong to another
+// thread.
 template <class Acc>
 struct ElementAffine {
   int64_t inner, sets, length, set_stride, chunk_stride;
@@ -60,14 +62,14 @@ struct ElementAffine {
     weights = arena.take<Acc>(count);
     biases = arena.take<Acc>(count);
   }
-  // Fills the one array of all chunks, where there is one.
+  // Fills the array that all chunks share, if there is one.
   template <class Params>
   void fill_common(const Params& p) const {
     if (inner == 1) fill(p, 0, 0, sets);
   }
-  // Where those of a set begin.
+  // The index where the weights of a set begin.
   int64_t at(int64_t chunk, int64_t set) const { return chunk * chunk_stride + set * set_stride; }
-  // Fills what the span reads.
+  // Fills the weights and biases that the span reads.
   template <class Params>
   void prepare(const Params& p, const Span& span) const {
     if (inner > 1) fill(p, span.chunk, span.first_set, span.last_set);
@@ -119,11 +121,11 @@ void forward(const GroupNormForward& p, const ContiguousSets& cut, Arena arena) 
   });
 }
 
-// Sums down the columns of one chunk, [width + kPad] each.
+// The sums over the rows of each chunk, for each column.
 template <class Acc>
 struct ColumnSums {
   int64_t width, stride;
-  Acc *dz, *dz_xhat;        // of up to kMaxRows rows
+  Acc *dz, *dz_xhat;        // [chunks, width + kPad], of up to kMaxRows rows
   double *dbias, *dweight;  // [chunks, width]
   ColumnSums(const ContiguousSets& cut, int64_t chunks, Arena& arena)
       : width(cut.width()),
@@ -132,7 +134,7 @@ struct ColumnSums {
         dz_xhat(arena.take<Acc>(chunks * stride)),
         dbias(arena.take<double>(chunks * width)),
         dweight(arena.take<double>(chunks * width)) {}
-  // Of the columns [column, column + length).
+  // Both: for the columns [column, column + length).
   void clear(int64_t chunk, int64_t column, int64_t length) const {
     std::memset(dbias + chunk * width + column, 0, length * sizeof(double));
     std::memset(dweight + chunk * width + column, 0, length * sizeof(double));
@@ -195,10 +197,10 @@ void backward(const GroupNormBackward& p, const ContiguousSets& cut, Arena arena
                 const Vec counted = lanes.counted(dz), product = lanes.counted(dz * centred);
                 Acc* down = dz_sum + begin + i;
                 Acc* down_xhat = dz_xhat_sum + begin + i;
-                // Not beyond the set: its neighbour's sums may be another thread's.
+                // Not past the end of the set: the next sums may belong to another thread.
                 lanes.write(down, lanes.read(down) + counted);
                 lanes.write(down_xhat, lanes.read(down_xhat) + product * rstd_vec);
-                // Past the set lie its neighbour's weights or padding, whatever that holds.
+                // Past the end of the set are other weights, or padding with any content.
                 const Vec weights = lanes.counted(weight.at(begin + i));
                 sum[index.value] += counted * weights;
                 centred_sum[index.value] += product * weights;

@@ -1,5 +1,5 @@
-// Norms of contiguous sets with a weight and a bias for every element: the layer norm of channels_last positions, and group norm
-// where channels are too short for loops of their own.
+// Norms of contiguous sets with a weight and a bias for each element: layer norm 2d in channels_last, and group norm if
+// channels are too short for loops of their own.
 #pragma once
 
 #include "../common/arena.h"
@@ -10,7 +10,7 @@
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 
-// The sets lie in memory as [rows, sets, length]. Each row has the same weights.
+// Contiguous sets [rows, sets, length]. All rows have the same weights.
 struct ContiguousSets {
   int64_t rows, sets, length;
   int64_t inner;  // neighbouring elements of a row that share a channel
@@ -20,7 +20,7 @@ struct ContiguousSets {
 void elementwise_affine_forward(const GroupNormForward& p, const ContiguousSets& cut, Arena arena);
 void elementwise_affine_backward(const GroupNormBackward& p, const ContiguousSets& cut,
                                  Arena arena);
-// Takes the memory of these two, for arithmetic in Acc (float or double).
+// Takes the workspace of these two functions, for arithmetic in Acc (float or double).
 template <class Acc>
 void take_elementwise_affine(const ContiguousSets& cut, bool backward, Arena& arena);
 

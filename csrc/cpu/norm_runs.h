@@ -1,5 +1,5 @@
-// What the norms share on the CPU, for a run of contiguous elements: the moments of its blocks, and the loops that apply a norm,
-// an activation and their gradients. Tensors whose channels are innermost: norm_columns.h.
+// What the norms share on the CPU for a run of contiguous elements: the moments of its blocks, and the loops that apply
+// a norm, an activation and their gradients. norm_columns.h adds tensors whose channels are innermost.
 #pragma once
 
 #include "../common/arena.h"
@@ -10,16 +10,18 @@
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 
-constexpr int64_t kBlock = 4096;  // elements that one pass of the statistics covers: 16 KB of fp32
-constexpr int64_t kActBlock = 1024;  // elements whose pre-activation is buffered for an activation
+constexpr int64_t kBlock = 4096;     // elements of a block: 16 KB of fp32
+constexpr int64_t kActBlock = 1024;  // pre-activations in the buffer of an activation
 constexpr int64_t kShortRun = 32;    // shorter channels have no loops of their own
-constexpr int64_t kMaxChunks = 64;   // partial sums per channel
-// Channels whose partial sums are merged together, chunk after chunk: one channel's lie a row of channels apart.
+constexpr int64_t kMaxChunks = 64;   // partial sums per channel, at most
+// Channels whose partial sums are merged together, chunk by chunk. The partial sums of one channel are far apart in
+// memory.
 constexpr int64_t kMergedChannels = 64;
-// Rows that a column adds up in its own precision, before it goes on in double.
+// Rows that are added up in the precision of the arithmetic. The sums of such groups are added up in double.
 constexpr int64_t kMaxRows = 64;
 constexpr int64_t kPad = 64;  // elements that can be read past the end of per-channel arrays
-// Outputs of so many bytes and more are written past the caches (docs/performance.md); of fewer where the next read is far.
+// Outputs of at least kStreamBytes bypass the caches (docs/performance.md). The limit is kStreamStoredBytes for a
+// tensor that is read again only much later.
 constexpr int64_t kStreamBytes = 24 << 20, kStreamStoredBytes = 8 << 20;
 
 ADVDL_INLINE int64_t clamp(int64_t v, int64_t low, int64_t high) {
@@ -58,8 +60,8 @@ inline void write_scalar(void* p, DType dtype, int64_t i, double v) {
   }
 }
 
-// scale = rstd * weight and shift = bias of one channel. The gradients use the same arithmetic, so that backward recomputes
-// the pre-activation of forward bit for bit.
+// scale = rstd * weight and shift = bias of one channel. The gradients use the same arithmetic, so that backward
+// recomputes the pre-activation of forward bit for bit.
 template <class Acc>
 void channel_affine(const void* weight, const void* bias, DType dtype, int64_t c, Acc rstd,
                     Acc* scale, Acc* shift) {
@@ -67,7 +69,7 @@ void channel_affine(const void* weight, const void* bias, DType dtype, int64_t c
   *shift = bias == nullptr ? Acc(0) : static_cast<Acc>(read_scalar(bias, dtype, c));
 }
 
-// Whether an output is large enough to be written past the caches, and whether this run of it is aligned for that.
+// Whether an output is large enough to bypass the caches, and whether a run of it is aligned for such stores.
 template <class T>
 bool streams(int64_t elements, int64_t bytes) {
   return elements * static_cast<int64_t>(sizeof(T)) >= bytes;
@@ -76,12 +78,13 @@ ADVDL_INLINE bool is_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % ADVDL_VECTOR_BYTES == 0;
 }
 
-// What a run of elements is normalized by: z = (x - mean) * scale + shift, dx = scale * dz + slope * (x - mean) + offset. Each is
-// one value for the run, or one for each element (arrays that can be read kPad elements past the end).
+// The constants of a run: z = (x - mean) * scale + shift, dx = scale * dz + slope * (x - mean) + offset. Each is one
+// value for the run, or an array with one value for each element (readable kPad elements past the end).
 template <class Acc>
 struct Constants {
   Acc *mean, *scale, *shift, *slope, *offset;
-  Acc* rstd = nullptr;  // a factor of `scale`, where statistics and weights do not vary alike
+  Acc* rstd =
+      nullptr;  // multiplies `scale` if only one of statistics and weights varies along a run
 };
 
 template <class Acc>
@@ -95,7 +98,8 @@ Constants<Acc> take_constants(Arena& arena, int64_t channels) {
   return k;
 }
 
-// Which of them vary along a run: mean, rstd, slope and offset; scale (then without rstd) and shift.
+// Which constants vary along a run. kStatistics: mean, rstd, slope and offset. kAffine: scale and shift. If both or
+// neither, scale includes rstd.
 template <bool kStatistics, bool kAffine>
 struct Vary {
   static constexpr bool statistics = kStatistics, affine = kAffine;
@@ -128,8 +132,8 @@ struct Normalizer {
   }
 };
 
-// The activations with loops of their own: the arithmetic of silu then overlaps with the accesses to memory. The others are
-// applied to blocks that lie in L1, by one loop for each activation in place of one for each norm and activation.
+// The activations with loops of their own, so that the arithmetic (of silu) overlaps with memory accesses. The others
+// are applied to blocks in L1. That needs one loop per activation, not one per norm and activation.
 enum class ForwardAct { identity, relu, leaky_relu, silu, other };
 
 // out = act((x - mean) * scale + shift + residual) on a run.
@@ -161,11 +165,11 @@ void apply_run(const T* x, const T* residual, T* out, int64_t n, const Constants
       constexpr int64_t lanes_per = Simd<Acc>::lanes;
       alignas(64) Acc buffer[kActBlock];
       Acc* z = buffer;
-      // What is written in the type of the arithmetic is activated where it lies. The buffer has whole vectors.
+      // If T is the type of the arithmetic and the block has whole vectors, z is computed in `out` and activated in
+      // place.
       if constexpr (sizeof(T) == sizeof(Acc)) {
         if (count % lanes_per == 0) z = out + begin;
       }
-      // From the front without overlap.
       int64_t i = 0;
       for (; i + lanes_per <= count; i += lanes_per)
         store(z + i, pre_activation(begin + i, FullLanes{}));
@@ -179,14 +183,14 @@ void apply_run(const T* x, const T* residual, T* out, int64_t n, const Constants
   }
 }
 
-// kept: `dout` is dz, where dx will be written.
+// kept: `dout` is a dz that the first pass stored.
 enum class BackwardAct { identity, relu_of_z, relu_of_output, leaky_relu, silu, other, kept };
 
 constexpr bool is_transcendental(BackwardAct act) {
   return act == BackwardAct::silu || act == BackwardAct::other;
 }
 
-// use(position, lanes, Index, dz, x - mean) on a run.
+// Calls use(position, lanes, Index, dz, x - mean) for the vectors of a run.
 template <class T, BackwardAct kAct, class V, int kChains, class F>
 ADVDL_INLINE void for_gradients(const T* dout, const T* x, const T* saved, int64_t n,
                                 const Constants<acc_t<T>>& k, int64_t c, Activation act,
@@ -200,7 +204,7 @@ ADVDL_INLINE void for_gradients(const T* dout, const T* x, const T* saved, int64
         n, [&](int64_t i, const auto& lanes, auto index) __attribute__((always_inline)) {
           const Vec centred = lanes.read(x + i) - norm.mean.at(i);
           Vec dz = lanes.read(dout + i);
-          // As torch: where z is NaN the gradient passes.
+          // As in torch, the gradient passes where z is NaN.
           if constexpr (kAct == BackwardAct::relu_of_z || kAct == BackwardAct::leaky_relu ||
                         kAct == BackwardAct::silu) {
             Vec z = norm.z(centred, i);
@@ -242,8 +246,8 @@ ADVDL_INLINE void for_gradients(const T* dout, const T* x, const T* saved, int64
   }
 }
 
-// Where the first pass keeps dz for the second one, or null: computed again. Without a residual only a transcendental
-// derivative is worth a store, where dx will lie.
+// Where the first pass stores dz for the second one, or null: dz is computed again. Without a residual, only the
+// derivative of a transcendental activation is worth a store. It then goes to dx, which the second pass overwrites.
 template <class T, BackwardAct kAct, class Params>
 T* kept_dz(const Params& p) {
   if (!stored_dz_is_exact(sizeof(T), p.act)) return nullptr;
@@ -251,7 +255,8 @@ T* kept_dz(const Params& p) {
   return is_transcendental(kAct) ? static_cast<T*>(p.dx) : nullptr;
 }
 
-// The tensors of a backward pass, those of `p`, and where its first pass keeps and writes dz; null: nowhere.
+// The tensors of the backward call `p`. `kept`: where the first pass stores dz for the second one; `stores_dz`: where it
+// writes dz at all. Null: nowhere.
 template <class T>
 struct GradientTensors {
   const T *dout, *x, *saved;
@@ -269,13 +274,14 @@ GradientTensors<T> gradient_tensors(const Params& p) {
           kept != nullptr ? kept : dresidual};
 }
 
-// Whether dx streams. Not where dz of a few sets waits in its place: those lines are in the caches already.
+// Whether dx streams. It does not if dz was stored there, because those lines are already in the caches.
 template <class T>
 bool streams_dx(int64_t elements, const T* kept, const T* dx) {
   return streams<T>(elements, kStreamBytes) && kept != dx;
 }
 
-// dx on a run. kTraining is a template argument: as a run-time choice it would change how the compiler contracts the products.
+// dx of a run. kTraining is a template argument because a run-time choice would change how the compiler contracts the
+// products.
 template <class T, BackwardAct kAct, class V, bool kTraining = true>
 void gradient_run(const T* dout, const T* x, const T* saved, T* dx, int64_t n,
                   const Constants<acc_t<T>>& k, int64_t c, Activation act, acc_t<T> param,
@@ -291,21 +297,23 @@ void gradient_run(const T* dout, const T* x, const T* saved, T* dx, int64_t n,
                                    const auto rest = slope.at(i) * centred + offset.at(i);
                                    lanes.write_out(dx + i, norm.scale_at(i) * dz + rest, streams);
                                  } else {
-                                   // Zero slopes will not do: with fixed statistics NaN or Inf in x must stay out of dx.
+                                   // Zero slopes would not do: with fixed statistics, a NaN or Inf in x must not reach
+                                   // dx.
                                    lanes.write_out(dx + i, norm.scale_at(i) * dz, streams);
                                  }
                                });
 }
 
-// The mean of a block is guessed from its first part, one in so many. Any part of a fraction f of a set has a mean within
-// sqrt((1 - f) / f) deviations of the set's. So the sum of squares about the guess is at most 8 times that about the mean, and
-// loses no more than that of its precision.
+// The mean of a block is guessed from the first 1 / kSampled of its elements. The mean of any fraction f of a set is
+// within sqrt((1 - f) / f) standard deviations of the mean of the set. So the sum of squares about the guess is at most
+// 8 times that about the mean, and the loss of precision is limited to that factor.
 constexpr int64_t kSampled = 8;
-// So many elements at least, where a block has them: fewer would give a worse guess.
+// The least number of sampled elements, if the run has as many. Fewer would give a worse guess.
 constexpr int64_t kMinSampled = 64;
 
-// Adds a block to the moments of its chunk. The squares are about a guess of the block's own mean; the sum of the deviations
-// corrects it. The mean of the blocks before would be cheaper, and wrong where the first block lies far from the rest.
+// Adds a block to the moments of its chunk. The squares are about a guess of the block's own mean, which the sum of the
+// deviations corrects. The mean of the earlier blocks would be a cheaper guess, but a bad one if the first block
+// differs from the rest.
 template <class T>
 void add_block(const T* x, int64_t length, int64_t runs, int64_t stride, Moments<double>* moments) {
   using Acc = acc_t<T>;
@@ -335,7 +343,8 @@ void add_block(const T* x, int64_t length, int64_t runs, int64_t stride, Moments
   const double squares = lane_sum((second[0] + second[1]) + (second[2] + second[3]));
   const double correction = shift / count;
   const Moments<double> block{count, guess + correction, squares - shift * correction};
-  if (moments->count == 0) {  // most sets have one block, and a division is what a short one costs
+  if (moments->count ==
+      0) {  // most sets have one block, and for a short one the division of merge() would dominate
     *moments = block;
   } else {
     moments->merge(block);
@@ -344,7 +353,7 @@ void add_block(const T* x, int64_t length, int64_t runs, int64_t stride, Moments
 
 // --- the sets of group norm and layer norm 2d ------------------------------------------------------
 
-// From the variance as forward stored it, so that backward recomputes the pre-activation of forward bit for bit.
+// rstd from the variance that forward stored, so that backward recomputes the pre-activation of forward bit for bit.
 template <class Acc>
 ADVDL_INLINE Acc rstd_of(Acc var, double eps) {
   return static_cast<Acc>(1.0 / __builtin_sqrt(static_cast<double>(var) + eps));
@@ -353,14 +362,14 @@ ADVDL_INLINE Acc rstd_of(Acc var, double eps) {
 // Writes mean and var of a set from its moments; returns rstd.
 template <class Acc, class Forward>
 ADVDL_INLINE Acc write_statistics(const Forward& p, int64_t set, const Moments<double>& m) {
-  const double m2 = m.m2 < 0 ? 0 : m.m2;  // rounding may leave a trace below zero; NaN stays
+  const double m2 = m.m2 < 0 ? 0 : m.m2;  // rounding may make it slightly negative; NaN stays
   const Acc var = static_cast<Acc>(m2 / m.count);
   static_cast<Acc*>(p.mean)[set] = static_cast<Acc>(m.mean);
   static_cast<Acc*>(p.var)[set] = var;
   return rstd_of(var, p.eps);
 }
 
-// to[c * inner + i] = values[first + c], or `otherwise`, in the type of the arithmetic, for c in [0, channels).
+// to[c * inner + i] = values[first + c], or `otherwise` if values is null, for c in [0, channels) and i in [0, inner).
 template <class Acc>
 void fill_channels(const void* values, DType dtype, int64_t first, int64_t channels, int64_t inner,
                    Acc otherwise, Acc* to) {
@@ -393,15 +402,15 @@ struct Affine {
 
 // --- choice of the instantiation -----------------------------------------------------------------
 
-// Activations with loops of their own, for an element type. fp64 serves tests and the baseline of x86 old CPUs: there one
-// loop for every activation keeps the build short. So it does for silu and leaky relu in half precision, where the conversions
-// cost as much.
+// Element types whose activations have loops of their own. fp64 is mostly for tests and the default capability for old
+// CPUs: one loop for all activations keeps the build short there. In half precision silu and leaky relu have none
+// either, because the conversions cost as much as the loop would save.
 template <class T>
 constexpr bool kSpecialized = sizeof(T) < 8 && ADVDL_VECTOR_BYTES > 16;
 template <class T>
 constexpr bool kSpecializedForFloat = kSpecialized<T> && sizeof(T) == 4;
 
-// f<T, kAct, kResidual>() for a forward call.
+// Calls f<T, kAct, kResidual>() for a forward call.
 template <class Params, class F>
 void dispatch_forward(const Params& p, F f) {
   with_type(p.shape.dtype, [&]<class T>() {
@@ -423,7 +432,7 @@ void dispatch_forward(const Params& p, F f) {
   });
 }
 
-// f<T, kAct>() for a backward call.
+// Calls f<T, kAct>() for a backward call.
 template <class Params, class F>
 void dispatch_backward(const Params& p, F f) {
   with_type(p.shape.dtype, [&]<class T>() {

@@ -1,5 +1,4 @@
-// What the gradients of group norm and layer norm 2d share on the CPU. A set is what has a mean and a variance of its own: a
-// group of a sample, or a position.
+// What the gradients of group norm and layer norm 2d share on the CPU. A set is a group of a sample, or a position.
 #pragma once
 
 #include "../common/group_norm.h"
@@ -17,13 +16,13 @@ void fill_rstd(const GroupNormBackward& p, Acc* rstd) {
   for (int64_t i = 0; i < sets; ++i) rstd[i] = rstd_of(static_cast<const Acc*>(p.var)[i], p.eps);
 }
 
-// Adds a channel's sums to those of its set, which are of weight * dz.
+// Adds a channel's sums of dz to its set's sums of weight * dz.
 ADVDL_INLINE void add_weighted(GradientSums<double>& set, double weight,
                                const GradientSums<double>& channel) {
   set.merge({weight * channel.dz, weight * channel.dz_x});
 }
 
-// The constants of a set's dx, from its sums of weight * dz and weight * dz * (x - mean).
+// slope and offset of a set's dx, from its sums of weight * dz and weight * dz * (x - mean).
 template <class Acc>
 ADVDL_INLINE void finish_gradients(const GradientSums<double>& set, double count, Acc rstd,
                                    Acc* slope, Acc* offset) {
@@ -67,7 +66,7 @@ void sum_parts(const GroupNormBackward& p, const double* dbias, const double* dw
   });
 }
 
-// Of an empty tensor: the sums over nothing are zero.
+// For an empty x: dweight and dbias are zero.
 inline void zero_parameter_gradients(const GroupNormBackward& p) {
   if (p.dweight == nullptr || p.shape.c == 0) return;
   const size_t bytes = static_cast<size_t>(p.shape.c) * (p.shape.dtype == DType::f64 ? 8 : 4);

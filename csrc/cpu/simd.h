@@ -1,10 +1,10 @@
 // SIMD vectors of float and double for the CPU kernels: load, store, convert, and the loops over runs of elements.
 // simd_math.h adds the element-wise functions, such as exp and the activations.
 //
-// Built on the compiler's vector types, so that one source serves every capability: a kernel file is compiled
-// once for each, with another register width (16, 32 or 64 bytes). Everything sits in a namespace of the
-// capability or is always inlined: no function compiled for AVX-512 may be picked by the linker for a CPU without it.
-// For the same reason kernel files use no templates of the standard library.
+// It uses the compiler's vector types, so that one source serves every capability: a kernel file is compiled
+// once for each, with another register width (16, 32 or 64 bytes). Everything is in a namespace of the
+// capability or is always inlined: otherwise the linker could merge a copy compiled for AVX-512 with those for other
+// CPUs. For the same reason kernel files use no templates of the standard library.
 #pragma once
 
 #include <cstdint>
@@ -62,12 +62,12 @@ ADVDL_INLINE Mask lane_index() {
   return v;
 }
 
-// Half of a vector, in registers: through memory a sum of lanes would cost as much as a short run.
+// Half of a vector, without a detour through memory, which would make a sum of lanes as slow as a short run.
 template <bool kHigh, class Half, class Vec>
 ADVDL_INLINE Half half_of(const Vec& v) {
   Half half;
 #if defined(__AVX512F__) && defined(__GNUC__) && __GNUC__ >= 12
-  // Of the widest registers gcc makes no extraction out of the loop below.
+  // For the widest registers, gcc does not turn the loop below into an extraction.
   constexpr int lanes = sizeof(half) / sizeof(half[0]), first = kHigh ? lanes : 0;
   if constexpr (lanes == 8)
     return __builtin_shufflevector(v, v, first, first + 1, first + 2, first + 3, first + 4,
@@ -80,8 +80,8 @@ ADVDL_INLINE Half half_of(const Vec& v) {
   return half;
 }
 
-// rows[i][j] = rows[j][i], of as many vectors as they have lanes: in each stage blocks of 1, 2, 4 ... lanes of two vectors
-// change places.
+// Transposes as many vectors as each has lanes: rows[i][j] = rows[j][i]. Each stage swaps blocks of 1, 2, 4 ... lanes
+// between two vectors.
 template <class Mask, class Vec>
 ADVDL_INLINE void transpose(Vec (&rows)[sizeof(Vec) / sizeof(Vec{}[0])]) {
   constexpr int lanes = sizeof(Vec) / sizeof(Vec{}[0]);
@@ -110,7 +110,7 @@ ADVDL_INLINE void transpose(Vec (&rows)[sizeof(Vec) / sizeof(Vec{}[0])]) {
 #endif
 }
 
-// The sum of the lanes, in double and in a fixed order: halves are added until one lane is left.
+// The sum of the lanes, in double and in a fixed order: the halves are added until one lane is left.
 template <class Vec>
 ADVDL_INLINE double halves_sum(const Vec& v) {
   if constexpr (sizeof(v) == 16) {
@@ -164,7 +164,7 @@ ADVDL_INLINE FloatVec load(const BFloat16* p) {
   std::memcpy(&bits, p, sizeof(bits));
   return (FloatVec)(__builtin_convertvector(bits, IntVec) << 16);
 }
-// Round to nearest even, as torch; NaN stays NaN.
+// Rounds to nearest even, as torch does. NaN stays NaN.
 ADVDL_INLINE void store(BFloat16* p, FloatVec v) {
   const IntVec bits = (IntVec)v;
   const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -180,7 +180,7 @@ ADVDL_INLINE float to_float(BFloat16 v) {
   return f;
 }
 
-// fp16 without F16C: by its bits, subnormals, infinities and NaN included.
+// Without F16C, fp16 is converted by its bits, including subnormals, infinities and NaN.
 ADVDL_INLINE float to_float(Float16 v) {
 #if defined(__F16C__)
   return _cvtsh_ss(v.bits);
@@ -194,7 +194,7 @@ ADVDL_INLINE float to_float(Float16 v) {
     std::memcpy(&f, &bits, sizeof(f));
     return f;
   }
-  // As an integer shifted into fp32 the exponent is off by 112; the product mends it, subnormals too.
+  // After the shift into fp32 the exponent is too small by 112. The product corrects that, for subnormals too.
   bits = magnitude << 13;
   std::memcpy(&f, &bits, sizeof(f));
   f *= 5.192296858534828e+33f;  // 2^112
@@ -252,8 +252,8 @@ ADVDL_INLINE void store(Float16* p, FloatVec v) {
 #endif
 }
 
-// Past the caches, for outputs too large to be found there again: a plain store reads the line first. p is aligned to the
-// vector. Every thread that streamed ends with stream_fence().
+// Stores past the caches, for outputs too large to stay there: a plain store would read the line first. p must be
+// aligned to the vector. Every thread that streams must call stream_fence() at the end.
 template <class T, class Vec>
 ADVDL_INLINE void stream(T* p, Vec v) {
 #if defined(__x86_64__)
@@ -347,13 +347,13 @@ ADVDL_INLINE void store_partial(T* p, Vec v, int64_t count) {
 #endif
 }
 
-// --- loops over runs of contiguous elements, a vector at a time; the ragged end is handled here once for all kernels ---
+// --- loops over runs of contiguous elements, one vector at a time; they handle an incomplete last vector ---
 
 namespace ADVDL_CAPABILITY_NAMESPACE {
 
 ADVDL_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 ADVDL_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-// Towards minus and plus infinity; b > 0.
+// Rounded towards minus and plus infinity; b > 0.
 ADVDL_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 ADVDL_INLINE int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 ADVDL_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -374,12 +374,12 @@ struct FullLanes {
   ADVDL_INLINE void write(T* p, Vec v) const {
     store(p, v);
   }
-  // To an output that streams, if `streams`; p is then aligned to the vector.
+  // Writes to an output, past the caches if `streams`; p must then be aligned to the vector.
   template <class T, class Vec>
   ADVDL_INLINE void write_out(T* p, Vec v, bool streams) const {
     streams ? stream(p, v) : store(p, v);
   }
-  // v with zeros in lanes that do not count, for sums.
+  // v with zeros in the lanes that must not be counted in sums.
   template <class Vec>
   ADVDL_INLINE Vec counted(Vec v) const {
     return v;
@@ -420,8 +420,9 @@ struct PartialLanes {
   }
 };
 
-// f(position, lanes, Index<k>) over [0, n); with kChains = 4, k cycles through 0..3, so that sums can keep four
-// additions in flight. With kOverlap the last vector may overlap the one before: what is written must not be read again.
+// Calls f(position, lanes, Index<k>) for the vectors of [0, n). With kChains = 4, k cycles through 0..3, so that sums
+// can keep four additions in flight. With kOverlap, the last vector may overlap the one before: f must not read what it
+// wrote.
 template <class Acc, int kChains, bool kOverlap = true, class F>
 ADVDL_INLINE void for_vectors(int64_t n, F&& f) {
   constexpr int64_t lanes = Simd<Acc>::lanes;
@@ -443,8 +444,8 @@ ADVDL_INLINE void for_vectors(int64_t n, F&& f) {
   }
 }
 
-// Constants of the channels along a run: the same for every element (channels_first), or one for each (channels_last;
-// the array is readable up to a full vector past the end).
+// A constant of the channels along a run: the same for every element (channels_first), or one for each (channels_last;
+// the array must be readable up to a full vector past the end).
 template <class Acc, bool kVary>
 struct ChannelValue {
   typename Simd<Acc>::Vec same;
@@ -458,7 +459,7 @@ struct ChannelValue {
   }
 };
 
-// f<T>() for the element type.
+// Calls f<T>() for the element type.
 template <class F>
 void with_type(DType dtype, F f) {
   switch (dtype) {

@@ -1,4 +1,4 @@
-// Element-wise functions on SIMD vectors: exp, tanh and others, and on them the activations of ../common/activation.h.
+// Element-wise functions on SIMD vectors, such as exp and tanh, and the activations of ../common/activation.h for them.
 #pragma once
 
 #include <math.h>
@@ -8,11 +8,12 @@
 namespace advdl_ops {
 namespace math {
 
-// x within [low, high]; NaN stays. By instruction: a comparison and a selection each would be a fifth of an exp.
+// x limited to [low, high]; NaN stays. It uses min and max instructions, because comparisons and selections would take a
+// fifth of the time of exp.
 ADVDL_INLINE FloatVec clamp(FloatVec x, float low, float high) {
   const FloatVec lower = broadcast(low), upper = broadcast(high);
 #if defined(__AVX512F__)
-  // The masked forms, as gcc 12 warns of its own header in the plain ones.
+  // The masked forms, because gcc 12 warns about its own header in the plain ones.
   const __m512 bounded = _mm512_maskz_min_ps(0xffff, (__m512)upper, (__m512)x);
   return (FloatVec)_mm512_maskz_max_ps(0xffff, (__m512)lower, bounded);
 #elif defined(__AVX2__)
@@ -23,10 +24,10 @@ ADVDL_INLINE FloatVec clamp(FloatVec x, float low, float high) {
 #endif
 }
 
-// Rounds a value of less than 2^22 to an integer, which then stands in the low bits of the sum, or 127 more than it.
+// Added to a value below 2^22, it rounds that to an integer in the low bits of the sum: n, or n + 127.
 constexpr float kRound = 12582912.f, kRoundToExponent = kRound + 127.f;
 
-// exp(r) - 1 for |r| <= ln 2 / 2: by minimax of (exp(r) - 1 - r) / r^2, 4e-9 of exp(r).
+// exp(r) - 1 for |r| <= ln 2 / 2, with a minimax polynomial for (exp(r) - 1 - r) / r^2. The error is 4e-9 of exp(r).
 ADVDL_INLINE FloatVec expm1_of_rest(FloatVec r) {
   FloatVec q = broadcast(1.381459872e-3f);
   q = q * r + 8.368718750e-3f;
@@ -53,14 +54,14 @@ ADVDL_INLINE FloatVec power_of_two(IntVec n) { return (FloatVec)((n + 127) << 23
 ADVDL_INLINE FloatVec exp(FloatVec x) {
   IntVec n;
   const FloatVec p = expm1_reduced(clamp(x, -104.f, 89.f), n) + 1.f;
-  // In two factors, as 2^n itself may be beyond the exponent range while the product is not.
+  // Two factors, because 2^n itself may exceed the exponent range although the product does not.
   const IntVec half = n >> 1;
   return p * power_of_two(half) * power_of_two(n - half);
 }
 
-// 1 + exp(x): below the bound it is 1, and 2^n may overflow to infinity a little early. Every product of silu and the sigmoid
-// counts, so n becomes the exponent by a shift, and where ln 2 can be taken by one fma it is: off by 2e-9 n, less than a
-// rounding up to |x| = 20 and 2 of them at 87, where two constants would be exact.
+// 1 + exp(x). Below the lower bound it is 1, so 2^n needs no second factor; it may overflow to infinity slightly early.
+// Silu and the sigmoid spend their time here, so a shift makes n the exponent, and with FMA ln 2 is one constant instead
+// of two. Its error is 2e-9 n: less than one rounding up to |x| = 20, and two roundings at 87.
 ADVDL_INLINE FloatVec one_plus_exp(FloatVec x) {
   x = clamp(x, -87.f, 89.f);
   const FloatVec shifted = x * 1.44269504088896341f + kRoundToExponent;
@@ -83,7 +84,8 @@ ADVDL_INLINE FloatVec expm1(FloatVec x) {
   return (p * scale) * rest + (scale * rest - 1.f);
 }
 
-// tanh x = e / (e + 2) with e = expm1(2 x), odd but for rounding. Within the bound 2^n is no extreme: one product will do.
+// tanh x = e / (e + 2) with e = expm1(2 x); odd except for rounding. Within the bounds 2^n cannot overflow, so one
+// factor is enough.
 ADVDL_INLINE FloatVec tanh(FloatVec x) {
   IntVec n;
   const FloatVec p = expm1_reduced(clamp(x, -10.f, 10.f) * 2.f, n);
@@ -92,8 +94,8 @@ ADVDL_INLINE FloatVec tanh(FloatVec x) {
   return e / (e + 2.f);
 }
 
-// The normal distribution up to z. Below zero it is half of erfc(|z| / sqrt 2) = p(|z|)^-4, with p by minimax on [0, 6] (the
-// form of Abramowitz & Stegun 7.1.28): no branch, no exp, and nothing cancels. Off by at most 2 units of 2^-23.
+// The cumulative normal distribution. Below zero it is half of erfc(|z| / sqrt 2) = p(|z|)^-4, with p by minimax on
+// [0, 6] (the form of Abramowitz & Stegun 7.1.28): no branch, no exp, no cancellation. Error: at most 2 units of 2^-23.
 ADVDL_INLINE FloatVec normal_cdf(FloatVec z) {
   const FloatVec a = (FloatVec)((IntVec)z & 0x7fffffff);
   FloatVec p = broadcast(7.705181702e-07f);
@@ -113,7 +115,7 @@ ADVDL_INLINE FloatVec normal_cdf(FloatVec z) {
   return select(z < 0.f, tail, 1.f - tail);
 }
 
-// fp64 serves gradient checks and references: the C library, lane by lane.
+// fp64 is for gradient checks and references, so it calls the C library for each lane.
 #define ADVDL_LANEWISE(name)                                           \
   ADVDL_INLINE DoubleVec name(DoubleVec x) {                           \
     DoubleVec y = x;                                                   \
@@ -134,7 +136,7 @@ ADVDL_INLINE DoubleVec normal_cdf(DoubleVec z) {
 }  // namespace math
 }  // namespace advdl_ops
 
-// After the overloads above: its formulas look the functions up where they stand.
+// Included after the overloads above, because its formulas must find them.
 #include "../common/activation.h"
 
 namespace advdl_ops {
@@ -150,7 +152,7 @@ struct Lanes<DoubleVec> {
 
 namespace ADVDL_CAPABILITY_NAMESPACE {
 
-// values[0..n) = act(values) or act'(values); n is a multiple of the lanes.
+// values[0..n) = act(values) or act'(values); n must be a multiple of the lanes.
 template <bool kGrad, class Acc>
 void activate_block(Activation act, Acc param, Acc* values, int64_t n) {
   using Vec = typename Simd<Acc>::Vec;

@@ -1,4 +1,4 @@
-// The gradients of y = act(batch_norm(x) + residual) on CUDA. docs/kernels.md: algorithms, bytes, launches.
+// The gradients of y = act(batch_norm(x) + residual) on CUDA. Algorithms, bytes and launches: docs/kernels.md.
 //
 //   training         fused, or reduce + apply (channels_last: + finalize_grads between)
 //   eval, or no dx   reduce (which writes dx) + finalize_grads
@@ -9,7 +9,7 @@ namespace {
 
 using Backward = BatchNormActBackward;
 
-// Constants 0 (mean), 1 (rstd * weight), 2 (bias). Ends with a barrier.
+// Sets constants 0 (mean), 1 (rstd * weight) and 2 (bias). Ends with a barrier.
 template <class A>
 __device__ __forceinline__ void backward_constants(const Backward& p, const Plan& plan,
                                                    int64_t tile, int width, A* constants) {
@@ -25,8 +25,8 @@ __device__ __forceinline__ void backward_constants(const Backward& p, const Plan
   __syncthreads();
 }
 
-// Constants 3 (shift) and 4 (slope) from the channel's sums of dz and dz * (x - mean); with `write` the parameters'
-// gradients. Ends with a barrier.
+// Sets constants 3 (shift) and 4 (slope) from the channel's sums of dz and dz * (x - mean), or without sums from dbias
+// and dweight. With sums and `write`, writes dbias and dweight. Ends with a barrier.
 template <class A>
 __device__ __forceinline__ void gradient_constants(const Backward& p, const Plan& plan,
                                                    int64_t tile, bool write, int width,
@@ -139,10 +139,10 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
                                    static_cast<const Pack<T, V>*>(kept_dz));
 }
 
-// In training mode with dx wanted there is a second pass that depends on the sums of the first.
+// In training mode, dx needs a second pass because it depends on the sums of the first.
 bool has_second_pass(const Backward& p) { return p.training && p.dx != nullptr; }
 
-// Slabs that the fused backward keeps in shared memory: x and dz, x alone, or 0 where it is not used.
+// Slabs that the fused backward keeps in shared memory: 2 (x and dz), 1 (x), or 0 if the fused path is not used.
 int fused_slabs(const Backward& p) {
   if (!has_second_pass(p)) return 0;
   const int slabs =

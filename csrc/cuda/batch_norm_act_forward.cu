@@ -1,4 +1,4 @@
-// y = act(batch_norm(x) + residual) on CUDA. docs/kernels.md: algorithms, bytes, launches.
+// y = act(batch_norm(x) + residual) on CUDA. Algorithms, bytes and launches: docs/kernels.md.
 //
 //   training  fused (a slab of the tile in shared memory), or stats [+ finalize_stats] + apply
 //   eval      apply
@@ -11,7 +11,7 @@ using Forward = BatchNormActForward;
 
 // ---- statistics ----
 
-// From a channel's merged state: what the forward pass returns about it.
+// Writes mean, rstd and the new running statistics of a channel.
 template <class A>
 __device__ __forceinline__ void write_training_statistics(const Forward& p, const Plan& plan,
                                                           int64_t c, A mean, A rstd, A var) {
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kFinalizeThreads, 1)
 
 enum class Statistics { running, partials, stored, reduced };
 
-// Fills constants 0 (mean), 1 (rstd * weight), 2 (bias) of the tile's channels from where its statistics are,
-// and lets one block per channel write them out. Ends with a barrier.
+// Sets constants 0 (mean), 1 (rstd * weight) and 2 (bias) of the tile's channels. `from` says where the statistics are.
+// With `write` (one block per tile), also writes them to the outputs unless they are stored there. Ends with a barrier.
 template <class A>
 __device__ __forceinline__ void forward_constants(const Forward& p, const Plan& plan,
                                                   Statistics from, int64_t tile, bool write,

@@ -1,8 +1,9 @@
 // What batch norm's forward and backward share on CUDA: the shared memory of a block, and the plan of a launch.
 //
-// One source serves both layouts and all types. A block owns a tile of channels (channels_first: one channel; channels_last: up
-// to 32 packs of neighbouring channels) and a range of its positions (the split). Thread t works on column t % columns of the
-// tile. Its "lanes" are the channels it keeps apart: one where a pack lies along S, V where it lies along C.
+// One source serves both layouts and all types. A block owns a tile of channels (channels_first: one channel;
+// channels_last: up to 32 packs of neighbouring channels) and a range of its positions (the split). Thread t works on
+// column t % columns of the tile. Its "lanes" are the channels of a pack: one channel if the pack is along S, V
+// channels if it is along C.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +14,8 @@
 
 namespace advdl_ops::cuda {
 
-// Shared memory: slabs of x and dz, the states of a reduction and its results, constants per channel. On the host, from null, it
-// is counted. `width` is that of the tile in channels.
+// Shared memory: slabs of x and dz, the states of a reduction and its results, constants per channel. On the host, with
+// a null pointer, it counts the bytes. `width` is the number of channels of the tile.
 template <class T, int V, bool CL, template <class> class State>
 struct BatchNormShared {
   using A = acc_t<T>;
@@ -38,7 +39,7 @@ struct BatchNormShared {
 
 inline bool channels_last(const BatchNormActShape& s) { return s.layout == Layout::channels_last; }
 
-// Channels of a tile, the most over the pack sizes. This depends on the shape alone, as do the two functions below.
+// Channels of a tile, the most over all pack sizes. Depends on the shape only, as do the two functions below.
 inline int64_t tile_channels_of(const BatchNormActShape& s, bool fused) {
   if (!channels_last(s)) return 1;
   return std::min<int64_t>(s.c, fused ? kFusedTileBytes / element_bytes(s.dtype) : 256);
@@ -54,7 +55,7 @@ inline int64_t splits_of(const BatchNormActShape& s) {
   return std::max<int64_t>(1, std::min({wanted, useful, count}));
 }
 
-// Shared bytes of a fused tile, the larger over the pack sizes.
+// Bytes of a slab in shared memory, the most over all pack sizes.
 inline int64_t slab_bytes(const BatchNormActShape& s) {
   const int bytes = element_bytes(s.dtype), v = pack_elements(s.dtype);
   if (channels_last(s))
@@ -137,7 +138,7 @@ inline size_t partials_bytes(const BatchNormActShape& s, int fields) {
   });
 }
 
-// A block per tile and split.
+// One block per tile and split.
 inline LaunchConfig tile_config(const Plan& plan, int64_t shared, void* stream) {
   return {plan.tiles * plan.splits, plan.threads, static_cast<size_t>(shared), stream};
 }

@@ -1,7 +1,7 @@
 // act(group_norm(x) + residual) and its gradients on CUDA: which path a call takes, and the second stages of the sums.
-// docs/kernels.md: algorithms, bytes, launches.
+// Algorithms, bytes and launches: docs/kernels.md.
 //
-//   group_norm_runs.cu              channels_first, forward: fused, or stats + apply (which merges the partial results itself)
+//   group_norm_runs.cu              channels_first, forward: fused, or stats + apply (which merges the partial results)
 //   group_norm_rows.cu              channels_first, backward
 //   group_norm_columns.cu           channels_last, forward: fused, or stats + finalize_stats + apply
 //   group_norm_backward_columns.cu  channels_last, backward
@@ -12,7 +12,7 @@
 namespace advdl_ops::cuda {
 namespace {
 
-// A block per set.
+// One block per set.
 template <class A>
 __global__ void __launch_bounds__(kFinalizeThreads, 1)
     group_norm_finalize_stats(const GroupNormForward p, const GroupPlan plan, const A* workspace) {
@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kFinalizeThreads, 1)
   if (threadIdx.x == 0) finish_statistics(p, plan, set, reduction.result[0], true);
 }
 
-// `set_blocks` blocks turn the partial sums of a set's channels into its constants; the others, kFinalizeColumns
-// channels each, those of all samples into dweight and dbias.
+// The first `set_blocks` blocks compute the constants of one set each, from the partial sums of its channels. The other
+// blocks compute dweight and dbias of kFinalizeColumns channels each, from the partial sums of all samples.
 template <class A>
 __global__ void __launch_bounds__(kFinalizeThreads, 1)
     group_norm_finalize_grads(const GroupNormBackward p, const GroupPlan plan, int64_t set_blocks,
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kFinalizeThreads, 1)
   }
 }
 
-// S = 1 is the same memory in either layout; channels_first reads it in one run.
+// With S = 1 both layouts are the same memory. channels_first reads a set as one run.
 template <class Params>
 Params canonical(Params p) {
   if (p.shape.s == 1) p.shape.layout = Layout::channels_first;

@@ -1,4 +1,5 @@
-// The gradients of act(group_norm(x) + residual) on CUDA, channels_last. docs/kernels.md: algorithms, bytes, launches.
+// The gradients of act(group_norm(x) + residual) on CUDA, channels_last. Algorithms, bytes and launches:
+// docs/kernels.md.
 //
 //   fused + finalize_grads, or reduce + finalize_grads + apply
 #include "group_norm_columns.h"
@@ -6,8 +7,8 @@
 namespace advdl_ops::cuda {
 namespace {
 
-// results[i]: sums of dz and dz * (x - mean) of the tile's channels, of which the second becomes that of dz * xhat.
-// Stored as partials unless workspace is null.
+// results[i] has the sums of dz and dz * (x - mean) of a channel of the tile. Turns the second one into the sum of dz *
+// xhat, and stores both as partials unless workspace is null.
 template <int V, class A>
 __device__ __forceinline__ void store_gradients(const GroupPlan& plan, const Place& place,
                                                 const A* rstd, GradientSums<A>* results,
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                      workspace);
 }
 
-// Constants 3 (shift) and 4 (slope). `gradient(set)`. Ends with a barrier.
+// Sets constants 3 (shift) and 4 (slope) from gradient(i, set). Ends with a barrier.
 template <int V, class A, class Gradient>
 __device__ __forceinline__ void gradient_constants(const GroupPlan& plan, const Place& place,
                                                    A* constants, Gradient gradient) {
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 
 // ---- host ----
 
-// Slabs that the fused kernel keeps in shared memory: x and dz, x alone, or 0 where it is not used.
+// Slabs that the fused kernel keeps in shared memory: 2 (x and dz), 1 (x), or 0 if the fused path is not used.
 int fused_slabs(const GroupNormBackward& p) {
   const GroupNormShape& s = p.shape;
   if (p.dx == nullptr || fused_tile_channels(s) == 0) return 0;

@@ -1,4 +1,4 @@
-// act(group_norm(x) + residual) on CUDA, channels_last. docs/kernels.md: algorithms, bytes, launches.
+// act(group_norm(x) + residual) on CUDA, channels_last. Algorithms, bytes and launches: docs/kernels.md.
 //
 //   fused, or stats + finalize_stats + apply
 #include "group_norm_columns.h"
@@ -73,7 +73,7 @@ bool is_fused(const GroupNormForward& p) {
   return fit && fused_is_faster(column_balance(s), {once, 0}, {once, 1});
 }
 
-// One group is one run in this layout too: its statistics need no sums per channel.
+// With one group, a set is one run in this layout too, and its statistics need no sums per channel.
 bool has_run_statistics(const GroupNormShape& s) { return s.groups == 1; }
 
 template <class A>

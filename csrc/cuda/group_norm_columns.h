@@ -1,5 +1,5 @@
-// What group norm's forward and backward share on CUDA, channels_last: a lane is a channel, as in batch norm, but a tile belongs to
-// one sample, and the results of its channels are merged to those of their sets.
+// What group norm's forward and backward share on CUDA, channels_last. A lane is a channel, as in batch norm. But a
+// tile belongs to one sample, and the results of its channels are merged into those of their sets.
 #pragma once
 
 #include <numeric>
@@ -8,8 +8,8 @@
 
 namespace advdl_ops::cuda {
 
-inline constexpr int64_t kWideChannels = 256;  // of a fused tile, at most
-// A fused tile of fewer bytes is widened where there are many.
+inline constexpr int64_t kWideChannels = 256;  // the most channels of a fused tile
+// A fused tile is widened up to this many bytes if there are many tiles.
 inline constexpr int64_t kWideBytes = 16 * 1024;
 
 template <class T, int V, template <class> class State>
@@ -18,7 +18,7 @@ struct ColumnsShared {
   SharedArena arena;
   Pack<T, V>*x, *dz;
   Reduction<State<A>> reduction;
-  State<A>* sets;  // in the scratch, which is free by then
+  State<A>* sets;  // uses the scratch of the reduction, which is free by then
   A* constants;    // [which][columns * V]
 
   ADVDL_HOST_DEVICE ColumnsShared(unsigned char* base, const GroupPlan& plan, int which, int slabs,
@@ -33,7 +33,7 @@ struct ColumnsShared {
 
 // ---- constants of the channels of a tile ----
 
-// Calls body(i, c, set) for each channel of the tile: its index in it, the channel, its set.
+// Calls body(i, c, set) for each channel of the tile: its index in the tile, the channel, its set.
 template <int V, class Body>
 __device__ __forceinline__ void for_channels(const GroupPlan& plan, const Place& place, Body body) {
   const int width = plan.tile_packs * V;
@@ -46,8 +46,8 @@ __device__ __forceinline__ void for_channels(const GroupPlan& plan, const Place&
   }
 }
 
-// Constants 0 (mean), 1 (rstd * weight), 2 (bias) and, where it is wanted, 3 (rstd), from statistics(i, set). Ends with
-// a barrier.
+// Sets constants 0 (mean), 1 (rstd * weight), 2 (bias) and, with `with_rstd`, 3 (rstd), from statistics(i, set). Ends
+// with a barrier.
 template <int V, class Params, class A, class Statistics>
 __device__ __forceinline__ void column_constants(const Params& p, const GroupPlan& plan,
                                                  const Place& place, bool with_rstd, A* constants,
@@ -63,7 +63,7 @@ __device__ __forceinline__ void column_constants(const Params& p, const GroupPla
   __syncthreads();
 }
 
-// Merges value(i) of the channels i of each set of the tile into sets[]: a warp per set. Ends with a barrier.
+// Merges value(i) over the channels i of each set of the tile into sets[], with one warp per set. Ends with a barrier.
 template <int V, class State, class Value>
 __device__ __forceinline__ void merge_sets(const GroupPlan& plan, const Place& place, State* sets,
                                            Value value) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ void merge_sets(const GroupPlan& plan, const Place& p
   __syncthreads();
 }
 
-// The first set of the tile. (Where channels repeat, the one tile has them all.)
+// The first set of the tile. If channels repeat (see fold), the only tile has all sets.
 template <int V>
 __device__ __forceinline__ int64_t first_set(const GroupPlan& plan, const Place& place) {
   return place.sample * plan.groups + place.tile * plan.tile_packs * V / plan.set_channels;
@@ -93,7 +93,8 @@ __device__ __forceinline__ int64_t first_set(const GroupPlan& plan, const Place&
 
 // ---- host ----
 
-// channels_last with C no multiple of the pack: `repeats` rows of C, as one row, are.
+// If C is no multiple of the pack, `repeats` consecutive positions are read as one row of c = C * repeats channels,
+// which is.
 struct Folded {
   int64_t c, s, repeats;
 };
@@ -109,7 +110,7 @@ inline int64_t vector_columns(const GroupNormShape& s) {
   return fold(s).c % v == 0 ? v : 1;
 }
 
-// Threads side by side over `packs` packs: whole 128 bytes at least, with the fewest idle.
+// Threads along a row of `packs` packs: at least 8 (128 bytes) if the row has them, with the fewest idle threads.
 inline int split_columns(int64_t packs) {
   const auto padded = [&](int columns) { return divide_up(packs, columns) * columns; };
   int best = static_cast<int>(std::min<int64_t>(power_of_two_above(packs), kMaxColumns));
@@ -118,13 +119,13 @@ inline int split_columns(int64_t packs) {
   return best;
 }
 
-// Channels of a tile: from the shape alone, as all that says how a sum is split.
+// Channels of a tile. Depends on the shape only, as everything that decides how a sum is split.
 inline int64_t split_tile_channels(const GroupNormShape& s) {
   const int64_t v = vector_columns(s), c = fold(s).c;
   return std::min<int64_t>(c, split_columns(divide_up(c, v)) * v);
 }
 
-// Channels of a fused tile: whole sets and whole packs; 0 where those are too many.
+// Channels of a fused tile: whole sets and whole packs. 0 if those are too many.
 inline int64_t fused_tile_channels(const GroupNormShape& s) {
   const Folded f = fold(s);
   const int64_t bytes = element_bytes(s.dtype);
@@ -139,7 +140,7 @@ inline int64_t fused_tile_channels(const GroupNormShape& s) {
   return tile;
 }
 
-// Blocks that share a tile of channels of one sample.
+// Blocks that share a tile (some channels of one sample).
 inline int64_t column_splits(const GroupNormShape& s) {
   const Folded f = fold(s);
   const int64_t tile_channels = split_tile_channels(s);
@@ -169,7 +170,7 @@ inline GroupPlan column_plan(const GroupNormShape& s, int v, bool fused, int unr
   return plan;
 }
 
-// Whether packs can be read, where pointers are aligned.
+// Whether packs can be read if the pointers are aligned.
 inline bool columns_take_packs(const GroupNormShape& s) {
   return fold(s).c % pack_elements(s.dtype) == 0;
 }

@@ -1,5 +1,5 @@
-// What the paths of group norm share on CUDA: the plan of a launch, the statistics of a set and the constants of its gradient. A
-// set is what has a mean and a variance of its own: the D = C / groups channels of one group in one sample.
+// What the paths of group norm share on CUDA: the plan of a launch, the statistics of a set and the constants of its
+// gradient. A set is the D = C / groups channels of one group in one sample.
 #pragma once
 
 #include <algorithm>
@@ -11,21 +11,21 @@
 
 namespace advdl_ops::cuda {
 
-inline constexpr int kTeamThreads = 128;  // of a block that takes several tiny sets
-// A set of at most so many packs is tiny: four per thread of a warp.
+inline constexpr int kTeamThreads = 128;  // threads of a block that takes several tiny sets
+// A set of at most this many packs is tiny: four per thread of a warp.
 inline constexpr int64_t kTeamPacks = 128;
 
 struct GroupPlan : Plan {
   int64_t c = 0, s = 0, groups = 1, sets = 0;
-  int64_t set_channels = 1;  // D: columns of partials, in one repeat, that make up a set
+  int64_t set_channels = 1;  // D: columns of partials of a set, in one repeat
   int64_t repeats = 1;       // columns: how often the channels repeat in a row (see fold)
-  int64_t table = 0;         // runs: channels whose weight and bias a block keeps
+  int64_t table = 0;         // runs: channels whose weight and bias a block has in shared memory
   int team = 1;  // rows: threads per row; `splits` parts of it, `columns` sets in a fused tile
 };
 
 // ---- sets ----
 
-// The column, in [samples * channels] partials, of the i-th of the set_channels * repeats that make up a set.
+// A set consists of set_channels * repeats columns of the partials [samples * channels]. This is the i-th of them.
 __device__ __forceinline__ int64_t set_column(const GroupPlan& plan, int64_t set, int64_t i) {
   if (plan.repeats == 1) return set * plan.set_channels + i;
   const int64_t row = set / plan.groups * plan.repeats + i / plan.set_channels;
@@ -43,7 +43,7 @@ __device__ __forceinline__ SetStatistics<A> load_statistics(const Params& p, int
           reciprocal_std(static_cast<const A*>(p.var)[set], p.eps)};
 }
 
-// From the merged state of a set; `write` its mean and variance out.
+// The statistics of a set from its merged state. With `write`, writes mean and variance.
 template <class A>
 __device__ __forceinline__ SetStatistics<A> finish_statistics(const GroupNormForward& p,
                                                               const GroupPlan& plan, int64_t set,
@@ -58,7 +58,7 @@ __device__ __forceinline__ SetStatistics<A> finish_statistics(const GroupNormFor
 
 // ---- gradients of a set ----
 
-// Sums of weight * dz and weight * dz * xhat, from those of a channel.
+// The sums of weight * dz and weight * dz * xhat of a channel, from its sums of dz and dz * xhat.
 template <class A>
 __device__ __forceinline__ GradientSums<A> weighted(const GroupNormBackward& p, int64_t c,
                                                     GradientSums<A> sums) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ GradientSums<A> weighted(const GroupNormBackward& p, 
   return {weight * sums.dz, weight * sums.dz_x};
 }
 
-// Of dx = dz * scale - shift - (x - mean) * slope.
+// Constants of dx = dz * scale - shift - (x - mean) * slope.
 template <class A>
 struct SetGradient {
   A shift, slope;
@@ -89,7 +89,7 @@ struct GroupNormPartials {
       : values(arena.take<A>(fields * splits * columns)) {}
 };
 
-// The gradient sums of each channel of each sample, and the constants of the sets, where these are not found in one launch.
+// The gradient sums of each channel of each sample, and the constants of the sets. For the path of several launches.
 template <class A>
 struct GroupNormBackwardMemory {
   A* partials;
@@ -121,7 +121,7 @@ inline void set_rows(GroupPlan& plan, int64_t rows, int64_t elements, int v) {
   plan.positions = plan.packs;
 }
 
-// Whether a block can hold the most of bytes<T, V>() over packs (where `vectors`) and single elements.
+// Whether bytes<T, V>() of shared memory fit into a block, for single elements and, with `vectors`, for packs too.
 template <bool CL, class Bytes>
 bool fits(DType dtype, bool vectors, Bytes bytes) {
   int64_t most = 0;
@@ -140,12 +140,13 @@ inline LaunchConfig block_per_tile(const GroupPlan& plan, int64_t splits, int64_
 
 // ---- the paths ----
 //
-// A tensor is read as runs, rows or columns; each has a file of its own. With S = 1 both layouts are channels_first.
+// A tensor is read as runs, rows or columns, each in a file of its own. With S = 1 both layouts count as
+// channels_first.
 
 // group_norm_runs.cu: channels_first. A set is one run of D * S elements.
 size_t group_norm_runs_workspace(const GroupNormForward& p);
 void group_norm_runs(const GroupNormForward& p, void* workspace, void* stream);
-// The splits of a set there, and the partial moments of them (`vectors`: in packs).
+// The splits of a set on that path, and the launch that computes their partial moments (`vectors`: read in packs).
 int64_t run_splits(const GroupNormShape& s);
 void group_norm_run_moments(const GroupNormForward& p, bool vectors, void* partials, void* stream);
 
@@ -159,11 +160,12 @@ void group_norm_columns(const GroupNormForward& p, void* workspace, void* stream
 size_t group_norm_backward_columns_workspace(const GroupNormBackward& p);
 void group_norm_backward_columns(const GroupNormBackward& p, void* workspace, void* stream);
 
-// group_norm.cu: second stages of the sums.
-// Mean and variance of each set from `partials` of moments.
+// group_norm.cu: the second stages of the sums.
+// Writes mean and variance of each set, from `partials` of moments.
 void group_norm_finalize_moments(const GroupNormForward& p, const GroupPlan& plan,
                                  const void* partials, void* stream);
-// From `partials` of gradient sums: the constants of each set unless `gradients` is null, and dweight and dbias unless those are.
+// From `partials` of gradient sums, writes the constants of each set to `gradients` and the sums to dweight and dbias,
+// unless null.
 void group_norm_finalize_gradients(const GroupNormBackward& p, const GroupPlan& plan,
                                    const void* partials, void* gradients, void* stream);
 

@@ -1,6 +1,6 @@
-// The gradients of act(group_norm(x) + residual) on CUDA, channels_first. A team of threads, at most a warp, takes a row (the S
-// elements of one channel in one sample) or a part of it: sums per channel need no lookup and no barrier.
-// docs/kernels.md: algorithms, bytes, launches.
+// The gradients of act(group_norm(x) + residual) on CUDA, channels_first. A team of threads, at most a warp, takes a
+// row (the S elements of one channel in one sample) or a part of it. So the sums per channel need no lookup and no
+// barrier. Algorithms, bytes and launches: docs/kernels.md.
 //
 //   fused + finalize_grads, or reduce + finalize_grads + apply
 #include "group_norm_plan.h"
@@ -8,7 +8,7 @@
 namespace advdl_ops::cuda {
 namespace {
 
-constexpr int64_t kPartElements = 1024;  // a part of a row is worth at least so many
+constexpr int64_t kPartElements = 1024;  // a part of a row has about this many elements, or more
 
 template <class T, int V>
 struct RowsShared {
@@ -41,7 +41,7 @@ struct RowsShared {
   }
 };
 
-// A team's share: part item % splits of row item / splits. Nothing past the last item.
+// A team's share of the work: part item % splits of row item / splits. It is empty past the last item.
 __device__ __forceinline__ Work row_work(const GroupPlan& plan, int64_t item) {
   Work work;
   work.row = item / plan.splits;
@@ -76,7 +76,7 @@ struct RowLanes : BackwardLanes<A, 1> {
   }
 };
 
-// Sums of dz and dz * xhat of a part of a row, in every thread of the team.
+// Returns the sums of dz and dz * xhat of a part of a row to every thread of the team.
 template <class T, int V, bool Simple>
 __device__ __forceinline__ GradientSums<acc_t<T>> accumulate_row(const GroupNormBackward& p,
                                                                  const GroupPlan& plan,
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                                       static_cast<const Pack<T, V>*>(nullptr));
 }
 
-// Leaves the sums of each channel of each sample in the workspace, for finalize_grads, unless that is null.
+// Also writes the sums of each channel of each sample to the workspace, for finalize_grads, unless that is null.
 template <class T, int V, bool Simple>
 __global__ void __launch_bounds__(kFusedThreads, 1)
     group_norm_backward_fused_rows(const GroupNormBackward p, const GroupPlan plan,
@@ -141,12 +141,12 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
   const int64_t tile = block_place(plan).tile;
   const int64_t items = Shared::tile_items(plan), teams = threads / plan.team;
   const int wave_slots = static_cast<int>(Shared::rounds(plan)) * threads;
-  // Every thread walks the same waves: a team's reduction needs all of its warp.
+  // All threads take part in all waves, because a team's reduction needs its whole warp.
   const int64_t padded = Shared::waves(plan) * teams;
   int slots = 0;
 #pragma unroll 1
   for (int64_t item = thread / plan.team; item < padded; item += teams, slots += wave_slots) {
-    // an item of no row of the tile must not be one of the next tile's
+    // Items past the end of the tile get no row. They must not become items of the next tile.
     Work work = row_work(plan, item < items ? tile * items + item : plan.channels * plan.splits);
     work.slot += slots;
     const auto sums = accumulate_row<T, V, Simple>(p, plan, work, shared.x, kept_dz);
@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 
 // ---- host ----
 
-// Parts of a row that teams share: many more than run at a time, for a short tail.
+// Parts of a row, each for one team. There are many more of them than run at a time, so that the tail of the launch is
+// short.
 int64_t row_parts(const GroupNormShape& s) {
   const int64_t useful = divide_up(kMultiprocessors * 96, s.n * s.c);
   return std::max<int64_t>(1, std::min(divide_up(s.s, kPartElements), useful));
@@ -200,7 +201,7 @@ int64_t row_parts(const GroupNormShape& s) {
 GroupPlan row_plan(const GroupNormShape& s, int v, bool fused) {
   GroupPlan plan = make_plan(s);
   set_rows(plan, s.n * s.c, s.s, v);
-  // about four packs per thread, and whole 128 bytes where the row has them
+  // About four packs per thread, and at least 128 bytes per team if the row has them.
   const int64_t least = std::min<int64_t>(8, power_of_two_above(plan.packs));
   plan.team = static_cast<int>(
       std::min<int64_t>(kWarp, std::max(least, power_of_two_above(divide_up(plan.packs, 4)))));
@@ -222,7 +223,7 @@ GroupPlan row_plan(const GroupNormShape& s, int v, bool fused) {
   return plan;
 }
 
-// Slabs that the fused kernel keeps in shared memory: x and dz, x alone, or 0 where it is not used.
+// Slabs that the fused kernel keeps in shared memory: 2 (x and dz), 1 (x), or 0 if the fused path is not used.
 int fused_slabs(const GroupNormBackward& p) {
   const GroupNormShape& s = p.shape;
   if (p.dx == nullptr) return 0;

@@ -1,5 +1,5 @@
-// act(group_norm(x) + residual) on CUDA, channels_first: a set is one run of D * S elements. The lanes of a pack may belong to
-// several channels; each looks up the weight and bias of its own. docs/kernels.md: algorithms, bytes, launches.
+// act(group_norm(x) + residual) on CUDA, channels_first: a set is one run of D * S elements. The lanes of a pack may
+// belong to several channels, so each looks up its weight and bias. Algorithms, bytes and launches: docs/kernels.md.
 //
 //   fused, or stats + apply (which merges the partial moments of its set itself)
 #include "group_norm_plan.h"
@@ -7,7 +7,7 @@
 namespace advdl_ops::cuda {
 namespace {
 
-// A block that splits a run keeps weight and bias of so many channels.
+// A run is split so that a block needs the weight and bias of about this many channels, at most.
 constexpr int64_t kTableChannels = 2000;
 
 template <class A>
@@ -27,7 +27,7 @@ struct RunsShared {
       : arena(base),
         slab(arena.take<Pack<T, V>>(fused ? slots(plan) : 0)),
         reduction(arena, plan.threads, plan.columns, 1, plan.columns == 1),
-        table(arena.take<Affine<A>>(plan.table + V)) {}  // masked lanes may look past its end
+        table(arena.take<Affine<A>>(plan.table + V)) {}  // masked lanes may read past plan.table
 
   static ADVDL_HOST_DEVICE int64_t slots(const GroupPlan& plan) {
     const int team = plan.threads / plan.columns;
@@ -51,16 +51,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   store_partials(plan, place, plan.columns, reduction.result, workspace);
 }
 
-// The lanes of a pack somewhere in a run: each may be of another channel.
+// The lanes of a pack anywhere in a run. Each may belong to another channel.
 template <class A, int V>
 struct RunLanes {
-  const Affine<A>* table = nullptr;  // from the channel that begins at element `start`
+  const Affine<A>* table = nullptr;  // begins with the channel that begins at element `start`
   int64_t start = 0, s = 1;
   A mean, rstd;
   A scale[V], bias[V];
 
   __device__ __forceinline__ void find(int64_t at) {
-    const int64_t offset = at - start;  // below 0 where the run begins inside the pack
+    const int64_t offset = at - start;  // negative if the run begins inside the pack
     const auto channel = static_cast<int64_t>(static_cast<uint64_t>(offset > 0 ? offset : 0) /
                                               static_cast<uint64_t>(s));
     const Affine<A>* entry = table + channel;
@@ -96,7 +96,7 @@ __device__ __forceinline__ int64_t first_channel(const GroupPlan& plan, const Wo
   return offset > 0 ? offset / plan.s : 0;
 }
 
-// Fills the table of the block's channels; the caller provides the barrier.
+// Fills the table of the block's channels. The caller must synchronize afterwards.
 template <int V, class A>
 __device__ __forceinline__ void load_table(const GroupNormForward& p, const GroupPlan& plan,
                                            const Place& place, const Work& work, Affine<A>* table) {
@@ -175,7 +175,7 @@ GroupPlan run_plan(const GroupNormShape& s, int v, bool fused, int unroll) {
   plan.per_split = plan.positions;
   plan.threads = fused_threads(plan.packs, unroll);
   if (plan.packs <= kTeamPacks) {
-    // about four packs per thread, and whole sectors
+    // About four packs per thread, and at least a sector per team if the run has one.
     const int64_t least = std::min<int64_t>(2, plan.packs);
     plan.threads = kTeamThreads;
     plan.columns = kTeamThreads /

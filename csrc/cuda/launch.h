@@ -1,5 +1,5 @@
-// The one way to start a kernel. The same source compiles with nvcc and with the host emulation under
-// tests/cuda_emulation/, which brings its own cuda_runtime.h: no `<<<>>>`, no static shared memory.
+// The only way to start a kernel. The same source compiles with nvcc and with the host emulation in
+// tests/cuda_emulation/, which has its own cuda_runtime.h. So there is no `<<<>>>` and no static shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@
 
 namespace advdl_ops::cuda {
 
-// Grids are sized for this many multiprocessors (H100, H200) on every GPU: how a sum is split, and with it
+// Grids are sized for this many multiprocessors (H100, H200) on every GPU, so that the split of a sum, and with it
 // the result, depends on the shape only.
 inline constexpr int64_t kMultiprocessors = 132;
 
@@ -31,11 +31,11 @@ inline int64_t power_of_two_above(int64_t value) {
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   (void)
-      cudaGetLastError();  // the error is reported here; do not let it surface again in a later call
+      cudaGetLastError();  // clears the error, which is reported here and not again in a later call
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Dynamic shared memory that one block can get on the current device.
+// The most dynamic shared memory of a block on the current device, in bytes.
 inline size_t shared_memory_limit() {
   int device = 0, bytes = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");

@@ -1,11 +1,11 @@
 // act(layer_norm_2d(x) + residual) and its gradients on CUDA: every position is normalized over its channels.
-// docs/kernels.md: algorithms, bytes, launches.
+// Algorithms, bytes and launches: docs/kernels.md.
 //
-//   layer_norm_2d_rows.cu   the channels of a position lie side by side, and fit into the registers of a team of threads
+//   layer_norm_2d_rows.cu   the channels of a position are contiguous, and fit into the registers of a team of threads
 //   layer_norm_2d_tiles.cu  otherwise
 //
 //   forward   rows or tiles
-//   backward  rows or tiles [+ finalize_grads, where dweight and dbias are wanted]
+//   backward  rows or tiles [+ finalize_grads, if dweight and dbias are wanted]
 #include "group_norm_plan.h"
 #include "layer_norm_2d_plan.h"
 

@@ -1,4 +1,4 @@
-// What the two ways of layer norm 2d share on CUDA: the plan of a launch, and arithmetic on the values that a thread holds.
+// What the two paths of layer norm 2d share on CUDA: the plan of a launch, and arithmetic on the values of a thread.
 #pragma once
 
 #include <algorithm>
@@ -10,12 +10,12 @@
 
 namespace advdl_ops::cuda {
 
-// Blocks of a launch: more than run at a time. Each has a row of sums in the workspace of backward.
+// Blocks of a launch, more than run at a time. In backward each has a row of sums in the workspace.
 inline constexpr int64_t kBlocks = 8 * kMultiprocessors;
-// Positions that are worth such a row.
+// Positions for which a backward block is worth its row of sums.
 inline constexpr int64_t kBlockPositions = 16;
 
-// Packs of each tensor that a thread works on at a time: what registers allow.
+// Packs of each tensor that a thread works on at a time, limited by registers.
 template <int V, bool Simple>
 ADVDL_HOST_DEVICE constexpr int forward_unroll() {
   return V == 1 ? 4 : (Simple ? 16 : 8) / V;
@@ -23,15 +23,15 @@ ADVDL_HOST_DEVICE constexpr int forward_unroll() {
 
 struct PositionPlan {
   int64_t positions = 0;       // N * S
-  int64_t row = 1, packs = 1;  // tiles: S and its packs; 1 for a long row of channels
+  int64_t row = 1, packs = 1;  // tiles: S and its number of packs; 1 for a long row of channels
   int64_t rounds = 0;          // rows: groups of rows that a block takes at a time
   int64_t tiles = 0;
   int64_t blocks = 1;
   int channels = 0;
   int team = 1, columns = 1;
   int threads = kWarp;
-  bool keeps = false;        // tiles: what was read waits in shared memory; else it is read again
-  bool shared_sums = false;  // tiles: a block's sums for dweight and dbias are there too
+  bool keeps = false;        // tiles: what was read stays in shared memory; else it is read again
+  bool shared_sums = false;  // tiles: a block's sums for dweight and dbias are in shared memory
 };
 
 template <class From, int N, class A>
@@ -43,7 +43,8 @@ __device__ __forceinline__ void copy_params(const void* pointer, int count, cons
         static_cast<A>(to_acc(static_cast<const From*>(pointer)[index[k] < count ? index[k] : 0]));
 }
 
-// Several elements of a per-channel parameter, `otherwise` where it is null; anything for an index past its end.
+// Several elements of a per-channel parameter, or `otherwise` if it is null. For an index past its end, the value is
+// arbitrary.
 template <int N, class A>
 __device__ __forceinline__ void load_params(const void* pointer, DType dtype, int count,
                                             const int (&index)[N], A otherwise, A (&out)[N]) {
@@ -64,8 +65,8 @@ __device__ __forceinline__ void load_params(const void* pointer, DType dtype, in
   }
 }
 
-// values[i] = function(values[i]), with one or two copies of a function of much code: the array turns, as registers
-// have no index.
+// values[i] = function(values[i]), with only one or two copies of the (large) code of `function`. Registers cannot be
+// indexed, so the loop rotates the array.
 template <int N, class A, class Function>
 __device__ __forceinline__ void map_in_turn(A (&values)[N], Function function) {
   constexpr int Copies = N % 2 == 0 && sizeof(A) == 4 ? 2 : 1;
@@ -103,13 +104,13 @@ __device__ __forceinline__ void activate_grad_values(Activation act, A param, A 
   }
 }
 
-// The pack at `at`, zeros where it is not wanted.
+// The pack at `at`, or zeros if it is not wanted.
 template <class T, int V>
 __device__ __forceinline__ Pack<T, V> load_whole(const T* base, int64_t at, bool wanted) {
   return load_pack<T, V, true>(base, at, wanted, 0);
 }
 
-// Pack k of the values, rounded; and its way to memory.
+// Pack k of the values, rounded to T. store_values also writes it.
 template <class T, int V, int N, class A>
 __device__ __forceinline__ Pack<T, V> values_pack(const A (&values)[N], int k) {
   A pack[V];
@@ -123,7 +124,7 @@ __device__ __forceinline__ void store_values(T* base, int64_t at, const A (&valu
   store_pack<true>(base, at, 1u, values_pack<T, V>(values, k));
 }
 
-// What dz is made of: the packs of U places.
+// The inputs of dz: the packs of U places.
 template <class T, int V, int U>
 struct PositionInputs {
   Pack<T, V> x[U], dout[U], saved[U];
@@ -134,7 +135,7 @@ struct PositionInputs {
     if (p.z_source != ZSource::input)
       saved[k] = load_whole<T, V>(static_cast<const T*>(p.saved), at, wanted);
   }
-  // The z of element j of pack k, given the norm's part of it.
+  // z of element j of pack k, given the output `norm` of the normalization.
   template <class A>
   __device__ __forceinline__ A z(const GroupNormBackward& p, int k, int j, A norm) const {
     if (p.z_source == ZSource::output) return to_acc(saved[k].v[j]);
@@ -148,7 +149,7 @@ inline bool channels_side_by_side(const GroupNormShape& s) {
   return s.layout == Layout::channels_last || s.s == 1;
 }
 
-// Blocks of a backward launch, at most.
+// The most blocks of a backward launch.
 inline int64_t backward_blocks(const GroupNormShape& s) {
   const int64_t positions = s.n * s.s;
   return std::clamp(positions / kBlockPositions, std::min(positions, kMultiprocessors), kBlocks);
@@ -161,7 +162,7 @@ inline PositionPlan base_plan(const GroupNormShape& s) {
   return plan;
 }
 
-// ---- the two ways ----
+// ---- the two paths ----
 
 // A block's sums of dz and dz * xhat, one row of the workspace for each block.
 template <class A>
@@ -174,7 +175,7 @@ struct LayerNorm2dPartials {
 // layer_norm_2d_rows.cu: a team of threads holds the channels of a position in registers.
 bool layer_norm_2d_takes_rows(const GroupNormShape& s, bool aligned);
 void layer_norm_2d_rows(const GroupNormForward& p, bool aligned, void* stream);
-// Returns the number of blocks: the rows of sums in `partials`.
+// Returns the number of blocks, which is the number of rows of sums in `partials`.
 int64_t layer_norm_2d_rows_backward(const GroupNormBackward& p, bool aligned, void* partials,
                                     void* stream);
 

@@ -1,14 +1,15 @@
-// Layer norm 2d on CUDA over rows: the channels of a position lie side by side (channels_last, or S = 1) and are few enough for a
-// team of threads with a pack each. The row stays in registers. docs/kernels.md: algorithms, bytes, launches.
+// Layer norm 2d on CUDA over rows: the channels of a position are contiguous (channels_last, or S = 1) and few enough
+// for a team of threads with a pack each. The row stays in registers. Algorithms, bytes and launches: docs/kernels.md.
 #include "layer_norm_2d_plan.h"
 
 namespace advdl_ops::cuda {
 namespace {
 
 constexpr int kMaxTeam = 512;  // threads that share a row
-// Threads of a block of several teams: few, as registers decide how many blocks a multiprocessor takes.
+// Threads of a block of several teams. Few, because registers limit the blocks of a multiprocessor.
 constexpr int kRowThreads = 128;
-// Beyond kBlocks a block of forward takes up to so many rounds, for one load of weight and bias.
+// A forward block takes at most this many rounds, with one load of weight and bias. So a large tensor has more than
+// kBlocks blocks.
 constexpr int64_t kBlockRounds = 8;
 
 template <int V>
@@ -16,12 +17,13 @@ ADVDL_HOST_DEVICE constexpr int backward_unroll() {
   return V == 1 ? 4 : 8 / V;
 }
 
-// Shared memory: two buffers of `sums` values for each warp, and in backward the channels' sums of the block's teams.
+// Shared memory: two buffers of `sums` values for each warp, and in backward the sums of each channel over the block's
+// teams.
 template <class A>
 struct RowsShared {
   SharedArena arena;
   A *buffer, *other;
-  GradientSums<A>* channel_sums;  // [warps, or teams of several][team * V]
+  GradientSums<A>* channel_sums;  // [warps, or teams of several warps][team * V]
 
   ADVDL_HOST_DEVICE RowsShared(unsigned char* memory, const PositionPlan& plan, int sums,
                                int channels_per_thread)
@@ -34,10 +36,11 @@ struct RowsShared {
   }
 };
 
-// A thread's place: `size` threads (a power of two below a warp, or whole warps) share a row, a pack each.
+// A thread's place. The `size` threads of a team (a power of two up to a warp, or whole warps) share a row, with a pack
+// each.
 template <int V>
 struct Team {
-  int lane, index, count;  // of the thread in its team; of the team; teams of the block
+  int lane, index, count;  // index of the thread in its team; index of the team; teams of the block
   int size, warps;
   bool active;  // has a pack
 
@@ -55,9 +58,9 @@ struct Team {
 // The rows that a team works on at a time.
 template <int V, int R>
 struct Rows {
-  int64_t first, start;  // row; its element
-  int count, stride;     // from one row to the next: rows, elements
-  int inside;            // rows that are the tensor's, or 0 for a thread without a pack
+  int64_t first, start;  // the first row; its first element
+  int count, stride;     // from one row to the next: in rows, in elements
+  int inside;            // rows that exist, or 0 for a thread without a pack
 
   __device__ Rows(const PositionPlan& plan, const Team<V>& team, int64_t round) {
     count = team.count;
@@ -73,8 +76,8 @@ struct Rows {
   __device__ bool wanted(int r) const { return r < inside; }
 };
 
-// Sums over the team, in every thread of it. `buffer`: shared memory that no thread may still be reading; where
-// a team is of several warps, two take turns, since the barrier here ends the reads of the other.
+// Sums over the team, for every thread of it. `buffer` is shared memory that no thread may still be reading. If a team
+// has several warps, callers alternate between two buffers: the barrier here ends the reads of the other one.
 template <int K, int V, class A>
 __device__ __forceinline__ void reduce_team(const Team<V>& team, A* buffer, A (&values)[K]) {
 #pragma unroll 1
@@ -168,7 +171,8 @@ __global__ void __launch_bounds__(kMaxTeam, 1)
   }
 }
 
-// Sums of the block's teams, [teams or warps of them][V * team], to the block's row of the workspace.
+// Adds up the sums of the block's teams in scratch [teams or warps][V * team], and writes them to the block's row of
+// the workspace.
 template <int V, class A>
 __device__ __forceinline__ void store_team_sums(const PositionPlan& plan, const Team<V>& team,
                                                 GradientSums<A> (&sums)[V],
@@ -203,7 +207,7 @@ __global__ void __launch_bounds__(kMaxTeam, 1)
   ADVDL_DYNAMIC_SHARED(memory);
   const Team<V> team(plan);
   const RowsShared<A> shared(memory, plan, 2 * R, V);
-  A *buffer = shared.buffer, *other = shared.other;  // they take turns
+  A *buffer = shared.buffer, *other = shared.other;  // used alternately
   const A param = static_cast<A>(p.act_param), count = static_cast<A>(plan.channels);
   int channels[V];
 #pragma unroll
@@ -214,7 +218,7 @@ __global__ void __launch_bounds__(kMaxTeam, 1)
 #pragma unroll 1
   for (int64_t round = blockIdx.x; round < plan.rounds; round += gridDim.x) {
     const Rows<V, R> rows(plan, team, round);
-    A bias[V];  // every time anew: a thread has no room for it beside the sums
+    A bias[V];  // loaded in every round, to save registers for the sums
     load_params(p.act == Activation::identity ? nullptr : p.bias, p.shape.weight_dtype,
                 plan.channels, channels, A(0), bias);
     PositionInputs<T, V, R> in;
@@ -274,7 +278,7 @@ __global__ void __launch_bounds__(kMaxTeam, 1)
 
 // ---- host ----
 
-// `in_flight`: rows of a team at a time.
+// `in_flight`: rows that a team works on at a time.
 PositionPlan rows_plan(const GroupNormShape& s, int v, int in_flight) {
   PositionPlan plan = base_plan(s);
   const int64_t packs = s.c / v;

@@ -1,14 +1,14 @@
-// Layer norm 2d on CUDA over tiles: a block owns `columns` neighbouring packs of positions with all their channels. What it read
-// stays in shared memory where that fits, else it is read again. A row of channels that is too long for a team is a tile of one
-// position. docs/kernels.md: algorithms, bytes, launches.
+// Layer norm 2d on CUDA over tiles: a block owns `columns` neighbouring packs of positions with all their channels.
+// What it read stays in shared memory if it fits, else it is read again. A row of channels that is too long for a team
+// is a tile of one position. Algorithms, bytes and launches: docs/kernels.md.
 #include "layer_norm_2d_plan.h"
 
 namespace advdl_ops::cuda {
 namespace {
 
-constexpr int kTilePack = 4;       // elements: 14x14 in half precision takes packs too
-constexpr int kTileThreads = 512;  // at most; half of it where several tiles share a multiprocessor
-// Of each channel a tile reads a sector at least; more as long as that many bytes of it are kept.
+constexpr int kTilePack = 4;       // elements, so that 14x14 in half precision uses packs too
+constexpr int kTileThreads = 512;  // at most; half of it if several tiles share a multiprocessor
+// A tile reads at least a sector of each channel. It is wider as long as its slab has at most kTileBytes.
 constexpr int64_t kSectorBytes = 32;
 constexpr int64_t kTileBytes = 64 * 1024;
 
@@ -31,8 +31,8 @@ struct ForwardShared {
         reduction(arena, plan.threads, plan.columns, V) {}
 };
 
-// What dz is kept in between the two walks over a tile: exactly, as dx must be made of the dz that is in the sums.
-// Identity and relu leave dout or 0.
+// The type in which dz is stored between the two walks over a tile. It must be exact, because dx and the sums must use
+// the same dz. With identity and relu, dz is dout or 0, so T is exact.
 template <class T, bool Simple>
 struct KeptGradient {
   using type = acc_t<T>;
@@ -60,12 +60,12 @@ struct BackwardShared {
         sums(arena.take<A>(plan.shared_sums ? 2 * int64_t{plan.channels} : 0)) {}
 };
 
-// A thread's place in a tile. It takes channels `worker`, worker + workers, ... of its column.
+// A thread's place in a tile. It takes the channels worker, worker + workers, ... of its column.
 template <int V>
 struct TilePlace {
   int64_t start, position;  // element of channel 0 and position, of lane 0
   int column, worker, workers;
-  bool inside;  // the column is one of the tensor's
+  bool inside;  // the column exists
 
   __device__ TilePlace(const PositionPlan& plan, int64_t tile) {
     const int thread = static_cast<int>(threadIdx.x);
@@ -79,8 +79,8 @@ struct TilePlace {
   }
 };
 
-// Calls body(channel, at, slot, wanted) for groups of U channels: their numbers, element offsets, places in what a
-// tile keeps. Every thread of the block makes the same calls.
+// Calls body(channel, at, slot, wanted) for groups of U channels: their numbers, their element offsets, their places in
+// the slab, and whether they exist. Every thread of the block makes the same number of calls.
 template <int U, int V, class Body>
 __device__ __forceinline__ void for_tile_channels(const PositionPlan& plan,
                                                   const TilePlace<V>& place, Body body) {
@@ -100,8 +100,9 @@ __device__ __forceinline__ void for_tile_channels(const PositionPlan& plan,
   }
 }
 
-// Adds a group of packs, each lane a position of its own: x - pivot, so that what rounding loses is a share of the
-// deviations and not of the mean. The group's own mean and deviations first, then one Chan merge.
+// Adds a group of packs to the moments of x - pivot, with one position for each lane. Because of the pivot, the
+// rounding error is relative to the deviations and not to the mean. The group's own mean and squared deviations come
+// first, then one Chan merge.
 template <class T, int V, int U, class A>
 __device__ __forceinline__ void add_group(const Pack<T, V> (&x)[U], const bool (&wanted)[U],
                                           const Pack<T, V>& pivot, Moments<A> (&states)[V]) {
@@ -205,13 +206,13 @@ __global__ void __launch_bounds__(kTileThreads, 1)
                        });
 }
 
-// The block's sums for dbias and dweight, in shared memory or its row of the workspace. Each channel has one thread
-// that adds to them, over all tiles: worker channel % workers of column 0.
+// The block's sums for dbias and dweight, in shared memory or in its row of the workspace. For each channel the same
+// thread adds to them in all tiles: worker channel % workers of column 0.
 template <class A>
 struct ChannelSums {
   A *dbias, *dweight;
 
-  // A channel's dz and dz * xhat in a column. Every thread of a warp calls it: the columns meet.
+  // Adds a channel's dz and dz * xhat of all columns. All threads of a warp must call it.
   __device__ void add(const PositionPlan& plan, int channel, GradientSums<A> terms) const {
 #pragma unroll 1
     for (int offset = plan.columns / 2; offset >= 1; offset /= 2)
@@ -220,7 +221,7 @@ struct ChannelSums {
     dbias[channel] += terms.dz;
     dweight[channel] += terms.dz_x;
   }
-  // Calls body(channel) for those that this thread adds to.
+  // Calls body(channel) for the channels to which this thread adds.
   template <class Body>
   __device__ void for_own(const PositionPlan& plan, Body body) const {
     const int thread = static_cast<int>(threadIdx.x);
@@ -269,8 +270,9 @@ __global__ void __launch_bounds__(kTileThreads, 1)
     const auto centred = [&](const Pack<T, V>& x, int j) {
       return (to_acc(x.v[j]) - mean[j]) * rstd[j];
     };
-    GradientSums<A> sums[V] = {};  // then their means over the channels
-    // Two walks: the sums; and dx, from what the first one kept or read and computed again.
+    GradientSums<A> sums[V] = {};  // in the second walk, their means over the channels
+    // Two walks: the first for the sums, the second for dx. The second uses what the first one kept, or reads and
+    // computes it again.
 #pragma unroll 1
     for (int walk = 0; walk < 2; ++walk) {
       const bool second = walk == 1;
@@ -358,7 +360,7 @@ __global__ void __launch_bounds__(kTileThreads, 1)
 
 // ---- host ----
 
-// Packs of positions side by side in a tile: as many as kTileBytes hold, unless multiprocessors would be idle.
+// Neighbouring packs of positions in a tile: as many as fit into kTileBytes, or fewer if multiprocessors would be idle.
 int tile_columns(const PositionPlan& plan, int v, int64_t element, int64_t kept) {
   const int64_t packs = plan.positions / v;
   const int64_t least = std::max<int64_t>(1, kSectorBytes / (v * element));
@@ -369,7 +371,7 @@ int tile_columns(const PositionPlan& plan, int v, int64_t element, int64_t kept)
   return static_cast<int>(columns);
 }
 
-// `kept`: bytes of a channel of one column that wait in shared memory, where they fit; 0: nothing is to wait.
+// `kept`: bytes that a block keeps in shared memory for each channel of a column, if they fit; 0: nothing to keep.
 PositionPlan tiles_plan(const GroupNormShape& s, int v, int64_t kept) {
   PositionPlan plan = base_plan(s);
   if (!channels_side_by_side(s)) {
@@ -385,7 +387,7 @@ PositionPlan tiles_plan(const GroupNormShape& s, int v, int64_t kept) {
   return plan;
 }
 
-// Sets a flag of the plan where a block then still fits; returns the bytes of shared memory.
+// Sets a flag of the plan if wanted and if the shared memory then still suffices. Returns the bytes of shared memory.
 template <class Shared>
 int64_t set_where_it_fits(PositionPlan& plan, bool PositionPlan::* flag, bool wanted) {
   plan.*flag = wanted;

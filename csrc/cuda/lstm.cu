@@ -1,9 +1,9 @@
-// What an LSTM does at one time between its matrix products, and the gradients of it, on CUDA.
-// docs/kernels.md: launches, bytes.
+// The parts of an LSTM step between its matrix products, and their gradients, on CUDA. Launches and bytes:
+// docs/kernels.md.
 //
 //   units  a thread has a pack of neighbouring units of one sequence, or a single unit
-//   rows   layer norm: a block has a sequence. It walks over the row several times, each thread over the same units, and
-//          keeps in shared memory what the next walk needs
+//   rows   with layer norm a block has a sequence. It goes over the row several times, each thread over the same
+//          units, and keeps in shared memory what the next pass needs
 #include <algorithm>
 
 #include "../common/lstm.h"
@@ -19,14 +19,14 @@ using Forward = LstmStepForward;
 using Backward = LstmStepBackward;
 
 constexpr int kUnitThreads = 128;
-// At most, of a row. Packs of 8 take more than 128 registers.
+// The most threads of a row. Packs of 8 need more than 128 registers.
 template <int V>
 inline constexpr int kRowThreads = V > 4 ? 256 : 512;
 
 // ---- packs of units ----
 
-// V elements as they lie in memory, zeros until they are loaded. They stay unconverted so that all loads of a thread are on
-// their way before the first is waited for.
+// V elements in the type of the tensor, zeros until they are loaded. They are not converted at once, so that a thread
+// issues all its loads before it waits for the first.
 template <class T, int V>
 struct Raw {
   static constexpr int kPack = sizeof(T) * V <= kVectorBytes ? V : kVectorBytes / sizeof(T);
@@ -106,7 +106,7 @@ __device__ __forceinline__ void set_gates(const LstmGates<A>& gates, A (&values)
   values[3][j] = gates.o;
 }
 
-// How much of the old state is kept.
+// The zoneout factor of the previous state.
 template <class A, int V>
 struct Keep {
   Raw<uint8_t, V> mask;
@@ -140,7 +140,7 @@ __device__ __forceinline__ bool begins(const Backward& p, int64_t row) {
 
 // ---- forward ----
 
-// What the new h is made of beside the hidden state.
+// The inputs of the new h other than the hidden state.
 template <class T, int V>
 struct StateInputs {
   using A = acc_t<T>;
@@ -155,7 +155,7 @@ struct StateInputs {
   }
 };
 
-// Zoneout of h; h, fed, y.
+// Applies zoneout to h and writes h, y and `fed`.
 template <class T, int V>
 __device__ __forceinline__ void store_state(const Forward& p, int64_t row, int64_t unit,
                                             const StateInputs<T, V>& in, acc_t<T> (&hidden)[V]) {
@@ -169,13 +169,13 @@ __device__ __forceinline__ void store_state(const Forward& p, int64_t row, int64
   h.store(p.h, at);
   h.store(p.y.data, offset(p.y, row, unit));
   if (p.recurrent_mask == nullptr) return;
-  // Of the rounded h: backward has no other.
+  // From the rounded h, because backward has only that.
 #pragma unroll
   for (int j = 0; j < V; ++j) hidden[j] = h[j] * in.mask[j];
   store_values<T, V>(p.fed, at, hidden);
 }
 
-// What the pre-activations and the cell are made of.
+// The inputs of the pre-activations and of the cell.
 template <class T, int V>
 struct GateInputs {
   using A = acc_t<T>;
@@ -194,7 +194,8 @@ struct GateInputs {
   }
 };
 
-// From the pre-activations, which become the gates, to the cell: stores gates, c and cells.
+// Turns the pre-activations in `gates` into the gates and computes the cell (before zoneout). Writes gates, c and
+// cells.
 template <class T, int V>
 __device__ __forceinline__ void advance_cell(const Forward& p, int64_t row, int64_t unit,
                                              const GateInputs<T, V>& in,
@@ -218,7 +219,7 @@ __device__ __forceinline__ void advance_cell(const Forward& p, int64_t row, int6
   store_values<T, V>(p.cells.data, offset(p.cells, row, unit), c);
 }
 
-// Of a sequence that has ended: states, and what is saved for backward, stay.
+// For a sequence that has ended. The states and the tensors saved for backward are not written.
 template <class T, int V>
 __device__ __forceinline__ void skip_forward(const Forward& p, int64_t row, int64_t unit) {
   if (p.step.projection > 0) {
@@ -228,7 +229,7 @@ __device__ __forceinline__ void skip_forward(const Forward& p, int64_t row, int6
   }
 }
 
-// The row and the first unit of a thread, of rows of `width` units.
+// The row and the first unit of a thread. Rows have `width` units.
 template <int V>
 struct Place {
   int64_t row, unit;
@@ -288,7 +289,7 @@ __global__ void __launch_bounds__(kUnitThreads)
 
 // ---- layer norm ----
 
-// Statistics of N values about their own mean, merged after Chan.
+// Adds N values to `state`: their own mean and squared deviations, then one Chan merge.
 template <int N, class A>
 __device__ __forceinline__ void merge_values(Moments<A>& state, const A (&values)[N]) {
   A sum = A(0), m2 = A(0);
@@ -317,14 +318,14 @@ struct Normalization {
   __device__ __forceinline__ A operator()(A value) const { return (value - mean) * rstd; }
 };
 
-// The block's shared memory: `slots` values for each unit, then a reduction's results and its scratch. The results lie where
-// no later reduction writes before all threads have read them.
+// The block's shared memory: `slots` kept values, then the results of a reduction, then its scratch. The results have
+// their own memory: a later reduction writes there only after all threads have read them.
 template <class A>
 struct RowMemory {
   A* kept;
   unsigned char* reduction;
 
-  static constexpr int kStates = 2;  // that are reduced at a time, at most
+  static constexpr int kStates = 2;  // the most states of one reduction
   __device__ RowMemory(unsigned char* memory, int64_t slots)
       : kept(reinterpret_cast<A*>(memory)), reduction(memory + slots * sizeof(A)) {}
   static size_t bytes(int64_t slots, int threads) {
@@ -416,8 +417,8 @@ __global__ void __launch_bounds__(kRowThreads<V>, 1) lstm_rows(const Forward p) 
 
 // ---- backward ----
 
-// The gradient of y and h: of a sequence that goes on it leaves in dh what zoneout keeps, and finds the rest of it,
-// dhidden; `fed`.
+// The gradient of h (from y, dh and dfed). Writes the part that zoneout passes on to dh, and returns the rest in
+// dhidden. For an ended sequence, dh gets all of it and dhidden is zero. Also writes `fed`.
 template <class T, int V>
 __device__ __forceinline__ void state_gradient(const Backward& p, int64_t row, int64_t unit,
                                                bool ended, acc_t<T> (&dhidden)[V]) {
@@ -453,7 +454,7 @@ __device__ __forceinline__ void state_gradient(const Backward& p, int64_t row, i
   store_values<T, V>(p.fed.data, offset(p.fed, row, unit), fed);
 }
 
-// Of a sequence that has ended; without a projection dfed goes on to dh.
+// For a sequence that has ended. Without a projection, dfed is added to dh.
 template <class T, int V>
 __device__ __forceinline__ void skip_backward(const Backward& p, int64_t row, int64_t unit) {
   const int64_t hidden = p.step.hidden;
@@ -467,7 +468,7 @@ __device__ __forceinline__ void skip_backward(const Backward& p, int64_t row, in
   if (p.dhidden == nullptr) state_gradient<T, V>(p, row, unit, true, nothing);
 }
 
-// What the cell was made of.
+// The inputs of the cell.
 template <class T, int V>
 struct CellInputs {
   using A = acc_t<T>;
@@ -487,7 +488,7 @@ struct CellInputs {
   __device__ __forceinline__ A cell(int j) const { return lstm_cell_state(at(j), before[j]); }
 };
 
-// The gradient of the hidden state, given or made.
+// The gradient of the hidden state: p.dhidden, or without a projection the result of state_gradient.
 template <class T, int V>
 __device__ __forceinline__ void hidden_gradient(const Backward& p, int64_t row, int64_t unit,
                                                 acc_t<T> (&dhidden)[V]) {
@@ -498,8 +499,8 @@ __device__ __forceinline__ void hidden_gradient(const Backward& p, int64_t row, 
   for (int j = 0; j < V; ++j) dhidden[j] = given[j];
 }
 
-// From dhidden, t = tanh of the cell (normalized or not) and the cell's gradient through t to the pre-activations:
-// stores dgates and dc.
+// The gradients of the pre-activations, from dhidden, from t (tanh of the cell, normalized or not), and from through_t
+// (the gradient of the cell through t). Writes dgates and dc.
 template <class T, int V>
 __device__ __forceinline__ void gate_gradients(const Backward& p, int64_t row, int64_t unit,
                                                const CellInputs<T, V>& in,
@@ -556,8 +557,7 @@ __global__ void __launch_bounds__(kUnitThreads) lstm_backward_output(const Backw
   store_values<T, V>(p.dprojected, row * width + unit, dprojected);
 }
 
-// Normalized values to gradients: the gradient of what was normalized, from the sums over the row of d * weight and of
-// d * weight * xhat.
+// The input gradient of a layer norm, from the sums of d * weight and of d * weight * xhat over the row.
 template <class A>
 struct NormalizationGradient {
   A shift, slope, rstd;
@@ -582,7 +582,7 @@ __global__ void __launch_bounds__(kRowThreads<V>, 1) lstm_backward_rows(const Ba
     walk_row<V>(hidden, [&](int64_t unit) { skip_backward<T, V>(p, row, unit); });
     return;
   }
-  Moments<A> states[2];  // of the product, of the cell
+  Moments<A> states[2];  // of the product and of the cell
   walk_row<V>(hidden, [&](int64_t unit) {
     Raw<T, V> product[kLstmGates];
     load_gates(p.products.data, offset(p.products, row, unit), hidden, product);
@@ -601,7 +601,7 @@ __global__ void __launch_bounds__(kRowThreads<V>, 1) lstm_backward_rows(const Ba
   const Moments<A>* merged = memory.reduce(states);
   const Normalization<A> in_product(merged[0], p.norm.eps), in_cell(merged[1], p.norm.eps);
 
-  // Through tanh; keeps dhidden and t.
+  // Backward through tanh. Keeps dhidden and t.
   GradientSums<A> cell_sums[1];
   walk_row<V>(hidden, [&](int64_t unit) {
     CellInputs<T, V> in;
@@ -628,7 +628,7 @@ __global__ void __launch_bounds__(kRowThreads<V>, 1) lstm_backward_rows(const Ba
   });
   const NormalizationGradient<A> of_cell(*memory.reduce(cell_sums), hidden, in_cell.rstd);
 
-  // Through the gates; keeps their gradients.
+  // Backward through the gates. Keeps their gradients.
   GradientSums<A> product_sums[1];
   walk_row<V>(hidden, [&](int64_t unit) {
     CellInputs<T, V> in;
@@ -683,7 +683,7 @@ __global__ void __launch_bounds__(kRowThreads<V>, 1) lstm_backward_rows(const Ba
 
 // ---- padding ----
 
-// Strides and `width` in units.
+// Strides and `width` count elements of type Unit.
 template <class Unit>
 __global__ void __launch_bounds__(kUnitThreads) lstm_copy_padded(const LstmPadding p) {
   const int64_t index = int64_t{blockIdx.x} * kUnitThreads + threadIdx.x;
@@ -698,7 +698,7 @@ __global__ void __launch_bounds__(kUnitThreads) lstm_copy_padded(const LstmPaddi
 
 // ---- host ----
 
-// Whether all rows begin on the grid of packs; null has none.
+// Whether all rows begin at multiples of a pack. Null counts as aligned.
 template <class... Rows>
 bool rows_aligned(int64_t v, const Rows&... rows) {
   return ((vector_aligned(rows.data) && (rows.data == nullptr || rows.stride % v == 0)) && ...);
@@ -758,7 +758,7 @@ LaunchConfig unit_config(int64_t rows, int64_t packs, void* stream) {
   return config;
 }
 
-// `slots`: values that a block keeps.
+// `slots`: values that a block keeps in shared memory.
 template <class A, int V>
 LaunchConfig row_config(int64_t rows, int64_t hidden, int64_t slots, void* stream) {
   LaunchConfig config;

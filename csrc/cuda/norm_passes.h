@@ -1,7 +1,7 @@
-// The passes of a norm over a thread's share of a tile: statistics, forward, the gradient sums, and dx. Each is one text for all
-// types, layouts and activations. docs/kernels.md: algorithms, bytes, launches.
+// The passes of a norm over a thread's share of a tile: statistics, forward, the gradient sums, and dx. Each has one
+// source for all types, layouts and activations. Algorithms, bytes and launches: docs/kernels.md.
 //
-// Params is a ...Forward or ...Backward struct of csrc/common: these parts use the fields that all of them have.
+// Params is a ...Forward or ...Backward struct of csrc/common. Only the fields that all of them have are used.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,12 @@
 
 namespace advdl_ops::cuda {
 
-// Packs in flight per thread and tensor. Statistics: 64 bytes, or 8 single elements.
+// Packs in flight per thread and tensor. Statistics: 64 bytes, or 8 single elements (4 of fp64).
 template <class T, int V>
 ADVDL_HOST_DEVICE constexpr int stats_unroll() {
   return V > 1 || sizeof(T) > 4 ? 4 : 8;
 }
-// Fewer where each lane keeps constants of its own (registers).
+// Fewer if each lane has its own constants, or for the switch over all activations, to save registers.
 template <class T, int V, bool LanesDiffer, bool Simple>
 ADVDL_HOST_DEVICE constexpr int apply_unroll() {
   return Simple && !(LanesDiffer && V > 4) ? 4 : 2;
@@ -25,8 +25,8 @@ ADVDL_HOST_DEVICE constexpr int apply_unroll() {
 // Two or three tensors are read at once.
 inline constexpr int kBackwardUnroll = 2;
 
-// Where each element carries the switch over all activations, the packs in flight take turns in one copy of the code:
-// V elements of it are as much as instruction caches and the compiler bear well.
+// With the switch over all activations, the packs in flight take turns in one copy of the code. More than V copies of
+// the switch would be too much for the instruction cache and the compiler.
 template <int V, bool Simple>
 inline constexpr bool kTakeTurns = !Simple && V > 1;
 
@@ -35,7 +35,7 @@ __device__ __forceinline__ void next_turn(Item (&items)[U]) {
 #pragma unroll
   for (int k = 0; k + 1 < U; ++k) items[k] = items[k + 1];
 }
-// This thread's share of constant `which` of [which][columns * Lanes], channels_last; with one column, the only one.
+// This thread's part of constant `which` in [which][columns * Lanes].
 template <int Lanes, class A>
 __device__ __forceinline__ void load_constant(const A* constants, int which, int columns,
                                               A (&out)[Lanes]) {
@@ -45,7 +45,7 @@ __device__ __forceinline__ void load_constant(const A* constants, int which, int
   for (int j = 0; j < Lanes; ++j) out[j] = from[j];
 }
 
-// What a lane needs, with one channel for the thread (Lanes = 1) or each lane a channel of its own.
+// The constants of a thread's lanes. Either all lanes have the same channel (Lanes = 1), or each has its own.
 template <class A, int Lanes>
 struct ForwardLanes {
   A mean[Lanes], scale[Lanes], bias[Lanes];
@@ -55,7 +55,7 @@ struct ForwardLanes {
     load_constant(constants, 1, columns, scale);
     load_constant(constants, 2, columns, bias);
   }
-  // Lanes that depend on the place of the pack look themselves up here.
+  // Constants that depend on the position of the pack are looked up here (RunLanes).
   __device__ __forceinline__ void find(int64_t) {}
   __device__ __forceinline__ A normalized(A x, int j) const {
     const int lane = Lanes == 1 ? 0 : j;
@@ -63,7 +63,7 @@ struct ForwardLanes {
   }
 };
 
-// Of dx = dz * scale - shift - (x - mean) * slope.
+// Constants of dx = dz * scale - shift - (x - mean) * slope.
 template <class A, int Lanes>
 struct BackwardLanes : ForwardLanes<A, Lanes> {
   A shift[Lanes], slope[Lanes];
@@ -77,8 +77,8 @@ struct BackwardLanes : ForwardLanes<A, Lanes> {
 
 // ---- reductions ----
 
-// Shared memory of a reduction over a block: scratch, and the result of each column and lane. On the host, from an arena without
-// memory, it is counted.
+// Shared memory of a reduction over a block: scratch, and the result of each column and lane. On the host, the arena
+// has no memory and counts the bytes.
 template <class State>
 struct Reduction {
   State *scratch, *result;
@@ -91,8 +91,9 @@ struct Reduction {
   }
 };
 
-// Merges the states of each column of a tile: result[column * Lanes + lane] in shared memory, visible to all on return.
-// The threads of a column lie `columns` apart (channels_last) or side by side: the block, or a part of a warp.
+// Merges the states of each column of a tile into result[column * Lanes + lane] in shared memory, visible to all
+// threads on return. The threads of a column are `columns` apart (channels_last) or neighbours: the whole block or a
+// part of a warp.
 template <bool CL, int Lanes, class State>
 __device__ __forceinline__ void reduce_columns(State (&states)[Lanes], int columns, State* scratch,
                                                State* result) {
@@ -118,7 +119,7 @@ __device__ __forceinline__ void store_partials(const Plan& plan, const Place& pl
 
 // ---- statistics ----
 
-// Adds one group of packs along S: the group's own mean and deviations first (two passes over registers),
+// Adds one group of packs along S. The group's own mean and squared deviations come first (two passes over registers),
 // then one Chan merge.
 template <class T, int V, int U, class A>
 __device__ __forceinline__ void add_group(const Pack<T, V> (&x)[U], const unsigned (&mask)[U],
@@ -162,7 +163,7 @@ __device__ __forceinline__ void add_group(const Pack<T, V> (&x)[U], const unsign
   state.merge({A(wanted), mean, m2});
 }
 
-// The same with each lane a channel of its own: a pack is wanted whole or not at all.
+// The same if each lane is another channel. A pack is then wanted as a whole or not at all.
 template <class T, int V, int U, class A>
 __device__ __forceinline__ void add_group(const Pack<T, V> (&x)[U], const unsigned (&mask)[U],
                                           A& count, A (&mean)[V], A (&m2)[V]) {
@@ -189,7 +190,8 @@ __device__ __forceinline__ void add_group(const Pack<T, V> (&x)[U], const unsign
   count = total;
 }
 
-// One pass over this thread's share of x. `kept`: where the packs stay for the second pass, or null.
+// The moments of this thread's share of x, in one pass. `kept`: where the packs are stored for the second pass, or
+// null.
 template <class T, int V, bool CL, class A, int Lanes>
 __device__ __forceinline__ void accumulate_statistics(const T* x, const Plan& plan,
                                                       const Work& work, Pack<T, V>* kept,
@@ -219,7 +221,7 @@ __device__ __forceinline__ void accumulate_statistics(const T* x, const Plan& pl
 
 // ---- forward ----
 
-// Simple: identity or relu, decided by a flag at run time; otherwise the switch over all activations.
+// Simple: identity or relu, chosen at run time. Otherwise the switch over all activations.
 template <bool Simple, class A>
 __device__ __forceinline__ A apply_activation(Activation act, A z, A param) {
   if constexpr (Simple) return act == Activation::relu ? activate(Activation::relu, z, param) : z;
@@ -233,7 +235,7 @@ __device__ __forceinline__ A apply_activation_grad(Activation act, A z, A param)
   return activate_grad(act, z, param);
 }
 
-// out = act(norm(x) + residual) over this thread's share; x from `kept` unless that is null.
+// out = act(norm(x) + residual) for this thread's share. x is read from `kept` unless that is null.
 template <class T, int V, bool CL, int U, bool Simple, class Params, class Lanes>
 __device__ __forceinline__ void apply_forward(const Params& p, const Plan& plan, const Work& work,
                                               const Pack<T, V>* kept, Lanes& lanes) {
@@ -276,7 +278,7 @@ __device__ __forceinline__ void apply_forward(const Params& p, const Plan& plan,
 
 // ---- backward ----
 
-// The packs of one group that dz is made of. dz itself is read where an earlier pass wrote it (`ready`).
+// The inputs of dz for one group of packs. If an earlier pass stored dz (`ready`), `dout` holds dz itself.
 template <class T, int V, int U>
 struct Inputs {
   Pack<T, V> x[U], dout[U], saved[U];
@@ -301,7 +303,8 @@ __device__ __forceinline__ A gradient(const Params& p, const Inputs<T, V, U>& in
   return dout * apply_activation_grad<Simple>(p.act, z, param);
 }
 
-// One pass: the sums of dz and dz * (x - mean); dresidual and, where dx depends on no sum, dx = dz * scale on the way.
+// One pass over this thread's share: the sums of dz and dz * (x - mean). It also writes dresidual and, if dx does not
+// depend on the sums, dx = dz * scale.
 template <class T, int V, bool CL, bool Simple, class Params, class A, int Lanes>
 __device__ __forceinline__ void accumulate_gradients(const Params& p, const Plan& plan,
                                                      const Work& work,
@@ -355,7 +358,7 @@ __device__ __forceinline__ void accumulate_gradients(const Params& p, const Plan
   });
 }
 
-// dx from the merged sums. dz is read from `kept_dz` or dresidual, or computed again.
+// dx from the merged sums. dz is read from kept_dz or dresidual, or computed again.
 template <class T, int V, bool CL, bool Simple, class Params, class A, int Lanes>
 __device__ __forceinline__ void apply_backward(const Params& p, const Plan& plan, const Work& work,
                                                const BackwardLanes<A, Lanes>& lanes,

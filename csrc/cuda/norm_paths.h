@@ -1,4 +1,4 @@
-// Host: the choice between one fused launch and several over splits, and the choice of the instantiation.
+// Host code: the choice between one fused launch and several launches over splits, and the choice of the instantiation.
 #pragma once
 
 #include <algorithm>
@@ -9,21 +9,22 @@
 
 namespace advdl_ops::cuda {
 
-inline constexpr int64_t kSplitElements = 16384;  // a split is worth at least so many of a tile
+inline constexpr int64_t kSplitElements = 16384;  // elements of a tile per split, about, or more
 inline constexpr int64_t kFusedTileBytes = 32;    // one DRAM sector per row, channels_last
-// Bytes that a reduction needs beside the slabs, at most.
+// Bytes of shared memory that a reduction needs in addition to the slabs, at most.
 inline constexpr int64_t kScratchReserve = 8 * 1024;
-// These are of an H200, and used for every GPU: which path is taken follows from the shape.
+// Both values are those of an H200. They are used for every GPU, so that the path depends on the shape only.
 inline constexpr int64_t kLaunchBytes = 10 * 1024 * 1024;  // copied in the 2.5 us of a launch
-// Half of the L2: writes pass through it too.
+// Half of the L2, because writes go through it too.
 inline constexpr int64_t kCachedBytes = 25 * 1024 * 1024;
 
-// Elements of a pack of 16 bytes; fp64 has no kernels for packs.
+// Elements of a pack. fp64 has no kernels for packs.
 inline int pack_elements(DType dtype) {
   return dtype == DType::f64 ? 1 : kVectorBytes / element_bytes(dtype);
 }
 
-// Whether a row of S elements is long enough for packs of V: aligned, or with few of them cut.
+// Whether a row of `s` elements is read in packs of `v`: it consists of whole packs, or is long enough that few are
+// partial.
 inline bool row_takes_packs(int64_t s, int v) { return s % v == 0 || s >= 2 * v; }
 
 inline int64_t packs_per_row(int64_t s, int v) { return s % v == 0 ? s / v : (s + v - 2) / v + 1; }
@@ -36,14 +37,14 @@ inline int fused_threads(int64_t packs, int unroll) {
   return threads;
 }
 
-// Of a block that merges `items` partial results.
+// Threads of a block that merges `items` partial results.
 inline int finalize_threads(int64_t items) {
   int threads = 128;
   while (threads < kFinalizeThreads && items > 4 * threads) threads *= 2;
   return threads;
 }
 
-// A launch of `blocks` that merge `items` partial results each, of `columns` neighbouring columns.
+// A launch of `blocks` blocks, each of which merges `items` partial results of `columns` neighbouring columns.
 template <class State>
 LaunchConfig finalize_config(int64_t blocks, int64_t items, int columns, void* stream) {
   const int threads = finalize_threads(items);
@@ -52,25 +53,27 @@ LaunchConfig finalize_config(int64_t blocks, int64_t items, int columns, void* s
   return {blocks, threads, static_cast<size_t>(arena.bytes), stream};
 }
 
-// Tensors of x's size that a path reads and writes in its first or only pass over them, and that it reads again.
+// The memory traffic of a path in tensors of x's size: read or written once, and read again in a second pass.
 struct Traffic {
   int64_t once, again;
 };
 
-// How long a path takes, in bytes at the copy rate: `pass` per tensor of `tensor` bytes, half for what L2 still has.
+// The time of a path, in bytes at the copy rate. Each tensor of `tensor` bytes takes `pass`. What is read again from L2
+// takes half.
 inline int64_t time_of(Traffic traffic, int64_t pass, int64_t tensor) {
   return (traffic.once + traffic.again) * pass - std::min(traffic.again * tensor, kCachedBytes) / 2;
 }
 
-// How a tensor lies over the multiprocessors on either path.
+// How evenly each path distributes a tensor over the multiprocessors.
 struct Balance {
   int64_t tensor_bytes;
   int64_t fused_tiles, tile_bytes;
   int64_t split_blocks, more_launches;
 };
 
-// A fused launch gives a multiprocessor one tile at a time, and those without a tile are idle. Splits give work to all, but more of
-// it, and in more launches. A multiprocessor moves its share of the copy rate, whether its neighbours are busy or not.
+// A fused launch gives a multiprocessor one tile at a time, and those without a tile are idle. Splits give work to all
+// multiprocessors, but they read more and need more launches. The model: each multiprocessor has the same share of the
+// copy rate, whether others are busy or not.
 inline bool fused_is_faster(const Balance& b, Traffic fused, Traffic split) {
   const int64_t rounds = divide_up(b.fused_tiles, kMultiprocessors);
   const int64_t fused_pass = rounds * kMultiprocessors * b.tile_bytes;
@@ -84,19 +87,19 @@ inline bool is_simple(Activation act) {
   return act == Activation::identity || act == Activation::relu;
 }
 
-// The traffic of backward with a second pass, fused with `slabs` kept (x and dz, x alone), or over splits (0).
+// The traffic of a backward with a second pass. `slabs`: 2 (fused, keeps x and dz), 1 (fused, keeps x) or 0 (splits).
 template <class Params>
 Traffic backward_traffic(const Params& p, int slabs) {
   const bool exact = stored_dz_is_exact(element_bytes(p.shape.dtype), p.act);
   const bool saved = p.z_source != ZSource::input;
-  // dout, x, saved; dx, dresidual. Then x and either dz or what it is made of.
+  // Once: dout, x, saved; dx, dresidual. Again: x, and either dz or its inputs.
   const int64_t once = 3 + saved + (p.dresidual != nullptr);
   const int64_t again = 2 + (saved && !(exact && p.dresidual != nullptr));
   return {once, slabs > 1 ? 0 : slabs > 0 ? again - 1 : again};
 }
 
-// Slabs that a fused backward keeps in shared memory: x and dz, x alone, or 0 where it is not used. `fit(slabs)`: whether a block
-// can hold them.
+// Slabs that a fused backward keeps in shared memory: 2 (x and dz), 1 (x), or 0 if the fused path is not used.
+// fit(slabs): whether they fit into a block's shared memory.
 template <class Params, class Fit>
 int slabs_of_fused(const Params& p, const Balance& balance, Fit fit) {
   const bool exact = stored_dz_is_exact(element_bytes(p.shape.dtype), p.act);
@@ -107,7 +110,7 @@ int slabs_of_fused(const Params& p, const Balance& balance, Fit fit) {
   return 0;
 }
 
-// Calls body<T, V, CL, Simple>(). Packs of 16 bytes have kernels of their own for identity and relu (Simple). Single elements
+// Calls body<T, V, CL, Simple>(). For packs there are special kernels for identity and relu (Simple). Single elements
 // and fp64 use the general ones.
 template <class T, bool CL, class Body>
 void with_pack(bool vectors, bool simple, Body body) {
@@ -147,7 +150,7 @@ void with_acc_type(DType dtype, Body body) {
   body.template operator()<float>();
 }
 
-// Zeros `count` values of the type of statistics and sums; none where there is no array.
+// Zeros `count` values of the type of statistics and sums. `values` may be null.
 inline void zero_values(void* values, int64_t count, DType dtype, void* stream) {
   if (values == nullptr || count == 0) return;
   const size_t bytes = static_cast<size_t>(count) * (dtype == DType::f64 ? 8 : 4);

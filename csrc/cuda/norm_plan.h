@@ -1,5 +1,5 @@
-// How the work of a norm lies over the grid: tiles of channels, splits of their positions, and the walk of a thread over its
-// share. docs/kernels.md: algorithms, bytes, launches.
+// How the work of a norm is distributed over the grid: tiles of channels, splits of their positions, and the loop of a
+// thread over its share. Algorithms, bytes and launches: docs/kernels.md.
 #pragma once
 
 #include <cstddef>
@@ -14,27 +14,27 @@ namespace advdl_ops::cuda {
 inline constexpr int kThreads = 256;  // of the kernels that split a channel over blocks
 // Of the kernels that keep a slab in shared memory, at most.
 inline constexpr int kFusedThreads = 512;
-inline constexpr int kMaxColumns = 32;  // of a tile: a warp side by side
+inline constexpr int kMaxColumns = 32;  // of a tile: at most one per thread of a warp
 
-// Of a block's shared memory.
+// The shared memory of a block.
 using SharedArena = ArenaOf<16>;
 
-// How the work lies over the grid. A tile has `columns` columns, threads that work side by side: packs of neighbouring
-// channels (channels_last), or rows in memory (channels_first; where several, those of tiny groups).
+// How the work is distributed over the grid. A tile has `columns` columns, one for each group of threads: packs of
+// neighbouring channels (channels_last), or rows (channels_first, where only tiny sets have several in a tile).
 struct Plan {
-  int64_t channels = 0, row = 0;  // channels_first: rows that alternate, elements of one
+  int64_t channels = 0, row = 0;  // channels_first: number of interleaved rows, elements of one
   int64_t size = 0;               // elements of x
   int64_t count = 0;              // elements that share statistics
   int64_t packs = 1;              // positions per row (channels_first)
   int64_t positions = 0, per_split = 0;
-  int64_t samples = 1, tiles = 0, splits = 1;  // channels_last: a sample has tiles of its own
+  int64_t samples = 1, tiles = 0, splits = 1;  // group norm, channels_last: each sample has `tiles`
   int columns = 1;
   int tile_packs = 1;  // columns in use (channels_last)
   int threads = kThreads;
   bool whole_packs = true;  // no pack crosses the end of a row
-  // Walk the blocks in reverse: what the pass before read last is still in L2.
+  // Process the tiles in reverse order: what the previous pass read last is still in L2.
   bool backwards = false;
-  bool keep_dz = true;    // fused backward: dz as well as x fits in shared memory
+  bool keep_dz = true;    // fused backward: both x and dz are kept in shared memory
   bool reads_dz = false;  // a second pass may read the dz that the first one stored
 };
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ Place block_place(const Plan& plan) {
 }
 
 // A thread's positions: begin + member, + stride, ... below end, in row `row` (channels_first) or in column `column` of
-// the tile of a sample. `slot` is the place of the first one in a slab in shared memory, the next lies slot_step on.
+// the tile of a sample. `slot` is the index of the first one in a slab, slot_step the distance to the next.
 struct Work {
   int64_t sample = 0, tile = 0, row = 0;
   int64_t begin = 0, end = 0;
@@ -60,7 +60,7 @@ struct Work {
   int slot = 0, slot_step = 1;
 };
 
-// This thread's share where the whole block works on one tile.
+// This thread's share if the whole block works on one tile.
 template <int V, bool CL>
 __device__ __forceinline__ Work block_work(const Plan& plan, const Place& place) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -109,7 +109,7 @@ struct Cursor {
   }
   __device__ unsigned mask(const Plan& plan) const {
     if (CL || V == 1 || plan.whole_packs) return kFullMask<V>;
-    // lanes [low, high) of the pack belong to the row
+    // Lanes [low, high) of the pack belong to the row.
     const int64_t low = start - at(), high = low + plan.row;
     unsigned mask = low > 0 ? kFullMask<V> << low : kFullMask<V>;
     if (high < V) mask = high > 0 ? mask & (kFullMask<V> >> (V - high)) : 0u;
@@ -130,7 +130,7 @@ struct Cursor {
 };
 
 // Calls body(at, mask, slot) for groups of U of the thread's positions: element offsets, wanted lanes (0: none), and
-// the thread's own slot of a slab in shared memory (slot + k * slot_step).
+// the index of the first one in a slab (that of the k-th is slot + k * slot_step).
 template <int V, bool CL, int U, class Body>
 __device__ __forceinline__ void walk(const Plan& plan, const Work& work, Body body) {
   const int64_t stride = work.stride;

@@ -1,7 +1,7 @@
-// Reductions in a fixed order, so that two runs agree bit for bit: over a warp by shuffles, over a block
+// Reductions in a fixed order, so that two calls agree bit for bit: over a warp with shuffles, over a block
 // through shared memory, and over blocks through partial results in a workspace.
 //
-// A state is Moments or GradientSums (csrc/common/moments.h): anything with merge() and shuffle_xor().
+// A state has merge() and shuffle_xor(), such as Moments and GradientSums (csrc/common/moments.h).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@ namespace advdl_ops::cuda {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// Channels per block of the second stage of a sum: one sector of a row of partials.
+// Channels per block in the second stage of a sum: one sector of a row of partial results.
 inline constexpr int kFinalizeColumns = 8;
 inline constexpr int kFinalizeThreads = 1024;  // at most
 
@@ -35,21 +35,23 @@ __device__ __forceinline__ GradientSums<T> shuffle_xor(const GradientSums<T>& s,
   return {__shfl_xor_sync(kWholeWarp, s.dz, offset), __shfl_xor_sync(kWholeWarp, s.dz_x, offset)};
 }
 
-// Rows of columns that the threads of a block form: a warp is one, merged by shuffles, or a part of one.
+// The number of rows of the scratch: one for each warp, or for each group of `columns` threads if that is more than a
+// warp.
 ADVDL_HOST_DEVICE constexpr int reduce_rows(int threads, int columns) {
   return threads / (columns < kWarp ? kWarp : columns);
 }
 
-// Merges the states of `team` neighbouring threads (a power of two, at most 32), in every one of them.
+// Merges the states of `team` neighbouring threads (a power of two, at most 32). All of them get the result.
 template <class State>
 __device__ __forceinline__ void team_reduce(State& state, int team) {
 #pragma unroll 1
   for (int offset = team / 2; offset >= 1; offset /= 2) state.merge(shuffle_xor(state, offset));
 }
 
-// Thread t holds Lanes states of column t % columns (a power of two, at most the threads). Merges the states of equal
-// column and lane over the block: result[(t % columns) * Lanes + lane], visible to every thread on return. Both arrays
-// are shared memory, scratch of reduce_rows() times the results. Threads of the block: a power of two, at least 32.
+// Thread t has Lanes states of column t % columns (a power of two, at most the number of threads). Merges the states of
+// equal column and lane over the block into result[(t % columns) * Lanes + lane], visible to every thread on return.
+// Both arrays are shared memory; scratch has reduce_rows() times the size of result. The block has a power of two of
+// threads, at least 32.
 template <int Lanes, class State>
 __device__ __forceinline__ void block_reduce(State (&states)[Lanes], int columns, State* scratch,
                                              State* result) {
@@ -67,7 +69,7 @@ __device__ __forceinline__ void block_reduce(State (&states)[Lanes], int columns
     for (int j = 0; j < Lanes; ++j) scratch[row * width + lane * Lanes + j] = states[j];
   }
   __syncthreads();
-  // `rows` neighbouring threads share a result. Every thread walks the same rounds: shuffles need them all.
+  // `rows` neighbouring threads share a result. All threads take part in all rounds, because shuffles need them.
   const int group = thread / rows, member = thread % rows, groups = threads / rows;
 #pragma unroll 1
   for (int first = 0; first < width; first += groups) {
@@ -131,8 +133,8 @@ __device__ __forceinline__ State merge_strided(int64_t first, int64_t step, int6
   return state;
 }
 
-// The second stage: the block merges the partials of `columns` neighbouring columns, the first of them
-// `column`, into result[0 .. columns).
+// The second stage: the block merges the partial results of `columns` neighbouring columns, from `column` on, into
+// result[0 .. columns).
 template <class State, class T>
 __device__ __forceinline__ void merge_partials(const T* workspace, int64_t splits,
                                                int64_t all_columns, int64_t column, int columns,

@@ -1,4 +1,4 @@
-// Packs of V consecutive elements: one access of up to 16 bytes, converted to the accumulation type.
+// Packs of V consecutive elements: one access of up to 16 bytes, and conversion to and from the accumulation type.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -25,7 +25,7 @@ ADVDL_HOST_DEVICE void from_acc(double v, double& out) { out = v; }
 ADVDL_HOST_DEVICE void from_acc(float v, __half& out) { out = __float2half_rn(v); }
 ADVDL_HOST_DEVICE void from_acc(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
 
-// Two at once: one instruction for the 16-bit types.
+// Converts two values at once, which is one instruction for the 16-bit types.
 template <class T, class A>
 ADVDL_HOST_DEVICE void from_acc2(A a, A b, T& first, T& second) {
   from_acc(a, first);
@@ -59,9 +59,8 @@ ADVDL_HOST_DEVICE Pack<T, V> make_pack(const A (&values)[V]) {
 template <int V>
 inline constexpr unsigned kFullMask = (1u << V) - 1u;
 
-// The pack at element offset `at`; `mask` says which lanes are wanted, the others are anything. A pack that
-// is wanted in part is still read whole (`base` is aligned to it), except past the tensor's end. `Whole`: it
-// is known that all lanes are wanted or none.
+// The pack at element offset `at`. `mask` has the wanted lanes; the others are arbitrary. A partly wanted pack
+// is read whole (`base` is aligned to packs), except past the tensor's end. `Whole`: all lanes are wanted or none.
 template <class T, int V, bool Whole>
 __device__ __forceinline__ Pack<T, V> load_pack(const T* base, int64_t at, unsigned mask,
                                                 int64_t size) {
@@ -83,7 +82,7 @@ __device__ __forceinline__ void store_pack(T* base, int64_t at, unsigned mask,
                                            const Pack<T, V>& pack) {
   if (Whole ? mask != 0 : mask == kFullMask<V>) {
     if constexpr (sizeof(pack) == sizeof(uint4)) {
-      // By intrinsic: a plain store is taken apart to share its lanes with the branch below.
+      // An intrinsic, because the compiler would split a plain store into lanes, to share them with the branch below.
       uint4 bits;
       memcpy(&bits, &pack, sizeof bits);
       __stwb(reinterpret_cast<uint4*>(base + at), bits);
@@ -103,7 +102,7 @@ bool vector_aligned(const Pointers*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % kVectorBytes == 0) && ...);
 }
 
-// Element `index` of a per-channel parameter of a type known at run time; `otherwise` where it is null.
+// Element `index` of a per-channel parameter whose type is known at run time, or `otherwise` if it is null.
 template <class A>
 __device__ __forceinline__ A load_param(const void* pointer, DType dtype, int64_t index,
                                         A otherwise) {

@@ -26,7 +26,7 @@ void* out(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 int thread_limit = 1;
 
-// As torch's pool does it: equal parts, one thread each, none shorter than `grain`.
+// Splits the range as torch's pool does: equal parts of at least `grain`, one thread each.
 void run_on_threads(int64_t begin, int64_t end, int64_t grain, cpu::RangeFunction function,
                     void* context) {
   const int64_t count = end - begin, most = (count + grain - 1) / std::max<int64_t>(grain, 1);
@@ -39,7 +39,7 @@ void run_on_threads(int64_t begin, int64_t end, int64_t grain, cpu::RangeFunctio
   function(begin, std::min(begin + size, end), context);
 }
 
-// Runs kernel(workspace) on `threads` threads of its own, with a workspace of `bytes` bytes that holds garbage.
+// Runs kernel(workspace) on `threads` new threads, with a workspace of `bytes` bytes that holds garbage.
 // Throws std::logic_error if the kernel wrote outside of it.
 void run_kernel(size_t bytes, int threads, const std::function<void(void*)>& kernel) {
   constexpr size_t kAlign = 256, kGuard = 256;
@@ -66,7 +66,7 @@ void run_kernel(size_t bytes, int threads, const std::function<void(void*)>& ker
   }
 }
 
-// What the structs of all norms have in common, by its name.
+// Set the fields that the structs of all norms have in common.
 template <class Params>
 void set_activation(Params& p, int act, double act_param) {
   p.act = static_cast<Activation>(act);

@@ -1,5 +1,5 @@
-// The CPU kernels without torch, for their unit tests. Pointers come in as integers (Tensor.data_ptr()), 0 for a null pointer; the
-// headers of csrc/common say what each argument is.
+// The CPU kernels without torch, for their unit tests. Pointers are passed as integers (Tensor.data_ptr()), 0 for null.
+// The headers of csrc/common document the arguments.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,5 @@
-// `_C`: what is no tensor operator. Bound to one Python, and therefore optional at run time.
+// `_C`: everything that is not a tensor operator. It is built for one Python version, and therefore optional at run
+// time.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

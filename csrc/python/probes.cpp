@@ -20,7 +20,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Runs work(thread) on every thread `repeats` times, all starting together; the shortest time in seconds.
+// Runs work(thread) `repeats` times on all threads, which start together. Returns the shortest time in seconds.
 template <class Work>
 double best_time(int threads, int repeats, const Work& work) {
   std::barrier gate(threads);
@@ -50,7 +50,7 @@ constexpr size_t kLine = 64;  // bytes; every thread copies whole lines
 void copy_plain(char* out, const char* in, size_t bytes) { std::memcpy(out, in, bytes); }
 
 #if defined(__x86_64__)
-// Non-temporal stores do not read the line that they write: a third less traffic beyond the cache.
+// Non-temporal stores do not read the cache line that they write, which saves a third of the memory traffic.
 void copy_streaming(char* out, const char* in, size_t bytes) {
   for (size_t i = 0; i < bytes; i += kLine) {
     const auto* from = reinterpret_cast<const __m128i*>(in + i);
@@ -101,10 +101,10 @@ std::unique_ptr<char, Free> allocate(size_t bytes) {
 // --- multiply-add -------------------------------------------------------------------------------
 
 constexpr int kChains =
-    12;  // more than latency x ports of any CPU so far needs, fewer than 16 registers
+    12;  // at least latency x ports of current CPUs, fewer than the 16 registers
 constexpr int64_t kFmaSteps = 1 << 20;
 
-// V: a GCC/Clang vector of floats. Each chain is x = x * a + b, which converges to 1.
+// V is a GCC/Clang vector of floats. Each chain repeats x = x * a + b, which converges to 1.
 template <class V>
 inline __attribute__((always_inline)) float fma_chains() {
   V x[kChains];
@@ -154,7 +154,7 @@ double copy_bandwidth(size_t bytes, int threads) {
     const size_t begin = lines * thread / threads, end = lines * (thread + 1) / threads;
     return std::pair(begin * kLine, (end - begin) * kLine);
   };
-  // Each thread touches its part first: pages are mapped, and near the thread's memory.
+  // Each thread first writes its part: this maps the pages, in memory near the thread.
   best_time(threads, 1, [&](int thread) {
     const auto [offset, size] = range(thread);
     std::memset(in.get() + offset, 1, size);

@@ -11,6 +11,6 @@ from support.triton_kernels import interpreter
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Callable[..., Any]]:
-    """``interpreted(function, *args)``: in a process where Triton interprets its kernels."""
+    """``interpreted(function, *args)`` runs the function in a process where Triton interprets its kernels."""
     with interpreter() as run:
         yield run

@@ -10,7 +10,7 @@ namespace {
 
 using namespace advdl_ops;
 
-// Groups, eps, and what every request for a norm says; returns the bytes of the statistics, too.
+// Sets groups, eps, and the fields of every request for a norm. It also returns the bytes of the statistics.
 template <class Params>
 std::pair<Sizes, size_t> get_group_norm(const py::dict& r, Arena& arena, Params& p) {
   p.shape = get_shape<GroupNormShape>(r);

@@ -1,4 +1,4 @@
-// What every request for a norm says, by the names that the structs of csrc/common share: see module.cpp.
+// Fields of every request for a norm. They have the names that the structs of csrc/common share; see module.cpp.
 #pragma once
 
 #include "arena.h"
@@ -41,7 +41,7 @@ void get_common(const py::dict& r, Arena& arena, const Sizes& sizes, Params& p) 
   p.bias = arena.input("bias", sizes.weights, p.shape.weight_dtype);
 }
 
-// Backward, but for the gradients of weight and bias.
+// Backward, except the gradients of weight and bias.
 template <class Params>
 void get_gradients(const py::dict& r, Arena& arena, const Sizes& sizes, Params& p) {
   const DType dtype = p.shape.dtype;

@@ -70,7 +70,7 @@ def case_name(case: Any, *head: str, others: int) -> str:
 
 
 def normal_of(case: AnyCase) -> Callable[..., Tensor]:
-    """``normal(*shape)``: fp64, from a generator of the case's own."""
+    """A function of a shape that returns normal numbers in fp64, from a generator seeded by the case."""
     generator = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
 
@@ -168,7 +168,7 @@ WHOLE = ("out", "dx", "dresidual")
 
 
 def request_of(case: Any, **more: Any) -> dict[str, Any]:
-    """What every norm is asked with, and ``more``."""
+    """The fields of a request for any norm, and ``more``."""
     return {
         "n": case.n,
         "c": case.c,
@@ -202,9 +202,9 @@ class Calls:
     """The calls of a norm in the emulation.
 
     Attributes:
-        prefix: of their names there.
-        request: what is asked of a case, without its tensors.
-        unpack: makes tensors of a reply.
+        prefix: the first part of their names there.
+        request: makes the request for a case, without its tensors.
+        unpack: turns a reply into tensors.
     """
 
     prefix: str

@@ -151,7 +151,7 @@ def test_saved_for_backward(act, residual):
             residual=p.residual, act=ACTIVATIONS[act][0],
         )  # fmt: skip
 
-    # Small are weight, bias, mean, rstd.
+    # The small tensors are weight, bias, mean and rstd.
     check_saved_by_norm(call, x, p.residual, act, 4 * x.shape[1])
 
 

@@ -152,7 +152,7 @@ def test_saved_for_backward(norm, act, residual):
         return call_ours(norm, x, p.running_mean, p.running_var, weight, bias, p, **options)
 
     sets = {POSITION: 4 * 36, INSTANCE: 4 * 8}.get(norm) or 4 * norm
-    # Small are weight, bias, mean, variance.
+    # The small tensors are weight, bias, mean and variance.
     check_saved_by_norm(call, x, p.residual, act, 2 * 8 + 2 * sets)
 
 

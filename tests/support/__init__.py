@@ -1,1 +1,1 @@
-"""What several test modules use: problems, fp64 truth, the rule by which values are judged."""
+"""Code that several test modules use: problems, fp64 truth, the rule for comparing values."""

@@ -1,9 +1,9 @@
-"""The one rule by which values are judged, activations and memory layouts.
+"""The rule for comparing values, activations and memory layouts.
 
 The rule: the error against fp64 is at most that of stock PyTorch in the same dtypes, plus a few units in the
-last place of the result and a few roundings of the accumulation dtype at the size of the terms that make up the
-result. Where stock refuses the mix of dtypes, stock in the accumulation dtype, rounded to the result's, stands in.
-No tolerance is picked by hand.
+last place of the result and a few roundings of the accumulation dtype relative to the size of the terms that are
+summed. If stock refuses the mix of dtypes, stock in the accumulation dtype, rounded to the result's, is used instead.
+No tolerance is chosen by hand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ULPS = 4  # "a few"
 # name -> dtypes of x, of weight and bias, of the running statistics.
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
-# id -> (what advdl_ops is given, the same in stock PyTorch).
+# id -> (argument for advdl_ops, the same in stock PyTorch).
 ACTIVATIONS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
     "none": (None, lambda z: z),
     "relu": ("relu", F.relu),
@@ -67,10 +67,10 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def stock_or_none(call: Callable[[], Any]) -> tuple[Any, str]:
-    """What stock returns; or ``None`` and why, where oneDNN has no kernel for this CPU.
+    """The result of stock; or ``None`` and the reason if oneDNN has no kernel for this CPU.
 
-    So for the LSTM in half precision without AVX-512 (pytorch/pytorch#88136). Such a test compares with fp64 and with
-    the documented dtypes alone.
+    This happens for the LSTM in half precision without AVX-512 (pytorch/pytorch#88136). The test then only compares
+    with fp64 and with the documented dtypes.
     """
     try:
         return call(), ""
@@ -81,7 +81,7 @@ def stock_or_none(call: Callable[[], Any]) -> tuple[Any, str]:
 
 
 def error(found: Tensor, exact: Tensor, what: Any = "stock") -> float:
-    """The largest absolute error; NaN and infinities must stand in the same places."""
+    """The largest absolute error. NaN and infinities must be in the same places."""
     assert found.shape == exact.shape, what
     found, exact = found.double(), exact.double()
     finite = exact.isfinite()
@@ -109,7 +109,7 @@ def assert_accurate(
         found: the result under test.
         exact: the same in fp64.
         stock_result: the same by stock PyTorch.
-        size: of the terms that the result is added up from, see :func:`term_sizes`.
+        size: the size of the terms that are summed to the result, see :func:`term_sizes`.
         acc: dtype of the arithmetic; by default fp64 for an fp64 result, else fp32.
     """
     acc = acc or acc_dtype(found.dtype)

@@ -1,4 +1,4 @@
-"""What the tests of several families check in the same way."""
+"""Checks that the tests of several families share."""
 
 import copy
 import gc
@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-# Of torch.library.opcheck.
+# The tests that torch.library.opcheck runs.
 OPERATOR_TESTS = (
     "test_schema",
     "test_autograd_registration",
@@ -19,7 +19,7 @@ OPERATOR_TESTS = (
 
 
 def error_of_type(call, expected):
-    """The text of the error of ``call``, which is of exactly this type."""
+    """The message of the error that ``call`` raises. Its type must be exactly ``expected``."""
     with pytest.raises(Exception) as caught:  # noqa: PT011
         call()
     assert type(caught.value) is expected, repr(caught.value)
@@ -27,7 +27,7 @@ def error_of_type(call, expected):
 
 
 def check_refused_call_keeps_nothing_alive(call, shape, *changes):
-    """``call(x=..., **changed)`` raises, for each of ``changes``, an error that does not hold ``x``."""
+    """For each of ``changes``, ``call(x=..., **changed)`` must raise an error that does not keep ``x`` alive."""
 
     def refused(changed):
         x = torch.randn(shape)
@@ -47,7 +47,7 @@ def check_refused_call_keeps_nothing_alive(call, shape, *changes):
 
 
 def check_refused_module_stays(module, given, expected, stock):
-    """``module(*given)`` raises exactly ``expected`` (``None``: what ``stock`` raises), and its state stays."""
+    """``module(*given)`` must raise exactly ``expected`` (``None``: as ``stock`` does) and keep its state."""
     kept = copy.deepcopy(module.state_dict())
     if expected is None:
         with pytest.raises(Exception) as by_torch:  # noqa: PT011
@@ -59,7 +59,7 @@ def check_refused_module_stays(module, given, expected, stock):
 
 
 def check_functional_call(own, other, x):
-    """``torch.func.functional_call`` of ``own`` with the state of ``other`` is a call of ``other``; ``own`` stays."""
+    """``torch.func.functional_call(own, state of other)`` must equal a call of ``other`` and not change ``own``."""
     for mode in (True, False):
         own.train(mode), other.train(mode)
         before = copy.deepcopy(own.state_dict())
@@ -67,13 +67,13 @@ def check_functional_call(own, other, x):
         out = torch.func.functional_call(own, state, (x,))
         assert torch.equal(out, other(x))
         for name, t in other.state_dict().items():
-            assert torch.equal(state[name], t), name  # what was passed is what is written
+            assert torch.equal(state[name], t), name  # the passed tensors are written
         for name, t in before.items():
             assert torch.equal(own.state_dict()[name], t), name
 
 
 def copies_of(module):
-    """A copy by each way there is."""
+    """Copies of a module by deepcopy, pickle and ``torch.save``."""
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
@@ -85,7 +85,7 @@ def copies_of(module):
 
 
 def check_gradients_with_a_graph(out, leaves, dout):
-    """Gradients are the same with and without ``create_graph``, and a second time."""
+    """Gradients must be the same with and without ``create_graph``, and when computed twice."""
     plain = torch.autograd.grad(out, leaves, dout, retain_graph=True)
     again = torch.autograd.grad(out, leaves, dout, retain_graph=True)
     graph = torch.autograd.grad(out, leaves, dout, create_graph=True)
@@ -103,7 +103,7 @@ def second_gradients(call, inputs, dout):
 
 
 def check_deterministic_mode(call):
-    """``call()`` returns the same tensors, by name, as under ``torch.use_deterministic_algorithms``."""
+    """``call()`` must return the same tensors, by name, under ``torch.use_deterministic_algorithms``."""
     before = call()
     try:
         torch.use_deterministic_algorithms(True)
@@ -115,10 +115,10 @@ def check_deterministic_mode(call):
 
 
 def check_saved_by_norm(call, x, residual, act, most_small):
-    """What the norm ``call()`` saves for backward, which returns its output.
+    """Checks what a norm saves for backward. ``call()`` runs it and returns its output.
 
-    That is x, with a residual and an activation one tensor of its size more (relu's output, else the residual), and at
-    most ``most_small`` numbers in smaller ones. Nothing else hides on the context.
+    It may save x, one more tensor of that size if there are a residual and an activation (relu's output, otherwise the
+    residual), and at most ``most_small`` numbers in smaller tensors. The context must have no tensors as attributes.
     """
     saved = []
 
@@ -142,7 +142,7 @@ def check_saved_by_norm(call, x, residual, act, most_small):
 
 
 def check_error_is_at_most_that_of_stock(run, dtype):
-    """``run(fused, dtype)`` returns tensors: ours are as near to stock's in fp64 as stock's, but for a quarter ulp."""
+    """``run(fused, dtype)`` returns tensors. Our error against stock in fp64 may exceed stock's by a quarter ulp."""
     exact, stock, ours = run(False, torch.float64), run(False, dtype), run(True, dtype)
     ulp = torch.finfo(dtype).eps
     for e, s, o in zip(exact, stock, ours, strict=True):

@@ -1,4 +1,4 @@
-"""Modules compiled and exported, against the same ones as they are."""
+"""Compares compiled and exported modules with the original ones."""
 
 import copy
 
@@ -9,7 +9,7 @@ from support.accuracy import channels_last, f64
 
 
 def step(module, x, *more):
-    """Output, gradients and buffers after one call; nothing is left on the module's parameters."""
+    """Output, gradients and buffers after one call. The parameters have no gradients afterwards."""
     module.zero_grad()
     out = module(x, *more)
     grads = ()
@@ -20,7 +20,7 @@ def step(module, x, *more):
 
 
 def check_steps(module, run, backend="aot_eager"):
-    """The compiled module does what it does uncompiled, for several batch sizes, compiled once."""
+    """The compiled module does the same as the uncompiled one for several batch sizes, with one compilation."""
     other = copy.deepcopy(module)
     counter = CompileCounterWithBackend(backend)
     fast = torch.compile(other, fullgraph=True, backend=counter)
@@ -42,7 +42,7 @@ def compiled(function, backend="aot_eager"):
 
 
 def batch_of(*shape, layout="contiguous", dtype=f64):
-    """A leaf ``[N, C, H, W]`` whose number of images a compiler takes as dynamic."""
+    """A leaf ``[N, C, H, W]`` whose number of images is marked as dynamic."""
     x = torch.randn(shape, dtype=dtype)
     x = channels_last(x) if layout == "channels_last" else x
     torch._dynamo.mark_dynamic(x, 0)
@@ -50,7 +50,7 @@ def batch_of(*shape, layout="contiguous", dtype=f64):
 
 
 def check_dynamic_positions(make, channels, sizes):
-    """``make("relu")``, compiled for any size, does what it does uncompiled."""
+    """``make("relu")``, compiled for dynamic sizes, must give the same result as uncompiled."""
     torch.compiler.reset()
     module = make("relu")
     fast = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager", dynamic=True)
@@ -60,7 +60,7 @@ def check_dynamic_positions(make, channels, sizes):
 
 
 def check_without_gradients(module, batch):
-    """In evaluation, compiled, for ``batch(n)``."""
+    """In evaluation, the compiled module must give the same result as uncompiled for ``batch(n)``."""
     fast = compiled(module.eval())
     with torch.no_grad():
         for n in (3, 5):
@@ -71,7 +71,7 @@ def check_without_gradients(module, batch):
 
 
 def exported(module, arguments, options=None, **more):
-    """The module after ``torch.export``, in whose graph there are aten operators alone."""
+    """The module after ``torch.export``, whose graph must have only aten operators."""
     program = torch.export.export(module, arguments, options or {}, **more)
     targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
     overloads = [t for t in targets if isinstance(t, torch._ops.OpOverload)]
@@ -81,11 +81,11 @@ def exported(module, arguments, options=None, **more):
 
 
 def check_export(module, inputs, **dynamic):
-    """``module``, exported with ``inputs(3)``, does what it does, buffers included; ``dynamic``: dimensions' names.
+    """``module``, exported with ``inputs(3)``, must give the same results and buffers as before.
 
     Args:
         inputs: makes the arguments for a batch size.
-        dynamic: by the name of a ``torch.export.Dim`` the dimension of every argument that it stands for.
+        dynamic: for the name of each ``torch.export.Dim``, the dimension of every argument that is dynamic.
     """
     sizes = {at: torch.export.Dim(name, min=2, max=64) for name, at in dynamic.items()}
     given = inputs(3)

@@ -1,4 +1,4 @@
-"""Inputs of convolutions, the same calls in stock PyTorch and in fp64, and what their rounding may cost."""
+"""Inputs of convolutions, the same calls in stock PyTorch and in fp64, and bounds for their rounding errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "fp64": f64, "bf16": torch.bfloat16, "fp16": to
 
 @dataclass(frozen=True)
 class Case:
-    """A convolution: shape of x, outputs, kernel and the options as they are given."""
+    """A convolution: shape of x, output channels, kernel, and the options as passed."""
 
     x: tuple[int, ...]
     outputs: int
@@ -62,7 +62,7 @@ CASES = {
 
 @dataclass
 class Inputs:
-    """Already rounded to their dtypes, so that fp64 arithmetic on them is the truth."""
+    """Tensors already rounded to their dtypes, so that fp64 arithmetic on them is the truth."""
 
     x: Tensor
     weight: Tensor
@@ -132,7 +132,7 @@ def call_stock(
     residual: Any,
     act: str,
 ) -> Tensor:
-    """One operator after the other; a bias that torch's convolution refuses beside ``x`` is added behind it."""
+    """One operator after the other. A bias whose dtype torch's convolution refuses is added after it."""
     return ACTIVATIONS[act][1](before_act(case, x, weight, bias, scale, shift, residual))
 
 
@@ -187,7 +187,7 @@ def results(call: Any, p: Inputs, act: str, wanted: tuple[str, ...] = NAMES) -> 
 
 
 def term_sizes(p: Inputs) -> dict[str, Tensor]:
-    """For each result, the sum of the sizes of the terms that it is added up from: what a rounding is relative to."""
+    """For each result, the sum of the sizes of its terms. Rounding errors are relative to it."""
     q = p.map(lambda t: t.detach().to(f64).abs())
     with torch.enable_grad():
         x, weight = q.x.requires_grad_(), q.weight.requires_grad_()
@@ -197,7 +197,7 @@ def term_sizes(p: Inputs) -> dict[str, Tensor]:
         z = inner * per_channel(scale)
         z = z if q.shift is None else z + per_channel(q.shift)
         z = (z if q.residual is None else z + q.residual).detach()
-        # The derivative of an activation takes over the rounding of z.
+        # The rounding error of z enters the derivative of the activation.
         dp = q.dout * (1 + z)
         dz = dp * per_channel(scale)
         dx, dweight = torch.autograd.grad(conv, (x, weight), dz)
@@ -214,10 +214,10 @@ def term_sizes(p: Inputs) -> dict[str, Tensor]:
 
 
 def without_kinks(p: Inputs, act: str) -> Inputs:
-    """``p`` with no cotangent where a rounding of the pre-activation may step over a kink of the activation.
+    """``p`` with a zero cotangent where rounding of the pre-activation may step over a kink of the activation.
 
-    There the derivative jumps (at 0, of hardswish at 3 and -3, of relu6 at 6), and stock's and ours may stand on
-    different sides.
+    The derivative jumps there (at 0; hardswish at 3 and -3; relu6 at 6), and stock and advdl_ops may be on different
+    sides.
     """
     if act in SMOOTH:
         return p
@@ -253,7 +253,7 @@ def check(
     return found
 
 
-# Thresholds under which each candidate serves something: tests do not depend on what was measured.
+# With these thresholds each candidate serves some problem. So tests do not depend on measured thresholds.
 THRESHOLDS = Thresholds(
     small=8192, few_channels=32, few_pixels=48, pixels=256, pixels_contiguous=128,
     pixels_contiguous_many=128, pixels_weight_last=192, pixels_strided=800, pixels_dweight=800,
@@ -265,7 +265,7 @@ THRESHOLDS = Thresholds(
 
 @contextmanager
 def fixed_thresholds() -> Iterator[None]:
-    """Inside, :data:`THRESHOLDS` hold on every CPU."""
+    """Inside this context, :data:`THRESHOLDS` apply on every CPU."""
     before = choice.THRESHOLDS
     choice.THRESHOLDS = dict.fromkeys(before, THRESHOLDS)
     choice.forget()

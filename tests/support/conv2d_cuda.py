@@ -1,4 +1,4 @@
-"""What stands in for the GPU: launchers over torch, a tuner that obeys; inputs and their truth."""
+"""Replacements for the GPU: launchers that call torch, a tuner with fixed choices; inputs and their truth."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CASES = {
 
 
 class Launchers:
-    """The interface of ``advdl_ops.triton.conv2d`` over torch; says by which config it was called."""
+    """The interface of ``advdl_ops.triton.conv2d``, computed by torch. Records the config of each call."""
 
     FORWARD_CONFIGS = INPUT_GRADIENT_CONFIGS = WEIGHT_GRADIENT_CONFIGS = (FAST, SLOW)
 
@@ -96,7 +96,7 @@ class Launchers:
 
 
 def statistics_of(out: Tensor) -> Tensor:
-    """Mean of each channel and sum of its squared distances from that: fp32 ``[2, C]``, beside fp64 in fp64."""
+    """Mean of each channel and sum of squared distances from it: ``[2, C]`` in fp32, or in fp64 for fp64."""
     wide = out.to(acc_dtype(out.dtype))
     mean = wide.mean((0, 2, 3))
     return torch.stack([mean, (wide - mean[:, None, None]).square().sum((0, 2, 3))])
@@ -107,7 +107,7 @@ def last(t: Tensor) -> Tensor:
 
 
 def serve_as_on_cuda(monkeypatch: Any, dense: Launchers, depthwise: Launchers) -> None:
-    """CPU tensors are served by the candidates of CUDA, the Triton kernels by these launchers."""
+    """Makes the candidates of CUDA serve CPU tensors, with these launchers in place of the Triton kernels."""
 
     def chosen(problem: Problem, device: torch.device, trial: Any) -> choice.Candidate:
         found = choice.candidates(problem, torch.device("cuda"))
@@ -116,7 +116,7 @@ def serve_as_on_cuda(monkeypatch: Any, dense: Launchers, depthwise: Launchers) -
     monkeypatch.setattr(choice, "chosen", chosen)
     monkeypatch.setattr(choice, "plans", NothingKept())
     monkeypatch.setattr(choice, "is_torchs", lambda _: False)
-    # No cached answer of the real launchers, and none of these left behind.
+    # No cached results of the real launchers, and none of these left afterwards.
     for name in ("_on_cuda", "configs"):
         module = choice if name == "_on_cuda" else cuda
         monkeypatch.setattr(module, name, functools.cache(getattr(module, name).__wrapped__))
@@ -135,7 +135,7 @@ class NothingKept(dict):
 
 
 class Tuner:
-    """In place of the measurement: takes the candidate that is wished for, and keeps what it was asked."""
+    """Replaces the measurement: chooses the candidate in ``wish``, and records the calls."""
 
     def __init__(self) -> None:
         self.wish, self.asked = "", []
@@ -203,7 +203,7 @@ def exact_backward(case: Case, i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def size(case: Case, i: Inputs) -> tuple[float, float, float, float]:
-    """Of the terms that the output and each gradient are added up from."""
+    """The sizes of the terms that are summed to the output and to each gradient."""
     a = Inputs(*(t.double().abs() for t in i))
     every = ("scale", "shift", "residual")
     sums = exact_forward(case, a, IDENTITY, every), *exact_backward(case, a)

@@ -47,7 +47,7 @@ def make(name: str, dtype=f64, shape=(2, 5, 4), seed=0) -> dict[str, Tensor]:
 
 
 class Definition:
-    """Every input value, times the kernel, added to the output where the kernel lies; in long double."""
+    """Adds every input value, times the kernel, to the output at the kernel's position, in long double."""
 
     def __init__(
         self, x, weight, bias, stride=1, padding=0, output_padding=0, groups=1, dilation=1
@@ -70,7 +70,7 @@ class Definition:
         ]
 
     def taps(self):
-        """Of each kernel position: itself, and the slice of the canvas that it is added to."""
+        """Each kernel position, and the slice of the canvas to which it is added."""
         for k in np.ndindex(*self.weight.shape[2:]):
             yield (
                 k,
@@ -83,7 +83,7 @@ class Definition:
             )
 
     def split(self):
-        """Of each group: its slices of the input's and the output's channels."""
+        """For each group, its slices of the input's and the output's channels."""
         c_in, c_out = self.weight.shape[0] // self.groups, self.weight.shape[1]
         for g in range(self.groups):
             yield slice(g * c_in, (g + 1) * c_in), slice(g * c_out, (g + 1) * c_out)
@@ -131,10 +131,10 @@ def exactly(t: dict[str, Tensor], dout: Tensor | None, act="none", **options) ->
 
 
 def term_sizes(t: dict[str, Tensor], dout: Tensor, **options) -> dict[str, float]:
-    """Of what each result is added up from: the same with all terms positive."""
+    """The sizes of the terms of each result: the same computation with all terms positive."""
     d = Definition(**{name: v.abs() for name, v in t.items()}, **options)
     z = d.forward()
-    # The derivative of an activation takes over the rounding of z.
+    # The rounding error of z enters the derivative of the activation.
     dz = dout.double().abs().numpy() * (1 + z)
     sizes = {"out": z, **d.gradients(dz)}
     return {name: float(a.max()) if a.size else 0.0 for name, a in sizes.items()}

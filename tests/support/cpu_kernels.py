@@ -1,4 +1,4 @@
-"""What the tests of the CPU kernels without torch (`_C.cpu`, the fixture `cpu`) share."""
+"""Shared by the tests of the CPU kernels without torch (`_C.cpu`, the fixture `cpu`)."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ ACTIVATIONS = {
     "gelu": (5, torch.nn.functional.gelu),
     "tanh": (8, torch.tanh),
 }
-# Each activation with or without a residual; relu with one reads the output back (OUTPUT).
+# Each activation with or without a residual. relu with a residual uses the saved output (OUTPUT).
 PAIRS = [
     ("identity", False),
     ("relu", False),

@@ -1,4 +1,4 @@
-"""Runs the example scripts in processes of their own."""
+"""Runs the example scripts, each in its own process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_example(
     name: str, *arguments: str, code: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`examples/<name>.py` with ``arguments``; or, in its place, ``code``."""
+    """Runs `examples/<name>.py` with ``arguments``, or ``code`` instead of the script."""
     script = str(ROOT / "examples" / f"{name}.py")
     return subprocess.run(
         [sys.executable, *(["-c", code] if code else [script, *arguments])],

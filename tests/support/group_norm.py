@@ -21,7 +21,7 @@ POSITION, INSTANCE = "position", "instance"
 
 
 def norms_of(shape: tuple[int, ...]) -> list[Norm]:
-    """All that take this shape: one group, one channel per group, groups between them, and the other two."""
+    """All norms for this shape: one group, one channel per group, numbers of groups in between, and the other two."""
     n, c, positions = shape[0], shape[1], torch.Size(shape[2:]).numel()
     groups = sorted({1, c, *(g for g in (2, 3, 5, 32) if c % g == 0)})
     norms: list[Norm] = [g for g in groups if n * c // g * positions != 1]
@@ -29,7 +29,7 @@ def norms_of(shape: tuple[int, ...]) -> list[Norm]:
 
 
 def problem_of(norm: Norm, shape: tuple[int, ...], mix: str = "fp32", **options: Any) -> Problem:
-    """As `make_problem`; running statistics for instance norm alone."""
+    """As `make_problem`, with running statistics for instance norm only."""
     return make_problem(shape, mix, **{"running": norm == INSTANCE, **options})
 
 
@@ -77,7 +77,7 @@ def stock(p: Problem, norm: Norm, act: str = "none", backward: bool = True) -> d
 
 
 class Sets:
-    """`p` as arrays [N, C, S] and [C, 1] of `dtype`, and what a set is."""
+    """`p` as arrays [N, C, S] and [C, 1] of `dtype`, and the mean over sets."""
 
     def __init__(self, p: Problem, norm: Norm, dtype: Any) -> None:
         self.shape, self.norm, self.dtype = p.x.shape, norm, dtype
@@ -95,7 +95,7 @@ class Sets:
         return array.reshape(self.size if t.dim() > 1 else (-1, 1))
 
     def mean(self, a: Any) -> Any:
-        """For each element the mean over its set."""
+        """For each element, the mean over its set."""
         if a.size == 0:
             return a
         groups = {POSITION: self.size[2], INSTANCE: self.size[1]}.get(self.norm, self.norm)
@@ -117,7 +117,7 @@ class Sets:
 
 
 def exactly(p: Problem, norm: Norm, act: str = "none") -> dict[str, Tensor]:
-    """By its formulas in numpy's long double: a truth for fp64, where stock's sums round as ours do."""
+    """The results by the formulas in numpy's long double: the truth for fp64, where stock has rounding errors too."""
     q = Sets(p, norm, np.longdouble)
     weight = np.longdouble(1) if q.weight is None else q.weight
     mean = q.mean(q.x)
@@ -146,14 +146,14 @@ def exactly(p: Problem, norm: Norm, act: str = "none") -> dict[str, Tensor]:
             ("running_mean", q.running_mean, mean),
             ("running_var", q.running_var, q.unbiased(var)),
         ):
-            # Each position of a channel holds its set's value.
+            # Every position of a channel has the value of its set.
             batch = new[:, :, 0].mean(0)[:, None]
             found[name] = q.per_channel(old * (1 - share) + share * batch)
     return found
 
 
 def term_sizes(p: Problem, norm: Norm) -> dict[str, float]:
-    """As `helpers.term_sizes`: for each result, the size of the terms that its arithmetic adds up."""
+    """As `norms.term_sizes`: for each result, the size of the terms that are summed."""
     q = Sets(p, norm, np.float64)
     if q.x.size == 0:
         names = ("out", "dx", "dweight", "dbias", "dresidual", "running_mean", "running_var")
@@ -162,11 +162,11 @@ def term_sizes(p: Problem, norm: Norm) -> dict[str, float]:
     mean = q.mean(q.x)
     var = q.mean((q.x - mean) ** 2)
     rstd = 1 / np.sqrt(var + p.eps)
-    # The mean is rounded too, and counts where it is large against the deviation.
+    # The mean is rounded too, which matters if it is large compared with the deviation.
     xhat = (abs(q.x - mean) + abs(mean)) * rstd
     z = xhat * weight + (0 if q.bias is None else abs(q.bias))
     z = z + (0 if q.residual is None else abs(q.residual))
-    # The derivative of an activation takes over the rounding of z.
+    # The rounding error of z enters the derivative of the activation.
     dz = abs(q.dout) * (1 + z)
     along = dz * weight
     sizes = {

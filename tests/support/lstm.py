@@ -1,4 +1,4 @@
-"""The LSTM for the tests: problems, what ours and stock PyTorch make of them, and the exact results."""
+"""The LSTM for the tests: problems, the results of advdl_ops and of stock PyTorch, and the exact results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes and options of a call; ``lengths`` of a padded x."""
+    """The sizes and options of a call. ``lengths`` are those of a padded x."""
 
     steps: int
     batch: int
@@ -75,7 +75,7 @@ class Problem:
     dc_n: Tensor
 
     def to(self, *args: Any) -> Problem:
-        """To another dtype or device, in memory of its own."""
+        """A copy in another dtype or on another device, always in new memory."""
 
         def moved(t: Tensor) -> Tensor:
             return t.detach().to(*args, copy=True)
@@ -136,7 +136,7 @@ def loaded(p: Problem, kind: type, **options: Any) -> Any:
 
 
 def ours(p: Problem, packed: bool = False) -> Results:
-    """Through the module: by lengths of a padded x, or packed."""
+    """The module's results, with lengths of a padded x, or packed."""
     module = loaded(p, nn.LSTM)
 
     def run(x: Tensor, hx: Any) -> Any:
@@ -149,7 +149,7 @@ def ours(p: Problem, packed: bool = False) -> Results:
 
 
 def stock(p: Problem) -> Results:
-    """Stock PyTorch: packed where there are lengths; where it has no kernel for the dtype, fp32 rounded to it."""
+    """Stock PyTorch, packed if there are lengths. If it has no kernel for the dtype, computed in fp32 and rounded."""
     if p.x.dtype == torch.float16 and p.x.device.type == "cpu":
         return {name: t.to(p.x.dtype) for name, t in stock(p.to(acc_dtype(p.x.dtype))).items()}
     module = loaded(p, torch.nn.LSTM)
@@ -173,7 +173,7 @@ def sigmoid(z: Any) -> Any:
 
 
 class Direction:
-    """One layer and direction by its formulas in numpy, forward and back, of ``x`` [T, B, I]."""
+    """One layer and direction by its formulas in numpy, forward and backward, for ``x`` [T, B, I]."""
 
     def __init__(
         self, x: Any, h: Any, c: Any, weights: dict[str, Any], lengths: Any, reverse: bool
@@ -204,7 +204,7 @@ class Direction:
         return (t < self.lengths)[:, None]
 
     def backward(self, dy: Any, dh: Any, dc: Any) -> dict[str, tuple[Any, Any]]:
-        """Each gradient, and the sizes of the terms that it adds up."""
+        """Each gradient, and the sizes of its terms."""
         w_ih, w_hh, w_hr = (self.weights.get(f"weight_{k}") for k in ("ih", "hh", "hr"))
         sums: dict[str, Any] = {
             n: (np.zeros_like(w), np.zeros_like(w)) for n, w in self.weights.items()
@@ -237,7 +237,7 @@ class Direction:
                 ],
                 1,
             )
-            # The derivatives of the gates take over the rounding of their inputs.
+            # The rounding errors of the gates' inputs enter the derivatives of the gates.
             size = abs(dz) * (1 + z_size)
             add("weight_ih", dz.T @ self.x[t], size.T @ abs(self.x[t]))
             add("weight_hh", dz.T @ h, size.T @ abs(h))
@@ -250,7 +250,7 @@ class Direction:
 
 
 def exactly(p: Problem, dtype: Any = np.longdouble) -> tuple[Results, dict[str, float]]:
-    """All results by the formulas, and for each the size of the terms that its arithmetic adds up."""
+    """All results by the formulas, and for each the size of the terms that are summed."""
     case = p.case
 
     def wide(t: Tensor) -> Any:
@@ -325,7 +325,7 @@ def check_problem(p: Problem, *, packed: bool = False, what: Any = "") -> Result
 
 
 def with_lengths(case: Case, seed: int = 0) -> Case:
-    """Random lengths in no order, the whole and one step among them where there is room."""
+    """Random lengths in no order. If the batch is large enough, they include the full length and 1."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, case.steps + 1, (case.batch,), generator=g)
     if case.batch > 0:

@@ -7,7 +7,7 @@ from support.accuracy import f64, strided
 
 T, B, I, H, P = 4, 3, 5, 7, 2  # noqa: E741
 
-# What is changed in a plain call.
+# The changes to a plain call.
 VARIANTS = {
     "plain": {},
     "bf16": {"dtype": torch.bfloat16},

@@ -1,4 +1,4 @@
-"""What every model of the zoo must do: subclass `ModelTester`, fill in its attributes, and pytest runs all of it.
+"""Tests that every model of the zoo must pass. Subclass `ModelTester`, fill in its attributes, and pytest runs them.
 
 class TestUNet(ModelTester):
     name = "unet"
@@ -24,9 +24,10 @@ from advdl_ops import models
 
 
 def randomize(model, seed=0):
-    """Random parameters and running statistics of a scale that keeps the signal through deep networks.
+    """Random parameters and running statistics, with a scale that preserves the signal in deep networks.
 
-    As built, every mean is 0, every variance and norm weight 1: swapped statistics would pass unseen.
+    In a new model every mean is 0 and every variance and norm weight is 1, so that swapped statistics would not be
+    noticed.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -60,9 +61,9 @@ def relative_error(actual, expected):
 
 
 def check_compiled(model, x, backend, scores=lambda output: output):
-    """The compiled model against the model: outputs, gradients, statistics, in train and eval mode.
+    """Compares the compiled model with the model: outputs, gradients, statistics, in train and eval mode.
 
-    Call it with fp64, where no tolerance has to make room for what a deep network does to rounding errors.
+    Call it in fp64, where no tolerance is needed for the growth of rounding errors in a deep network.
     """
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
@@ -89,7 +90,7 @@ class ModelTester:
     num_classes = 5
 
     def output_shape(self, shape):
-        """Shape of the output for an input of this shape; a classifier unless overridden."""
+        """Shape of the output for an input of this shape. By default that of a classifier."""
         return (shape[0], self.num_classes)
 
     def make(self, dtype=torch.float64, **options):
@@ -100,7 +101,7 @@ class ModelTester:
         return randomize(model).to(dtype)
 
     def scores(self, output):
-        """What is compared, where the output is no tensor."""
+        """The tensor to compare if the output is not a tensor."""
         return output
 
     def input(self, dtype=torch.float64, shape=None):
@@ -157,7 +158,7 @@ class ModelTester:
             expected = self.scores(fresh(x))
             assert relative_error(self.scores(model(x)), expected) < 1e-12
             assert relative_error(before, expected) > 1e-3
-        # One training step moves parameters and statistics.
+        # One training step changes parameters and statistics.
         model.train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         self.scores(model(x)).square().mean().backward()
@@ -194,14 +195,14 @@ class ModelTester:
         x = self.input()
         model.eval()
         with torch.no_grad():
-            # What eval caches must not get in the way.
+            # Caches of eval mode must not interfere.
             expected = self.scores(model(x))
             other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
             assert torch.equal(self.scores(other(x)), expected)
             for parameter in other.parameters():
                 parameter.zero_()
             assert torch.equal(self.scores(model(x)), expected)
-        # A copy trains, and leaves the original alone.
+        # A copy trains and does not change the original.
         other = copy.deepcopy(model).train()
         self.scores(other(x)).square().sum().backward()
         assert all(p.grad is not None for p in other.parameters())
@@ -266,7 +267,7 @@ class ModelTester:
         other = randomize(self.make(), seed=1).eval()
         x = self.input()
         with torch.no_grad():
-            model(x)  # fills what eval caches; the weights passed below must be used all the same
+            model(x)  # fills the caches of eval mode; the weights passed below must still be used
             out = self.scores(torch.func.functional_call(model, dict(other.state_dict()), (x,)))
             assert relative_error(out, self.scores(other(x))) < 1e-12
 
@@ -323,7 +324,7 @@ def group_norms(module):
 
 
 def check_export(model, sizes, least, scores=lambda out: out):
-    """An exported network takes images of every one of ``sizes``, from ``least`` on, and gives the same scores."""
+    """An exported network must give the same scores for images of all ``sizes``, each at least ``least``."""
     rows, columns = (torch.export.Dim(name, min=least, max=256) for name in ("rows", "columns"))
     program = torch.export.export(
         model, (random_input((2, 3, 13, 18)),), dynamic_shapes=({2: rows, 3: columns},)
@@ -335,7 +336,7 @@ def check_export(model, sizes, least, scores=lambda out: out):
 
 
 def assert_same_state(model, reference, steps):
-    """Of two models after ``steps`` more than the 7 batches that their statistics have counted before."""
+    """The states must be equal. The statistics have counted 7 batches before, and ``steps`` more."""
     expected = reference.state_dict()
     for key, value in model.state_dict().items():
         if value.is_floating_point():

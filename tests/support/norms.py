@@ -1,4 +1,4 @@
-"""Problems of batch norm, what stock and this package make of them, and the truth in fp64."""
+"""Problems of batch norm, the results of stock and of advdl_ops, and the truth in fp64."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ MIXES = {
     "bf16-buffers": (bf16, f32, bf16),
 }
 
-# Those that stock runs on CPU.
+# The mixes that stock supports on CPU.
 STOCK_MIXES = ("fp32", "fp64", "bf16", "fp16", "all-bf16", "all-fp16")
 
 
 @dataclass
 class Problem:
-    """The inputs of one call: already rounded to their dtypes, so that fp64 arithmetic on them is the truth."""
+    """The inputs of one call, already rounded to their dtypes, so that fp64 arithmetic on them is the truth."""
 
     x: Tensor
     weight: Tensor | None
@@ -43,7 +43,7 @@ class Problem:
     momentum: float = 0.1
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same values in ``dtype``, in memory of its own."""
+        """The same values in ``dtype``, in new memory."""
         return replace(
             self,
             **{
@@ -73,7 +73,7 @@ def make_problem(
     std: float = 1.5,
     seed: int = 0,
 ) -> Problem:
-    """Random inputs of ``shape`` [N, C, ...], each channel with a mean and a size of its own."""
+    """Random inputs of ``shape`` [N, C, ...]. Each channel has its own mean and scale."""
     g = torch.Generator().manual_seed(seed)
     x_dtype, weight_dtype, running_dtype = MIXES[mix]
     c = shape[1]
@@ -99,7 +99,7 @@ def make_problem(
 
 
 def _leaf(t: Tensor | None) -> Tensor | None:
-    # detach() keeps the strides; clone() would not keep those of every view.
+    # detach() keeps the strides. clone() would not keep those of every view.
     return None if t is None else t.detach().requires_grad_()
 
 
@@ -122,7 +122,7 @@ def collect(p: Problem, call: Callable[..., Tensor], backward: bool = True) -> d
 
 
 def stock(p: Problem, act: str = "none", training: bool = True, backward: bool = True):
-    """What stock PyTorch makes of ``p`` in the dtypes that it holds."""
+    """The results of stock PyTorch on ``p``, in the dtypes of ``p``."""
 
     def call(x, mean, var, weight, bias, residual):
         z = F.batch_norm(x, mean, var, weight, bias, training, p.momentum, p.eps)
@@ -132,7 +132,7 @@ def stock(p: Problem, act: str = "none", training: bool = True, backward: bool =
 
 
 def ours(p: Problem, act: str = "none", training: bool = True, backward: bool = True):
-    """What ``advdl_ops.functional.batch_norm_act`` makes of it."""
+    """The results of ``advdl_ops.functional.batch_norm_act`` on ``p``."""
     from advdl_ops.functional import batch_norm_act
 
     def call(x, mean, var, weight, bias, residual):
@@ -145,7 +145,7 @@ def ours(p: Problem, act: str = "none", training: bool = True, backward: bool = 
 
 
 def exactly(p: Problem, act: str = "none", training: bool = True) -> dict[str, Tensor]:
-    """The same by its formulas in numpy's long double: a truth for fp64, where stock's sums round as ours do."""
+    """The results by the formulas in numpy's long double: the truth for fp64, where stock has rounding errors too."""
 
     def rows(t: Tensor | None) -> Any:  # [N * S, C], or [C]
         return (
@@ -195,7 +195,7 @@ def exactly(p: Problem, act: str = "none", training: bool = True) -> dict[str, T
 
 
 def term_sizes(p: Problem, training: bool) -> dict[str, float]:
-    """For each result, the size of the terms that its arithmetic adds up: what one rounding may cost."""
+    """For each result, the size of the terms that are summed. The error of one rounding is relative to it."""
     q = p.to(f64)
     x = q.x.movedim(1, -1).flatten(0, -2)  # [N * S, C]
     count, c = x.shape
@@ -207,12 +207,12 @@ def term_sizes(p: Problem, training: bool) -> dict[str, float]:
     rstd = (var + q.eps).rsqrt()
     weight = torch.ones_like(mean) if q.weight is None else q.weight.abs()
     bias = torch.zeros_like(mean) if q.bias is None else q.bias.abs()
-    # The mean is rounded too, and counts where it is large against the deviation.
+    # The mean is rounded too, which matters if it is large compared with the deviation.
     xhat = ((x - mean) * rstd).abs() + mean.abs() * rstd
     z = xhat * weight + bias
     if q.residual is not None:
         z = z + q.residual.movedim(1, -1).flatten(0, -2).abs()
-    # The derivative of an activation takes over the rounding of z.
+    # The rounding error of z enters the derivative of the activation.
     dz = q.dout.movedim(1, -1).flatten(0, -2).abs() * (1 + z)
     dweight, dbias = (dz * xhat).sum(0), dz.sum(0)
     dx = dz + (xhat * dweight + dbias) / count if training else dz
@@ -255,7 +255,7 @@ def check_results(
     sizes: dict[str, float],
     what: Any,
 ) -> None:
-    """Every result on ``p``: of the dtype of its input, and by the rule; ``plain`` is stock's."""
+    """Every result on ``p`` must have the dtype of its input and satisfy the rule. ``plain`` is stock's result."""
     assert found.keys() == exact.keys()
     dtypes = {"weight": p.weight, "bias": p.bias, "running_mean": p.running_mean}
     dtypes |= {"running_var": p.running_var, "out": p.x, "x": p.x, "residual": p.residual}

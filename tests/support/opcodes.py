@@ -1,6 +1,6 @@
 """The instructions of Python 3.10 to 3.14: names in code objects, without pseudo, instrumented and specialized ones.
 
-After ``dis.opmap`` of each version.
+Taken from ``dis.opmap`` of each version.
 """
 
 _3_10 = """
@@ -20,7 +20,7 @@ RAISE_VARARGS RERAISE RETURN_VALUE ROT_FOUR ROT_N ROT_THREE ROT_TWO SETUP_ANNOTA
 SETUP_WITH SET_ADD SET_UPDATE STORE_ATTR STORE_DEREF STORE_FAST STORE_GLOBAL STORE_NAME STORE_SUBSCR UNARY_INVERT
 UNARY_NEGATIVE UNARY_NOT UNARY_POSITIVE UNPACK_EX UNPACK_SEQUENCE WITH_EXCEPT_START YIELD_FROM YIELD_VALUE
 """
-# By version: what it adds to the one before, and what it takes away.
+# By version: the instructions added to the previous version, and those removed.
 _CHANGES = {
     (3, 11): (
         """

@@ -1,4 +1,4 @@
-"""What tests of optimize() compare: a model against what it was, over steps of training and in evaluation."""
+"""Comparisons for tests of optimize(): a model against the original, over training steps and in evaluation."""
 
 import math
 
@@ -14,7 +14,7 @@ def counts(model):
 
 
 def scores(output):
-    """Of a model's outputs the one that is trained."""
+    """The output of a model that is trained."""
     if isinstance(output, dict):
         output = output["out"]
     return output[0] if isinstance(output, tuple) else output
@@ -26,7 +26,7 @@ def same(a, b, tolerance=1e-9):
 
 
 def randomized(model):
-    """Statistics and affine parameters of every norm away from 0 and 1."""
+    """Sets statistics and affine parameters of every norm to values other than 0 and 1."""
     generator = torch.Generator().manual_seed(0)
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
@@ -42,7 +42,7 @@ def randomized(model):
 
 
 def check_as(reference, model, x, steps=2):
-    """Output, every gradient and all statistics over some steps of SGD, then evaluation, with and without gradients."""
+    """Compares outputs, gradients and statistics over some steps of SGD, then evaluation with and without gradients."""
     networks = reference, model
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3, momentum=0.9) for m in networks]
     for network in networks:
@@ -62,7 +62,7 @@ def check_as(reference, model, x, steps=2):
             assert (p.grad is None) == (name not in gradients), name
             if p.grad is not None:
                 expected = gradients[name]
-                # Some are sums of nothing but rounding errors.
+                # Some gradients are only sums of rounding errors.
                 error = (p.grad - expected).abs().max()
                 assert error <= 1e-8 * expected.abs().max() + 1e-12 * largest, name
         for optimizer in optimizers:
@@ -115,7 +115,7 @@ class Counting(Block):
 
 
 class Holds(Block):
-    """Its layers under other names, and a method, beside what is registered."""
+    """A block that also stores its layers under other names, and a method."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -143,11 +143,11 @@ class Chain(stock.Module):
 
     def forward(self, x, *, y=None):
         x = self.last(self.between(self.first(x)))
-        return {"x": x, "y": y, "rows": x.flatten(2)}  # y is the given one
+        return {"x": x, "y": y, "rows": x.flatten(2)}  # y is returned unchanged
 
 
 def branches(source):
-    """A layer whose forward has control flow on values, and then this."""
+    """A layer whose forward has control flow on values, followed by ``source``."""
     scope = {
         "torch": torch,
         "stock": stock,

@@ -8,7 +8,7 @@ from benchmarks.extras import MissingExtra, require
 
 
 def torchvision_models() -> ModuleType:
-    """`torchvision.models`; skips the calling test or module where torchvision is not installed."""
+    """`torchvision.models`. Skips the calling test or module if torchvision is not installed."""
     try:
         return require("torchvision.models")
     except MissingExtra as missing:

@@ -1,7 +1,7 @@
-"""Triton kernels without a GPU: run by Triton's interpreter in a process of its own, or compiled and inspected.
+"""Triton kernels without a GPU: run by Triton's interpreter in a separate process, or compiled and inspected.
 
-Triton decides at import whether it interprets, and other tests import it too: what runs kernels on CPU tensors is sent
-to a worker process, which has TRITON_INTERPRET=1 from its start and gives back plain numbers.
+Triton decides at import whether it interprets, and other tests import it too. So functions that run kernels on CPU
+tensors are sent to a worker process, which has TRITON_INTERPRET=1 from its start and returns plain numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FP32 = UNIT[torch.float32]
 
 @contextmanager
 def interpreter() -> Iterator[Callable[..., Any]]:
-    """``run(function, *args)`` in a process where Triton interprets; the function must be of a module's top level."""
+    """``run(function, *args)`` in a process where Triton interprets. The function must be at a module's top level."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_start_interpreting)
@@ -58,13 +58,13 @@ def _start_interpreting() -> None:
 
     assert triton.knobs.runtime.interpret
     torch.set_num_threads(1)
-    # Outputs and workspaces start as NaN: what no program writes is seen.
+    # Outputs and workspaces start as NaN, so that elements which no program writes are noticed.
     torch.use_deterministic_algorithms(True)
     _mend_bfloat16()
 
 
 def _mend_bfloat16() -> None:
-    """Triton's interpreter keeps bf16 as the bits in a uint16: it multiplies those in tl.dot, and rounds down."""
+    """Corrects Triton's interpreter, which stores bf16 as uint16 bits, multiplies these in tl.dot, and rounds down."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -90,7 +90,7 @@ def _mend_bfloat16() -> None:
 
 
 def guarded(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t`` in ``dtype`` and channels_last, between NaNs: what a kernel reads beside it shows in the result."""
+    """``t`` in ``dtype`` and channels_last, between NaNs: reads outside of it show in the result."""
     t = t.to(dtype)
     if t.dim() == 4:
         t = t.contiguous(memory_format=torch.channels_last)
@@ -100,7 +100,7 @@ def guarded(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class GuardedOutputs:
-    """Stands in for a launcher's allocation of outputs: NaN inside, and what is written beside them is seen."""
+    """Replaces a launcher's allocation of outputs: they start as NaN, and writes outside of them are noticed."""
 
     def __init__(self) -> None:
         self._memory: list[Tensor] = []
@@ -113,13 +113,13 @@ class GuardedOutputs:
         return out.fill_(float("nan"))
 
     def beside(self) -> float:
-        """0 where nothing was written beside an output, else more than any bound."""
+        """0 if nothing was written outside of the outputs, else more than any bound."""
         margins = [m[edge] for m in self._memory for edge in (slice(1024), slice(-1024, None))]
         return 0.0 if margins and all((m == 7).all() for m in margins) else float("inf")
 
 
 def excess(got: Tensor, truth: Tensor, bound: Tensor) -> float:
-    """The largest error as a part of what is allowed: at most 1. NaN, or another shape, is infinitely wrong."""
+    """The largest error as a share of the bound; it should be at most 1. Infinite for NaN or another shape."""
     if got.shape != truth.shape:
         return float("inf")
     ratio = (got.double() - truth).abs() / bound
@@ -127,26 +127,26 @@ def excess(got: Tensor, truth: Tensor, bound: Tensor) -> float:
 
 
 def assert_within(found: dict[str, float]) -> None:
-    """Of :func:`excess`, by what was compared."""
+    """``found``: values of :func:`excess`, by the name of what was compared. Each must be at most 1."""
     for name, worst in found.items():
         assert worst <= 1, name
 
 
 def rounded(value: Tensor, off: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far a stored result may be from ``value``, if it was off by ``off`` before it was rounded to ``dtype``."""
+    """The error bound of a result stored in ``dtype``, if its error before rounding was at most ``off``."""
     return off + UNIT[dtype] * (value.abs() + off) + TINY[dtype]
 
 
 def with_epilogue(
     name: str, z: Tensor, size: Tensor, off: Tensor, dtype: torch.dtype
 ) -> tuple[Epilogue, Tensor, Tensor]:
-    """An epilogue of random tensors, its result for ``z``, and how far that may be from it before it is rounded.
+    """An epilogue of random tensors, its result for ``z``, and the bound of the error before rounding.
 
     Args:
-        name: "none", or as "affine-relu", "residual-silu": the part before "-" adds a residual, or does not.
+        name: "none", or for example "affine-relu" or "residual-silu" (with a residual).
         z: ``[N, C, H, W]`` in fp64, which a kernel computes in fp32 with errors up to ``off``.
-        size: the magnitudes that ``z`` is summed from.
-        dtype: of the residual.
+        size: the sum of the magnitudes of the terms of ``z``.
+        dtype: the residual's dtype.
     """
     scale = shift = residual = None
     if name != "none":
@@ -175,7 +175,7 @@ def refusals(*calls: Callable[[], Any]) -> list[str]:
 
 
 def covering(axes: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Few combinations in which every value of every axis meets every value of every other one."""
+    """A small set of combinations that contains every pair of values of two axes."""
     names = list(axes)
     missing = {
         (a, x, b, y)
@@ -199,7 +199,7 @@ def covering(axes: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 class Compiled(NamedTuple):
-    """A kernel for one architecture: bytes of stack (spilled registers; no kernel here has another use for it)."""
+    """A kernel for one architecture: bytes of stack (for spilled registers only), registers, shared memory."""
 
     stack: int
     registers: int
@@ -216,9 +216,9 @@ def compile_kernel(
     num_warps: int,
     num_stages: int = 3,
 ) -> Compiled:
-    """``kernel`` for ``sm_<arch>``; an argument in neither ``types`` nor ``constants`` is None.
+    """``kernel`` for ``sm_<arch>``. An argument in neither ``types`` nor ``constants`` is None.
 
-    Pointers are aligned and channel counts divisible by 16, as the launcher would find in all but the first layers.
+    Pointers are aligned and channel counts divisible by 16, as in all but the first layers of networks.
     """
     import triton
     from triton.backends.compiler import GPUTarget
