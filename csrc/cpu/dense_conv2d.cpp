@@ -21,6 +21,8 @@ constexpr int64_t kMaxTaps = 64;  // of a filter
 constexpr int64_t kPackedRows = 576, kTapRows = 128;
 // Pixels whose sums one thread keeps in the second-level cache meanwhile.
 constexpr int64_t kBlockTiles = 44, kBlockPixels = kBlockTiles * kTileRows;
+// Pixels outside of the image that a gradient of weights does not multiply, where so many follow each other.
+constexpr int64_t kZerosToSkip = 8;
 // Rows of a gradient of weights, times taps, that it keeps there.
 constexpr int64_t kGradientRows = 864;
 
@@ -74,21 +76,21 @@ struct PixelProduct {
   }
 };
 
-// Pixels in the order in which they lie: image, row and column.
+// Pixels in the order row, column, image: what a tap reads at the border is then outside of the image for all images together.
 struct Pixel {
   int64_t n, y, x;
-  int64_t height, width;
+  int64_t images, width;
 
-  Pixel(int64_t index, int64_t height_, int64_t width_) : height(height_), width(width_) {
-    n = index / (height * width);
-    y = index / width % height;
-    x = index % width;
+  Pixel(int64_t index, int64_t images_, int64_t width_) : images(images_), width(width_) {
+    n = index % images;
+    x = index / images % width;
+    y = index / images / width;
   }
   void next() {
+    if (++n < images) return;
+    n = 0;
     if (++x < width) return;
-    x = 0;
-    if (++y < height) return;
-    y = 0, ++n;
+    x = 0, ++y;
   }
 };
 
@@ -97,7 +99,7 @@ template <class A>
 class Block {
  public:
   Block(const PixelProduct<A>& p, int64_t first, int64_t rows) : p_(p), rows_(rows) {
-    Pixel pixel(first, p.h.count, p.w.count);
+    Pixel pixel(first, p.n, p.w.count);
     for (int64_t i = 0; i < rows; ++i, pixel.next()) {
       y_[i] = pixel.y * p.h.stride;
       x_[i] = pixel.x * p.w.stride;
@@ -122,20 +124,28 @@ class Block {
   int64_t y_[kBlockPixels], x_[kBlockPixels], at_[kBlockPixels];
 };
 
-// sums[count][panel] = rows[count][depth] times panel[depth][panel], or += it. Of rows that are all beside the image, as most are
-// of a dilation as large as it, nothing is multiplied.
+// Zeros between two rows of an image that are multiplied, so that the rows make one tile.
+constexpr int64_t kMostZeros = 1;
+
+// sums[count][panel] = rows[count][depth] times panel[depth][panel], or += it. Rows outside of the image are not multiplied.
 template <class A>
 void multiply_block(const A* const* rows, int64_t count, const A* zeros, const A* panel,
                     int64_t depth, A* sums, bool adds) {
-  for (int64_t i = 0; i < count; i += kTileRows) {
-    const int64_t height = min_of(kTileRows, count - i);
-    bool inside = false;
-    for (int64_t j = 0; j < height; ++j) inside |= rows[i + j] != zeros;
-    A* tile = sums + i * kPanel<A>;
-    if (inside) {
-      multiply_tile<1>(height, rows + i, panel, kPanel<A>, depth, tile, kPanel<A>, adds);
-    } else if (!adds) {
-      clear(tile, height);
+  for (int64_t i = 0; i < count;) {
+    if (rows[i] == zeros) {
+      if (!adds) clear(sums + i * kPanel<A>, 1);
+      ++i;
+      continue;
+    }
+    int64_t end = i + 1;
+    for (int64_t j = end; j < count && j - end <= kMostZeros; ++j) {
+      if (rows[j] != zeros) end = j + 1;
+    }
+    const int64_t most = even_part(end - i, kTileRows);
+    for (int64_t height; i < end; i += height) {
+      height = min_of(most, end - i);
+      multiply_tile<1>(height, rows + i, panel, kPanel<A>, depth, sums + i * kPanel<A>, kPanel<A>,
+                       adds);
     }
   }
 }
@@ -169,7 +179,7 @@ void multiply_image(const PixelProduct<A>& p, Pack&& pack, Finish&& finish) {
                          t > 0 || k > 0);
         }
       }
-      Pixel pixel(first, p.h.count, p.w.count);
+      Pixel pixel(first, p.n, p.w.count);
       for (int64_t i = 0; i < pixels; ++i, pixel.next())
         finish(pixel.n, p.h.first + pixel.y * p.h.step, p.w.first + pixel.x * p.w.step, column,
                sums + i * kPanel<A>);
@@ -361,19 +371,24 @@ void backward_input(const DenseConv2dBackward& p, A* zeros) {
   }
 }
 
-// [pixels][C_out] as [tiles][pixels][tile]: what one tile multiplies with lies together.
+// dz [N, H_out, W_out, C_out] as [tiles][pixels][tile]: what one tile multiplies with lies together.
 template <class A>
-void pack_gradient(const A* dz, int64_t pixels, int64_t channels, A* to) {
+void pack_gradient(const DenseConv2dShape& s, const A* dz, A* to) {
   constexpr int64_t kPixels = 64;
+  const int64_t image = s.h.out * s.w.out, pixels = s.n * image, channels = s.c_out;
   cpu::parallel_ranges(
       ceil_div(pixels, kPixels), kPixels * channels, [&](int64_t begin, int64_t end) {
         for (; begin < end; ++begin) {
           const int64_t first = begin * kPixels, last = min_of(first + kPixels, pixels);
+          const A* sources[kPixels];
+          Pixel pixel(first, s.n, s.w.out);
+          for (int64_t i = first; i < last; ++i, pixel.next())
+            sources[i - first] = dz + (pixel.n * image + pixel.y * s.w.out + pixel.x) * channels;
           for (int64_t c = 0; c < channels; c += kTileRows) {
             const int64_t count = min_of(kTileRows, channels - c);
             A* target = to + c * pixels;
             for (int64_t i = first; i < last; ++i) {
-              const A* source = dz + i * channels + c;
+              const A* source = sources[i - first] + c;
               for (int64_t j = 0; j < count; ++j) target[i * kTileRows + j] = source[j];
             }
           }
@@ -391,7 +406,7 @@ class TapReader {
         zeros_(zeros),
         offset_h_(tap / s.w.kernel * s.h.dilation - s.h.padding),
         offset_w_(tap % s.w.kernel * s.w.dilation - s.w.padding),
-        pixel_(0, s.h.out, s.w.out) {}
+        pixel_(0, s.n, s.w.out) {}
 
   const A* next() {
     const int64_t y = pixel_.y * s_.h.stride + offset_h_, x = pixel_.x * s_.w.stride + offset_w_;
@@ -415,7 +430,7 @@ void backward_weight(const DenseConv2dBackward& p, A* workspace) {
   const A* x = static_cast<const A*>(p.x);
   A* zeros = workspace + round_up(s.c_out, kTileRows) * pixels;
   for (int64_t i = 0; i < s.c_in; ++i) zeros[i] = 0;
-  pack_gradient(static_cast<const A*>(p.dz), pixels, s.c_out, workspace);
+  pack_gradient(s, static_cast<const A*>(p.dz), workspace);
   const int64_t panels = ceil_div(s.c_in, kPanel<A>), tiles = ceil_div(s.c_out, kTileRows);
   const int64_t most = max_of(1, min_of(16, kGradientRows / taps / kTileRows));
   const int64_t work = kTileRows * kPanel<A> * taps * (pixels / 16 + 1);
@@ -440,10 +455,10 @@ void backward_weight(const DenseConv2dBackward& p, A* workspace) {
             continue;
           }
           const int64_t most_pixels = min_of(kTapRows, pixels - k);
-          int64_t depth = 1;
-          for (int64_t i = 1; i < most_pixels; ++i) {
-            from[i] = reader.next();
-            if (from[i] != zeros) depth = i + 1;
+          int64_t depth = 1, read = 1;
+          for (; read < most_pixels && read - depth < kZerosToSkip; ++read) {
+            from[read] = reader.next();
+            if (from[read] != zeros) depth = read + 1;
           }
           pack_columns(width, depth, panel, [&](int64_t i) { return from[i]; });
           for (int64_t r = 0; r < rows; r += kTileRows) {
@@ -454,7 +469,7 @@ void backward_weight(const DenseConv2dBackward& p, A* workspace) {
                                      of_tap + r * kPanel<A>, kPanel<A>, adds);
           }
           adds = true;
-          k += most_pixels;
+          k += read;
         }
         if (!adds) clear(of_tap, rows);
       }
