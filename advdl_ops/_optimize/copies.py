@@ -63,9 +63,11 @@ def _differ(a: Any, b: Any) -> bool:
 
 
 def copy_without_hooks(model: torch.nn.Module) -> torch.nn.Module:
-    """A deep copy, without the user's forward hooks, which may write to objects outside of it."""
+    """A deep copy, without the user's hooks, which may write to objects outside of it."""
     copied = copy.deepcopy(model)
     for layer in copied.modules():
         layer._forward_hooks.clear()
         layer._forward_pre_hooks.clear()
+        layer._backward_hooks.clear()
+        layer._backward_pre_hooks.clear()
     return copied

@@ -97,8 +97,8 @@ def of_pair(
 ) -> Told:
     """What serves a call of :func:`.nn.conv_bn_act`."""
     if not _folds(conv, bn, x, residual):
-        own_layer = isinstance(conv, nn.Conv2d)
-        return Told(TWO_LAYERS, _call_of(x, conv, None).problems if own_layer else ())
+        shown = isinstance(conv, nn.Conv2d) and type(x) is Tensor
+        return Told(TWO_LAYERS, _call_of(x, conv, None).problems if shown else ())
     with torch.no_grad():
         x, options = _padded(conv, x)
         problem = problem_of_kept(conv, x, options)

@@ -286,8 +286,8 @@ class BatchNormActFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dout is None:
             return (None,) * 7
-        saved = ctx.saved_tensors
-        stats = saved[-1]
+        tensors = ctx.saved_tensors
+        stats = tensors[-1]
         training, _momentum, eps, (_, code, param) = ctx.options
 
         def forward(x, residual, weight, bias, act):
@@ -299,10 +299,10 @@ class BatchNormActFunction(torch.autograd.Function):
 
         def kernel(need_x, need_residual):
             return _backward_op(
-                dout, *saved, training, code, param, ctx.z_source, need_x, need_residual
+                dout, *tensors, training, code, param, ctx.z_source, need_x, need_residual
             )
 
-        return *norm_gradients(ctx, saved, dout, forward, kernel), None, None, None
+        return *norm_gradients(ctx, tensors, dout, forward, kernel), None, None, None
 
 
 class GivenStatisticsFunction(BatchNormActFunction):

@@ -298,7 +298,7 @@ class GroupNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dout is None:
             return (None,) * 6
-        saved = ctx.saved_tensors
+        tensors = ctx.saved_tensors
         groups, eps, (_, code, param) = ctx.options
 
         def forward(x, residual, weight, bias, act):
@@ -306,10 +306,10 @@ class GroupNormFunction(torch.autograd.Function):
 
         def kernel(need_x, need_residual):
             return _backward_op(
-                dout, *saved, groups, eps, code, param, ctx.z_source, need_x, need_residual
+                dout, *tensors, groups, eps, code, param, ctx.z_source, need_x, need_residual
             )
 
-        return *norm_gradients(ctx, saved, dout, forward, kernel), None, None
+        return *norm_gradients(ctx, tensors, dout, forward, kernel), None, None
 
 
 # Function.apply without torch's Python wrapper, which checks for functorch transforms, as serves_native has done.

@@ -25,9 +25,8 @@ struct DepthwiseConv2dShape {
   int64_t taps() const { return h.kernel * w.kernel; }
 };
 
-// out[n, c, i, j] = act(scale[c] * sum over a, b of x[n, c, i * stride + a * dilation - padding, j ...] * weight[c, a,
-// b]
-//                       + shift[c] + residual[n, c, i, j]), with x = 0 outside the image.
+// out[n, c, i, j] = act(scale[c] * sum over a, b of x[n, c, i * stride + a * dilation - padding, j ...]
+//                       * weight[c, a, b] + shift[c] + residual[n, c, i, j]), with x = 0 outside the image.
 struct DepthwiseConv2dForward {
   DepthwiseConv2dShape shape;
   Activation act = Activation::identity;

@@ -21,8 +21,8 @@ constexpr int64_t kMaxTaps = 64;  // of a filter
 constexpr int64_t kPackedRows = 576, kTapRows = 128;
 // Pixels whose sums one thread keeps in the second-level cache meanwhile.
 constexpr int64_t kBlockTiles = 44, kBlockPixels = kBlockTiles * kTileRows;
-// Pixels outside of the image that a gradient of weights does not multiply, where so many follow each other.
-constexpr int64_t kZerosToSkip = 8;
+// Fewer zeros than this between two pixels of an image are multiplied by a gradient of weights.
+constexpr int64_t kZerosInPanel = 8;
 // Rows of a gradient of weights, times taps, that it keeps there.
 constexpr int64_t kGradientRows = 864;
 
@@ -124,8 +124,8 @@ class Block {
   int64_t y_[kBlockPixels], x_[kBlockPixels], at_[kBlockPixels];
 };
 
-// Zeros between two rows of an image that are multiplied, so that the rows make one tile.
-constexpr int64_t kMostZeros = 1;
+// Up to so many rows of zeros between two rows of an image are multiplied, so that the rows make one tile.
+constexpr int64_t kZerosInTile = 1;
 
 // sums[count][panel] = rows[count][depth] times panel[depth][panel], or += it. Rows outside of the image are not multiplied.
 template <class A>
@@ -138,7 +138,7 @@ void multiply_block(const A* const* rows, int64_t count, const A* zeros, const A
       continue;
     }
     int64_t end = i + 1;
-    for (int64_t j = end; j < count && j - end <= kMostZeros; ++j) {
+    for (int64_t j = end; j < count && j - end <= kZerosInTile; ++j) {
       if (rows[j] != zeros) end = j + 1;
     }
     const int64_t most = even_part(end - i, kTileRows);
@@ -406,7 +406,7 @@ class TapReader {
         zeros_(zeros),
         offset_h_(tap / s.w.kernel * s.h.dilation - s.h.padding),
         offset_w_(tap % s.w.kernel * s.w.dilation - s.w.padding),
-        pixel_(0, s.n, s.w.out) {}
+        pixel_(0, max_of(1, s.n), s.w.out) {}
 
   const A* next() {
     const int64_t y = pixel_.y * s_.h.stride + offset_h_, x = pixel_.x * s_.w.stride + offset_w_;
@@ -456,7 +456,7 @@ void backward_weight(const DenseConv2dBackward& p, A* workspace) {
           }
           const int64_t most_pixels = min_of(kTapRows, pixels - k);
           int64_t depth = 1, read = 1;
-          for (; read < most_pixels && read - depth < kZerosToSkip; ++read) {
+          for (; read < most_pixels && read - depth < kZerosInPanel; ++read) {
             from[read] = reader.next();
             if (from[read] != zeros) depth = read + 1;
           }

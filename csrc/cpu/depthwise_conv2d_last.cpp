@@ -16,7 +16,7 @@ inline constexpr int kColumns = ADVDL_VECTOR_BYTES == 64 ? 8 : 8 / kVectors;
 
 // Whether filters of 3, 5 and 7 have loops of their own; fp64 and 16-byte vectors have too few registers or users for them.
 template <class T>
-inline constexpr bool kHasRuns = ADVDL_VECTOR_BYTES >= 32 && !std::is_same_v<T, double>;
+inline constexpr bool kHasRuns = ADVDL_VECTOR_BYTES >= 32 && sizeof(T) < 8;
 
 // Columns of output that a tap reaches: 0 <= j * step + column < size.
 struct Columns {
@@ -215,7 +215,7 @@ void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
     // is read.
     const bool whole_lines =
         ADVDL_VECTOR_BYTES == 64 || row.in_step * row.c * sizeof(T) % 2048 == 0;
-    switch (10 * row.run + row.in_step) {
+    switch (row.in_step <= 2 ? 10 * row.run + row.in_step : 0) {
       case 31:
         return whole_lines ? correlate_columns_of<2, 3, 1>(row, epilogue, all)
                            : correlate_columns_of<1, 3, 1>(row, epilogue, all);
@@ -383,8 +383,10 @@ void input_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>>
                              false,
                              streams(p.dx, s.n * s.h.in * s.w.in, s.c * sizeof(T))};
   Row<T> like{static_cast<const T*>(p.dz), parameters.weight, s.c};
-  // With a stride, the taps of a phase are every stride-th tap of the filter.
-  like.run = s.w.stride == 1 ? run_of(s.w, 1, s.w.padding) : 1;
+  // With a stride, the taps of a phase are every stride-th tap of the filter. The binding drops the stride over a single
+  // output; columns of dx that no tap reaches may then be more than a block at the border leaves out.
+  const bool reaches_all = s.w.in + 2 * s.w.padding - s.w.reach() == s.w.out;
+  like.run = s.w.stride == 1 && reaches_all ? run_of(s.w, 1, s.w.padding) : 1;
   like.first_column = s.w.padding - (s.w.kernel - 1);
   like.in_columns = s.w.out;
   like.ahead = (s.h.reach() / s.h.stride + 1) * s.w.out * s.c;  // the first tap reads farthest

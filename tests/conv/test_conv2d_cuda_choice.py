@@ -165,8 +165,11 @@ def test_the_key_tells_all_that_times_depend_on(tuner: Tuner, launchers: Any) ->
     base = Case((2, 4, 8, 8), (4, 4, 3, 3))
 
     def key(case: Case = base, dtype: torch.dtype = torch.float32, layout: str = "contiguous",
-            epilogue: tuple[str, ...] = ("shift",), act: Activation = RELU) -> Problem:  # fmt: skip
-        forward(case, make_inputs(case, dtype, layout), act, epilogue)
+            epilogue: tuple[str, ...] = ("shift",), act: Activation = RELU,
+            weight: str = "contiguous") -> Problem:  # fmt: skip
+        inputs = make_inputs(case, dtype, layout)
+        in_layout = last(inputs.weight) if weight == "channels_last" else inputs.weight.contiguous()
+        forward(case, inputs._replace(weight=in_layout), act, epilogue)
         return tuner.asked[-1][0]
 
     assert key() == key()
@@ -181,6 +184,7 @@ def test_the_key_tells_all_that_times_depend_on(tuner: Tuner, launchers: Any) ->
         key(base._replace(weight=(4, 1, 3, 3), groups=4)),
         key(dtype=torch.bfloat16),
         key(layout="channels_last"),
+        key(weight="channels_last"),
         key(epilogue=("scale", "shift")),
         key(act=SILU),
     ]

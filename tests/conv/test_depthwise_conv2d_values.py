@@ -59,6 +59,16 @@ OTHERS = {
     "stride beyond the image": depthwise(2, 4, 8, 8, stride=(2**31, 2**33)),
     "stride as large as the padding": depthwise(1, 2, 4, 5, (1, 1), (5000, 7000), (5000, 7000)),
     "a large stride": depthwise(2, 3, 17, 16, (3, 3), (5, 4)),
+    **{
+        f"stride {stride}, {size}x{size}": depthwise(1, 16, 66, 66, (size, size), (stride, stride))
+        for stride, size in itertools.product((21, 22, 41), (1, 3))
+    },
+    **{
+        f"one output, {width} wide, {size}x{size}": depthwise(
+            2, 20, width, width, (size, size), (width, width), (padding, padding)
+        )
+        for width, size, padding in ((4, 3, 0), (6, 3, 0), (9, 5, 1), (9, 7, 2))
+    },
     "many images, few channels": depthwise(70, 1, 3, 4),
     "parts by channels": depthwise(1, 160, 3, 3),
 }
