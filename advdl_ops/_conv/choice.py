@@ -59,7 +59,8 @@ class Thresholds(NamedTuple):
             channels_last.
         depthwise_cached_bytes: size of x up to which the same holds with a stride of 2.
         depthwise_strided_bytes: size of x up to which, contiguous and above ``depthwise_cached_bytes``, torch's
-            depthwise forward and gradient of the weight with a stride of 2 are faster.
+            depthwise forward with a stride of 2 is faster.
+        depthwise_strided_dweight_bytes: the same for the gradient of the weight.
     """
 
     small: int
@@ -81,6 +82,7 @@ class Thresholds(NamedTuple):
     short_row: int
     depthwise_cached_bytes: int
     depthwise_strided_bytes: int
+    depthwise_strided_dweight_bytes: int
 
 
 _AVX2 = Thresholds(
@@ -90,41 +92,43 @@ _AVX2 = Thresholds(
     pixels=1024,
     pixels_contiguous=1568,
     pixels_contiguous_many=256,
-    pixels_weight_last=64,
-    pixels_strided=256,
+    pixels_weight_last=1024,
+    pixels_strided=3136,
     pixels_dweight=3136,
     pixels_dweight_contiguous=3136,
     pixels_dweight_weight_last=3136,
-    pixels_dweight_1x1=2048,
+    pixels_dweight_1x1=512,
     many_channels=128,
     pixels_dweight_dilated=8192,
     large_dilation=4,
     large_dilation_dweight=24,
     short_row=14,
     depthwise_cached_bytes=4 << 20,
-    depthwise_strided_bytes=16 << 20,
+    depthwise_strided_bytes=32 << 20,
+    depthwise_strided_dweight_bytes=8 << 20,
 )
 THRESHOLDS: Mapping[str, Thresholds] = {
     "avx512": Thresholds(
         small=65536,
         few_channels=8,
         few_pixels=1,
-        pixels=784,
+        pixels=1568,
         pixels_contiguous=1568,
-        pixels_contiguous_many=196,
-        pixels_weight_last=64,
+        pixels_contiguous_many=256,
+        pixels_weight_last=1568,
         pixels_strided=3136,
-        pixels_dweight=392,
-        pixels_dweight_contiguous=64,
-        pixels_dweight_weight_last=392,
+        pixels_dweight=2048,
+        pixels_dweight_contiguous=2048,
+        pixels_dweight_weight_last=1024,
         pixels_dweight_1x1=0,
         many_channels=96,
         pixels_dweight_dilated=2048,
         large_dilation=8,
         large_dilation_dweight=24,
         short_row=10,
-        depthwise_cached_bytes=4 << 20,
-        depthwise_strided_bytes=64 << 20,
+        depthwise_cached_bytes=8 << 20,
+        depthwise_strided_bytes=16 << 20,
+        depthwise_strided_dweight_bytes=0,
     ),
     "avx2": _AVX2,
     "default": _AVX2,
@@ -203,12 +207,14 @@ def _accepts_depthwise_in_last(p: Problem) -> bool:
 def _is_torchs_depthwise(p: Problem, t: Thresholds) -> bool:
     """Contiguous, strided and between two sizes, where torch's forward and gradient of the weight are faster."""
     bytes_ = p.x_numel * p.dtype.itemsize
+    is_dweight = p.direction == WEIGHT_GRADIENT
+    limit = t.depthwise_strided_dweight_bytes if is_dweight else t.depthwise_strided_bytes
     return (
         p.dtype == torch.float32
         and p.layout != CHANNELS_LAST
         and p.x[1] >= 16
         and _steps(p) == 2
-        and t.depthwise_cached_bytes < bytes_ <= t.depthwise_strided_bytes
+        and t.depthwise_cached_bytes < bytes_ <= limit
     )
 
 
@@ -286,7 +292,10 @@ _AS_IT_IS = Rule(
     "channels or of 2 and x above {depthwise_cached_bytes} bytes",
     _depthwise_as_it_is,
 )
-_TORCHS = "not contiguous with a stride of 2 and x of {depthwise_cached_bytes} to {depthwise_strided_bytes} bytes"
+_TORCHS = (
+    "not contiguous with a stride of 2 and x of {depthwise_cached_bytes} to {depthwise_strided_bytes} bytes "
+    "(gradient of the weight: {depthwise_strided_dweight_bytes})"
+)
 _AS_IT_IS_UNLESS_TORCHS = Rule(
     f"{_AS_IT_IS.text}; {_TORCHS}",
     lambda p, t: _depthwise_as_it_is(p, t) and not _is_torchs_depthwise(p, t),

@@ -264,7 +264,8 @@ SWEEPS = (
         ),
     ),
     Sweep("depthwise_cached_bytes", (FORWARD, DX, DWEIGHT), _SIZES, _STRIDED_DEPTHWISE),
-    Sweep("depthwise_strided_bytes", (FORWARD, DWEIGHT), _SIZES, _STRIDED_DEPTHWISE),
+    Sweep("depthwise_strided_bytes", (FORWARD,), _SIZES, _STRIDED_DEPTHWISE),
+    Sweep("depthwise_strided_dweight_bytes", (DWEIGHT,), (0, *_SIZES), _STRIDED_DEPTHWISE),
 )
 
 

@@ -133,6 +133,10 @@ EDGES: dict[str, tuple[str, str, str, Any]] = {
         FORWARD, "onednn", "depthwise kernel",
         lambda n: {"x": (1, 64, 1, n // 256), "stride": (2, 2), **DEPTHWISE},
     ),
+    "depthwise_strided_dweight_bytes": (
+        WEIGHT_GRADIENT, "torch", "depthwise kernel",
+        lambda n: {"x": (1, 64, 1, n // 256), "stride": (2, 2), **DEPTHWISE},
+    ),
     "large_dilation_dweight": (
         WEIGHT_GRADIENT, "torch", "torch in channels_last",
         lambda n: {"x": (16, 64, 40, 40), "dilation": (n - 1, 1), "padding": (n - 1, 1)},
@@ -150,7 +154,8 @@ def test_an_edge(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     direction, below, above, options = EDGES[name]
     # Apart from the others, so that it alone decides.
     value = {
-        "few_channels": 40, "many_channels": 200, "short_row": 9, "depthwise_strided_bytes": 1 << 26
+        "few_channels": 40, "many_channels": 200, "short_row": 9, "depthwise_strided_bytes": 1 << 26,
+        "depthwise_strided_dweight_bytes": 1 << 26,
     }.get(name)  # fmt: skip
     value = value or getattr(THRESHOLDS, name)
     monkeypatch.setattr(choice, "thresholds", lambda: THRESHOLDS._replace(**{name: value}))
