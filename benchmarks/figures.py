@@ -1,4 +1,4 @@
-"""The figures in README.md and docs/performance.md, made from the records of one commit (for a GPU, of its own one)."""
+"""The figures in README.md and docs/performance.md, made from records of one commit for each suite (a GPU: its own)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import re
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import environment, record, registry, report, table, targets
@@ -66,8 +66,12 @@ class Machine:
     kind: str
     folder: str
     device: str
-    commit: str
-    records: list[Record]  # of that commit
+    records: list[Record]  # of one commit for each suite
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """By suite."""
+        return {item.suite: item.commit for item in self.records}
 
     @property
     def cases(self) -> dict[str, list[Record]]:
@@ -79,11 +83,15 @@ class Machine:
     @property
     def text(self) -> str:
         last = max(self.records, key=lambda i: i.time)
-        return f"{self.device}; commit `{self.commit}`, {last.time[:10]}, torch {last.torch}"
+        commits = self.commits
+        at = [f"`{commit}` ({suite})" for suite, commit in commits.items()]
+        if len(set(commits.values())) == 1:
+            at = [f"`{last.commit}`"]
+        return f"{self.device}; commit {', '.join(at)}, {last.time[:10]}, torch {last.torch}"
 
 
 def machines(results: Path) -> list[Machine]:
-    """The last measured machine with AVX-512, with AVX2, and GPU, each at its newest commit.
+    """The last measured machine with AVX-512, with AVX2, and GPU, with the newest commit of each suite.
 
     The suite `quick` does not count: it compiles nothing, and `make bench` stores it on any machine.
     """
@@ -94,18 +102,35 @@ def machines(results: Path) -> list[Machine]:
             continue
         last = max(items, key=lambda i: i.time)
         kind = "CUDA" if last.case.endswith("/cuda") else last.device.rsplit(", ", 1)[-1]
-        own = [i for i in items if i.commit == last.commit]
+        own = at(_newest(items), items)
         if kind not in newest or _time(newest[kind].records) < _time(own):
-            newest[kind] = Machine(kind, folder, last.device, last.commit, own)
+            newest[kind] = Machine(kind, folder, last.device, own)
     return [newest[kind] for kind in ("AVX512", "AVX2", "CUDA") if kind in newest]
 
 
 def at_one_commit(every: list[Machine]) -> tuple[list[Machine], list[Machine]]:
-    """The CPUs at the newest commit and the GPU; and the CPUs measured last at an older, not comparable commit."""
-    times = {m.commit: _time(m.records) for m in every if m.kind != "CUDA"}
-    newest = max(times, key=lambda commit: times[commit], default="")
-    found = [m for m in every if m.kind == "CUDA" or m.commit == newest]
-    return found, [m for m in every if m not in found]
+    """The CPUs, each suite at one commit for all, and the GPU; and the CPUs without records of these commits."""
+    commits = _newest([i for m in every if m.kind != "CUDA" for i in m.records])
+    found, older = [], []
+    for machine in every:
+        if machine.kind != "CUDA":
+            own = at(commits, machine.records)
+            if not own:
+                older.append(machine)
+                continue
+            machine = replace(machine, records=own)
+        found.append(machine)
+    return found, older
+
+
+def _newest(items: list[Record]) -> dict[str, str]:
+    """The commit last measured, by suite."""
+    return {item.suite: item.commit for item in sorted(items, key=lambda i: i.time)}
+
+
+def at(commits: dict[str, str], items: list[Record]) -> list[Record]:
+    """The records of these commits."""
+    return [i for i in items if i.commit == commits[i.suite]]
 
 
 def _time(items: list[Record]) -> str:

@@ -181,9 +181,9 @@ def test_only_one_commit_of_one_machine_of_a_kind_counts(tmp_path: Path) -> None
     held_to_avx2 = changed(first, device="A CPU, 2 cores, AVX2")
     store(tmp_path, [*first, *newer, *other, *quick, *held_to_avx2])
     found = figures.machines(tmp_path)
-    assert [(m.kind, m.device, m.commit) for m in found] == [
-        ("AVX512", MACHINE, "bbbbbbbbbb"),
-        ("AVX2", "A CPU, 2 cores, AVX2", "aaaaaaaaaa"),
+    assert [(m.kind, m.device, m.commits) for m in found] == [
+        ("AVX512", MACHINE, {"ops": "bbbbbbbbbb"}),
+        ("AVX2", "A CPU, 2 cores, AVX2", {"ops": "aaaaaaaaaa"}),
     ]
     assert [f.value for f in figures.figures(found[0])] == [5.0]
     # Nor do two machines at two commits stand side by side.
@@ -199,6 +199,24 @@ def test_only_one_commit_of_one_machine_of_a_kind_counts(tmp_path: Path) -> None
     later = changed(later, commit="bbbbbbbbbb", time="2026-01-04T00:00:00")
     store(tmp_path, changed(later, device="A CPU, 2 cores, AVX2"))
     assert "3.00x" in "\n".join(figures.performance_block(tmp_path))
+
+
+def test_each_suite_has_a_commit_of_its_own(tmp_path: Path) -> None:
+    """The networks take as long to measure as all single layers, and neither makes the other's records old."""
+    layer = made(ROW, eager=5.0, advdl_ops=1.0)
+    network = changed(layer, case="resnet50/inference/8x3x224x224/float32/cpu", suite="models")
+    newer = changed(layer, commit="bbbbbbbbbb", time="2026-01-03T00:00:00")
+    on_avx2 = changed([*layer, *network], device="A CPU, 2 cores, AVX2")
+    store(tmp_path, [*layer, *network, *newer, *on_avx2])
+    found, older = figures.at_one_commit(figures.machines(tmp_path))
+    commits = [(m.kind, m.commits) for m in found]
+    assert commits == [
+        ("AVX512", {"models": "aaaaaaaaaa", "ops": "bbbbbbbbbb"}),
+        ("AVX2", {"models": "aaaaaaaaaa"}),
+    ]
+    assert not older
+    block = "\n".join(figures.performance_block(tmp_path))
+    assert "commit `aaaaaaaaaa` (models), `bbbbbbbbbb` (ops), 2026-01-03" in block
 
 
 def test_the_cost_of_a_call_has_a_row_for_each_mode(tmp_path: Path) -> None:
