@@ -102,7 +102,7 @@ def machines(results: Path) -> list[Machine]:
             continue
         last = max(items, key=lambda i: i.time)
         kind = "CUDA" if last.case.endswith("/cuda") else last.device.rsplit(", ", 1)[-1]
-        own = at(_newest(items), items)
+        own = _of_commits(_newest(items), items)
         if kind not in newest or _time(newest[kind].records) < _time(own):
             newest[kind] = Machine(kind, folder, last.device, own)
     return [newest[kind] for kind in ("AVX512", "AVX2", "CUDA") if kind in newest]
@@ -114,7 +114,7 @@ def at_one_commit(every: list[Machine]) -> tuple[list[Machine], list[Machine]]:
     found, older = [], []
     for machine in every:
         if machine.kind != "CUDA":
-            own = at(commits, machine.records)
+            own = _of_commits(commits, machine.records)
             if not own:
                 older.append(machine)
                 continue
@@ -128,7 +128,7 @@ def _newest(items: list[Record]) -> dict[str, str]:
     return {item.suite: item.commit for item in sorted(items, key=lambda i: i.time)}
 
 
-def at(commits: dict[str, str], items: list[Record]) -> list[Record]:
+def _of_commits(commits: dict[str, str], items: list[Record]) -> list[Record]:
     """The records of these commits."""
     return [i for i in items if i.commit == commits[i.suite]]
 

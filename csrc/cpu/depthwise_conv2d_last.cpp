@@ -207,6 +207,7 @@ void correlate_taps(const Row<T>& row, const Epilogue<T>& epilogue) {
 
 template <class T>
 void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
+  if (!kHasRuns<T> || row.run == 1) return correlate_taps(row, epilogue);
   if constexpr (kHasRuns<T>) {
     const Columns all{0, row.out_columns};
     // Two vectors of channels for runs of 3: each input is added to three sums in a row, and with one vector these
@@ -215,7 +216,7 @@ void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
     // is read.
     const bool whole_lines =
         ADVDL_VECTOR_BYTES == 64 || row.in_step * row.c * sizeof(T) % 2048 == 0;
-    switch (row.in_step <= 2 ? 10 * row.run + row.in_step : 0) {
+    switch (10 * row.run + row.in_step) {  // see run_of
       case 31:
         return whole_lines ? correlate_columns_of<2, 3, 1>(row, epilogue, all)
                            : correlate_columns_of<1, 3, 1>(row, epilogue, all);
@@ -230,7 +231,6 @@ void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
         return correlate_columns_of<1, 7, 1>(row, epilogue, all);
     }
   }
-  correlate_taps(row, epilogue);
 }
 
 // [taps, C] and behind it scale [C], shift [C].
@@ -326,6 +326,22 @@ int64_t run_of(const Conv2dAxis& w, int64_t step, int64_t padding) {
   return is_known && w.dilation == 1 && step <= 2 && padding < w.kernel ? w.kernel : 1;
 }
 
+// A row of x, for forward and the gradient of the weight, without its taps.
+template <class T>
+Row<T> row_over(const DepthwiseConv2dShape& s, const T* x, const acc_t<T>* weight) {
+  Row<T> row{x, weight, s.c};
+  row.in_step = s.w.stride;
+  row.in_columns = s.w.in;
+  row.out_columns = s.w.out;
+  row.run = run_of(s.w, s.w.stride, s.w.padding);
+  row.first_column = -s.w.padding;
+  // A prefetch pays if the images are larger than a cache and the filter is small. Else it only costs instructions.
+  constexpr int64_t kCachedBytes = 4 << 20, kFewTaps = 9;
+  const int64_t read_bytes = s.n * s.c * (s.h.in * s.w.in + s.h.out * s.w.out) * sizeof(T);
+  if (read_bytes > kCachedBytes && s.taps() <= kFewTaps) row.ahead = s.h.stride * s.w.in * s.c;
+  return row;
+}
+
 // Whether an output of `count` runs of channels streams: each of its vectors must then be aligned.
 ADVDL_INLINE bool streams(const void* out, int64_t count, int64_t run_bytes) {
   return count * run_bytes >= kConvStreamBytes && run_bytes % ADVDL_VECTOR_BYTES == 0 &&
@@ -346,18 +362,7 @@ void forward(const DepthwiseConv2dForward& p, void* workspace) {
                              static_cast<Acc>(p.act_param),
                              p.scale != nullptr || p.shift != nullptr,
                              streams(p.out, s.n * s.h.out * s.w.out, s.c * sizeof(T))};
-  Row<T> like{static_cast<const T*>(p.x), parameters.weight, s.c};
-  like.run = run_of(s.w, s.w.stride, s.w.padding);
-  like.first_column = -s.w.padding;
-  like.in_columns = s.w.in;
-  // Of what a cache holds, or a larger filter multiplies longer than it waits for, it would only cost instructions.
-  constexpr int64_t kCachedBytes = 4 << 20, kFewTaps = 9;
-  const int64_t read_bytes = s.n * s.c * (s.h.in * s.w.in + s.h.out * s.w.out) * sizeof(T);
-  const bool waits = read_bytes > kCachedBytes && s.taps() <= kFewTaps;
-  like.ahead = waits ? s.h.stride * s.w.in * s.c : 0;
-  like.in_step = s.w.stride;
-  like.out_columns = s.w.out;
-  like.out_step = 1;
+  const Row<T> like = row_over(s, static_cast<const T*>(p.x), parameters.weight);
   cpu::parallel_ranges(s.n * s.h.out, s.w.out * s.c, [&](int64_t begin, int64_t end) {
     RowOfTaps<T> rows(like, s.taps());
     for (int64_t i = begin; i < end; ++i) {
@@ -499,14 +504,7 @@ void weight_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>
   Acc* partial = static_cast<Acc*>(partial_sums);
   const bool wants_weight = p.dweight != nullptr;
   // `out` of a row is where its dz begins.
-  Row<T> like{static_cast<const T*>(p.x), nullptr, s.c};
-  // Of what a cache holds, or a larger filter multiplies longer than it waits for, it would only cost instructions.
-  constexpr int64_t kCachedBytes = 4 << 20, kFewTaps = 9;
-  const int64_t read_bytes = s.n * s.c * (s.h.in * s.w.in + s.h.out * s.w.out) * sizeof(T);
-  const bool waits = read_bytes > kCachedBytes && s.taps() <= kFewTaps;
-  like.ahead = waits ? s.h.stride * s.w.in * s.c : 0;
-  like.in_step = s.w.stride;
-  like.out_columns = s.w.out;
+  const Row<T> like = row_over<T>(s, static_cast<const T*>(p.x), nullptr);
   cpu::parallel_ranges(
       split.parts * split.blocks, split.rows * s.w.out * split.channels,
       [&](int64_t begin, int64_t end) {
