@@ -260,7 +260,9 @@ SWEEPS = (
         (FORWARD, DX, DWEIGHT, FOLDED),
         (0, 4, 6, 7, 8, 10, 12, 14, 20),
         tuple(
-            Point((8, c, n, n), c, depthwise=True) for c in (64, 256) for n in (4, 7, 10, 14, 20)
+            Point((8, c, n, n), c, depthwise=True)
+            for c in (64, 256, 512)
+            for n in (4, 7, 10, 14, 20)
         ),
     ),
     Sweep("depthwise_cached_bytes", (FORWARD, DX, DWEIGHT), _SIZES, _STRIDED_DEPTHWISE),

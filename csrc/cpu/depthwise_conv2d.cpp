@@ -5,8 +5,6 @@
 // of the input the buffer holds dz with zeros between its elements, and the same loop runs over it with the taps reversed.
 #include "depthwise_conv2d.h"
 
-#include <cstdlib>
-
 #include "dispatch.h"
 
 namespace advdl_ops {
@@ -45,22 +43,6 @@ struct Strip {
   int64_t size(int64_t row_stride) const {
     return rows(out_rows, row_stride) * row + kVectors * lanes;
   }
-};
-
-template <class Acc>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<Acc*>(std::aligned_alloc(64, round_up(count * sizeof(Acc), 64)))) {
-    if (data_ == nullptr) std::abort();
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  Acc* data() { return data_; }
-
- private:
-  Acc* data_;
 };
 
 // Rows first .. first + count of an image [rows, columns], into a strip whose column 0 is the image's column `left`.

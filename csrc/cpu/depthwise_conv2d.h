@@ -2,6 +2,8 @@
 // epilogue. The dense convolution uses the same epilogue.
 #pragma once
 
+#include <cstdlib>
+
 #include "../common/depthwise_conv2d.h"
 #include "dispatch.h"
 #include "simd_math.h"
@@ -18,6 +20,23 @@ ADVDL_INLINE float widened(float v) { return v; }
 ADVDL_INLINE double widened(double v) { return v; }
 ADVDL_INLINE float widened(BFloat16 v) { return to_float(v); }
 ADVDL_INLINE float widened(Float16 v) { return to_float(v); }
+
+// Memory of one thread, in whole cache lines.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T), 64)))) {
+    if (data_ == nullptr) std::abort();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() { return data_; }
+
+ private:
+  T* data_;
+};
 
 // to[i * step] = from[i], or `absent` if `from` is null.
 template <class Acc>

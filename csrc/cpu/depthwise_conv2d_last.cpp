@@ -1,246 +1,36 @@
-// Depthwise convolution in channels_last: vectors run along the channels, so every weight is a vector of its own.
-//
-// A row of outputs is a sum over taps of rows of inputs, each shifted and weighted. Forward and the input's gradient are
-// that one loop (`correlate_row`): forward steps through the input by the stride, the gradient through the output, once for
-// each column modulo the stride, with the taps that meet it.
-#include "depthwise_conv2d.h"
+// Depthwise convolution in channels_last. Forward and the gradient of the input are one loop over rows of outputs
+// (depthwise_conv2d_rows.h): forward steps through the input by the stride, the gradient through the output, once for each
+// column modulo the stride, with the taps that meet it. With a dilation, both take every dilation-th column at a time.
+#include "depthwise_conv2d_rows.h"
+
+#include <cstring>
+
 #include "dispatch.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 namespace {
 
-// Output columns of a block: as many as keep their sums in registers, with kVectors vectors of channels.
-template <int kVectors>
-inline constexpr int kColumns = ADVDL_VECTOR_BYTES == 64 ? 8 : 8 / kVectors;
-
-// Whether filters of 3, 5 and 7 have loops of their own; fp64 and 16-byte vectors have too few registers or users for them.
-template <class T>
-inline constexpr bool kHasRuns = ADVDL_VECTOR_BYTES >= 32 && sizeof(T) < 8;
-
-// Columns of output that a tap reaches: 0 <= j * step + column < size.
-struct Columns {
-  int64_t begin, end;
-};
-ADVDL_INLINE Columns reached(int64_t column, int64_t step, int64_t size, int64_t count) {
-  const int64_t begin = ceil_div(-column, step), end = floor_div(size - 1 - column, step) + 1;
-  return {begin > 0 ? begin : 0, end < count ? end : count};
-}
-
-// A tap of one row of outputs.
-struct Tap {
-  int64_t from;     // element of the input at output column 0 (may lie outside), channel 0
-  int64_t weight;   // which of the weights
-  Columns columns;  // the outputs that it reaches
-};
-
-// What two have in common, at an end of `b` where that is nothing.
-ADVDL_INLINE Columns common(const Columns& a, const Columns& b) {
-  const int64_t begin = min_of(max_of(a.begin, b.begin), b.end);
-  return {begin, max_of(min_of(a.end, b.end), begin)};
-}
-
-template <class T>
-struct Row {
-  const T* in = nullptr;             // [.., C]
-  const acc_t<T>* weight = nullptr;  // [taps, C]
-  int64_t c = 0, in_step = 1, in_columns = 0, out_columns = 0, out_step = 1;
-  // The taps come in runs of this many, which read neighbouring columns in ascending order. 1: no such runs.
-  int64_t run = 1;
-  int64_t first_column =
-      0;  // with runs: the input column that the first tap of a run reads for output column 0
-  int64_t out = 0;  // element of the output at column 0
-  const Tap* taps = nullptr;
-  int64_t tap_count = 0;
-  // Elements from the input of the last tap to the input that the next row of outputs reads first; 0: no prefetch.
-  int64_t ahead = 0;
-  Columns inside{};  // what every tap reaches
-};
-
-// Computes kCount outputs from column j on, for kVectors vectors of channels from c on. The taps come in runs of kRun
-// neighbours and the outputs are kStep input columns apart, so each vector of input is read once for all products of a
-// run. The first `missing_left` and the last `missing_right` input columns are outside the image, fewer than kRun each.
-template <int kCount, int kVectors, int kRun, int kStep, class T, class Lanes>
-ADVDL_INLINE void correlate_columns(const Row<T>& row, const Epilogue<T>& epilogue, int64_t j,
-                                    int64_t c, int64_t missing_left, int64_t missing_right,
-                                    const Lanes& lanes) {
-  using Vec = typename Epilogue<T>::Vec;
-  constexpr int inputs = (kCount - 1) * kStep + kRun;
-  constexpr int64_t width = Simd<acc_t<T>>::lanes;
-  Vec sums[kVectors][kCount] = {};
-  const int64_t step = (kRun == 1 ? row.in_step : 1) * row.c;
-  const T* start = row.in + j * row.in_step * row.c + c;
-  for (int64_t t = 0; t < row.tap_count; t += kRun) {
-    Vec weights[kVectors][kRun];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-#pragma GCC unroll 8
-      for (int b = 0; b < kRun; ++b)
-        weights[v][b] = lanes.read(row.weight + row.taps[t + b].weight * row.c + c + v * width);
-    }
-    const T* in = start + row.taps[t].from;
-    if (row.ahead != 0 && t + kRun >= row.tap_count) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kCount * kStep; ++i) {
-        for (int v = 0; v < kVectors; ++v) prefetch(in + i * step + v * width + row.ahead);
-      }
-    }
-#pragma GCC unroll 32
-    for (int i = 0; i < inputs; ++i) {
-      if (i < kRun - 1 && i < missing_left) continue;
-      if (inputs - i < kRun && inputs - 1 - i < missing_right) continue;
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        const Vec x = lanes.read(in + i * step + v * width);
-#pragma GCC unroll 8
-        for (int b = 0; b < kRun; ++b) {
-          const int k = (i - b) / kStep;
-          if (i >= b && (i - b) % kStep == 0 && k < kCount) sums[v][k] += x * weights[v][b];
-        }
-      }
-    }
-  }
-  const int64_t out_step = row.out_step * row.c;
-#pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t at = c + v * width;
-    epilogue.template finish<kCount>(sums[v], lanes.read(epilogue.scale + at),
-                                     lanes.read(epilogue.shift + at), row.out + j * out_step + at,
-                                     out_step, lanes);
-  }
-}
-
-// Computes the columns `all` in blocks of kCount. The last block may overlap the one before. The loop over
-// channels is inside the one over blocks, so that memory is read in order, which the prefetchers follow.
-template <int kCount, int kVectors, int kRun, int kStep, class T>
-void correlate_blocks(const Row<T>& row, const Epilogue<T>& epilogue, Columns all) {
-  constexpr int64_t width = Simd<acc_t<T>>::lanes;
-  for (int64_t next = all.begin; next < all.end; next += kCount) {
-    const int64_t j = min_of(next, all.end - kCount);
-    int64_t left = 0, right = 0, c = 0;
-    if constexpr (kRun > 1) {
-      const int64_t column = j * kStep + row.first_column;
-      left = -column;
-      right = column + (kCount - 1) * kStep + kRun - row.in_columns;
-    }
-    if constexpr (kVectors > 1) {
-      for (; c + kVectors * width <= row.c; c += kVectors * width)
-        correlate_columns<kCount, kVectors, kRun, kStep>(row, epilogue, j, c, left, right,
-                                                         FullLanes{});
-    }
-    if (row.c < width) {
-      const PartialLanes part{static_cast<int32_t>(row.c)};
-      correlate_columns<kCount, 1, kRun, kStep>(row, epilogue, j, 0, left, right, part);
-      continue;
-    }
-    for (; c < row.c; c += width) {  // the last vector may overlap the one before
-      const int64_t at = min_of(c, row.c - width);
-      correlate_columns<kCount, 1, kRun, kStep>(row, epilogue, j, at, left, right, FullLanes{});
-    }
-  }
-}
-
-// Computes the columns `all` in blocks of about equal size.
-template <int kVectors, int kRun, int kStep, class T>
-void correlate_columns_of(const Row<T>& row, const Epilogue<T>& epilogue, Columns all) {
-  constexpr int most = kColumns<kVectors>;
-  const int64_t count = all.end - all.begin;
-  if (count <= 0) return;
-  const int64_t wanted = ceil_div(count, ceil_div(count, most));
-  if constexpr (most == 8) {
-    if (wanted > 7) return correlate_blocks<8, kVectors, kRun, kStep>(row, epilogue, all);
-    if (wanted > 4 && count >= 7)
-      return correlate_blocks<7, kVectors, kRun, kStep>(row, epilogue, all);
-  }
-  if (wanted > 2 && count >= 4)
-    return correlate_blocks<4, kVectors, kRun, kStep>(row, epilogue, all);
-  correlate_blocks<1, kVectors, kRun, kStep>(row, epilogue, all);
-}
-
-// Output j near a border: only the taps that reach it. kCount vectors of channels, to keep as many sums in flight.
-template <int kCount, class T, class Lanes>
-ADVDL_INLINE void correlate_border(const Row<T>& row, const Epilogue<T>& epilogue, int64_t j,
-                                   int64_t c, const Lanes& lanes) {
-  using Vec = typename Epilogue<T>::Vec;
-  constexpr int64_t width = Simd<acc_t<T>>::lanes;
-  Vec sums[kCount] = {};
-  for (int64_t t = 0; t < row.tap_count; ++t) {
-    const Columns& reached = row.taps[t].columns;
-    if (j < reached.begin || j >= reached.end) continue;
-    const acc_t<T>* weight = row.weight + row.taps[t].weight * row.c + c;
-    const T* in = row.in + row.taps[t].from + j * row.in_step * row.c + c;
-#pragma GCC unroll 8
-    for (int k = 0; k < kCount; ++k) {
-      sums[k] += lanes.read(in + k * width) * lanes.read(weight + k * width);
-    }
-  }
-#pragma GCC unroll 8
-  for (int k = 0; k < kCount; ++k) {
-    Vec one[1] = {sums[k]};
-    const int64_t at = c + k * width;
-    epilogue.template finish<1>(one, lanes.read(epilogue.scale + at),
-                                lanes.read(epilogue.shift + at),
-                                row.out + j * row.out_step * row.c + at, 0, lanes);
-  }
-}
-
-// A row without runs of taps.
-template <class T>
-void correlate_taps(const Row<T>& row, const Epilogue<T>& epilogue) {
-  using Acc = acc_t<T>;
-  constexpr int64_t lanes = Simd<Acc>::lanes;
-  const auto border = [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      int64_t c = 0;
-      for (; c + 4 * lanes <= row.c; c += 4 * lanes) {
-        correlate_border<4>(row, epilogue, j, c, FullLanes{});
-      }
-      for_vectors<Acc, 1>(row.c - c, [&](int64_t i, const auto& policy, auto) {
-        correlate_border<1>(row, epilogue, j, c + i, policy);
-      });
-    }
-  };
-  border(0, row.inside.begin);
-  correlate_columns_of<1, 1, 1>(row, epilogue, row.inside);
-  border(row.inside.end, row.out_columns);
-}
-
-template <class T>
-void correlate_row(const Row<T>& row, const Epilogue<T>& epilogue) {
-  if (!kHasRuns<T> || row.run == 1) return correlate_taps(row, epilogue);
-  if constexpr (kHasRuns<T>) {
-    const Columns all{0, row.out_columns};
-    // Two vectors of channels for runs of 3: each input is added to three sums in a row, and with one vector these
-    // additions would wait for each other. Vectors of half a cache line have too few registers for two. They take two all
-    // the same if columns fall into the same sets of the L1 cache, because a line would be evicted before its second half
-    // is read.
-    const bool whole_lines =
-        ADVDL_VECTOR_BYTES == 64 || row.in_step * row.c * sizeof(T) % 2048 == 0;
-    switch (10 * row.run + row.in_step) {  // see run_of
-      case 31:
-        return whole_lines ? correlate_columns_of<2, 3, 1>(row, epilogue, all)
-                           : correlate_columns_of<1, 3, 1>(row, epilogue, all);
-      case 32:
-        return whole_lines ? correlate_columns_of<2, 3, 2>(row, epilogue, all)
-                           : correlate_columns_of<1, 3, 2>(row, epilogue, all);
-      case 51:
-        return correlate_columns_of<1, 5, 1>(row, epilogue, all);
-      case 52:
-        return correlate_columns_of<1, 5, 2>(row, epilogue, all);
-      case 71:
-        return correlate_columns_of<1, 7, 1>(row, epilogue, all);
-    }
-  }
-}
-
-// [taps, C] and behind it scale [C], shift [C].
+// In the type of the arithmetic: weight [taps, step], scale [C], shift [C].
 template <class Acc>
 struct Parameters {
   Acc *weight, *scale, *shift;
-  Parameters(void* workspace, const DepthwiseConv2dShape& s)
-      : weight(static_cast<Acc*>(workspace)), scale(weight + s.taps() * s.c), shift(scale + s.c) {}
+  // A load waits for a store before it with the same last 12 bits of the address. The weights lie where that is not so for stores
+  // to the same channels of `out`, and to channels of some vectors before or behind.
+  Parameters(void* workspace, const DepthwiseConv2dShape& s, const void* out) {
+    const uintptr_t from = reinterpret_cast<uintptr_t>(workspace);
+    const uintptr_t away = (reinterpret_cast<uintptr_t>(out) + kAway - from) % kPlaces / 64 * 64;
+    weight = reinterpret_cast<Acc*>(static_cast<char*>(workspace) + away);
+    scale = weight + s.taps() * step(s);
+    shift = scale + step(s);
+  }
+  // Elements between the weights of two taps: whole lines, and one more, so that they share no sets of the L1 cache.
+  static int64_t step(const DepthwiseConv2dShape& s) {
+    constexpr int64_t line = 64 / sizeof(Acc);
+    return round_up(s.c, line) + line;
+  }
   static size_t bytes(const DepthwiseConv2dShape& s) {
-    return round_up((s.taps() + 2) * s.c * static_cast<int64_t>(sizeof(Acc)), 64);
+    return (s.taps() + 2) * step(s) * sizeof(Acc) + kPlaces;
   }
   void fill(const DepthwiseConv2dShape& s, const void* weight_, const void* scale_,
             const void* shift_) {
@@ -248,62 +38,70 @@ struct Parameters {
       const T* from = static_cast<const T*>(weight_);
       for (int64_t t = 0; t < s.taps(); ++t) {
         for (int64_t c = 0; c < s.c; ++c)
-          weight[t * s.c + c] = static_cast<Acc>(widened(from[c * s.taps() + t]));
+          weight[t * step(s) + c] = static_cast<Acc>(widened(from[c * s.taps() + t]));
       }
     });
     widen(s.scale_dtype, scale_, Acc(1), scale, s.c);
     widen(s.shift_dtype, shift_, Acc(0), shift, s.c);
   }
+
+ private:
+  static constexpr uintptr_t kPlaces = 2048, kAway = 768;
 };
 
-// A row and its taps, on the stack of whoever computes it.
-template <class T>
-class RowOfTaps {
+// Taps on the stack of whoever computes with them.
+class Taps {
  public:
-  Row<T> row;
-  // A row like this one, of at most max_taps taps.
-  RowOfTaps(const Row<T>& like, int64_t max_taps) : row(like) {
-    if (max_taps > kOnStack) many_ = new Tap[max_taps];
-    row.taps = taps();
-  }
-  ~RowOfTaps() { delete[] many_; }
-  RowOfTaps(const RowOfTaps&) = delete;
-  RowOfTaps& operator=(const RowOfTaps&) = delete;
-  Tap* taps() { return many_ != nullptr ? many_ : few_; }
-  // The row has the first tap_count of the taps, and its output begins at element `out`.
-  void set(int64_t tap_count, int64_t out) {
-    row.tap_count = tap_count;
-    row.out = out;
-    row.inside = {0, row.out_columns};
-    for (int64_t t = 0; t < tap_count; ++t) row.inside = common(taps()[t].columns, row.inside);
-  }
+  explicit Taps(int64_t most) : many_(most > kOnStack ? new Tap[most] : nullptr) {}
+  ~Taps() { delete[] many_; }
+  Taps(const Taps&) = delete;
+  Taps& operator=(const Taps&) = delete;
+  Tap* data() { return many_ != nullptr ? many_ : few_; }
 
  private:
   static constexpr int64_t kOnStack = 256;
   Tap few_[kOnStack];
-  Tap* many_ = nullptr;
+  Tap* many_;
 };
 
-// Taps of row `i` of the output of forward, from image n of x [N, H, W, C].
-int64_t forward_taps(const DepthwiseConv2dShape& s, int64_t n, int64_t i, Tap* taps) {
+// The columns that all of the row's taps reach.
+template <class T>
+Columns reached_by_all(const Row<T>& row) {
+  Columns all{0, row.out_columns};
+  for (int64_t t = 0; t < row.tap_count; ++t) all = common(row.taps[t].columns, all);
+  return all;
+}
+
+// Where the rows of one image lie from which taps read: row r is the one at place first + r, or r modulo `slots`.
+struct Places {
+  int64_t first = 0, slots = 0;
+  int64_t c = 0;  // channels that lie together
+  int64_t of(int64_t row) const { return slots == 0 ? first + row : row % slots; }
+};
+
+// Taps of row `i` of the output of forward, of its columns r, r + phases, ...
+int64_t forward_taps(const DepthwiseConv2dShape& s, const Places& places, int64_t i, int64_t r,
+                     int64_t phases, Tap* taps) {
   int64_t count = 0;
   for (int64_t a = 0; a < s.h.kernel; ++a) {
     const int64_t row = i * s.h.stride + a * s.h.dilation - s.h.padding;
     if (row < 0 || row >= s.h.in) continue;
     for (int64_t b = 0; b < s.w.kernel; ++b) {
-      const int64_t column = b * s.w.dilation - s.w.padding;
+      const int64_t column = r * s.w.stride + b * s.w.dilation - s.w.padding;
       // Divisions only in the first row of taps.
-      const Columns columns =
-          count < s.w.kernel ? reached(column, s.w.stride, s.w.in, s.w.out) : taps[b].columns;
-      taps[count++] = {((n * s.h.in + row) * s.w.in + column) * s.c, a * s.w.kernel + b, columns};
+      const Columns columns = count < s.w.kernel ? reached(column, phases * s.w.stride, s.w.in,
+                                                           ceil_div(s.w.out - r, phases))
+                                                 : taps[b].columns;
+      taps[count++] = {(places.of(row) * s.w.in + column) * places.c, a * s.w.kernel + b, columns};
     }
   }
   return count;
 }
 
-// Taps of row `i` of dx, of its columns r, r + stride, ..., from image n of dz [N, H_out, W_out, C].
-int64_t gradient_taps(const DepthwiseConv2dShape& s, int64_t n, int64_t i, int64_t r, Tap* taps) {
-  const int64_t columns = ceil_div(s.w.in - r, s.w.stride);
+// Taps of row `i` of dx, of its columns r, r + phases, ..., where the stride divides `phases`.
+int64_t gradient_taps(const DepthwiseConv2dShape& s, const Places& places, int64_t i, int64_t r,
+                      int64_t phases, Tap* taps) {
+  const int64_t columns = ceil_div(s.w.in - r, phases);
   int64_t count = 0;
   for (int64_t a = 0; a < s.h.kernel; ++a) {
     const int64_t place = i + s.h.padding - a * s.h.dilation;
@@ -312,34 +110,26 @@ int64_t gradient_taps(const DepthwiseConv2dShape& s, int64_t n, int64_t i, int64
       const int64_t along = r + s.w.padding - b * s.w.dilation;
       const int64_t column = floor_div(along, s.w.stride);
       if (column * s.w.stride != along) continue;
-      taps[count++] = {((n * s.h.out + place / s.h.stride) * s.w.out + column) * s.c,
-                       a * s.w.kernel + b, reached(column, 1, s.w.out, columns)};
+      taps[count++] = {(places.of(place / s.h.stride) * s.w.out + column) * places.c,
+                       a * s.w.kernel + b, reached(column, phases / s.w.stride, s.w.out, columns)};
     }
   }
   return count;
 }
 
-// The number of taps in a run: the taps of a row of the filter, or 1 if correlate_row has no loop for such runs. Outputs
-// are `step` input columns apart, and `padding` columns beside the image are read on each side.
-int64_t run_of(const Conv2dAxis& w, int64_t step, int64_t padding) {
-  const bool is_known = w.kernel == 3 || w.kernel == 5 || (w.kernel == 7 && step == 1);
-  return is_known && w.dilation == 1 && step <= 2 && padding < w.kernel ? w.kernel : 1;
+// Whether correlate_rows has a loop for the taps of a row of the filter. Each output must have a tap on either side of an end
+// of the row.
+bool has_run(const Conv2dAxis& w) {
+  const bool is_known = w.kernel == 3 || w.kernel == 5 || (w.kernel == 7 && w.stride == 1);
+  return is_known && w.stride <= 2 && w.padding <= w.reach();
 }
 
-// A row of x, for forward and the gradient of the weight, without its taps.
-template <class T>
-Row<T> row_over(const DepthwiseConv2dShape& s, const T* x, const acc_t<T>* weight) {
-  Row<T> row{x, weight, s.c};
-  row.in_step = s.w.stride;
-  row.in_columns = s.w.in;
-  row.out_columns = s.w.out;
-  row.run = run_of(s.w, s.w.stride, s.w.padding);
-  row.first_column = -s.w.padding;
-  // A prefetch pays if the images are larger than a cache and the filter is small. Else it only costs instructions.
+// A prefetch pays in forward and the gradient of the weight if the images are larger than a cache and the filter is small. Else
+// it only costs instructions.
+bool prefetches(const DepthwiseConv2dShape& s) {
   constexpr int64_t kCachedBytes = 4 << 20, kFewTaps = 9;
-  const int64_t read_bytes = s.n * s.c * (s.h.in * s.w.in + s.h.out * s.w.out) * sizeof(T);
-  if (read_bytes > kCachedBytes && s.taps() <= kFewTaps) row.ahead = s.h.stride * s.w.in * s.c;
-  return row;
+  const int64_t pixels = s.h.in * s.w.in + s.h.out * s.w.out;
+  return s.n * s.c * pixels * element_bytes(s.dtype) > kCachedBytes && s.taps() <= kFewTaps;
 }
 
 // Whether an output of `count` runs of channels streams: each of its vectors must then be aligned.
@@ -348,11 +138,188 @@ ADVDL_INLINE bool streams(const void* out, int64_t count, int64_t run_bytes) {
          reinterpret_cast<uintptr_t>(out) % ADVDL_VECTOR_BYTES == 0;
 }
 
+// Forward, or the gradient of the input, as rows of sums over taps. A task is a row of outputs, of a chunk of the channels.
+//
+// A vector of half a line of the cache reads each line twice. Where neighbouring columns share sets of the L1 cache, the line is
+// evicted in between. Then the rows that the taps read are copied, a chunk of channels at a time, to a buffer that fits this
+// cache, where they lie side by side.
+template <class T>
+class Correlation {
+ public:
+  // in: x, or dz for the gradient.
+  Correlation(const DepthwiseConv2dShape& s, bool is_gradient, const T* in,
+              const Parameters<acc_t<T>>& parameters, const Epilogue<T>& epilogue)
+      : s_(s),
+        is_gradient_(is_gradient),
+        prefetches_(is_gradient || prefetches(s)),
+        in_rows_(is_gradient ? s.h.out : s.h.in),
+        out_rows_(is_gradient ? s.h.in : s.h.out),
+        in_columns_(is_gradient ? s.w.out : s.w.in),
+        out_columns_(is_gradient ? s.w.in : s.w.out),
+        chunk_(s.c),
+        in_(in),
+        weight_(parameters.weight),
+        epilogue_(epilogue) {
+    // The binding drops the stride over a single output; columns of dx that no tap reaches may then be more than a block
+    // leaves out at the border.
+    const bool reaches_all = s.w.in + 2 * s.w.padding - s.w.reach() == s.w.out;
+    const bool is_dense =
+        is_gradient ? s.w.stride == 1 && reaches_all : s.w.stride == 1 || s.w.dilation == 1;
+    has_runs_ = kHasRuns<T> && is_dense && has_run(s.w);
+    phases_ = has_runs_ ? s.w.dilation : is_gradient ? s.w.stride : 1;
+    step_ = is_gradient ? phases_ / s.w.stride : phases_ * s.w.stride;
+    pairs_ = has_runs_ && kHasPairs && s.w.kernel == 3 && s.h.dilation == 1 &&
+             (!is_gradient || s.h.stride == 1);
+    // Loads of x should not follow stores to `out` with the same last bits of the address (see Parameters).
+    const int64_t bytes = s.c * sizeof(T), period = bytes & -bytes;
+    const auto ahead = reinterpret_cast<uintptr_t>(epilogue.out) - reinterpret_cast<uintptr_t>(in);
+    descends_ = 2 * (ahead % period) < static_cast<uintptr_t>(period);
+    constexpr int64_t kWays = 8, kBufferBytes = 24 << 10, kLine = 64;
+    if (has_runs_ && !kHasPairs && bytes % kSharedSetsBytes == 0 &&
+        s.h.kernel * in_columns_ > 2 * kWays) {
+      slots_ = (is_gradient ? s.h.reach() / s.h.stride : s.h.reach()) + 1;
+      const int64_t fitting = kBufferBytes / (slots_ * in_columns_);
+      const int64_t chunks = ceil_div(bytes, max_of(fitting / kLine * kLine, kLine));
+      chunk_ = round_up(ceil_div(bytes, chunks), kLine) / sizeof(T);
+      chunks_ = ceil_div(s.c, chunk_);
+    }
+  }
+
+  int64_t tasks() const { return s_.n * chunks_ * out_rows_; }
+  int64_t outputs_per_task() const { return out_columns_ * chunk_; }
+
+  void run(int64_t begin, int64_t end) const {
+    Taps taps(s_.taps()), second_taps(s_.taps());
+    Buffer<T> buffer(slots_ * in_columns_ * chunk_);
+    for (int64_t task = begin, next; task < end; task = next) {
+      const int64_t first = task % out_rows_;
+      next = min_of(task - first + out_rows_, end);
+      run_rows(task / out_rows_ / chunks_, task / out_rows_ % chunks_ * chunk_, first,
+               first + next - task, taps.data(), second_taps.data(), buffer.data());
+    }
+    if (streams()) stream_fence();
+  }
+
+ private:
+  bool is_copied() const { return slots_ != 0; }
+  // Copied rows give each line of the output in two halves, of a block of columns each.
+  bool streams() const { return epilogue_.streams && !is_copied(); }
+
+  // Rows of the input that row i of the output reads; they may lie outside of the image.
+  Columns input_rows(int64_t i) const {
+    if (!is_gradient_) {
+      const int64_t begin = i * s_.h.stride - s_.h.padding;
+      return {begin, begin + s_.h.reach() + 1};
+    }
+    const int64_t last = i + s_.h.padding;
+    return {ceil_div(last - s_.h.reach(), s_.h.stride), floor_div(last, s_.h.stride) + 1};
+  }
+
+  // Rows `first` to `last` of the output of image n, of the channels from c on.
+  void run_rows(int64_t n, int64_t c, int64_t first, int64_t last, Tap* taps, Tap* second_taps,
+                T* buffer) const {
+    Row<T> like;
+    like.c = min_of(chunk_, s_.c - c);
+    like.weight_step = Parameters<acc_t<T>>::step(s_);
+    like.descends = descends_;
+    const Places places{n * in_rows_, slots_, like.c};
+    like.in = is_copied() ? buffer : in_;
+    like.weight = weight_ + c;
+    like.in_step = step_ * like.c;
+    like.tap_step = phases_ * like.c;
+    like.out_step = phases_ * s_.c;
+    if (has_runs_) {
+      like.run = s_.w.kernel;
+      like.run_step = s_.w.stride;
+    }
+    Epilogue<T> epilogue = epilogue_;
+    epilogue.scale += c;
+    epilogue.shift += c;
+    epilogue.streams = streams();
+    int64_t copied = max_of(input_rows(first).begin, 0);
+    for (int64_t i = first, count; i < last; i += count) {
+      count = pairs_ && i + 1 < last ? 2 : 1;
+      const int64_t read = input_rows(i + count - 1).end;
+      if (is_copied()) {
+        for (; copied < min_of(read, in_rows_); ++copied)
+          copy_row(in_ + (n * in_rows_ + copied) * in_columns_ * s_.c + c, like.c,
+                   buffer + copied % slots_ * in_columns_ * like.c);
+      }
+      for (int64_t r = 0; r < phases_ && r < out_columns_; ++r) {
+        const int64_t column = is_gradient_
+                                   ? floor_div(r + s_.w.padding - s_.w.reach(), s_.w.stride)
+                                   : r * s_.w.stride - s_.w.padding;
+        like.out_columns = ceil_div(out_columns_ - r, phases_);
+        like.first_column = floor_div(column, phases_);
+        like.in_columns = ceil_div(in_columns_ - (column - like.first_column * phases_), phases_);
+        if (prefetches_ && !is_copied()) {
+          like.next = (places.of(read) * in_columns_ + column) * s_.c;
+          like.next_step = in_columns_ * s_.c;
+          like.next_rows = count * (is_gradient_ ? 1 : min_of(s_.h.stride, 2));
+        }
+        Row<T> rows[2] = {like, like};
+        // In the order of the taps, which is the one of the rows of the filter.
+        const int64_t first_row = is_gradient_ ? i + count - 1 : i;
+        set(rows[0], places, n, c, first_row, r, taps);
+        if (count == 1) correlate_rows<1>(rows, epilogue);
+        if constexpr (kHasPairs) {
+          if (count == 1) continue;
+          set(rows[1], places, n, c, is_gradient_ ? i : i + 1, r, second_taps);
+          int64_t& own = rows[0].own_taps;
+          const int64_t all = rows[0].tap_count;
+          if (rows[1].tap_count == 0) own = all;
+          while (own < all && taps[own].from != second_taps[0].from) own += like.run;
+          correlate_rows<2>(rows, epilogue);
+        }
+      }
+    }
+  }
+
+  // Sets what a row of outputs, row i of image n, has of its own, for its columns r, r + phases, ...
+  void set(Row<T>& row, const Places& places, int64_t n, int64_t c, int64_t i, int64_t r,
+           Tap* taps) const {
+    row.taps = taps;
+    row.tap_count = is_gradient_ ? gradient_taps(s_, places, i, r, phases_, taps)
+                                 : forward_taps(s_, places, i, r, phases_, taps);
+    row.out = ((n * out_rows_ + i) * out_columns_ + r) * s_.c + c;
+    if (!has_runs_) row.inside = reached_by_all(row);
+  }
+
+  // Copies c channels of a row, and prefetches them of the row after it.
+  void copy_row(const T* from, int64_t c, T* to) const {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t j = 0; j < in_columns_; ++j) {
+      for (int64_t i = 0; i < c; i += line) {
+        if (prefetches_) prefetch(from + in_columns_ * s_.c + i);
+        __builtin_memcpy(to + i, from + i, 64);
+      }
+      from += s_.c;
+      to += c;
+    }
+  }
+
+  const DepthwiseConv2dShape& s_;
+  const bool is_gradient_, prefetches_;
+  const int64_t in_rows_, out_rows_, in_columns_, out_columns_;
+  bool has_runs_, pairs_, descends_;
+  int64_t phases_, step_;                   // a row is computed in `phases` parts; see Row::in_step
+  int64_t chunk_, chunks_ = 1, slots_ = 0;  // channels of a task; rows in the buffer, or 0
+  const T* in_;
+  const acc_t<T>* weight_;
+  const Epilogue<T>& epilogue_;
+};
+
+template <class T>
+void correlate(const Correlation<T>& correlation) {
+  cpu::parallel_ranges(correlation.tasks(), correlation.outputs_per_task(),
+                       [&](int64_t begin, int64_t end) { correlation.run(begin, end); });
+}
+
 template <class T>
 void forward(const DepthwiseConv2dForward& p, void* workspace) {
   using Acc = acc_t<T>;
   const DepthwiseConv2dShape& s = p.shape;
-  Parameters<Acc> parameters(workspace, s);
+  Parameters<Acc> parameters(workspace, s, p.out);
   parameters.fill(s, p.weight, p.scale, p.shift);
   const Epilogue<T> epilogue{parameters.scale,
                              parameters.shift,
@@ -362,51 +329,21 @@ void forward(const DepthwiseConv2dForward& p, void* workspace) {
                              static_cast<Acc>(p.act_param),
                              p.scale != nullptr || p.shift != nullptr,
                              streams(p.out, s.n * s.h.out * s.w.out, s.c * sizeof(T))};
-  const Row<T> like = row_over(s, static_cast<const T*>(p.x), parameters.weight);
-  cpu::parallel_ranges(s.n * s.h.out, s.w.out * s.c, [&](int64_t begin, int64_t end) {
-    RowOfTaps<T> rows(like, s.taps());
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t taps = forward_taps(s, i / s.h.out, i % s.h.out, rows.taps());
-      rows.set(taps, i * s.w.out * s.c);
-      correlate_row(rows.row, epilogue);
-    }
-    if (epilogue.streams) stream_fence();
-  });
+  correlate(Correlation<T>(s, false, static_cast<const T*>(p.x), parameters, epilogue));
 }
 
-// Rows `begin` to `end` of the N * H rows of dx.
 template <class T>
-void input_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>>& parameters,
-                    int64_t begin, int64_t end) {
+Epilogue<T> plain_epilogue(const DepthwiseConv2dBackward& p,
+                           const Parameters<acc_t<T>>& parameters) {
   const DepthwiseConv2dShape& s = p.shape;
-  const Epilogue<T> epilogue{parameters.scale,
-                             parameters.shift,
-                             nullptr,
-                             static_cast<T*>(p.dx),
-                             Activation::identity,
-                             0,
-                             false,
-                             streams(p.dx, s.n * s.h.in * s.w.in, s.c * sizeof(T))};
-  Row<T> like{static_cast<const T*>(p.dz), parameters.weight, s.c};
-  // With a stride, the taps of a phase are every stride-th tap of the filter. The binding drops the stride over a single
-  // output; columns of dx that no tap reaches may then be more than a block at the border leaves out.
-  const bool reaches_all = s.w.in + 2 * s.w.padding - s.w.reach() == s.w.out;
-  like.run = s.w.stride == 1 && reaches_all ? run_of(s.w, 1, s.w.padding) : 1;
-  like.first_column = s.w.padding - (s.w.kernel - 1);
-  like.in_columns = s.w.out;
-  like.ahead = (s.h.reach() / s.h.stride + 1) * s.w.out * s.c;  // the first tap reads farthest
-  like.in_step = 1;
-  like.out_step = s.w.stride;
-  RowOfTaps<T> rows(like, s.taps());
-  for (int64_t i = begin; i < end; ++i) {
-    for (int64_t r = 0; r < s.w.stride && r < s.w.in; ++r) {
-      const int64_t taps = gradient_taps(s, i / s.h.in, i % s.h.in, r, rows.taps());
-      rows.row.out_columns = ceil_div(s.w.in - r, s.w.stride);
-      rows.set(taps, (i * s.w.in + r) * s.c);
-      correlate_row(rows.row, epilogue);
-    }
-  }
-  if (epilogue.streams) stream_fence();
+  return {parameters.scale,
+          parameters.shift,
+          nullptr,
+          static_cast<T*>(p.dx),
+          Activation::identity,
+          0,
+          false,
+          streams(p.dx, s.n * s.h.in * s.w.in, s.c * sizeof(T))};
 }
 
 // How the sums over N, H_out and W_out are split: each part has sums of its own, which are then added in order. By the shape
@@ -438,7 +375,7 @@ ADVDL_INLINE void add_products(const T* dz, const Row<T>& row, const Tap* taps, 
   using Vec = typename Simd<acc_t<T>>::Vec;
   Vec acc[kTaps];
   const T* from[kTaps];
-  const int64_t step = row.in_step * row.c;
+  const int64_t step = row.in_step;
   const Columns inside = row.inside;
 #pragma GCC unroll 16
   for (int k = 0; k < kTaps; ++k) {
@@ -450,7 +387,7 @@ ADVDL_INLINE void add_products(const T* dz, const Row<T>& row, const Tap* taps, 
     const int64_t at = j * step;
     if constexpr (kAhead) {
       prefetch(dz + (row.out_columns + j) * row.c + c);
-      prefetch(from[kTaps - 1] + at + row.ahead);
+      prefetch(from[kTaps - 1] + at + row.next_step);
     }
 #pragma GCC unroll 16
     for (int k = 0; k < kTaps; ++k) acc[k] += gradient * lanes.read(from[k] + at);
@@ -478,8 +415,7 @@ void add_row(const T* dz, const Row<T>& row, acc_t<T>* sums, acc_t<T>* bias, int
   for_vectors<acc_t<T>, 1, false>(c_end - c_begin, [&](int64_t i, const auto& lanes, auto) {
     const int64_t c = c_begin + i;
     const Tap *tap = row.taps, *end = tap + row.tap_count;
-    const bool waits = row.ahead != 0;
-    for (; waits && tap + 9 <= end; tap += 9) {
+    for (; row.next_rows != 0 && tap + 9 <= end; tap += 9) {
       add_products<9, true>(dz, row, tap, sums, c, lanes);
     }
     for (; tap + 9 <= end; tap += 9) add_products<9, false>(dz, row, tap, sums, c, lanes);
@@ -503,12 +439,21 @@ void weight_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>
   const int64_t per_part = (s.taps() + 1) * s.c, rows = s.n * s.h.out;
   Acc* partial = static_cast<Acc*>(partial_sums);
   const bool wants_weight = p.dweight != nullptr;
-  // `out` of a row is where its dz begins.
-  const Row<T> like = row_over<T>(s, static_cast<const T*>(p.x), nullptr);
+  const Epilogue<T> epilogue = plain_epilogue<T>(p, parameters);
+  const Correlation<T> input_gradient(s, true, static_cast<const T*>(p.dz), parameters, epilogue);
+  Row<T> like;
+  like.in = static_cast<const T*>(p.x);
+  like.c = s.c;
+  like.in_step = s.w.stride * s.c;
+  like.out_columns = s.w.out;
+  like.next_rows = prefetches(s) ? 1 : 0;
+  like.next_step = s.h.stride * s.w.in * s.c;  // from the last row of taps
   cpu::parallel_ranges(
       split.parts * split.blocks, split.rows * s.w.out * split.channels,
       [&](int64_t begin, int64_t end) {
-        RowOfTaps<T> line(like, s.taps());
+        Taps taps(s.taps());
+        Row<T> row = like;
+        row.taps = taps.data();
         for (int64_t task = begin; task < end; ++task) {
           const int64_t part = task / split.blocks, block = task % split.blocks;
           const int64_t c_begin = block * split.channels;
@@ -520,15 +465,16 @@ void weight_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>
           }
           const int64_t last = min_of((part + 1) * split.rows, rows);
           for (int64_t i = part * split.rows; i < last; ++i) {
-            const int64_t taps =
-                wants_weight ? forward_taps(s, i / s.h.out, i % s.h.out, line.taps()) : 0;
-            line.set(taps, i * s.w.out * s.c);
-            add_row(static_cast<const T*>(p.dz) + line.row.out, line.row, sums, bias, c_begin,
+            const Places places{i / s.h.out * s.h.in, 0, s.c};
+            row.tap_count =
+                wants_weight ? forward_taps(s, places, i % s.h.out, 0, 1, taps.data()) : 0;
+            row.inside = reached_by_all(row);
+            add_row(static_cast<const T*>(p.dz) + i * s.w.out * s.c, row, sums, bias, c_begin,
                     c_end);
           }
           if (p.dx != nullptr) {
-            const int64_t dx_rows = s.n * s.h.in, tasks = split.parts * split.blocks;
-            input_gradient<T>(p, parameters, dx_rows * task / tasks, dx_rows * (task + 1) / tasks);
+            const int64_t all = input_gradient.tasks(), parts = split.parts * split.blocks;
+            input_gradient.run(all * task / parts, all * (task + 1) / parts);
           }
         }
       });
@@ -569,14 +515,13 @@ void run_backward(const DepthwiseConv2dBackward& p, void* workspace) {
   with_type(p.shape.dtype, [&]<class T>() {
     using Acc = acc_t<T>;
     const DepthwiseConv2dShape& s = p.shape;
-    Parameters<Acc> parameters(workspace, s);
+    Parameters<Acc> parameters(workspace, s, p.dx);
     if (p.dx != nullptr) parameters.fill(s, p.weight, nullptr, nullptr);
     if (p.dweight != nullptr || p.dbias != nullptr) {
       weight_gradient<T>(p, parameters, static_cast<char*>(workspace) + parameters.bytes(s));
     } else if (p.dx != nullptr) {
-      cpu::parallel_ranges(s.n * s.h.in, s.w.in * s.c, [&](int64_t begin, int64_t end) {
-        input_gradient<T>(p, parameters, begin, end);
-      });
+      const Epilogue<T> epilogue = plain_epilogue<T>(p, parameters);
+      correlate(Correlation<T>(s, true, static_cast<const T*>(p.dz), parameters, epilogue));
     }
   });
 }

@@ -47,6 +47,31 @@ OTHERS = {
         )
         for size, inside in itertools.product((5, 7), (1, 3, 4, 5, 8, 9, 13))
     },
+    **{
+        f"runs of {size} taps, dilation {dilation}, {width} wide": depthwise(
+            2, 20, 7, width, (size, size), (1, 1), (padding, padding), (height, dilation)
+        )
+        for (size, dilation, padding, height), width in itertools.product(
+            ((3, 2, 2, 2), (3, 2, 4, 1), (3, 3, 1, 3), (5, 2, 4, 2), (7, 2, 5, 1)), (3, 6, 15, 17)
+        )
+        if width + 2 * padding > (size - 1) * dilation
+    },
+    **{
+        # 1024 channels: columns are 2 or 4 KB apart, and share sets of the L1 cache.
+        f"columns in the same sets, {size}x{size}, stride {stride}, dilation {dilation}": depthwise(
+            2, 1024, height, width, (size, size), stride, (padding, padding), dilation
+        )
+        for size, stride, dilation, padding, height, width in (
+            (3, (1, 1), (1, 1), 1, 8, 7),
+            (3, (1, 1), (1, 1), 0, 5, 40),
+            (3, (1, 1), (2, 2), 2, 9, 14),
+            (3, (2, 2), (1, 1), 1, 9, 11),
+            (3, (2, 1), (1, 1), 2, 9, 10),
+            (3, (1, 2), (1, 1), 1, 6, 15),
+            (5, (1, 1), (1, 1), 2, 7, 9),
+            (7, (1, 1), (1, 1), 3, 7, 8),
+        )
+    },
     "past the caches": depthwise(1, 64, 130, 131),
     "large, but not aligned": depthwise(1, 66, 130, 131),
     "many taps": depthwise(1, 2, 20, 19, (17, 17), padding=(8, 8)),
@@ -97,13 +122,17 @@ def test_others(name, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_same_bits_with_any_number_of_threads(layout, threads):
-    p = make_inputs(depthwise(6, 40, 30, 31)).laid(layout)
-    op = torch.ops.advdl_ops.depthwise_conv2d_backward
+@pytest.mark.parametrize("case", [depthwise(6, 40, 30, 31), depthwise(3, 512, 15, 14)])
+def test_same_bits_with_any_number_of_threads(case, layout, threads):
+    p = make_inputs(case).laid(layout)
+    ops = torch.ops.advdl_ops
+    options = [1, 1], [1, 1], [1, 1]
 
     def run(count):
         torch.set_num_threads(count)
-        return op(p.dout, p.x, p.weight, [1, 1], [1, 1], [1, 1], True, True, True)
+        out = ops.depthwise_conv2d(p.x, p.weight, None, None, None, *options, 0, 0.0)
+        gradients = ops.depthwise_conv2d_backward(p.dout, p.x, p.weight, *options, True, True, True)
+        return out, *gradients
 
     first = run(1)
     for count in (2, 3):
