@@ -57,10 +57,11 @@ class Thresholds(NamedTuple):
         large_dilation_dweight: the same for the gradient of a weight.
         short_row: pixels in a row of the output up to which, contiguous, the depthwise kernel is faster by way of
             channels_last.
+        short_row_dweight: the same for the gradient of the weight.
         depthwise_cached_bytes: size of x up to which the same holds with a stride of 2.
         depthwise_strided_bytes: size of x up to which, contiguous and above ``depthwise_cached_bytes``, torch's
             depthwise forward with a stride of 2 is faster.
-        depthwise_strided_dweight_bytes: the same for the gradient of the weight.
+        depthwise_strided_dx_bytes, depthwise_strided_dweight_bytes: the same for the gradients of x and of the weight.
     """
 
     small: int
@@ -80,8 +81,10 @@ class Thresholds(NamedTuple):
     large_dilation: int
     large_dilation_dweight: int
     short_row: int
+    short_row_dweight: int
     depthwise_cached_bytes: int
     depthwise_strided_bytes: int
+    depthwise_strided_dx_bytes: int
     depthwise_strided_dweight_bytes: int
 
 
@@ -103,8 +106,10 @@ _AVX2 = Thresholds(
     large_dilation=4,
     large_dilation_dweight=24,
     short_row=14,
+    short_row_dweight=7,
     depthwise_cached_bytes=4 << 20,
     depthwise_strided_bytes=32 << 20,
+    depthwise_strided_dx_bytes=16 << 20,
     depthwise_strided_dweight_bytes=8 << 20,
 )
 THRESHOLDS: Mapping[str, Thresholds] = {
@@ -126,8 +131,10 @@ THRESHOLDS: Mapping[str, Thresholds] = {
         large_dilation=8,
         large_dilation_dweight=24,
         short_row=10,
+        short_row_dweight=7,
         depthwise_cached_bytes=8 << 20,
         depthwise_strided_bytes=16 << 20,
+        depthwise_strided_dx_bytes=16 << 20,
         depthwise_strided_dweight_bytes=0,
     ),
     "avx2": _AVX2,
@@ -205,10 +212,12 @@ def _accepts_depthwise_in_last(p: Problem) -> bool:
 
 
 def _is_torchs_depthwise(p: Problem, t: Thresholds) -> bool:
-    """Contiguous, strided and between two sizes, where torch's forward and gradient of the weight are faster."""
+    """Contiguous, strided and between two sizes, where torch is faster."""
     bytes_ = p.x_numel * p.dtype.itemsize
-    is_dweight = p.direction == WEIGHT_GRADIENT
-    limit = t.depthwise_strided_dweight_bytes if is_dweight else t.depthwise_strided_bytes
+    limit = {
+        INPUT_GRADIENT: t.depthwise_strided_dx_bytes,
+        WEIGHT_GRADIENT: t.depthwise_strided_dweight_bytes,
+    }.get(p.direction, t.depthwise_strided_bytes)
     return (
         p.dtype == torch.float32
         and p.layout != CHANNELS_LAST
@@ -228,7 +237,8 @@ def _depthwise_as_it_is(p: Problem, t: Thresholds) -> bool:
         return True
     stride = _steps(p)
     if stride == 1:
-        return p.out_size[1] > t.short_row
+        is_dweight = p.direction == WEIGHT_GRADIENT
+        return p.out_size[1] > (t.short_row_dweight if is_dweight else t.short_row)
     is_cached = p.x_numel * p.dtype.itemsize <= t.depthwise_cached_bytes
     return stride <= 4 and (p.x[1] < 16 or (stride == 2 and not is_cached))
 
@@ -288,13 +298,13 @@ def _is_large(p: Problem, t: Thresholds) -> bool:
 
 
 _AS_IT_IS = Rule(
-    "channels_last; contiguous rows of more than {short_row} output pixels, with a stride to 4 of less than 16 "
-    "channels or of 2 and x above {depthwise_cached_bytes} bytes",
+    "channels_last; contiguous rows of more than {short_row} output pixels (gradient of the weight: {short_row_dweight}), "
+    "with a stride to 4 of less than 16 channels or of 2 and x above {depthwise_cached_bytes} bytes",
     _depthwise_as_it_is,
 )
 _TORCHS = (
     "not contiguous with a stride of 2 and x of {depthwise_cached_bytes} to {depthwise_strided_bytes} bytes "
-    "(gradient of the weight: {depthwise_strided_dweight_bytes})"
+    "(gradient of x: {depthwise_strided_dx_bytes}, of the weight: {depthwise_strided_dweight_bytes})"
 )
 _AS_IT_IS_UNLESS_TORCHS = Rule(
     f"{_AS_IT_IS.text}; {_TORCHS}",
@@ -341,13 +351,11 @@ def _by_way_of_last(name: str) -> str:
     return f"{name} in channels_last"
 
 
-def _gradients_on_cpu(
-    as_it_is: Rule, in_last: Rule | None, few_pixels: Rule, wide: Rule
-) -> tuple[Candidate, ...]:
+def _gradients_on_cpu(few_pixels: Rule, wide: Rule) -> tuple[Candidate, ...]:
     own, torch_ = cpu.depthwise_gradients, cpu.gradients_by_torch
     return (
-        Candidate(DEPTHWISE, own, _accepts_depthwise, as_it_is, None, True),
-        Candidate(_by_way_of_last(DEPTHWISE), own, _accepts_depthwise_in_last, in_last, _LAST),
+        Candidate(DEPTHWISE, own, _accepts_depthwise, _AS_IT_IS_UNLESS_TORCHS, None, True),
+        Candidate(_by_way_of_last(DEPTHWISE), own, _accepts_depthwise_in_last, _NOT_TORCHS, _LAST),
         Candidate(DENSE, cpu.dense_gradients, _accepts_dense, few_pixels, None, True),
         Candidate(_by_way_of_last(TORCH), torch_, _is_not_last, wide, _LAST),
         Candidate(TORCH, torch_),
@@ -386,10 +394,8 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
         Candidate(PREPACKED, cpu.prepacked, _accepts_onednn, _PACKING),
         Candidate(TORCH, cpu.by_torch),
     ),
-    INPUT_GRADIENT: _gradients_on_cpu(_AS_IT_IS, None, _FEW_DX, _WIDE),
-    WEIGHT_GRADIENT: _gradients_on_cpu(
-        _AS_IT_IS_UNLESS_TORCHS, _NOT_TORCHS, _FEW_DWEIGHT, _WIDE_DWEIGHT
-    ),
+    INPUT_GRADIENT: _gradients_on_cpu(_FEW_DX, _WIDE),
+    WEIGHT_GRADIENT: _gradients_on_cpu(_FEW_DWEIGHT, _WIDE_DWEIGHT),
 }
 
 

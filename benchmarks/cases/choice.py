@@ -135,6 +135,10 @@ _DILATED = tuple(
     for dilation in (2, 3, 4, 6, 8, 12, 16)
 )
 _SIZES = tuple(int(2 ** (n / 2)) for n in range(38, 56))
+_ROWS = 0, 4, 6, 7, 8, 10, 12, 14, 20
+_SHORT_ROWS = tuple(
+    Point((8, c, n, n), c, depthwise=True) for c in (64, 256, 512) for n in (4, 7, 10, 14, 20)
+)
 _STRIDED_DEPTHWISE = tuple(
     Point((8, c, side, side), c, stride=2, depthwise=True)
     for c in (32, 128)
@@ -255,18 +259,11 @@ SWEEPS = (
     ),
     Sweep("large_dilation", (FORWARD, DX), _DILATION_VALUES, _DILATED),
     Sweep("large_dilation_dweight", (DWEIGHT,), _DILATION_VALUES, _DILATED),
-    Sweep(
-        "short_row",
-        (FORWARD, DX, DWEIGHT, FOLDED),
-        (0, 4, 6, 7, 8, 10, 12, 14, 20),
-        tuple(
-            Point((8, c, n, n), c, depthwise=True)
-            for c in (64, 256, 512)
-            for n in (4, 7, 10, 14, 20)
-        ),
-    ),
+    Sweep("short_row", (FORWARD, DX, FOLDED), _ROWS, _SHORT_ROWS),
+    Sweep("short_row_dweight", (DWEIGHT,), _ROWS, _SHORT_ROWS),
     Sweep("depthwise_cached_bytes", (FORWARD, DX, DWEIGHT), _SIZES, _STRIDED_DEPTHWISE),
     Sweep("depthwise_strided_bytes", (FORWARD,), _SIZES, _STRIDED_DEPTHWISE),
+    Sweep("depthwise_strided_dx_bytes", (DX,), (0, *_SIZES), _STRIDED_DEPTHWISE),
     Sweep("depthwise_strided_dweight_bytes", (DWEIGHT,), (0, *_SIZES), _STRIDED_DEPTHWISE),
 )
 

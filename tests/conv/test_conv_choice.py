@@ -125,12 +125,20 @@ EDGES: dict[str, tuple[str, str, str, Any]] = {
         FOLDED, "depthwise kernel in channels_last", "depthwise kernel",
         lambda n: {"x": (8, 64, 8, n), **DEPTHWISE},
     ),
+    "short_row_dweight": (
+        WEIGHT_GRADIENT, "depthwise kernel in channels_last", "depthwise kernel",
+        lambda n: {"x": (8, 64, 8, n), **DEPTHWISE},
+    ),
     "depthwise_cached_bytes": (
         INPUT_GRADIENT, "depthwise kernel in channels_last", "depthwise kernel",
         lambda n: {"x": (1, 64, 1, n // 256), "stride": (2, 2), **DEPTHWISE},
     ),
     "depthwise_strided_bytes": (
         FORWARD, "onednn", "depthwise kernel",
+        lambda n: {"x": (1, 64, 1, n // 256), "stride": (2, 2), **DEPTHWISE},
+    ),
+    "depthwise_strided_dx_bytes": (
+        INPUT_GRADIENT, "torch", "depthwise kernel",
         lambda n: {"x": (1, 64, 1, n // 256), "stride": (2, 2), **DEPTHWISE},
     ),
     "depthwise_strided_dweight_bytes": (
@@ -154,7 +162,8 @@ def test_an_edge(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     direction, below, above, options = EDGES[name]
     # Apart from the others, so that it alone decides.
     value = {
-        "few_channels": 40, "many_channels": 200, "short_row": 9, "depthwise_strided_bytes": 1 << 26,
+        "few_channels": 40, "many_channels": 200, "short_row": 9, "short_row_dweight": 9,
+        "depthwise_strided_bytes": 1 << 26, "depthwise_strided_dx_bytes": 1 << 26,
         "depthwise_strided_dweight_bytes": 1 << 26,
     }.get(name)  # fmt: skip
     value = value or getattr(THRESHOLDS, name)
