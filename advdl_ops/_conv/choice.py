@@ -110,7 +110,7 @@ _AVX2 = Thresholds(
     depthwise_cached_bytes=4 << 20,
     depthwise_strided_bytes=32 << 20,
     depthwise_strided_dx_bytes=16 << 20,
-    depthwise_strided_dweight_bytes=8 << 20,
+    depthwise_strided_dweight_bytes=0,
 )
 THRESHOLDS: Mapping[str, Thresholds] = {
     "avx512": Thresholds(
@@ -130,10 +130,10 @@ THRESHOLDS: Mapping[str, Thresholds] = {
         pixels_dweight_dilated=2048,
         large_dilation=8,
         large_dilation_dweight=24,
-        short_row=10,
-        short_row_dweight=7,
-        depthwise_cached_bytes=8 << 20,
-        depthwise_strided_bytes=16 << 20,
+        short_row=14,
+        short_row_dweight=10,
+        depthwise_cached_bytes=4 << 20,
+        depthwise_strided_bytes=64 << 20,
         depthwise_strided_dx_bytes=16 << 20,
         depthwise_strided_dweight_bytes=0,
     ),
@@ -298,8 +298,9 @@ def _is_large(p: Problem, t: Thresholds) -> bool:
 
 
 _AS_IT_IS = Rule(
-    "channels_last; contiguous rows of more than {short_row} output pixels (gradient of the weight: {short_row_dweight}), "
-    "with a stride to 4 of less than 16 channels or of 2 and x above {depthwise_cached_bytes} bytes",
+    "channels_last; contiguous rows of more than {short_row} output pixels (gradient of the weight: "
+    "{short_row_dweight}), with a stride to 4 of less than 16 channels or of 2 and x above "
+    "{depthwise_cached_bytes} bytes",
     _depthwise_as_it_is,
 )
 _TORCHS = (
