@@ -26,8 +26,10 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T), 64)))) {
-    if (data_ == nullptr) std::abort();
+      : data_(count == 0
+                  ? nullptr
+                  : static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T), 64)))) {
+    if (data_ == nullptr && count != 0) std::abort();
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;

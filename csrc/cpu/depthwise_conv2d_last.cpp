@@ -1,6 +1,7 @@
 // Depthwise convolution in channels_last. Forward and the gradient of the input are one loop over rows of outputs
 // (depthwise_conv2d_rows.h): forward steps through the input by the stride, the gradient through the output, once for each
-// column modulo the stride, with the taps that meet it. With a dilation, both take every dilation-th column at a time.
+// column modulo the stride, with the taps that meet it. With a dilation, filters that have runs take every dilation-th column at a
+// time.
 #include "depthwise_conv2d_rows.h"
 
 #include <cstring>
@@ -15,8 +16,9 @@ namespace {
 template <class Acc>
 struct Parameters {
   Acc *weight, *scale, *shift;
-  // A load waits for a store before it with the same last 12 bits of the address. The weights lie where that is not so for stores
-  // to the same channels of `out`, and to channels of some vectors before or behind.
+  // A load waits for an earlier store if the last 12 bits of their addresses are equal. Where columns of `out` are a multiple of
+  // 2 KB apart, its stores have one or two such ends, which follow the channel. The weights of the same channels lie far
+  // from them, so that a block of channels does not wait for the blocks before it.
   Parameters(void* workspace, const DepthwiseConv2dShape& s, const void* out) {
     const uintptr_t from = reinterpret_cast<uintptr_t>(workspace);
     const uintptr_t away = (reinterpret_cast<uintptr_t>(out) + kAway - from) % kPlaces / 64 * 64;
@@ -24,10 +26,10 @@ struct Parameters {
     scale = weight + s.taps() * step(s);
     shift = scale + step(s);
   }
-  // Elements between the weights of two taps: whole lines, and one more, so that they share no sets of the L1 cache.
+  // Elements between the weights of two taps: an odd number of lines, so that they share no sets of the L1 cache.
   static int64_t step(const DepthwiseConv2dShape& s) {
     constexpr int64_t line = 64 / sizeof(Acc);
-    return round_up(s.c, line) + line;
+    return (ceil_div(s.c, line) | 1) * line;
   }
   static size_t bytes(const DepthwiseConv2dShape& s) {
     return (s.taps() + 2) * step(s) * sizeof(Acc) + kPlaces;
@@ -66,8 +68,8 @@ class Taps {
 
 // The columns that all of the row's taps reach.
 template <class T>
-Columns reached_by_all(const Row<T>& row) {
-  Columns all{0, row.out_columns};
+Range reached_by_all(const Row<T>& row) {
+  Range all{0, row.out_columns};
   for (int64_t t = 0; t < row.tap_count; ++t) all = common(row.taps[t].columns, all);
   return all;
 }
@@ -89,9 +91,9 @@ int64_t forward_taps(const DepthwiseConv2dShape& s, const Places& places, int64_
     for (int64_t b = 0; b < s.w.kernel; ++b) {
       const int64_t column = r * s.w.stride + b * s.w.dilation - s.w.padding;
       // Divisions only in the first row of taps.
-      const Columns columns = count < s.w.kernel ? reached(column, phases * s.w.stride, s.w.in,
-                                                           ceil_div(s.w.out - r, phases))
-                                                 : taps[b].columns;
+      const Range columns = count < s.w.kernel ? reached(column, phases * s.w.stride, s.w.in,
+                                                         ceil_div(s.w.out - r, phases))
+                                               : taps[b].columns;
       taps[count++] = {(places.of(row) * s.w.in + column) * places.c, a * s.w.kernel + b, columns};
     }
   }
@@ -117,8 +119,8 @@ int64_t gradient_taps(const DepthwiseConv2dShape& s, const Places& places, int64
   return count;
 }
 
-// Whether correlate_rows has a loop for the taps of a row of the filter. Each output must have a tap on either side of an end
-// of the row.
+// Whether correlate_rows has a loop for the taps of a row of the filter. It leaves out at most kernel - 1 inputs on each side of
+// the image, so the padding must not exceed the reach.
 bool has_run(const Conv2dAxis& w) {
   const bool is_known = w.kernel == 3 || w.kernel == 5 || (w.kernel == 7 && w.stride == 1);
   return is_known && w.stride <= 2 && w.padding <= w.reach();
@@ -168,21 +170,17 @@ class Correlation {
     has_runs_ = kHasRuns<T> && is_dense && has_run(s.w);
     phases_ = has_runs_ ? s.w.dilation : is_gradient ? s.w.stride : 1;
     step_ = is_gradient ? phases_ / s.w.stride : phases_ * s.w.stride;
-    pairs_ = has_runs_ && kHasPairs && s.w.kernel == 3 && s.h.dilation == 1 &&
+    pairs_ = has_runs_ && kHasPairs && s.w.kernel == 3 && s.h.dilation == 1 && in_columns_ > 0 &&
              (!is_gradient || s.h.stride == 1);
-    // Loads of x should not follow stores to `out` with the same last bits of the address (see Parameters).
+    // Channels are computed in the direction in which the next loads of x do not have the last bits of the address of the
+    // stores just made (see Parameters).
     const int64_t bytes = s.c * sizeof(T), period = bytes & -bytes;
     const auto ahead = reinterpret_cast<uintptr_t>(epilogue.out) - reinterpret_cast<uintptr_t>(in);
     descends_ = 2 * (ahead % period) < static_cast<uintptr_t>(period);
-    constexpr int64_t kWays = 8, kBufferBytes = 24 << 10, kLine = 64;
+    constexpr int64_t kWays = 8;
     if (has_runs_ && !kHasPairs && bytes % kSharedSetsBytes == 0 &&
-        s.h.kernel * in_columns_ > 2 * kWays) {
-      slots_ = (is_gradient ? s.h.reach() / s.h.stride : s.h.reach()) + 1;
-      const int64_t fitting = kBufferBytes / (slots_ * in_columns_);
-      const int64_t chunks = ceil_div(bytes, max_of(fitting / kLine * kLine, kLine));
-      chunk_ = round_up(ceil_div(bytes, chunks), kLine) / sizeof(T);
-      chunks_ = ceil_div(s.c, chunk_);
-    }
+        s.h.kernel * in_columns_ > 2 * kWays && s.h.stride <= s.h.kernel)
+      choose_chunks(bytes);
   }
 
   int64_t tasks() const { return s_.n * chunks_ * out_rows_; }
@@ -197,16 +195,28 @@ class Correlation {
       run_rows(task / out_rows_ / chunks_, task / out_rows_ % chunks_ * chunk_, first,
                first + next - task, taps.data(), second_taps.data(), buffer.data());
     }
-    if (streams()) stream_fence();
+    if (streams_output()) stream_fence();
   }
 
  private:
+  // Decides that rows are copied, of as many channels at a time as the buffer holds.
+  void choose_chunks(int64_t bytes) {
+    constexpr int64_t kBufferBytes = 24 << 10, kLine = 64;
+    const int64_t read = (is_gradient_ ? s_.h.reach() / s_.h.stride : s_.h.reach()) + 1;
+    const int64_t slots = min_of(read, in_rows_);
+    if (slots * in_columns_ == 0) return;
+    const int64_t most = kBufferBytes / (slots * in_columns_) / kLine * kLine;
+    if (most == 0) return;
+    slots_ = slots;
+    chunk_ = round_up(ceil_div(bytes, ceil_div(bytes, most)), kLine) / sizeof(T);
+    chunks_ = ceil_div(s_.c, chunk_);
+  }
   bool is_copied() const { return slots_ != 0; }
-  // Copied rows give each line of the output in two halves, of a block of columns each.
-  bool streams() const { return epilogue_.streams && !is_copied(); }
+  // Copied rows are written in halves of a line, which would leave the cores one by one.
+  bool streams_output() const { return epilogue_.streams && !is_copied(); }
 
   // Rows of the input that row i of the output reads; they may lie outside of the image.
-  Columns input_rows(int64_t i) const {
+  Range input_rows(int64_t i) const {
     if (!is_gradient_) {
       const int64_t begin = i * s_.h.stride - s_.h.padding;
       return {begin, begin + s_.h.reach() + 1};
@@ -235,7 +245,7 @@ class Correlation {
     Epilogue<T> epilogue = epilogue_;
     epilogue.scale += c;
     epilogue.shift += c;
-    epilogue.streams = streams();
+    epilogue.streams = streams_output();
     int64_t copied = max_of(input_rows(first).begin, 0);
     for (int64_t i = first, count; i < last; i += count) {
       count = pairs_ && i + 1 < last ? 2 : 1;
@@ -253,7 +263,7 @@ class Correlation {
         like.first_column = floor_div(column, phases_);
         like.in_columns = ceil_div(in_columns_ - (column - like.first_column * phases_), phases_);
         if (prefetches_ && !is_copied()) {
-          like.next = (places.of(read) * in_columns_ + column) * s_.c;
+          like.next = (places.of(min_of(read, in_rows_)) * in_columns_ + column) * s_.c;
           like.next_step = in_columns_ * s_.c;
           like.next_rows = count * (is_gradient_ ? 1 : min_of(s_.h.stride, 2));
         }
@@ -261,9 +271,11 @@ class Correlation {
         // In the order of the taps, which is the one of the rows of the filter.
         const int64_t first_row = is_gradient_ ? i + count - 1 : i;
         set(rows[0], places, n, c, first_row, r, taps);
-        if (count == 1) correlate_rows<1>(rows, epilogue);
+        if (count == 1) {
+          correlate_rows<1>(rows, epilogue);
+          continue;
+        }
         if constexpr (kHasPairs) {
-          if (count == 1) continue;
           set(rows[1], places, n, c, is_gradient_ ? i : i + 1, r, second_taps);
           int64_t& own = rows[0].own_taps;
           const int64_t all = rows[0].tap_count;
@@ -302,7 +314,7 @@ class Correlation {
   const bool is_gradient_, prefetches_;
   const int64_t in_rows_, out_rows_, in_columns_, out_columns_;
   bool has_runs_, pairs_, descends_;
-  int64_t phases_, step_;                   // a row is computed in `phases` parts; see Row::in_step
+  int64_t phases_, step_;  // parts of a row; input columns between neighbouring outputs of one
   int64_t chunk_, chunks_ = 1, slots_ = 0;  // channels of a task; rows in the buffer, or 0
   const T* in_;
   const acc_t<T>* weight_;
@@ -376,7 +388,7 @@ ADVDL_INLINE void add_products(const T* dz, const Row<T>& row, const Tap* taps, 
   Vec acc[kTaps];
   const T* from[kTaps];
   const int64_t step = row.in_step;
-  const Columns inside = row.inside;
+  const Range inside = row.inside;
 #pragma GCC unroll 16
   for (int k = 0; k < kTaps; ++k) {
     acc[k] = lanes.read(sums + taps[k].weight * row.c + c);
@@ -394,7 +406,7 @@ ADVDL_INLINE void add_products(const T* dz, const Row<T>& row, const Tap* taps, 
   }
 #pragma GCC unroll 16
   for (int k = 0; k < kTaps; ++k) {
-    const Columns own = taps[k].columns;
+    const Range own = taps[k].columns;
     const auto add = [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         acc[k] += lanes.read(dz + j * row.c + c) * lanes.read(from[k] + j * step);
@@ -496,7 +508,7 @@ void weight_gradient(const DepthwiseConv2dBackward& p, const Parameters<acc_t<T>
 
 template <class Acc>
 size_t partial_bytes(const DepthwiseConv2dShape& s) {
-  return Split(s).parts * (s.taps() + 1) * s.c * sizeof(Acc);
+  return s.c == 0 ? 0 : Split(s).parts * (s.taps() + 1) * s.c * sizeof(Acc);
 }
 
 size_t forward_workspace(const DepthwiseConv2dForward& p) {
@@ -509,9 +521,11 @@ size_t backward_workspace(const DepthwiseConv2dBackward& p) {
                                : Parameters<float>::bytes(s) + partial_bytes<float>(s);
 }
 void run_forward(const DepthwiseConv2dForward& p, void* workspace) {
+  if (p.shape.c == 0) return;
   with_type(p.shape.dtype, [&]<class T>() { forward<T>(p, workspace); });
 }
 void run_backward(const DepthwiseConv2dBackward& p, void* workspace) {
+  if (p.shape.c == 0) return;
   with_type(p.shape.dtype, [&]<class T>() {
     using Acc = acc_t<T>;
     const DepthwiseConv2dShape& s = p.shape;

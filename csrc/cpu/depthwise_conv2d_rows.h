@@ -17,24 +17,26 @@ inline constexpr bool kHasPairs = ADVDL_VECTOR_BYTES == 64;
 // Columns that lie a multiple of this apart are in two of the 64 sets of the L1 cache.
 constexpr int64_t kSharedSetsBytes = 2048;
 
-// Columns of output that a tap reaches: 0 <= j * step + column < size.
-struct Columns {
+// begin <= i < end.
+struct Range {
   int64_t begin, end;
 };
-ADVDL_INLINE Columns reached(int64_t column, int64_t step, int64_t size, int64_t count) {
+
+// Columns of output that a tap reaches: 0 <= j * step + column < size.
+ADVDL_INLINE Range reached(int64_t column, int64_t step, int64_t size, int64_t count) {
   const int64_t begin = ceil_div(-column, step), end = floor_div(size - 1 - column, step) + 1;
   return {begin > 0 ? begin : 0, end < count ? end : count};
 }
 
 // A tap of one row of outputs.
 struct Tap {
-  int64_t from;     // element of the input at output column 0 (may lie outside), channel 0
-  int64_t weight;   // which of the weights
-  Columns columns;  // the outputs that it reaches
+  int64_t from;    // element of the input at output column 0 (may lie outside), channel 0
+  int64_t weight;  // which of the weights
+  Range columns;   // the outputs that it reaches
 };
 
 // What two have in common, at an end of `b` where that is nothing.
-ADVDL_INLINE Columns common(const Columns& a, const Columns& b) {
+ADVDL_INLINE Range common(const Range& a, const Range& b) {
   const int64_t begin = min_of(max_of(a.begin, b.begin), b.end);
   return {begin, max_of(min_of(a.end, b.end), begin)};
 }
@@ -57,10 +59,11 @@ struct Row {
   int64_t tap_count = 0;
   int64_t own_taps =
       0;  // of the first of two rows: taps before the inputs that the second reads too
-  // Rows of the input to prefetch for the next row of outputs: how many, where the first begins, elements between them.
+  // Rows of the input to prefetch for the next rows of outputs: how many, the element that output column 0 reads of the
+  // first, elements between rows.
   int64_t next_rows = 0, next = 0, next_step = 0;
   bool descends = false;  // from the last channels to the first
-  Columns inside{};       // what every tap reaches
+  Range inside{};         // what every tap reaches
 };
 
 // Computes kCount outputs of kRows rows from column j on, for kVectors vectors of channels from c on. The taps come in runs
@@ -115,7 +118,7 @@ ADVDL_INLINE void correlate_columns(const Row<T>* rows, const Epilogue<T>& epilo
   const Tap* taps[kRows];
   for (int q = 0; q < kRows; ++q) taps[q] = rows[q].taps;
   const Tap* const end = taps[0] + row.tap_count;
-  if (kRows == 1) {
+  if constexpr (kRows == 1) {
     for (; taps[0] < end; taps[0] += kRun) add(Index<0>{}, Index<0>{}, taps);
   } else {
     const Tap* const last = taps[kRows - 1] + rows[kRows - 1].tap_count;
@@ -148,7 +151,7 @@ ADVDL_INLINE void correlate_columns(const Row<T>* rows, const Epilogue<T>& epilo
 // Computes the columns `all` in blocks of kCount. The last block may overlap the one before. The loop over
 // channels is inside the one over blocks, so that memory is read in order, which the prefetchers follow.
 template <int kRows, int kCount, int kVectors, int kRun, int kStep, class T>
-void correlate_blocks(const Row<T>* rows, const Epilogue<T>& epilogue, Columns all) {
+void correlate_blocks(const Row<T>* rows, const Epilogue<T>& epilogue, Range all) {
   constexpr int64_t width = Simd<acc_t<T>>::lanes;
   const Row<T>& row = rows[0];
   for (int64_t next = all.begin; next < all.end; next += kCount) {
@@ -182,7 +185,7 @@ void correlate_blocks(const Row<T>* rows, const Epilogue<T>& epilogue, Columns a
 
 // Computes the columns `all` in blocks of about equal size.
 template <int kRows, int kVectors, int kRun, int kStep, class T>
-void correlate_columns_of(const Row<T>* rows, const Epilogue<T>& epilogue, Columns all) {
+void correlate_columns_of(const Row<T>* rows, const Epilogue<T>& epilogue, Range all) {
   constexpr int most = ADVDL_VECTOR_BYTES == 64 ? 8 : 8 / kVectors / kRows;
   const int64_t count = all.end - all.begin;
   if (count <= 0) return;
@@ -205,8 +208,8 @@ ADVDL_INLINE void correlate_border(const Row<T>& row, const Epilogue<T>& epilogu
   constexpr int64_t width = Simd<acc_t<T>>::lanes;
   Vec sums[kCount] = {};
   for (int64_t t = 0; t < row.tap_count; ++t) {
-    const Columns& reached = row.taps[t].columns;
-    if (j < reached.begin || j >= reached.end) continue;
+    const Range& columns = row.taps[t].columns;
+    if (j < columns.begin || j >= columns.end) continue;
     const acc_t<T>* weight = row.weight + row.taps[t].weight * row.weight_step + c;
     const T* in = row.in + row.taps[t].from + j * row.in_step + c;
 #pragma GCC unroll 8
@@ -250,11 +253,12 @@ void correlate_taps(const Row<T>& row, const Epilogue<T>& epilogue) {
 template <int kRows, class T>
 void correlate_rows(const Row<T>* rows, const Epilogue<T>& epilogue) {
   const Row<T>& row = rows[0];
-  const Columns all{0, row.out_columns};
+  const Range all{0, row.out_columns};
   if constexpr (kHasRuns<T>) {
     // Two vectors of channels for runs of 3 of one row: each input is added to three sums in a row, and with one vector
     // these additions would wait for each other. Vectors of half a line of the cache have registers for half of the
-    // columns then. They take two all the same where a line would be evicted before its second half is read.
+    // columns then. With a stride of 2 they take two all the same where a line would be evicted before its second half
+    // is read.
     constexpr int vectors = kRows == 1 && kHasPairs ? 2 : 1;
     switch (10 * row.run + row.run_step) {  // see has_run
       case 31:

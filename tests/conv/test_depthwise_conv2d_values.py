@@ -72,6 +72,10 @@ OTHERS = {
             (7, (1, 1), (1, 1), 3, 7, 8),
         )
     },
+    "columns in the same sets, taps far apart": depthwise(
+        1, 1024, 8, 9, padding=(2**36, 1), dilation=(2**36, 1)
+    ),
+    "weights of 4 KB": depthwise(1, 1008, 5, 9),
     "past the caches": depthwise(1, 64, 130, 131),
     "large, but not aligned": depthwise(1, 66, 130, 131),
     "many taps": depthwise(1, 2, 20, 19, (17, 17), padding=(8, 8)),
@@ -138,6 +142,21 @@ def test_same_bits_with_any_number_of_threads(case, layout, threads):
     for count in (2, 3):
         for a, b in zip(run(count), first, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(1, 20000, 4, 0), (2, 0, 8, 9), (0, 16, 8, 9)])
+def test_nothing_to_read(shape):
+    x = torch.empty(shape).contiguous(memory_format=torch.channels_last)
+    weight, shift = torch.ones(shape[1], 1, 3, 3), torch.ones(shape[1])
+    options = [1, 1], [1, 2], [1, 1]
+    out = torch.ops.advdl_ops.depthwise_conv2d(x, weight, None, shift, None, *options, 0, 0.0)
+    assert out.shape == (*shape[:2], shape[2], shape[3] + 2)
+    assert torch.equal(out, torch.ones_like(out))
+    gradients = torch.ops.advdl_ops.depthwise_conv2d_backward(
+        out, x, weight, *options, True, True, True
+    )
+    assert [g.shape for g in gradients] == [x.shape, weight.shape, shift.shape]
+    assert torch.equal(gradients[1], torch.zeros_like(weight))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
