@@ -24,6 +24,13 @@ inline Tensor allocate_image(const Tensor& like, Layout layout, int64_t n, int64
                   like.scalar_type());
 }
 
+// An image in channels_last memory. If that memory is contiguous as well, the strides are those of `given`.
+inline Tensor allocate_last(const Tensor& like, Layout given, int64_t n, int64_t c, int64_t h,
+                            int64_t w) {
+  const bool is_both = c == 1 || h * w == 1 || n * c * h * w == 0;
+  return allocate_image(like, is_both ? given : Layout::channels_last, n, c, h, w);
+}
+
 // torch.ops.advdl_ops.convert_layout
 inline Tensor convert_layout(Tensor x, bool channels_last) {
   check(x.dim() == 4, "convert_layout", "x must have 4 dimensions");

@@ -39,12 +39,6 @@ bool is_output(const Tensor& t, const Tensor& x, const DenseConv2dShape& s) {
          t.size(3) == s.w.out && t.scalar_type() == x.scalar_type() && t.device() == x.device();
 }
 
-// An image in channels_last memory. If that memory is contiguous as well, the strides are those of `given`.
-Tensor allocate_last(const Tensor& like, Layout given, int64_t n, int64_t c, int64_t h, int64_t w) {
-  const bool is_both = c == 1 || h * w == 1 || n * c * h * w == 0;
-  return allocate_image(like, is_both ? given : Layout::channels_last, n, c, h, w);
-}
-
 Tensor forward(Tensor x, Tensor weight, OptionalTensor shift, OptionalTensor residual,
                std::vector<int64_t> stride, std::vector<int64_t> padding,
                std::vector<int64_t> dilation, int64_t act, double act_param) {

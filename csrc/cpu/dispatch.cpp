@@ -18,6 +18,7 @@ namespace advdl_ops {
   void add_layer_norm_2d(cpu::KernelTable& table);         \
   void add_lstm(cpu::KernelTable& table);                  \
   void add_lstm_backward(cpu::KernelTable& table);         \
+  void add_winograd_conv2d(cpu::KernelTable& table);       \
   static cpu::KernelTable kernels(const char* name) {      \
     cpu::KernelTable table{};                              \
     table.name = name;                                     \
@@ -30,6 +31,7 @@ namespace advdl_ops {
     add_layer_norm_2d(table);                              \
     add_lstm(table);                                       \
     add_lstm_backward(table);                              \
+    add_winograd_conv2d(table);                            \
     return table;                                          \
   }                                                        \
   }
@@ -141,9 +143,12 @@ ADVDL_DEFINE_FAMILY(depthwise_conv2d_last, DepthwiseConv2d)
 ADVDL_DEFINE_FAMILY(group_norm, GroupNorm)
 ADVDL_DEFINE_FAMILY(layer_norm_2d, GroupNorm)
 ADVDL_DEFINE_FAMILY(lstm, Lstm)
+ADVDL_DEFINE_FAMILY(winograd_conv2d, WinogradConv2d)
 #undef ADVDL_DEFINE_FAMILY
 
 void convert_layout(const ConvertLayout& p) { table().convert_layout(p); }
+int64_t winograd_packed_size(const WinogradWeight& w) { return table().winograd_packed_size(w); }
+void winograd_pack(const WinogradWeight& w) { table().winograd_pack(w); }
 
 }  // namespace cpu
 }  // namespace advdl_ops

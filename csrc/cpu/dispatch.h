@@ -13,6 +13,7 @@
 #include "../common/depthwise_conv2d.h"
 #include "../common/group_norm.h"
 #include "../common/lstm.h"
+#include "../common/winograd_conv2d.h"
 
 namespace advdl_ops::cpu {
 
@@ -35,6 +36,9 @@ struct KernelTable {
   Family<GroupNormForward, GroupNormBackward> group_norm;
   Family<GroupNormForward, GroupNormBackward> layer_norm_2d;
   Family<LstmForward, LstmBackward> lstm;
+  int64_t (*winograd_packed_size)(const WinogradWeight&);
+  void (*winograd_pack)(const WinogradWeight&);
+  Family<WinogradConv2dForward, WinogradConv2dBackward> winograd_conv2d;
 };
 
 // The capability in use: "default", "avx2" or "avx512".
