@@ -56,8 +56,9 @@ class Thresholds(NamedTuple):
             forward and gradient of x.
         large_dilation_dweight: the same for the gradient of a weight.
         short_row: pixels in a row of the output up to which, contiguous, the depthwise kernel is faster by way of
-            channels_last.
+            channels_last, for x of up to ``depthwise_cached_bytes``.
         short_row_dweight: the same for the gradient of the weight.
+        short_row_large: the same for a larger x.
         depthwise_cached_bytes: size of x up to which the same holds with a stride of 2.
         depthwise_strided_bytes: size of x up to which, contiguous and above ``depthwise_cached_bytes``, torch's
             depthwise forward with a stride of 2 is faster.
@@ -82,6 +83,7 @@ class Thresholds(NamedTuple):
     large_dilation_dweight: int
     short_row: int
     short_row_dweight: int
+    short_row_large: int
     depthwise_cached_bytes: int
     depthwise_strided_bytes: int
     depthwise_strided_dx_bytes: int
@@ -107,6 +109,7 @@ _AVX2 = Thresholds(
     large_dilation_dweight=24,
     short_row=14,
     short_row_dweight=7,
+    short_row_large=7,
     depthwise_cached_bytes=4 << 20,
     depthwise_strided_bytes=32 << 20,
     depthwise_strided_dx_bytes=16 << 20,
@@ -132,6 +135,7 @@ THRESHOLDS: Mapping[str, Thresholds] = {
         large_dilation_dweight=24,
         short_row=14,
         short_row_dweight=10,
+        short_row_large=7,
         depthwise_cached_bytes=4 << 20,
         depthwise_strided_bytes=64 << 20,
         depthwise_strided_dx_bytes=16 << 20,
@@ -236,10 +240,10 @@ def _depthwise_as_it_is(p: Problem, t: Thresholds) -> bool:
     if p.layout == CHANNELS_LAST:
         return True
     stride = _steps(p)
-    if stride == 1:
-        is_dweight = p.direction == WEIGHT_GRADIENT
-        return p.out_size[1] > (t.short_row_dweight if is_dweight else t.short_row)
     is_cached = p.x_numel * p.dtype.itemsize <= t.depthwise_cached_bytes
+    if stride == 1:
+        short_row = t.short_row_dweight if p.direction == WEIGHT_GRADIENT else t.short_row
+        return p.out_size[1] > (short_row if is_cached else t.short_row_large)
     return stride <= 4 and (p.x[1] < 16 or (stride == 2 and not is_cached))
 
 
@@ -299,8 +303,8 @@ def _is_large(p: Problem, t: Thresholds) -> bool:
 
 _AS_IT_IS = Rule(
     "channels_last; contiguous rows of more than {short_row} output pixels (gradient of the weight: "
-    "{short_row_dweight}), with a stride to 4 of less than 16 channels or of 2 and x above "
-    "{depthwise_cached_bytes} bytes",
+    "{short_row_dweight}, x above {depthwise_cached_bytes} bytes: {short_row_large}), with a stride to 4 of less "
+    "than 16 channels or of 2 and x above {depthwise_cached_bytes} bytes",
     _depthwise_as_it_is,
 )
 _TORCHS = (
