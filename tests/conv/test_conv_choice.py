@@ -130,7 +130,7 @@ EDGES: dict[str, tuple[str, str, str, Any]] = {
         lambda n: {"x": (8, 64, 8, n), **DEPTHWISE},
     ),
     "short_row_large": (
-        FOLDED, "depthwise kernel in channels_last", "depthwise kernel",
+        FOLDED, "torch", "depthwise kernel",
         lambda n: {"x": (4096, 64, 8, n), **DEPTHWISE},
     ),
     "depthwise_cached_bytes": (
