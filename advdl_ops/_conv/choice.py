@@ -56,8 +56,9 @@ class Thresholds(NamedTuple):
             forward and gradient of x.
         large_dilation_dweight: the same for the gradient of a weight.
         short_row: pixels in a row of the output up to which, contiguous, the depthwise kernel is faster by way of
-            channels_last.
+            channels_last, for x of up to ``depthwise_cached_bytes``.
         short_row_dweight: the same for the gradient of the weight.
+        short_row_large: pixels in a row of the output up to which torch is faster with a larger, contiguous x.
         depthwise_cached_bytes: size of x up to which the same holds with a stride of 2.
         depthwise_strided_bytes: size of x up to which, contiguous and above ``depthwise_cached_bytes``, torch's
             depthwise forward with a stride of 2 is faster.
@@ -82,6 +83,7 @@ class Thresholds(NamedTuple):
     large_dilation_dweight: int
     short_row: int
     short_row_dweight: int
+    short_row_large: int
     depthwise_cached_bytes: int
     depthwise_strided_bytes: int
     depthwise_strided_dx_bytes: int
@@ -105,8 +107,9 @@ _AVX2 = Thresholds(
     pixels_dweight_dilated=8192,
     large_dilation=4,
     large_dilation_dweight=24,
-    short_row=14,
+    short_row=20,
     short_row_dweight=7,
+    short_row_large=14,
     depthwise_cached_bytes=4 << 20,
     depthwise_strided_bytes=32 << 20,
     depthwise_strided_dx_bytes=16 << 20,
@@ -130,8 +133,9 @@ THRESHOLDS: Mapping[str, Thresholds] = {
         pixels_dweight_dilated=2048,
         large_dilation=8,
         large_dilation_dweight=24,
-        short_row=14,
+        short_row=20,
         short_row_dweight=10,
+        short_row_large=7,
         depthwise_cached_bytes=4 << 20,
         depthwise_strided_bytes=64 << 20,
         depthwise_strided_dx_bytes=16 << 20,
@@ -212,19 +216,20 @@ def _accepts_depthwise_in_last(p: Problem) -> bool:
 
 
 def _is_torchs_depthwise(p: Problem, t: Thresholds) -> bool:
-    """Contiguous, strided and between two sizes, where torch is faster."""
+    """Contiguous and not cached, with short rows or a stride of 2, where torch is faster."""
     bytes_ = p.x_numel * p.dtype.itemsize
+    if p.dtype != torch.float32 or p.layout == CHANNELS_LAST or p.x[1] < 16:
+        return False
+    if bytes_ <= t.depthwise_cached_bytes:
+        return False
+    stride = _steps(p)
+    if stride == 1:
+        return p.out_size[1] <= t.short_row_large
     limit = {
         INPUT_GRADIENT: t.depthwise_strided_dx_bytes,
         WEIGHT_GRADIENT: t.depthwise_strided_dweight_bytes,
     }.get(p.direction, t.depthwise_strided_bytes)
-    return (
-        p.dtype == torch.float32
-        and p.layout != CHANNELS_LAST
-        and p.x[1] >= 16
-        and _steps(p) == 2
-        and t.depthwise_cached_bytes < bytes_ <= limit
-    )
+    return stride == 2 and bytes_ <= limit
 
 
 def _steps(p: Problem) -> int:
@@ -236,10 +241,10 @@ def _depthwise_as_it_is(p: Problem, t: Thresholds) -> bool:
     if p.layout == CHANNELS_LAST:
         return True
     stride = _steps(p)
-    if stride == 1:
-        is_dweight = p.direction == WEIGHT_GRADIENT
-        return p.out_size[1] > (t.short_row_dweight if is_dweight else t.short_row)
     is_cached = p.x_numel * p.dtype.itemsize <= t.depthwise_cached_bytes
+    if stride == 1:
+        short_row = t.short_row_dweight if p.direction == WEIGHT_GRADIENT else t.short_row
+        return not is_cached or p.out_size[1] > short_row
     return stride <= 4 and (p.x[1] < 16 or (stride == 2 and not is_cached))
 
 
@@ -299,13 +304,14 @@ def _is_large(p: Problem, t: Thresholds) -> bool:
 
 _AS_IT_IS = Rule(
     "channels_last; contiguous rows of more than {short_row} output pixels (gradient of the weight: "
-    "{short_row_dweight}), with a stride to 4 of less than 16 channels or of 2 and x above "
-    "{depthwise_cached_bytes} bytes",
+    "{short_row_dweight}) or x above {depthwise_cached_bytes} bytes, with a stride of 2 above "
+    "{depthwise_cached_bytes} bytes, with a stride to 4 of less than 16 channels",
     _depthwise_as_it_is,
 )
 _TORCHS = (
-    "not contiguous with a stride of 2 and x of {depthwise_cached_bytes} to {depthwise_strided_bytes} bytes "
-    "(gradient of x: {depthwise_strided_dx_bytes}, of the weight: {depthwise_strided_dweight_bytes})"
+    "not contiguous x above {depthwise_cached_bytes} bytes with rows of up to {short_row_large} output pixels, nor "
+    "with a stride of 2 up to {depthwise_strided_bytes} bytes (gradient of x: {depthwise_strided_dx_bytes}, of the "
+    "weight: {depthwise_strided_dweight_bytes})"
 )
 _AS_IT_IS_UNLESS_TORCHS = Rule(
     f"{_AS_IT_IS.text}; {_TORCHS}",

@@ -139,6 +139,14 @@ _ROWS = 0, 4, 6, 7, 8, 10, 12, 14, 20
 _SHORT_ROWS = tuple(
     Point((8, c, n, n), c, depthwise=True) for c in (64, 256, 512) for n in (4, 7, 10, 14, 20)
 )
+# Of 6.4 MB.
+_LARGE_ROWS = tuple(
+    Point((batch, c, n, n), c, depthwise=True)
+    for batch, c, n in (
+        (196, 512, 4), (64, 512, 7), (32, 1024, 7), (32, 512, 10), (32, 256, 14), (16, 512, 14), (8, 512, 20),
+        (16, 256, 20),
+    )
+)  # fmt: skip
 _STRIDED_DEPTHWISE = tuple(
     Point((8, c, side, side), c, stride=2, depthwise=True)
     for c in (32, 128)
@@ -261,6 +269,7 @@ SWEEPS = (
     Sweep("large_dilation_dweight", (DWEIGHT,), _DILATION_VALUES, _DILATED),
     Sweep("short_row", (FORWARD, DX, FOLDED), _ROWS, _SHORT_ROWS),
     Sweep("short_row_dweight", (DWEIGHT,), _ROWS, _SHORT_ROWS),
+    Sweep("short_row_large", (FORWARD, DX, DWEIGHT, FOLDED), _ROWS, _LARGE_ROWS),
     Sweep("depthwise_cached_bytes", (FORWARD, DX, DWEIGHT), _SIZES, _STRIDED_DEPTHWISE),
     Sweep("depthwise_strided_bytes", (FORWARD,), _SIZES, _STRIDED_DEPTHWISE),
     Sweep("depthwise_strided_dx_bytes", (DX,), (0, *_SIZES), _STRIDED_DEPTHWISE),

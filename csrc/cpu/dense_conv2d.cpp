@@ -78,13 +78,11 @@ struct PixelProduct {
 
 // Pixels in the order row, column, image: what a tap reads at the border is then outside of the image for all images together.
 struct Pixel {
-  int64_t n, y, x;
   int64_t images, width;
+  int64_t n = 0, y = 0, x = 0;
 
-  Pixel(int64_t index, int64_t images_, int64_t width_) : images(images_), width(width_) {
-    n = index % images;
-    x = index / images % width;
-    y = index / images / width;
+  static Pixel at(int64_t index, int64_t images, int64_t width) {
+    return {images, width, index % images, index / images / width, index / images % width};
   }
   void next() {
     if (++n < images) return;
@@ -99,7 +97,7 @@ template <class A>
 class Block {
  public:
   Block(const PixelProduct<A>& p, int64_t first, int64_t rows) : p_(p), rows_(rows) {
-    Pixel pixel(first, p.n, p.w.count);
+    Pixel pixel = Pixel::at(first, p.n, p.w.count);
     for (int64_t i = 0; i < rows; ++i, pixel.next()) {
       y_[i] = pixel.y * p.h.stride;
       x_[i] = pixel.x * p.w.stride;
@@ -179,7 +177,7 @@ void multiply_image(const PixelProduct<A>& p, Pack&& pack, Finish&& finish) {
                          t > 0 || k > 0);
         }
       }
-      Pixel pixel(first, p.n, p.w.count);
+      Pixel pixel = Pixel::at(first, p.n, p.w.count);
       for (int64_t i = 0; i < pixels; ++i, pixel.next())
         finish(pixel.n, p.h.first + pixel.y * p.h.step, p.w.first + pixel.x * p.w.step, column,
                sums + i * kPanel<A>);
@@ -381,7 +379,7 @@ void pack_gradient(const DenseConv2dShape& s, const A* dz, A* to) {
         for (; begin < end; ++begin) {
           const int64_t first = begin * kPixels, last = min_of(first + kPixels, pixels);
           const A* sources[kPixels];
-          Pixel pixel(first, s.n, s.w.out);
+          Pixel pixel = Pixel::at(first, s.n, s.w.out);
           for (int64_t i = first; i < last; ++i, pixel.next())
             sources[i - first] = dz + (pixel.n * image + pixel.y * s.w.out + pixel.x) * channels;
           for (int64_t c = 0; c < channels; c += kTileRows) {
@@ -406,7 +404,7 @@ class TapReader {
         zeros_(zeros),
         offset_h_(tap / s.w.kernel * s.h.dilation - s.h.padding),
         offset_w_(tap % s.w.kernel * s.w.dilation - s.w.padding),
-        pixel_(0, max_of(1, s.n), s.w.out) {}
+        pixel_{s.n, s.w.out} {}
 
   const A* next() {
     const int64_t y = pixel_.y * s_.h.stride + offset_h_, x = pixel_.x * s_.w.stride + offset_w_;

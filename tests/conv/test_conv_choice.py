@@ -129,6 +129,10 @@ EDGES: dict[str, tuple[str, str, str, Any]] = {
         WEIGHT_GRADIENT, "depthwise kernel in channels_last", "depthwise kernel",
         lambda n: {"x": (8, 64, 8, n), **DEPTHWISE},
     ),
+    "short_row_large": (
+        FOLDED, "torch", "depthwise kernel",
+        lambda n: {"x": (4096, 64, 8, n), **DEPTHWISE},
+    ),
     "depthwise_cached_bytes": (
         INPUT_GRADIENT, "depthwise kernel in channels_last", "torch",
         lambda n: {"x": (1, 64, 1, n // 256), "stride": (2, 2), **DEPTHWISE},
@@ -162,7 +166,7 @@ def test_an_edge(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     direction, below, above, options = EDGES[name]
     # Apart from the others, so that it alone decides.
     value = {
-        "few_channels": 40, "many_channels": 200, "short_row": 9, "short_row_dweight": 9,
+        "few_channels": 40, "many_channels": 200, "short_row": 9, "short_row_dweight": 9, "short_row_large": 6,
         "depthwise_strided_bytes": 1 << 26, "depthwise_strided_dx_bytes": 1 << 26,
         "depthwise_strided_dweight_bytes": 1 << 26,
     }.get(name)  # fmt: skip

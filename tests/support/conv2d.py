@@ -259,7 +259,7 @@ THRESHOLDS = Thresholds(
     pixels_contiguous_many=128, pixels_weight_last=192, pixels_strided=800, pixels_dweight=800,
     pixels_dweight_contiguous=512, pixels_dweight_weight_last=560, pixels_dweight_1x1=640, many_channels=128,
     pixels_dweight_dilated=2048, large_dilation=8, large_dilation_dweight=8, short_row=8,
-    short_row_dweight=6, depthwise_cached_bytes=8 << 20, depthwise_strided_bytes=16 << 20,
+    short_row_dweight=6, short_row_large=5, depthwise_cached_bytes=4 << 20, depthwise_strided_bytes=16 << 20,
     depthwise_strided_dx_bytes=16 << 20, depthwise_strided_dweight_bytes=16 << 20,
 )  # fmt: skip
 
