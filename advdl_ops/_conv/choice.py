@@ -203,6 +203,18 @@ def _accepts_dense(p: Problem) -> bool:
     )
 
 
+def _accepts_winograd(p: Problem) -> bool:
+    return (
+        p.groups == 1
+        and p.dtype == torch.float32
+        and p.weight[2:] == (3, 3)
+        and p.stride == (1, 1)
+        and all(padding <= 2 * rate for padding, rate in zip(p.padding, p.dilation, strict=True))
+        and p.x_numel > 0
+        and native("cpu")
+    )
+
+
 def _accepts_onednn(p: Problem) -> bool:
     return p.library and p.dtype == torch.float32 and p.x_numel > 0
 

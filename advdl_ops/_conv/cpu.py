@@ -28,6 +28,8 @@ _depthwise_op = torch.ops.advdl_ops.depthwise_conv2d.default
 _depthwise_backward_op = torch.ops.advdl_ops.depthwise_conv2d_backward.default
 _dense_op = torch.ops.advdl_ops.dense_conv2d.default
 _dense_backward_op = torch.ops.advdl_ops.dense_conv2d_backward.default
+_winograd_op = torch.ops.advdl_ops.winograd_conv2d.default
+_winograd_backward_op = torch.ops.advdl_ops.winograd_conv2d_backward.default
 _torch_backward_op = torch.ops.aten.convolution_backward.default
 
 
@@ -77,6 +79,44 @@ def dense_gradients(
     memory_format: torch.memory_format,
 ) -> Gradients:
     dx, dweight = _dense_backward_op(dz, x, weight, *conv[:3], *needs[:2])
+    return _needed((dx, dweight, sum_of(dz) if needs[2] else None), needs)
+
+
+# ---- csrc/cpu/winograd_conv2d.cpp ----
+
+# Codes of the outputs of a tile.
+_TWO_BY_FOUR, _FOUR_BY_FOUR = 1, 2
+# Up to so many channels in a sum, tiles of 4x4 have a larger error than a direct convolution (docs/accuracy.md).
+_FEW_CHANNELS = 128
+
+
+def winograd_tile(channels: int) -> int:
+    """The code of the tile for sums over so many channels."""
+    return _TWO_BY_FOUR if channels <= _FEW_CHANNELS else _FOUR_BY_FOUR
+
+
+def winograd(
+    x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue, memory_format: torch.memory_format
+) -> Tensor:
+    scale, shift, residual, act = epilogue
+    return _winograd_op(
+        x, weight, None, scale, shift, residual, conv.padding, conv.dilation,
+        winograd_tile(x.shape[1]), act.code, act.param,
+    )  # fmt: skip
+
+
+def winograd_gradients(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    needs: Needs,
+    memory_format: torch.memory_format,
+) -> Gradients:
+    dx, dweight = _winograd_backward_op(
+        dz, x, weight, conv.padding, conv.dilation, winograd_tile(weight.shape[0]), _TWO_BY_FOUR,
+        *needs[:2],
+    )  # fmt: skip
     return _needed((dx, dweight, sum_of(dz) if needs[2] else None), needs)
 
 
