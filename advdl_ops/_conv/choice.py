@@ -229,10 +229,7 @@ def _accepts_depthwise_in_last(p: Problem) -> bool:
 
 def _is_torchs_depthwise(p: Problem, t: Thresholds) -> bool:
     """Contiguous and not cached, with short rows or a stride of 2, where torch is faster."""
-    bytes_ = p.x_numel * p.dtype.itemsize
-    if p.dtype != torch.float32 or p.layout == CHANNELS_LAST or p.x[1] < 16:
-        return False
-    if bytes_ <= t.depthwise_cached_bytes:
+    if p.dtype != torch.float32 or p.layout == CHANNELS_LAST or p.x[1] < 16 or _is_cached(p, t):
         return False
     stride = _steps(p)
     if stride == 1:
@@ -241,7 +238,15 @@ def _is_torchs_depthwise(p: Problem, t: Thresholds) -> bool:
         INPUT_GRADIENT: t.depthwise_strided_dx_bytes,
         WEIGHT_GRADIENT: t.depthwise_strided_dweight_bytes,
     }.get(p.direction, t.depthwise_strided_bytes)
-    return stride == 2 and bytes_ <= limit
+    return stride == 2 and _x_bytes(p) <= limit
+
+
+def _x_bytes(p: Problem) -> int:
+    return p.x_numel * p.dtype.itemsize
+
+
+def _is_cached(p: Problem, t: Thresholds) -> bool:
+    return _x_bytes(p) <= t.depthwise_cached_bytes
 
 
 def _steps(p: Problem) -> int:
@@ -253,11 +258,10 @@ def _depthwise_as_it_is(p: Problem, t: Thresholds) -> bool:
     if p.layout == CHANNELS_LAST:
         return True
     stride = _steps(p)
-    is_cached = p.x_numel * p.dtype.itemsize <= t.depthwise_cached_bytes
     if stride == 1:
         short_row = t.short_row_dweight if p.direction == WEIGHT_GRADIENT else t.short_row
-        return not is_cached or p.out_size[1] > short_row
-    return stride <= 4 and (p.x[1] < 16 or (stride == 2 and not is_cached))
+        return not _is_cached(p, t) or p.out_size[1] > short_row
+    return stride <= 4 and (p.x[1] < 16 or (stride == 2 and not _is_cached(p, t)))
 
 
 def _dense_channels(p: Problem, t: Thresholds) -> bool:

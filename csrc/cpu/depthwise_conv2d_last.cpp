@@ -4,8 +4,6 @@
 // time.
 #include "depthwise_conv2d_rows.h"
 
-#include <cstring>
-
 #include "dispatch.h"
 
 namespace advdl_ops {
