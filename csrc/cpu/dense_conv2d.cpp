@@ -142,7 +142,7 @@ void multiply_block(const A* const* rows, int64_t count, const A* zeros, const A
     const int64_t most = even_part(end - i, kTileRows);
     for (int64_t height; i < end; i += height) {
       height = min_of(most, end - i);
-      multiply_tile(height, rows + i, 1, panel, kPanel<A>, depth, sums + i * kPanel<A>, kPanel<A>,
+      multiply_tile<1>(height, rows + i, panel, kPanel<A>, depth, sums + i * kPanel<A>, kPanel<A>,
                        adds);
     }
   }
@@ -463,7 +463,7 @@ void backward_weight(const DenseConv2dBackward& p, A* workspace) {
             const A* row[kTileRows];
             for (int64_t q = 0; q < kTileRows; ++q)
               row[q] = workspace + (first + r) * pixels + k * kTileRows + q;
-            multiply_tile(min_of(kTileRows, rows - r), row, kTileRows, panel, kPanel<A>, depth,
+            multiply_tile<kTileRows>(min_of(kTileRows, rows - r), row, panel, kPanel<A>, depth,
                                      of_tap + r * kPanel<A>, kPanel<A>, adds);
           }
           adds = true;

@@ -202,7 +202,7 @@ class Forward {
     if (few_) {
       multiply_runs(rows, a, typed(matrix), runs, depth, tile);
     } else {
-      multiply_tile(rows, a, 1, packed + panel * depth * kPanel<A>, kPanel<A>, depth, tile,
+      multiply_tile<1>(rows, a, packed + panel * depth * kPanel<A>, kPanel<A>, depth, tile,
                        kPanel<A>);
     }
   }

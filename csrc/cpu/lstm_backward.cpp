@@ -136,12 +136,12 @@ class Backward {
   void multiply(int64_t rows, const A* const* a, const void* matrix, int64_t columns,
                 const A* packed, int64_t panel, int64_t depth, A* tile) {
     if (packs_)
-      return multiply_tile(rows, a, 1, packed + panel * depth * kPanel<A>, kPanel<A>, depth, tile,
+      return multiply_tile<1>(rows, a, packed + panel * depth * kPanel<A>, kPanel<A>, depth, tile,
                               kPanel<A>);
     const int64_t column = panel * kPanel<A>, left = columns - column;
     if constexpr (sizeof(T) == sizeof(A)) {
       if (!few_ && left >= kPanel<A>)
-        return multiply_tile(rows, a, 1, typed(matrix) + column, columns, depth, tile, kPanel<A>);
+        return multiply_tile<1>(rows, a, typed(matrix) + column, columns, depth, tile, kPanel<A>);
     }
     multiply_columns(rows, a, typed(matrix) + column, columns, left, depth, tile);
   }
@@ -537,9 +537,9 @@ class Backward {
       const A* b = columns_ + panel * depth * kPanel<A>;
       A* to = sums + first * width + column;
       if (columns == kPanel<A> && depth > 0)
-        return multiply_tile(count, a, kTileRows, b, kPanel<A>, depth, to, width, !first_chunk_);
+        return multiply_tile<kTileRows>(count, a, b, kPanel<A>, depth, to, width, !first_chunk_);
       alignas(64) A tile[kTileRows * kPanel<A>] = {};
-      multiply_tile(count, a, kTileRows, b, kPanel<A>, depth, tile, kPanel<A>);
+      multiply_tile<kTileRows>(count, a, b, kPanel<A>, depth, tile, kPanel<A>);
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t j = 0; j < columns; j += kLanes) {
           with_lanes<A>(columns - j, [&](auto part) {

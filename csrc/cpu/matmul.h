@@ -21,8 +21,8 @@ inline constexpr int64_t kDepth = 256;
 
 // tile[kRows][panel] = a[kRows][depth] * b[depth][panel], or += if `adds`. The elements of a row of `a` are kStep apart
 // and begin at `first`; rows of b and of the tile are b_stride and tile_stride apart.
-template <int kRows, class A>
-__attribute__((noinline)) void multiply_rows(const A* const* a, int64_t step, int64_t first, const A* b,
+template <int kRows, int kStep, class A>
+__attribute__((noinline)) void multiply_rows(const A* const* a, int64_t first, const A* b,
                                              int64_t b_stride, int64_t depth, A* tile,
                                              int64_t tile_stride, bool adds) {
   constexpr int64_t lanes = Simd<A>::lanes;
@@ -31,17 +31,17 @@ __attribute__((noinline)) void multiply_rows(const A* const* a, int64_t step, in
   const A* row[kRows];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
-    row[i] = a[i] + first * step;
+    row[i] = a[i] + first * kStep;
 #pragma GCC unroll 4
     for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = Vec{};
   }
-  for (int64_t k = 0, at = 0; k < depth; ++k, at += step, b += b_stride) {
+  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     Vec columns[kPanelVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kPanelVectors; ++j) columns[j] = load(b + j * lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Vec factor = broadcast(row[i][at]);
+      const Vec factor = broadcast(row[i][k * kStep]);
 #pragma GCC unroll 4
       for (int j = 0; j < kPanelVectors; ++j) sum[i][j] += factor * columns[j];
     }
@@ -57,23 +57,83 @@ __attribute__((noinline)) void multiply_rows(const A* const* a, int64_t step, in
 }
 
 // The same for a number of rows known only at run time, from 1 to kMost.
-template <int kMost, class A>
-void multiply_at_most(int64_t rows, const A* const* a, int64_t step, int64_t first, const A* b,
-                      int64_t b_stride, int64_t depth, A* tile, int64_t tile_stride, bool adds) {
+template <int kMost, int kStep, class A>
+void multiply_at_most(int64_t rows, const A* const* a, int64_t first, const A* b, int64_t b_stride,
+                      int64_t depth, A* tile, int64_t tile_stride, bool adds) {
   if (kMost == 1 || rows == kMost)
-    multiply_rows<kMost>(a, step, first, b, b_stride, depth, tile, tile_stride, adds);
+    multiply_rows<kMost, kStep>(a, first, b, b_stride, depth, tile, tile_stride, adds);
   else if constexpr (kMost > 1)
-    multiply_at_most<kMost - 1>(rows, a, step, first, b, b_stride, depth, tile, tile_stride, adds);
+    multiply_at_most<kMost - 1, kStep>(rows, a, first, b, b_stride, depth, tile, tile_stride, adds);
 }
 
-// The same for any depth, summed in parts of kPart.
-template <int64_t kPart = kDepth, class A>
-void multiply_tile(int64_t rows, const A* const* a, int64_t step, const A* b, int64_t b_stride,
-                   int64_t depth, A* tile, int64_t tile_stride, bool adds = true) {
-  for (int64_t first = 0; first < depth; first += kPart, adds = true) {
-    const int64_t length = min_of(kPart, depth - first);
-    multiply_at_most<kTileRows>(rows, a, step, first, b + first * b_stride, b_stride, length, tile,
-                                tile_stride, adds);
+// The same for any depth.
+template <int kStep, class A>
+void multiply_tile(int64_t rows, const A* const* a, const A* b, int64_t b_stride, int64_t depth,
+                   A* tile, int64_t tile_stride, bool adds = true) {
+  for (int64_t first = 0; first < depth; first += kDepth, adds = true) {
+    const int64_t length = min_of(kDepth, depth - first);
+    const A* columns = b + first * b_stride;
+    multiply_at_most<kTileRows, kStep>(rows, a, first, columns, b_stride, length, tile, tile_stride,
+                                       adds);
+  }
+}
+
+// Columns of multiply_in_parts: as many as leave registers for a second sum of each.
+inline constexpr int kPartVectors = ADVDL_VECTOR_BYTES == 64 ? 2 : kPanelVectors;
+
+// As multiply_rows, with the depth summed in parts of kPart, each for itself, and the columns of kPartVectors vectors.
+template <int kRows, int64_t kPart, class A>
+__attribute__((noinline)) void multiply_rows_in_parts(const A* const* a, int64_t step, const A* b,
+                                                      int64_t b_stride, int64_t depth, A* tile,
+                                                      int64_t tile_stride, bool adds) {
+  constexpr int64_t lanes = Simd<A>::lanes;
+  using Vec = typename Simd<A>::Vec;
+  Vec total[kRows][kPartVectors];
+  const A* row[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    row[i] = a[i];
+#pragma GCC unroll 4
+    for (int j = 0; j < kPartVectors; ++j)
+      total[i][j] = adds ? load(tile + i * tile_stride + j * lanes) : Vec{};
+  }
+  int64_t at = 0;
+  for (int64_t first = 0; first < depth; first += kPart) {
+    Vec sum[kRows][kPartVectors] = {};
+    for (int64_t k = min_of(kPart, depth - first); k > 0; --k, at += step, b += b_stride) {
+      Vec columns[kPartVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kPartVectors; ++j) columns[j] = load(b + j * lanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const Vec factor = broadcast(row[i][at]);
+#pragma GCC unroll 4
+        for (int j = 0; j < kPartVectors; ++j) sum[i][j] += factor * columns[j];
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kPartVectors; ++j) total[i][j] += sum[i][j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kPartVectors; ++j) store(tile + i * tile_stride + j * lanes, total[i][j]);
+  }
+}
+
+// tile[rows][panel] = a[rows][depth] * b[depth][panel], or += if `adds`, for 1 to kTileRows rows. Elements of a row of `a` are
+// `step` apart.
+template <int64_t kPart, int kMost = kTileRows, class A>
+void multiply_in_parts(int64_t rows, const A* const* a, int64_t step, const A* b, int64_t b_stride,
+                       int64_t depth, A* tile, int64_t tile_stride, bool adds) {
+  if (kMost == 1 || rows == kMost) {
+    for (int64_t j = 0; j < kPanel<A>; j += kPartVectors * Simd<A>::lanes)
+      multiply_rows_in_parts<kMost, kPart>(a, step, b + j, b_stride, depth, tile + j, tile_stride, adds);
+  } else if constexpr (kMost > 1) {
+    multiply_in_parts<kPart, kMost - 1>(rows, a, step, b, b_stride, depth, tile, tile_stride, adds);
   }
 }
 
