@@ -35,8 +35,7 @@ Tensor pack(Tensor weight, int64_t tile, bool turned) {
   weight = in_format(weight, w.layout);
   Tensor packed = allocate_vector(weight, cpu::winograd_packed_size(w), weight.scalar_type());
   w.weight = static_cast<const float*>(data(weight));
-  w.packed = static_cast<float*>(data(packed));
-  cpu::winograd_pack(w);
+  cpu::winograd_pack(w, static_cast<float*>(data(packed)));
   return packed;
 }
 
@@ -69,14 +68,15 @@ bool is_output(const Tensor& t, const Tensor& x, const WinogradConv2dShape& s) {
          t.size(3) == s.w.out && t.scalar_type() == x.scalar_type() && t.device() == x.device();
 }
 
-// Runs the forward of `p`, whose weight is packed before unless `packed` is.
-void run(WinogradConv2dForward& p, const Tensor& weight, const OptionalTensor& packed) {
-  const Tensor used = packed.has_value() ? *packed
-                                         : allocate_vector(weight, cpu::winograd_packed_size(p.weight),
-                                                           weight.scalar_type());
+int64_t thread_count() {
+  uint32_t count = 1;
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
+  return count;
+}
+
+void run(WinogradConv2dForward& p, const Tensor& weight) {
   p.weight.weight = static_cast<const float*>(data(weight));
-  p.weight.packed = static_cast<float*>(data(used));
-  if (!packed.has_value()) cpu::winograd_pack(p.weight);
+  p.threads = thread_count();
   Launch(weight, [&] {
     return cpu::winograd_conv2d_forward_workspace(p);
   }).run(cpu::winograd_conv2d_forward, p);
@@ -112,7 +112,8 @@ Tensor forward(Tensor x, Tensor weight, OptionalTensor packed, OptionalTensor sc
   p.shift = static_cast<const float*>(data(shift));
   p.residual = static_cast<const float*>(data(residual));
   p.out = static_cast<float*>(data(out));
-  run(p, weight, packed);
+  p.packed = static_cast<const float*>(data(packed));
+  run(p, weight);
   return in_format(out, given);
 }
 
@@ -139,7 +140,7 @@ Tensor input_gradient(const Tensor& dz, const Tensor& x, const Tensor& weight,
   Tensor dx = allocate_last(x, given, s.n, s.c_in, s.h.in, s.w.in);
   p.x = static_cast<const float*>(data(dz));
   p.out = static_cast<float*>(data(dx));
-  run(p, weight, std::nullopt);
+  run(p, weight);
   return in_format(dx, given);
 }
 
@@ -149,6 +150,7 @@ Tensor weight_gradient(const Tensor& dz, const Tensor& x, const WinogradConv2dSh
   WinogradConv2dBackward p;
   p.shape = s;
   p.weight_layout = weight_layout;
+  p.threads = thread_count();
   p.dz = static_cast<const float*>(data(dz));
   p.x = static_cast<const float*>(data(x));
   p.dweight = static_cast<float*>(data(dweight));

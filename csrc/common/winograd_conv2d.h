@@ -30,7 +30,6 @@ struct WinogradWeight {
   Layout layout = Layout::channels_first;
   bool turned = false;
   const float* weight = nullptr;
-  float* packed = nullptr;  // [points][panels of C_out][C_in][panel]: winograd_packed_size elements
 };
 
 // out[n, i, j, o] = act(scale[o] * sum over a, b, c of x[n, i + a * dilation - padding, j ..., c] * weight[o, c, a, b]
@@ -40,7 +39,9 @@ struct WinogradConv2dForward {
   Activation act = Activation::identity;
   double act_param = 0;
   const float* x = nullptr;         // [N, H, W, C_in]
-  WinogradWeight weight;            // packed; `weight` is read for tiles that are not finite
+  WinogradWeight weight;            // read for tiles that are not finite, and if it is not packed
+  const float* packed = nullptr;    // by winograd_pack, or null: packed in this call
+  int64_t threads = 1;              // that share the work; no result depends on it
   const float* scale = nullptr;     // [C_out] or null (1)
   const float* shift = nullptr;     // [C_out] or null (0)
   const float* residual = nullptr;  // as out, or null
@@ -51,6 +52,7 @@ struct WinogradConv2dForward {
 struct WinogradConv2dBackward {
   WinogradConv2dShape shape;
   Layout weight_layout = Layout::channels_first;
+  int64_t threads = 1;        // that share the work; no result depends on it
   const float* dz = nullptr;  // [N, H_out, W_out, C_out]
   const float* x = nullptr;   // [N, H, W, C_in]
   float* dweight = nullptr;   // [C_out, C_in, 3, 3] in `weight_layout`
@@ -58,8 +60,9 @@ struct WinogradConv2dBackward {
 
 namespace cpu {
 int64_t winograd_packed_size(const WinogradWeight& w);
-void winograd_pack(const WinogradWeight& w);
-// Scratch bytes that the call needs; depends on the shape only, never on the thread count.
+// packed: [panels of C_out][points][C_in][panel], winograd_packed_size elements.
+void winograd_pack(const WinogradWeight& w, float* packed);
+// Scratch bytes that the call needs.
 size_t winograd_conv2d_forward_workspace(const WinogradConv2dForward& p);
 size_t winograd_conv2d_backward_workspace(const WinogradConv2dBackward& p);
 void winograd_conv2d_forward(const WinogradConv2dForward& p, void* workspace);

@@ -148,7 +148,7 @@ ADVDL_DEFINE_FAMILY(winograd_conv2d, WinogradConv2d)
 
 void convert_layout(const ConvertLayout& p) { table().convert_layout(p); }
 int64_t winograd_packed_size(const WinogradWeight& w) { return table().winograd_packed_size(w); }
-void winograd_pack(const WinogradWeight& w) { table().winograd_pack(w); }
+void winograd_pack(const WinogradWeight& w, float* packed) { table().winograd_pack(w, packed); }
 
 }  // namespace cpu
 }  // namespace advdl_ops

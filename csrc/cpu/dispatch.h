@@ -37,7 +37,7 @@ struct KernelTable {
   Family<GroupNormForward, GroupNormBackward> layer_norm_2d;
   Family<LstmForward, LstmBackward> lstm;
   int64_t (*winograd_packed_size)(const WinogradWeight&);
-  void (*winograd_pack)(const WinogradWeight&);
+  void (*winograd_pack)(const WinogradWeight&, float*);
   Family<WinogradConv2dForward, WinogradConv2dBackward> winograd_conv2d;
 };
 

@@ -127,6 +127,16 @@ ADVDL_INLINE double lane_sum(FloatVec v) {
                     __builtin_convertvector((half_of<true, HalfVec>(v)), DoubleVec));
 }
 
+ADVDL_INLINE bool has_nan(FloatVec v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0;
+#else
+  return v[0] != v[0] || v[1] != v[1] || v[2] != v[2] || v[3] != v[3];
+#endif
+}
+
 namespace math {
 
 ADVDL_INLINE FloatVec select(IntVec condition, FloatVec a, FloatVec b) { return condition ? a : b; }

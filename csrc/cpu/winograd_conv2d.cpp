@@ -158,72 +158,94 @@ void with_tile(WinogradTile tile, F&& f) {
 
 // ---- weights ----
 
-int64_t points_of(WinogradTile tile) {
-  int64_t points = 0;
-  with_tile(tile, [&](auto t) { points = decltype(t)::points; });
-  return points;
+// Elements of one panel at one point. A row more, as distances of a power of two would share few sets of a cache.
+int64_t packed_of_point(const WinogradWeight& w) { return (w.c_in + 1) * kPanel<float>; }
+template <class T>
+int64_t packed_size_of(const WinogradWeight& w) {
+  return T::points * ceil_div(w.c_out, kPanel<float>) * packed_of_point(w);
 }
-
 int64_t packed_size(const WinogradWeight& w) {
-  return points_of(w.tile) * round_up(w.c_out, kPanel<float>) * w.c_in;
+  int64_t size = 0;
+  with_tile(w.tile, [&](auto tile) { size = packed_size_of<decltype(tile)>(w); });
+  return size;
 }
 
 // Input and output channels that are transformed at a time: their 9 numbers stay in the first-level cache.
 constexpr int64_t kPackInputs = 8, kPackOutputs = 16;
 
-// In fp64, as the points are no powers of two: each number of the result is rounded once.
+// Where the taps of a weight are, for sums over its input channels; turned: over its output channels.
+struct Taps {
+  int64_t of_out, of_in, tap;  // elements from one output channel, input channel and tap to the next
+  explicit Taps(const WinogradWeight& w) {
+    const bool is_last = w.layout == Layout::channels_last;
+    const int64_t first = w.turned ? w.c_out : w.c_in;  // channels of a row of the weight
+    const int64_t row = first * kTaps, column = is_last ? 1 : kTaps;
+    of_out = w.turned ? column : row;
+    of_in = w.turned ? row : column;
+    tap = is_last ? first : 1;
+  }
+};
+
+// to[point][channel][panel]: the input channels [begin, end) of panel q, points `of_point` apart. In fp64, as the points are no powers
+// of two: each number of the result is rounded once.
 template <class T>
-void pack(const WinogradWeight& w) {
-  constexpr int64_t panel = kPanel<float>, groups = (panel + kPackOutputs - 1) / kPackOutputs;
-  const int64_t panels = ceil_div(w.c_out, panel), of_point = panels * w.c_in * panel;
-  // Elements between output channels, input channels and taps of the weight.
-  const int64_t first = w.turned ? w.c_out : w.c_in;  // channels of a row of the weight
-  const bool is_last = w.layout == Layout::channels_last;
-  const int64_t row = first * kTaps, column = is_last ? 1 : kTaps, tap = is_last ? first : 1;
-  const int64_t of_out = w.turned ? column : row, of_in = w.turned ? row : column;
-  const int64_t parts = ceil_div(w.c_in, kPackInputs);
-  const int64_t work = kPackInputs * panel * T::points * 2;
-  cpu::parallel_ranges(panels * parts, work, [&](int64_t begin, int64_t end) {
-    double g[kPackInputs][kTaps][kPackOutputs];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t q = i / parts, c = i % parts * kPackInputs;
-      const int64_t inputs = min_of(kPackInputs, w.c_in - c);
-      for (int64_t group = 0; group < groups; ++group) {
-        const int64_t o = q * panel + group * kPackOutputs;
-        for (int64_t lane = 0; lane < kPackOutputs; ++lane) {
-          const bool exists = o + lane < w.c_out;
-          const float* from = w.weight + (exists ? (o + lane) * of_out + c * of_in : 0);
-          for (int64_t k = 0; k < inputs; ++k) {
-            for (int t = 0; t < kTaps; ++t)
-              g[k][w.turned ? kTaps - 1 - t : t][lane] = exists ? from[k * of_in + t * tap] : 0;
-          }
-        }
-        const int64_t width = min_of(kPackOutputs, panel);
+void pack_panel(const WinogradWeight& w, int64_t q, int64_t begin, int64_t end, float* to,
+                int64_t of_point) {
+  constexpr int64_t panel = kPanel<float>, width = kPackOutputs;
+  static_assert(panel % width == 0);
+  const Taps taps(w);
+  double g[kPackInputs][kTaps][kPackOutputs];
+  for (int64_t c = begin; c < end; c += kPackInputs) {
+    const int64_t inputs = min_of(kPackInputs, end - c);
+    for (int64_t first = 0; first < panel; first += width) {
+      const int64_t o = q * panel + first;
+      for (int64_t lane = 0; lane < width; ++lane) {
+        const bool exists = o + lane < w.c_out;
+        const float* from = w.weight + (exists ? (o + lane) * taps.of_out + c * taps.of_in : 0);
         for (int64_t k = 0; k < inputs; ++k) {
-          float* to = w.packed + (q * w.c_in + c + k) * panel + group * kPackOutputs;
-          for (int a = 0; a < T::TH; ++a) {
-            double rows[3][kPackOutputs];
-            for (int b = 0; b < 3; ++b) {
-              for (int64_t lane = 0; lane < kPackOutputs; ++lane)
-                rows[b][lane] = T::H::kWeights[a][0] * g[k][b][lane] +
-                                T::H::kWeights[a][1] * g[k][3 + b][lane] +
-                                T::H::kWeights[a][2] * g[k][6 + b][lane];
-            }
-            for (int b = 0; b < T::TW; ++b) {
-              for (int64_t lane = 0; lane < width; ++lane)
-                to[(a * T::TW + b) * of_point + lane] = static_cast<float>(
-                    T::W::kWeights[b][0] * rows[0][lane] + T::W::kWeights[b][1] * rows[1][lane] +
-                    T::W::kWeights[b][2] * rows[2][lane]);
-            }
+          for (int64_t t = 0; t < kTaps; ++t)
+            g[k][w.turned ? kTaps - 1 - t : t][lane] =
+                exists ? from[k * taps.of_in + t * taps.tap] : 0;
+        }
+      }
+      for (int64_t k = 0; k < inputs; ++k) {
+        float* at = to + (c - begin + k) * panel + first;
+        for (int a = 0; a < T::TH; ++a) {
+          double rows[3][kPackOutputs];
+          for (int b = 0; b < 3; ++b) {
+            for (int64_t lane = 0; lane < width; ++lane)
+              rows[b][lane] = T::H::kWeights[a][0] * g[k][b][lane] +
+                              T::H::kWeights[a][1] * g[k][3 + b][lane] +
+                              T::H::kWeights[a][2] * g[k][6 + b][lane];
+          }
+          for (int b = 0; b < T::TW; ++b) {
+            for (int64_t lane = 0; lane < width; ++lane)
+              at[(a * T::TW + b) * of_point + lane] = static_cast<float>(
+                  T::W::kWeights[b][0] * rows[0][lane] + T::W::kWeights[b][1] * rows[1][lane] +
+                  T::W::kWeights[b][2] * rows[2][lane]);
           }
         }
       }
     }
-  });
+  }
 }
 
-void run_pack(const WinogradWeight& w) {
-  with_tile(w.tile, [&](auto tile) { pack<decltype(tile)>(w); });
+template <class T>
+void pack(const WinogradWeight& w, float* packed) {
+  constexpr int64_t panel = kPanel<float>;
+  const int64_t panels = ceil_div(w.c_out, panel), parts = ceil_div(w.c_in, kPackInputs);
+  cpu::parallel_ranges(
+      panels * parts, kPackInputs * panel * T::points * 2, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t q = i / parts, c = i % parts * kPackInputs;
+          pack_panel<T>(w, q, c, min_of(c + kPackInputs, w.c_in),
+                        packed + q * T::points * packed_of_point(w) + c * panel, packed_of_point(w));
+        }
+      });
+}
+
+void run_pack(const WinogradWeight& w, float* packed) {
+  with_tile(w.tile, [&](auto tile) { pack<decltype(tile)>(w, packed); });
 }
 
 // ---- the grid of tiles ----
@@ -255,41 +277,46 @@ struct Grid {
 
 // ---- channels_last ----
 
-// v[point][tile][depth] of one tile.
+// v[point][chunk][tile][channel of the chunk] of one tile.
 template <class T>
 void transform_inputs(const WinogradConv2dShape& s, const float* image, const typename Grid<T>::Place& at,
-                      float* v, int64_t of_point) {
+                      float* v, int64_t of_point, int64_t chunk, int64_t of_chunk) {
   const int64_t y = at.y - s.h.padding, x = at.x - s.w.padding;
   const int64_t row = s.h.dilation * s.w.in * s.c_in, column = s.w.dilation * s.c_in;
-  const float* from = image + ((at.n * s.h.in + y) * s.w.in + x) * s.c_in;
-  bool inside[T::points];
+  const float* first = image + ((at.n * s.h.in + y) * s.w.in + x) * s.c_in;
+  const auto transform = [&](auto&& input) {
+    for_vectors<float, 1, false>(s.c_in, [&](int64_t c, auto part, auto) {
+      Vec d[T::points];
+#pragma GCC unroll 6
+      for (int i = 0; i < T::TH; ++i) {
+#pragma GCC unroll 6
+        for (int j = 0; j < T::TW; ++j) d[i * T::TW + j] = part.read(input(i, j, c));
+      }
+      T::inputs(d);
+      float* to = v + c / chunk * of_chunk + c % chunk;
+#pragma GCC unroll 36
+      for (int q = 0; q < T::points; ++q) store(to + q * of_point, d[q]);
+    });
+  };
+  const auto is_inside = [](const Conv2dAxis& axis, int64_t begin, int points) {
+    return begin >= 0 && begin + (points - 1) * axis.dilation < axis.in;
+  };
+  if (is_inside(s.h, y, T::TH) && is_inside(s.w, x, T::TW))
+    return transform([&](int i, int j, int64_t c) { return first + i * row + j * column + c; });
+  // Outside of the image zeros are read.
+  alignas(64) static const float zeros[kLanes] = {};
+  const float* from[T::points];
+  int64_t steps[T::points];
   for (int i = 0; i < T::TH; ++i) {
     for (int j = 0; j < T::TW; ++j) {
       const int64_t yy = y + i * s.h.dilation, xx = x + j * s.w.dilation;
-      inside[i * T::TW + j] = yy >= 0 && yy < s.h.in && xx >= 0 && xx < s.w.in;
+      const bool inside = yy >= 0 && yy < s.h.in && xx >= 0 && xx < s.w.in;
+      from[i * T::TW + j] = inside ? first + i * row + j * column : zeros;
+      steps[i * T::TW + j] = inside;
     }
   }
-  const bool all = inside[0] && inside[T::points - 1];
-  for_vectors<float, 1, false>(s.c_in, [&](int64_t c, auto part, auto) {
-    Vec d[T::points];
-    if (all) {
-#pragma GCC unroll 6
-      for (int i = 0; i < T::TH; ++i) {
-#pragma GCC unroll 6
-        for (int j = 0; j < T::TW; ++j) d[i * T::TW + j] = part.read(from + i * row + j * column + c);
-      }
-    } else {
-#pragma GCC unroll 6
-      for (int i = 0; i < T::TH; ++i) {
-#pragma GCC unroll 6
-        for (int j = 0; j < T::TW; ++j)
-          d[i * T::TW + j] =
-              inside[i * T::TW + j] ? part.read(from + i * row + j * column + c) : Vec{};
-      }
-    }
-    T::inputs(d);
-#pragma GCC unroll 36
-    for (int q = 0; q < T::points; ++q) store(v + q * of_point + c, d[q]);
+  transform([&](int i, int j, int64_t c) {
+    return from[i * T::TW + j] + c * steps[i * T::TW + j];
   });
 }
 
@@ -300,10 +327,7 @@ void compute_directly(const WinogradConv2dForward& p, const typename Grid<T>::Pl
                       int64_t count, Vec* out) {
   const WinogradConv2dShape& s = p.shape;
   const WinogradWeight& w = p.weight;
-  const int64_t first = w.turned ? w.c_out : w.c_in;
-  const bool is_last = w.layout == Layout::channels_last;
-  const int64_t row = first * kTaps, column = is_last ? 1 : kTaps, tap = is_last ? first : 1;
-  const int64_t of_out = w.turned ? column : row, of_in = w.turned ? row : column;
+  const Taps taps(w);
   for (int i = 0; i < T::MH; ++i) {
     for (int j = 0; j < T::MW; ++j) {
       alignas(64) float sums[kLanes] = {};
@@ -314,8 +338,8 @@ void compute_directly(const WinogradConv2dForward& p, const typename Grid<T>::Pl
           const int64_t x = at.x + (j + t % 3) * s.w.dilation - s.w.padding;
           if (y < 0 || y >= s.h.in || x < 0 || x >= s.w.in) continue;
           const float* from = p.x + (at.n * s.h.in * s.w.in + y * s.w.in + x) * s.c_in;
-          const float* weight = w.weight + (o + lane) * of_out + (w.turned ? kTaps - 1 - t : t) * tap;
-          for (int64_t c = 0; c < s.c_in; ++c) sum += double(from[c]) * weight[c * of_in];
+          const float* weight = w.weight + (o + lane) * taps.of_out + (w.turned ? kTaps - 1 - t : t) * taps.tap;
+          for (int64_t c = 0; c < s.c_in; ++c) sum += double(from[c]) * weight[c * taps.of_in];
         }
         sums[lane] = static_cast<float>(sum);
       }
@@ -345,7 +369,7 @@ void transform_outputs(const WinogradConv2dForward& p, const Epilogue<float>& ep
         Vec finite{};  // 0, or NaN
 #pragma GCC unroll 16
         for (int i = 0; i < T::MH * T::MW; ++i) finite += out[i] * 0.0f;
-        if (lane_sum(finite) != 0.0) compute_directly<T>(p, at, column + c, part.count(kLanes), out);
+        if (has_nan(finite)) compute_directly<T>(p, at, column + c, part.count(kLanes), out);
         const Vec scale = epilogue.scale == nullptr ? one : part.read(epilogue.scale + column + c);
         const Vec shift = epilogue.shift == nullptr ? none : part.read(epilogue.shift + column + c);
         for (int i = 0; i < height; ++i) {
@@ -363,85 +387,189 @@ void transform_outputs(const WinogradConv2dForward& p, const Epilogue<float>& ep
       });
 }
 
-// products[point][tile][panel] of `count` tiles and one panel.
-template <class T>
-void multiply(const float* v, int64_t depth, int64_t stride, int64_t of_point, int64_t count, const float* packed,
-              int64_t packed_of_point, float* products) {
-  for (int q = 0; q < T::points; ++q) {
-    const float* panel = packed + q * packed_of_point;
-    for (int64_t t = 0; t < count; t += kTileRows) {
-      const int64_t rows = min_of(kTileRows, count - t);
-      const float* row[kTileRows];
-      for (int64_t i = 0; i < rows; ++i) row[i] = v + q * of_point + (t + i) * stride;
-      multiply_tile<kPart>(rows, row, 1, panel, kPanel<float>, depth,
-                              products + (q * kBlock<T> + t) * kPanel<float>, kPanel<float>, false);
-    }
-  }
-}
+constexpr int64_t kLine = 16;  // elements of a line of a cache
+// Channels of V that lie together: a panel of the weight for them stays in the first-level cache. A multiple of kPart.
+constexpr int64_t kChunk = 64;
 
-// V of as many blocks of tiles as are computed together.
-struct Workspace {
-  int64_t stride, blocks;  // elements of a row of V; blocks
-  float* v;
-  template <class T>
-  Workspace(const Grid<T>& grid, void* memory)
-      : stride(round_up(grid.s.c_in, kLanes)), v(static_cast<float*>(memory)) {
-    // Blocks of one panel cannot be shared by threads, so they have V to themselves; V of more stays in the last-level cache.
-    const int64_t block_bytes = T::points * kBlock<T> * stride * int64_t{4};
-    blocks = max_of(1, min_of(ceil_div(grid.tiles(), kBlock<T>), (int64_t{8} << 20) / block_bytes));
+// How a forward is divided among threads, and its memory. There are two ways:
+// - by tiles: a thread transforms a block of tiles, multiplies it with all panels of the weight and transforms the outputs;
+// - by panels, for few tiles or a weight larger than the caches: the threads transform many tiles together. Then each takes panels of
+//   the weight for itself, packs them if they are not kept, and multiplies all tiles with them.
+// Each thread has a slot of memory. The sums do not depend on any of this.
+template <class T>
+struct ForwardSpace {
+  static constexpr int64_t kManyTiles = 128;        // of the second way
+  static constexpr int64_t kLargeWeight = 4 << 20;  // bytes
+  Grid<T> grid;
+  int64_t tiles, panels;
+  bool by_panels, packs;
+  int64_t stride, of_chunk, of_v;  // elements from one tile, chunk and point of V to the next
+  int64_t most;              // tiles that V holds
+  int64_t splits;            // parts of the tiles of V that are different units of work
+  int64_t slots;
+  int64_t v_size, of_products, products_size, packed_size, slot_size;  // elements
+
+  explicit ForwardSpace(const WinogradConv2dForward& p)
+      : grid(p.shape),
+        tiles(grid.tiles()),
+        panels(ceil_div(p.shape.c_out, kPanel<float>)),
+        packs(p.packed == nullptr),
+        stride(min_of(kChunk, round_up(p.shape.c_in, kLanes))) {
+    const int64_t threads = max_of(1, p.threads), all_packed = packed_size_of<T>(p.weight);
+    by_panels = all_packed * int64_t{4} > kLargeWeight || tiles < 2 * threads * kBlock<T>;
+    most = by_panels ? round_up(min_of(tiles, kManyTiles), kTileRows) : kBlock<T>;
+    splits = by_panels ? max_of(1, min_of(threads / common_divisor(threads, panels), most / kTileRows)) : 1;
+    slots = min_of(threads, by_panels ? panels * splits : ceil_div(tiles, kBlock<T>));
+    of_chunk = most * stride;
+    of_v = ceil_div(p.shape.c_in, kChunk) * of_chunk + kChunk;  // no power of two
+    v_size = T::points * of_v;
+    of_products = round_up(ceil_div(most, splits), kTileRows) * kPanel<float>;
+    products_size = T::points * of_products;
+    packed_size = !packs ? 0 : by_panels ? all_packed / panels : all_packed;
+    slot_size = products_size + (by_panels ? packed_size : v_size);
   }
-  template <class T>
-  size_t bytes() const {
-    return blocks * T::points * kBlock<T> * stride * sizeof(float);
+  // What all threads share comes first: V, or the packed weight.
+  int64_t shared_size() const { return by_panels ? v_size : packed_size; }
+  size_t bytes() const { return (shared_size() + slots * slot_size) * sizeof(float); }
+
+  static int64_t common_divisor(int64_t a, int64_t b) {
+    while (b != 0) {
+      const int64_t rest = a % b;
+      a = b;
+      b = rest;
+    }
+    return max_of(1, a);
   }
 };
 
 template <class T>
-void forward(const WinogradConv2dForward& p, void* memory) {
-  const WinogradConv2dShape& s = p.shape;
-  const Grid<T> grid(s);
-  const Workspace space(grid, memory);
-  const int64_t panels = ceil_div(s.c_out, kPanel<float>), tiles = grid.tiles();
-  const Epilogue<float> epilogue{p.scale, p.shift,       p.residual,
-                                 p.out,   p.act,         static_cast<float>(p.act_param),
-                                 p.scale != nullptr || p.shift != nullptr};
-  const int64_t of_point = kBlock<T> * space.stride, of_block = T::points * of_point;
-  const int64_t panel_size = s.c_in * kPanel<float>, packed_of_point = panels * panel_size;
-  const auto transform = [&](int64_t first, int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
-      transform_inputs<T>(s, p.x, grid.place(first + t),
-                          space.v + t / kBlock<T> * of_block + t % kBlock<T> * space.stride, of_point);
-  };
-  // One block of tiles, one panel.
-  const auto finish = [&](int64_t first, int64_t block, int64_t q) {
-    alignas(64) float products[T::points * kBlock<T> * kPanel<float>];
-    const int64_t count = min_of(kBlock<T>, tiles - first - block * kBlock<T>);
-    multiply<T>(space.v + block * of_block, s.c_in, space.stride, of_point, count,
-                p.weight.packed + q * panel_size, packed_of_point, products);
-    for (int64_t t = 0; t < count; ++t)
-      transform_outputs<T>(p, epilogue, grid.place(first + block * kBlock<T> + t),
-                           products + t * kPanel<float>, kBlock<T> * kPanel<float>, q * kPanel<float>);
-  };
-  for (int64_t first = 0; first < tiles; first += space.blocks * kBlock<T>) {
-    const int64_t count = min_of(space.blocks * kBlock<T>, tiles - first), blocks = ceil_div(count, kBlock<T>);
-    cpu::parallel_ranges(count, T::points * s.c_in * 4,
-                         [&](int64_t begin, int64_t end) { transform(first, begin, end); });
-    cpu::parallel_ranges(blocks * panels, T::points * kBlock<T> * panel_size / 16,
-                         [&](int64_t begin, int64_t end) {
-                           for (; begin < end; ++begin) finish(first, begin / panels, begin % panels);
-                         });
+class Forward {
+ public:
+  Forward(const WinogradConv2dForward& p, void* memory)
+      : p_(p),
+        s_(p.shape),
+        space_(p),
+        shared_(static_cast<float*>(memory)),
+        epilogue_{p.scale, p.shift, p.residual,
+                  p.out,   p.act,   static_cast<float>(p.act_param),
+                  p.scale != nullptr || p.shift != nullptr} {}
+
+  void run() {
+    if (space_.by_panels)
+      by_panels();
+    else
+      by_tiles();
   }
-}
+
+ private:
+  void transform(int64_t first, int64_t begin, int64_t end, float* v) const {
+    for (int64_t t = begin; t < end; ++t)
+      transform_inputs<T>(s_, p_.x, space_.grid.place(first + t), v + t * space_.stride, space_.of_v,
+                          kChunk, space_.of_chunk);
+  }
+
+  int64_t panel_size() const { return T::points * packed_of_point(p_.weight); }
+  float* slot(int64_t index) const { return shared_ + space_.shared_size() + index * space_.slot_size; }
+
+  template <class F>
+  void in_slots(F&& f) const {
+    cpu::parallel_ranges(space_.slots, int64_t{1} << 20, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) f(begin);
+    });
+  }
+
+  void by_tiles() const {
+    float* own = shared_;
+    if (space_.packs) pack<T>(p_.weight, own);
+    const float* packed = space_.packs ? own : p_.packed;
+    const int64_t groups = ceil_div(space_.tiles, kTileRows);
+    in_slots([&](int64_t index) {
+      const int64_t begin = index * groups / space_.slots * kTileRows;
+      const int64_t end = min_of(space_.tiles, (index + 1) * groups / space_.slots * kTileRows);
+      const int64_t blocks = max_of(1, ceil_div(end - begin, kBlock<T>));
+      const int64_t block = round_up(ceil_div(end - begin, blocks), kTileRows);
+      float *v = slot(index), *products = v + space_.v_size;
+      for (int64_t first = begin; first < end; first += block) {
+        const int64_t count = min_of(block, end - first);
+        transform(first, 0, count, v);
+        for (int64_t q = 0; q < space_.panels; ++q)
+          finish(first, count, v, q, packed + q * panel_size(), products);
+      }
+    });
+  }
+
+  void by_panels() const {
+    float* v = shared_;
+    for (int64_t first = 0; first < space_.tiles; first += space_.most) {
+      const int64_t count = min_of(space_.most, space_.tiles - first);
+      const int64_t part = round_up(ceil_div(count, space_.splits), kTileRows);
+      cpu::parallel_ranges(count, T::points * s_.c_in * 4, [&](int64_t begin, int64_t end) {
+        transform(first, begin, end, v);
+      });
+      const int64_t units = space_.panels * space_.splits;
+      in_slots([&](int64_t index) {
+        float* products = slot(index);
+        for (int64_t unit = index * units / space_.slots; unit < (index + 1) * units / space_.slots;
+             ++unit) {
+          const int64_t q = unit / space_.splits, t = unit % space_.splits * part;
+          if (t >= count) continue;
+          float* own = products + space_.products_size;
+          if (space_.packs) pack_panel<T>(p_.weight, q, 0, s_.c_in, own, packed_of_point(p_.weight));
+          finish(first + t, min_of(part, count - t), v + t * space_.stride, q,
+                 space_.packs ? own : p_.packed + q * panel_size(), products);
+        }
+      });
+    }
+  }
+
+  // Weights and rows of V come from the last-level cache, in pieces too short for its own prefetches.
+  static void fetch(const float* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i, 0, 2);
+  }
+
+  // The outputs of `count` tiles from `first` on in panel q, whose packed weight this is.
+  void finish(int64_t first, int64_t count, const float* v, int64_t q, const float* packed,
+              float* products) const {
+    constexpr int64_t panel = kPanel<float>;
+    for (int64_t point = 0; point < T::points; ++point) {
+      const float* of_point = packed + point * packed_of_point(p_.weight);
+      for (int64_t c = 0; c < s_.c_in; c += kChunk) {
+        const float* from = v + point * space_.of_v + c / kChunk * space_.of_chunk;
+        const float* weights = of_point + c * panel;
+        const int64_t weights_size = min_of(kChunk, s_.c_in - c) * panel;
+        const int64_t share = round_up(ceil_div(weights_size, ceil_div(count, kTileRows)), kLine);
+        for (int64_t t = 0; t < count; t += kTileRows) {
+          const int64_t rows = min_of(kTileRows, count - t);
+          const float* row[kTileRows];
+          for (int64_t i = 0; i < rows; ++i) row[i] = from + (t + i) * space_.stride;
+          if (space_.by_panels) {
+            fetch(weights + weights_size + t / kTileRows * share, share);
+            fetch(from + space_.of_chunk + t * space_.stride, kTileRows * space_.stride);
+          }
+          multiply_in_parts<kPart>(rows, row, 1, weights, panel, min_of(kChunk, s_.c_in - c),
+                                   products + point * space_.of_products + t * panel, panel, c > 0);
+        }
+      }
+    }
+    for (int64_t t = 0; t < count; ++t)
+      transform_outputs<T>(p_, epilogue_, space_.grid.place(first + t), products + t * panel,
+                           space_.of_products, q * panel);
+  }
+
+  const WinogradConv2dForward& p_;
+  const WinogradConv2dShape& s_;
+  const ForwardSpace<T> space_;
+  float* const shared_;
+  const Epilogue<float> epilogue_;
+};
 
 void run_forward(const WinogradConv2dForward& p, void* workspace) {
-  with_tile(p.shape.tile, [&](auto tile) { forward<decltype(tile)>(p, workspace); });
+  if (p.shape.n == 0) return;
+  with_tile(p.shape.tile, [&](auto tile) { Forward<decltype(tile)>(p, workspace).run(); });
 }
 size_t forward_workspace(const WinogradConv2dForward& p) {
   size_t bytes = 0;
-  with_tile(p.shape.tile, [&](auto tile) {
-    using T = decltype(tile);
-    bytes = Workspace(Grid<T>(p.shape), nullptr).template bytes<T>();
-  });
+  with_tile(p.shape.tile, [&](auto tile) { bytes = ForwardSpace<decltype(tile)>(p).bytes(); });
   return bytes;
 }
 
@@ -450,30 +578,48 @@ size_t forward_workspace(const WinogradConv2dForward& p) {
 // By the same tiles, transposed: dweight = G^T [sum over tiles of (B^T d B) * (A dz A^T)] G. At each point the sum over tiles is a
 // matrix product: rows are output channels, the depth is tiles, columns are input channels.
 
+// How it is divided among threads, and its memory. There are two ways:
+// - by ranges of tiles, for sums that fit in a cache: a thread transforms blocks of a range and adds their products to the sums of the
+//   range. The ranges depend on the shape alone;
+// - by panels of input channels: the threads transform many tiles together, and each adds the products of its points and panels.
 template <class T>
 struct WeightSpace {
-  int64_t in_stride, out_stride;  // elements of a row of V, of Z
-  int64_t tiles;                  // that are transformed together: V and Z stay in the last-level cache
-  float *v, *z, *sums;            // [points][tiles][in_stride], [points][tiles][out_stride], [points][out_stride][in_stride]
-  size_t bytes;
+  static constexpr int64_t kBlockTiles = 48;  // of a range
+  static constexpr int64_t kRangeTiles = 96, kMostRanges = 16;
+  static constexpr int64_t kSmallSums = 3 << 19, kStaged = 12 << 20;  // bytes
+  Grid<T> grid;
+  int64_t tiles, panels;
+  bool by_ranges;
+  int64_t ranges, slots;
+  int64_t most;                         // tiles that V and Z hold
+  int64_t of_v, of_z;                   // elements of a point
+  int64_t v_size, slot_size;            // V and Z: [points][panels][most][panel], [points][vectors][most][lanes]
+  int64_t of_sums, sums_size;           // [ranges][points][panels][C_out][panel]
 
-  WeightSpace(const Grid<T>& grid, void* memory) {
-    in_stride = round_up(grid.s.c_in, kPanel<float>);
-    out_stride = round_up(round_up(grid.s.c_out, kTileRows), kLanes);
-    const int64_t of_tile = T::points * (in_stride + out_stride) * int64_t{4};
-    const int64_t most = (int64_t{12} << 20) / of_tile / kPart * kPart;
-    tiles = max_of(kPart, min_of(round_up(grid.tiles(), kPart), most));
-    v = static_cast<float*>(memory);
-    z = v + T::points * tiles * in_stride;
-    sums = z + T::points * tiles * out_stride;
-    bytes = (T::points * (tiles * (in_stride + out_stride) + in_stride * out_stride)) * sizeof(float);
+  explicit WeightSpace(const WinogradConv2dBackward& p)
+      : grid(p.shape), tiles(grid.tiles()), panels(ceil_div(p.shape.c_in, kPanel<float>)) {
+    const int64_t in = panels * kPanel<float>, out = round_up(p.shape.c_out, kLanes);
+    of_sums = round_up(p.shape.c_out, kTileRows) * kPanel<float>;
+    sums_size = T::points * panels * of_sums;
+    const int64_t bytes = sums_size * int64_t{4};
+    ranges = max_of(1, min_of(tiles / kRangeTiles, min_of(kMostRanges, kStaged / bytes)));
+    by_ranges = bytes <= kSmallSums && ranges > 1;
+    if (!by_ranges) ranges = 1;
+    slots = by_ranges ? min_of(max_of(1, p.threads), ranges) : 1;
+    const int64_t of_tile = T::points * (in + out) * int64_t{4};
+    most = by_ranges ? kBlockTiles : max_of(kPart, min_of(tiles, kStaged / of_tile) / kPart * kPart);
+    of_v = most * in + kLine;
+    of_z = most * out + kLine;
+    v_size = T::points * of_v;
+    slot_size = v_size + T::points * of_z;
   }
+  size_t bytes() const { return (ranges * sums_size + slots * slot_size) * sizeof(float); }
 };
 
-// z[point][tile][channel] of one tile of dz.
+// z[point][vector][tile][lanes] of one tile of dz.
 template <class T>
 void transform_gradients(const WinogradConv2dShape& s, const float* dz,
-                         const typename Grid<T>::Place& at, float* z, int64_t of_point) {
+                         const typename Grid<T>::Place& at, float* z, int64_t of_point, int64_t of_vector) {
   const int64_t height = min_of(T::MH, ceil_div(s.h.out - at.y, s.h.dilation));
   const int64_t width = min_of(T::MW, ceil_div(s.w.out - at.x, s.w.dilation));
   const int64_t row = s.h.dilation * s.w.out * s.c_out, column = s.w.dilation * s.c_out;
@@ -488,81 +634,140 @@ void transform_gradients(const WinogradConv2dShape& s, const float* dz,
             i < height && j < width ? part.read(from + i * row + j * column + c) : Vec{};
     }
     T::gradients(d, m);
+    float* to = z + c / kLanes * of_vector;
 #pragma GCC unroll 36
-    for (int q = 0; q < T::points; ++q) store(z + q * of_point + c, m[q]);
+    for (int q = 0; q < T::points; ++q) store(to + q * of_point, m[q]);
   });
 }
 
 template <class T>
-void backward(const WinogradConv2dBackward& p, void* memory) {
-  const WinogradConv2dShape& s = p.shape;
-  const Grid<T> grid(s);
-  const WeightSpace<T> space(grid, memory);
-  const int64_t all = grid.tiles(), bands = ceil_div(s.c_out, kTileRows);
-  const int64_t panels = space.in_stride / kPanel<float>;
-  const int64_t of_v = space.tiles * space.in_stride, of_z = space.tiles * space.out_stride;
-  const int64_t of_sums = space.out_stride * space.in_stride;
-  if (all == 0) {
-    for (int64_t i = 0; i < s.c_out * s.c_in * kTaps; ++i) p.dweight[i] = 0;
-    return;
+class Backward {
+ public:
+  Backward(const WinogradConv2dBackward& p, void* memory)
+      : p_(p), s_(p.shape), space_(p), sums_(static_cast<float*>(memory)) {}
+
+  void run() {
+    if (space_.by_ranges)
+      by_ranges();
+    else
+      by_panels();
+    finish();
   }
-  for (int64_t first = 0; first < all; first += space.tiles) {
-    const int64_t count = min_of(space.tiles, all - first);
-    cpu::parallel_ranges(
-        count, T::points * (s.c_in + s.c_out) * 4, [&](int64_t begin, int64_t end) {
-          for (int64_t t = begin; t < end; ++t) {
-            const auto at = grid.place(first + t);
-            transform_inputs<T>(s, p.x, at, space.v + t * space.in_stride, of_v);
-            transform_gradients<T>(s, p.dz, at, space.z + t * space.out_stride, of_z);
-          }
-        });
-    // A panel of V [tiles][panel] stays in the second-level cache for all bands of output channels.
-    cpu::parallel_ranges(
-        T::points * panels * bands, kTileRows * kPanel<float> * count / 16,
-        [&](int64_t begin, int64_t end) {
-          for (; begin < end; ++begin) {
-            const int64_t q = begin / (panels * bands), panel = begin / bands % panels;
-            const int64_t o = begin % bands * kTileRows;
-            const float* row[kTileRows];
-            for (int64_t i = 0; i < kTileRows; ++i) row[i] = space.z + q * of_z + o + i;
-            float* to = space.sums + q * of_sums + o * space.in_stride + panel * kPanel<float>;
-            multiply_tile<kPart>(kTileRows, row, space.out_stride,
-                                 space.v + q * of_v + panel * kPanel<float>, space.in_stride, count,
-                                 to, space.in_stride, first > 0);
-          }
-        });
+
+ private:
+  float* slot(int64_t index) const {
+    return sums_ + space_.ranges * space_.sums_size + index * space_.slot_size;
   }
-  cpu::parallel_ranges(s.c_out, s.c_in * T::points * 2, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      float* to = p.dweight + o * s.c_in * kTaps;
-      for_vectors<float, 1, false>(s.c_in, [&](int64_t c, auto part, auto) {
-        Vec m[T::points], g[kTaps];
-        for (int q = 0; q < T::points; ++q)
-          m[q] = load(space.sums + q * of_sums + o * space.in_stride + c);
-        T::filters(m, g);
-        if (p.weight_layout == Layout::channels_last) {
-          for (int t = 0; t < kTaps; ++t) part.write(to + t * s.c_in + c, g[t]);
-        } else {
-          alignas(64) float taps[kTaps][kLanes];
-          for (int t = 0; t < kTaps; ++t) store(taps[t], g[t]);
-          for (int64_t lane = 0; lane < part.count(kLanes); ++lane) {
-            for (int t = 0; t < kTaps; ++t) to[(c + lane) * kTaps + t] = taps[t][lane];
+
+  // Tiles [begin, end) of those that V and Z hold, which are `first` and the following ones.
+  void transform(int64_t first, int64_t begin, int64_t end, float* v) const {
+    for (int64_t t = begin; t < end; ++t) {
+      const auto at = space_.grid.place(first + t);
+      transform_inputs<T>(s_, p_.x, at, v + t * kPanel<float>, space_.of_v, kPanel<float>,
+                          space_.most * kPanel<float>);
+      transform_gradients<T>(s_, p_.dz, at, v + space_.v_size + t * kLanes, space_.of_z,
+                             space_.most * kLanes);
+    }
+  }
+
+  // sums[C_out][panel] (+)= the products of `count` tiles at one point, for one panel.
+  void multiply(const float* v, int64_t count, int64_t point, int64_t panel, float* sums, bool adds) const {
+    const float* columns = v + point * space_.of_v + panel * space_.most * kPanel<float>;
+    const float* z = v + space_.v_size + point * space_.of_z;
+    sums += (point * space_.panels + panel) * space_.of_sums;
+    for (int64_t t = 0; t < count; t += kChunk) {
+      for (int64_t o = 0; o < s_.c_out; o += kTileRows) {
+        const int64_t rows = min_of(kTileRows, s_.c_out - o);
+        const float* row[kTileRows];
+        for (int64_t i = 0; i < rows; ++i)
+          row[i] = z + ((o + i) / kLanes * space_.most + t) * kLanes + (o + i) % kLanes;
+        multiply_in_parts<kPart>(rows, row, kLanes, columns + t * kPanel<float>, kPanel<float>,
+                                 min_of(kChunk, count - t), sums + o * kPanel<float>, kPanel<float>,
+                                 adds || t > 0);
+      }
+    }
+  }
+
+  void by_ranges() const {
+    cpu::parallel_ranges(space_.slots, int64_t{1} << 20, [&](int64_t index, int64_t end) {
+      for (; index < end; ++index) {
+        float* v = slot(index);
+        for (int64_t r = index * space_.ranges / space_.slots;
+             r < (index + 1) * space_.ranges / space_.slots; ++r) {
+          const int64_t begin = r * space_.tiles / space_.ranges;
+          const int64_t after = (r + 1) * space_.tiles / space_.ranges;
+          for (int64_t first = begin; first < after; first += space_.most) {
+            const int64_t count = min_of(space_.most, after - first);
+            transform(first, 0, count, v);
+            for (int64_t point = 0; point < T::points; ++point) {
+              for (int64_t panel = 0; panel < space_.panels; ++panel)
+                multiply(v, count, point, panel, sums_ + r * space_.sums_size, first > begin);
+            }
           }
         }
-      });
+      }
+    });
+  }
+
+  void by_panels() const {
+    float* v = slot(0);
+    for (int64_t first = 0; first < space_.tiles; first += space_.most) {
+      const int64_t count = min_of(space_.most, space_.tiles - first);
+      cpu::parallel_ranges(count, T::points * (s_.c_in + s_.c_out) * 4,
+                           [&](int64_t begin, int64_t end) { transform(first, begin, end, v); });
+      cpu::parallel_ranges(T::points * space_.panels, s_.c_out * kPanel<float> * count / 16,
+                           [&](int64_t begin, int64_t end) {
+                             for (; begin < end; ++begin)
+                               multiply(v, count, begin / space_.panels, begin % space_.panels, sums_, first > 0);
+                           });
     }
-  });
-}
+  }
+
+  // dweight of the sums.
+  void finish() const {
+    cpu::parallel_ranges(s_.c_out, s_.c_in * T::points * 2, [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o) {
+        float* to = p_.dweight + o * s_.c_in * kTaps;
+        for_vectors<float, 1, false>(s_.c_in, [&](int64_t c, auto part, auto) {
+          const float* from =
+              sums_ + c / kPanel<float> * space_.of_sums + o * kPanel<float> + c % kPanel<float>;
+          Vec m[T::points], g[kTaps];
+          for (int q = 0; q < T::points; ++q) {
+            const float* of_point = from + q * space_.panels * space_.of_sums;
+            m[q] = load(of_point);
+            for (int64_t r = 1; r < space_.ranges; ++r) m[q] += load(of_point + r * space_.sums_size);
+          }
+          T::filters(m, g);
+          if (p_.weight_layout == Layout::channels_last) {
+            for (int t = 0; t < kTaps; ++t) part.write(to + t * s_.c_in + c, g[t]);
+          } else {
+            alignas(64) float taps[kTaps][kLanes];
+            for (int t = 0; t < kTaps; ++t) store(taps[t], g[t]);
+            for (int64_t lane = 0; lane < part.count(kLanes); ++lane) {
+              for (int t = 0; t < kTaps; ++t) to[(c + lane) * kTaps + t] = taps[t][lane];
+            }
+          }
+        });
+      }
+    });
+  }
+
+  const WinogradConv2dBackward& p_;
+  const WinogradConv2dShape& s_;
+  const WeightSpace<T> space_;
+  float* const sums_;
+};
 
 void run_backward(const WinogradConv2dBackward& p, void* workspace) {
-  with_tile(p.shape.tile, [&](auto tile) { backward<decltype(tile)>(p, workspace); });
+  if (p.shape.n == 0) {
+    for (int64_t i = 0; i < p.shape.c_out * p.shape.c_in * kTaps; ++i) p.dweight[i] = 0;
+    return;
+  }
+  with_tile(p.shape.tile, [&](auto tile) { Backward<decltype(tile)>(p, workspace).run(); });
 }
 size_t backward_workspace(const WinogradConv2dBackward& p) {
   size_t bytes = 0;
-  with_tile(p.shape.tile, [&](auto tile) {
-    using T = decltype(tile);
-    bytes = WeightSpace<T>(Grid<T>(p.shape), nullptr).bytes;
-  });
+  with_tile(p.shape.tile, [&](auto tile) { bytes = WeightSpace<decltype(tile)>(p).bytes(); });
   return bytes;
 }
 
