@@ -153,7 +153,63 @@ _STRIDED_DEPTHWISE = tuple(
     for side in (14, 28, 40, 56, 80, 112)
 )
 
+# Images and pixels in a row, from one image of 7x7 on.
+_WINOGRAD_IMAGES = ((1, 7), (1, 10), (1, 14), (2, 14), (4, 14), (1, 28), (8, 14), (2, 28), (1, 56))
+_WINOGRAD_PIXELS = 0, 49, 100, 196, 392, 784, 1568, 3136
+_NEVER = 1 << 30
+
+
+def _by_winograd(layout: str) -> tuple[Point, ...]:
+    return tuple(
+        Point((n, c, side, side), c, layout=layout)
+        for c in (64, 256, 512)
+        for n, side in _WINOGRAD_IMAGES
+    )
+
+
+_OVERHANGS = tuple(
+    Point((n, c, side, side), c, dilation=dilation, layout=layout)
+    for n, c, side in ((2, 64, 56), (4, 128, 33), (4, 256, 17))
+    for dilation in (1, 2, 3, 4, 6, 8, 12)
+    for layout in (CONTIGUOUS, LAST)
+)
+
 SWEEPS = (
+    Sweep(
+        "winograd_channels",
+        (FORWARD, DX, DWEIGHT, FOLDED),
+        (8, 16, 24, 32, 48, 64, 96, 128, _NEVER),
+        tuple(
+            Point((4, c, 28, 28), c, layout=layout)
+            for c in (8, 16, 24, 32, 48, 64, 96)
+            for layout in (CONTIGUOUS, LAST)
+        ),
+    ),
+    Sweep("winograd_pixels", (FORWARD, DX), (*_WINOGRAD_PIXELS, _NEVER), _by_winograd(LAST)),
+    Sweep(
+        "winograd_pixels_contiguous",
+        (FORWARD, DX),
+        (*_WINOGRAD_PIXELS, _NEVER),
+        _by_winograd(CONTIGUOUS),
+    ),
+    Sweep(
+        "winograd_pixels_kept",
+        (FOLDED,),
+        (*_WINOGRAD_PIXELS, _NEVER),
+        _by_winograd(LAST) + _by_winograd(CONTIGUOUS),
+    ),
+    Sweep(
+        "winograd_pixels_dweight",
+        (DWEIGHT,),
+        (*_WINOGRAD_PIXELS, _NEVER),
+        _by_winograd(LAST) + _by_winograd(CONTIGUOUS),
+    ),
+    Sweep(
+        "winograd_waste",
+        (FORWARD, DX, DWEIGHT, FOLDED),
+        (100, 110, 120, 130, 140, 150, 160, 180, 200, 250),
+        _OVERHANGS,
+    ),
     Sweep(
         "small",
         (FORWARD,),

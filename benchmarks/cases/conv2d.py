@@ -249,6 +249,18 @@ for _layout in LAYOUTS:
     for _conv in (Conv((16, 512, 4, 4), 512), Conv((16, 256, 7, 7), 512, stride=2)):
         add(_conv, _layout, epilogue=False, compile_ours=False)
 
+    # The 3x3 stages of a ResNet, which Winograd's algorithm may serve.
+    for _channels, _pixels in ((64, 56), (128, 28), (256, 14), (512, 14)):
+        for _batch in (1, 8):
+            _shape = (_batch, _channels, _pixels, _pixels)
+            add(
+                Conv(_shape, _channels),
+                _layout,
+                epilogue=False,
+                compile_ours=False,
+                target=">= 1.8x fwd",
+            )
+
 # DeepLab: the dilated stages of its ResNet, and the branches of its pyramid (Chen et al. 2017, arXiv:1706.05587).
 DEEPLAB = (
     *(Conv((8, 512, size, size), 512, 3, dilation) for size in (33, 65) for dilation in (2, 4)),

@@ -39,8 +39,13 @@ add(
     target=">= 1.0x compile with freezing, >= 1.2x best eager",
 )
 add("resnet50", subject, 8, 112, training=True, target="held <= 0.80x stock")
-add("resnet18", subject, 8, 224, training=False)
+add("resnet50", subject, 8, 224, training=True, target=">= 1.15x best stock")
 add("resnet18", subject, 16, 112, training=True, target=">= 1.1x best stock")
+for _model in ("resnet18", "resnet34"):
+    add(_model, subject, 8, 224, training=False, target=">= 1.5x best stock")
+    add(_model, subject, 8, 224, training=True, target=">= 1.3x best stock")
+add("resnet18", subject, 1, 224, training=False, target=">= 1.5x best stock")
+add("resnet50", subject, 1, 224, training=False, target=">= 1.2x best stock")
 for _training in (False, True):
     add("resnet18", subject, 2, 32, training=_training, hidden=True)
     add(

@@ -24,8 +24,9 @@ def subject(case: Case) -> Subject:
     )
 
 
-add("unet", subject, 1, 256, training=False)
-add("unet", subject, 2, 128, training=True)
+for _batch, _pixels in ((1, 256), (4, 128)):
+    add("unet", subject, _batch, _pixels, training=False, target=">= 1.6x best stock")
+    add("unet", subject, _batch, _pixels, training=True, target=">= 1.4x best stock")
 add("unet", subject, 2, 35, training=False, hidden=True)
 add("unet", subject, 2, 35, training=True, hidden=True)
 
