@@ -94,8 +94,7 @@ __attribute__((noinline)) void multiply_rows_in_parts(const A* const* a, int64_t
   for (int i = 0; i < kRows; ++i) {
     row[i] = a[i];
 #pragma GCC unroll 4
-    for (int j = 0; j < kPartVectors; ++j)
-      total[i][j] = adds ? load(tile + i * tile_stride + j * lanes) : Vec{};
+    for (int j = 0; j < kPartVectors; ++j) total[i][j] = Vec{};
   }
   int64_t at = 0;
   for (int64_t first = 0; first < depth; first += kPart) {
@@ -120,7 +119,10 @@ __attribute__((noinline)) void multiply_rows_in_parts(const A* const* a, int64_t
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kPartVectors; ++j) store(tile + i * tile_stride + j * lanes, total[i][j]);
+    for (int j = 0; j < kPartVectors; ++j) {
+      A* to = tile + i * tile_stride + j * lanes;
+      store(to, adds ? load(to) + total[i][j] : total[i][j]);
+    }
   }
 }
 
