@@ -266,11 +266,13 @@ def _by_winograd(layer: torch.nn.Conv2d, directions: Iterable[str]) -> str:
     x, options = _padded(layer, _smallest(layer))
     if isinstance(options.padding, str):  # the sides of x differ
         return ""
+    dtype = result_dtype(layer.weight)
     spans: dict[str, list[str]] = {}
     for direction in directions:
+        problem = problem_of(direction, x.to(dtype), layer.weight, options)
         last, contiguous = (
-            _least_of_winograd(problem_of(direction, x, layer.weight, options)._replace(layout=of))
-            for of in (CHANNELS_LAST, CONTIGUOUS)
+            _least_of_winograd(problem._replace(layout=layout))
+            for layout in (CHANNELS_LAST, CONTIGUOUS)
         )
         if last is not None:
             spans.setdefault(_in_both(last, contiguous), []).append(_PARTS.get(direction, ""))
