@@ -9,11 +9,12 @@ from . import _schemas as _schemas
 _library.load()
 
 from . import functional, nn  # noqa: E402
-from .backend import get_backend, use_backend  # noqa: E402
+from .backend import get_backend, get_convolution, use_backend, use_convolution  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
-    "explain", "functional", "get_backend", "models", "nn", "optimize", "restore", "tune", "use_backend",
+    "explain", "functional", "get_backend", "get_convolution", "models", "nn", "optimize", "restore", "tune",
+    "use_backend", "use_convolution",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Which implementation serves: the kernels, or the reference in plain PyTorch.
+"""Which implementation serves: the kernels, or the reference in plain PyTorch; and how the kernels convolve.
 
 It also has queries of torch's state: whether torch records gradients, casts, traces or transforms a call.
 """
@@ -6,27 +6,28 @@ It also has queries of torch's state: whether torch records gradients, casts, tr
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from . import _environment, _library
 
-__all__ = ["get_backend", "use_backend"]
+__all__ = ["get_backend", "get_convolution", "use_backend", "use_convolution"]
 
+# The first of each is the default.
 _BACKENDS = ("fused", "reference")
+_CONVOLUTIONS = ("default", "exact")
 
 
-def _from_environment() -> str:
-    name = _environment.variable("ADVDL_OPS_BACKEND") or "fused"
-    if name not in _BACKENDS:
-        raise ValueError(
-            f"advdl_ops: ADVDL_OPS_BACKEND ({name!r}) must be one of {', '.join(_BACKENDS)}"
-        )
+def _from_environment(variable: str, names: tuple[str, ...]) -> str:
+    name = _environment.variable(variable) or names[0]
+    if name not in names:
+        raise ValueError(f"advdl_ops: {variable} ({name!r}) must be one of {', '.join(names)}")
     return name
 
 
-_backend = _from_environment()
+_backend = _from_environment("ADVDL_OPS_BACKEND", _BACKENDS)
+_convolution = _from_environment("ADVDL_OPS_CONVOLUTION", _CONVOLUTIONS)
 _require_native = _environment.flag("ADVDL_OPS_REQUIRE_NATIVE", False)
 
 
@@ -35,7 +36,38 @@ def get_backend() -> str:
     return _backend
 
 
-class use_backend:
+def get_convolution() -> str:
+    """``"default"`` or ``"exact"``, see :class:`use_convolution`."""
+    return _convolution
+
+
+class _Use:
+    """Sets a variable of this module: a call sets it, a ``with`` block restores it."""
+
+    _variable: ClassVar[str]
+    _names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, name: str) -> None:
+        if name not in self._names:
+            raise ValueError(
+                f"{type(self).__name__}: name ({name!r}) must be one of {', '.join(self._names)}"
+            )
+        self._previous = globals()[self._variable]
+        globals()[self._variable] = name
+
+    def __enter__(self) -> _Use:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        globals()[self._variable] = self._previous
+
+
+class use_backend(_Use):
     """Choose the implementation for the whole process: a call sets it, a ``with`` block restores it.
 
     Args:
@@ -45,24 +77,26 @@ class use_backend:
         ValueError: another name.
     """
 
-    def __init__(self, name: str) -> None:
-        global _backend
-        if name not in _BACKENDS:
-            raise ValueError(f"use_backend: name ({name!r}) must be one of {', '.join(_BACKENDS)}")
-        self._previous = _backend
-        _backend = name
+    _variable = "_backend"
+    _names = _BACKENDS
 
-    def __enter__(self) -> use_backend:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        global _backend
-        _backend = self._previous
+class use_convolution(_Use):
+    """Choose how convolutions are computed on CPU, for the whole process: a call sets it, a ``with`` block restores it.
+
+    It holds from the next call on. What :func:`.tune` stored for the other name is kept, and does not serve.
+
+    Args:
+        name: ``"default"``, or ``"exact"``: every output is a direct sum of products. By default Winograd's minimal
+            filtering (Lavin & Gray 2016, arXiv:1509.09308) may serve 3x3 convolutions with stride 1 in fp32. It
+            multiplies less, and rounds differently.
+
+    Raises:
+        ValueError: another name.
+    """
+
+    _variable = "_convolution"
+    _names = _CONVOLUTIONS
 
 
 def serves_native(function: str, x: torch.Tensor) -> bool:

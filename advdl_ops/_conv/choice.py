@@ -31,6 +31,7 @@ from .problem import (
     WITH_NORM,
     Problem,
 )
+from .winograd import outputs_computed
 
 
 class Thresholds(NamedTuple):
@@ -63,6 +64,14 @@ class Thresholds(NamedTuple):
         depthwise_strided_bytes: size of x up to which, contiguous and above ``depthwise_cached_bytes``, torch's
             depthwise forward with a stride of 2 is faster.
         depthwise_strided_dx_bytes, depthwise_strided_dweight_bytes: the same for the gradients of x and of the weight.
+        winograd_channels: Winograd serves so many input and output channels or more: with few, the transforms take
+            longer than the products that they save.
+        winograd_pixels: and so many output pixels or more, forward and gradient of x with x in channels_last: each
+            call transforms the weight.
+        winograd_pixels_contiguous: the same for x that is not in channels_last, which is converted.
+        winograd_pixels_kept: the same for a weight that is kept transformed.
+        winograd_pixels_dweight: the same for the gradient of the weight.
+        winograd_waste: most outputs that the tiles compute, in percent of those that are needed.
     """
 
     small: int
@@ -88,6 +97,12 @@ class Thresholds(NamedTuple):
     depthwise_strided_bytes: int
     depthwise_strided_dx_bytes: int
     depthwise_strided_dweight_bytes: int
+    winograd_channels: int
+    winograd_pixels: int
+    winograd_pixels_contiguous: int
+    winograd_pixels_kept: int
+    winograd_pixels_dweight: int
+    winograd_waste: int
 
 
 _AVX2 = Thresholds(
@@ -114,6 +129,12 @@ _AVX2 = Thresholds(
     depthwise_strided_bytes=32 << 20,
     depthwise_strided_dx_bytes=16 << 20,
     depthwise_strided_dweight_bytes=0,
+    winograd_channels=32,
+    winograd_pixels=196,
+    winograd_pixels_contiguous=400,
+    winograd_pixels_kept=49,
+    winograd_pixels_dweight=400,
+    winograd_waste=150,
 )
 THRESHOLDS: Mapping[str, Thresholds] = {
     "avx512": Thresholds(
@@ -140,6 +161,12 @@ THRESHOLDS: Mapping[str, Thresholds] = {
         depthwise_strided_bytes=64 << 20,
         depthwise_strided_dx_bytes=16 << 20,
         depthwise_strided_dweight_bytes=0,
+        winograd_channels=32,
+        winograd_pixels=196,
+        winograd_pixels_contiguous=400,
+        winograd_pixels_kept=49,
+        winograd_pixels_dweight=400,
+        winograd_waste=150,
     ),
     "avx2": _AVX2,
     "default": _AVX2,
@@ -205,11 +232,9 @@ def _accepts_dense(p: Problem) -> bool:
 
 def _accepts_winograd(p: Problem) -> bool:
     return (
-        p.groups == 1
+        p.is_winograds
+        and not p.exact
         and p.dtype == torch.float32
-        and p.weight[2:] == (3, 3)
-        and p.stride == (1, 1)
-        and all(padding <= 2 * rate for padding, rate in zip(p.padding, p.dilation, strict=True))
         and p.x_numel > 0
         and native("cpu")
     )
@@ -318,6 +343,36 @@ def _is_large(p: Problem, t: Thresholds) -> bool:
     return p.x_numel > max(t.small, p.weight_numel)
 
 
+def winograd_pixels(p: Problem, t: Thresholds) -> int | None:
+    """From how many output pixels on Winograd serves; ``None`` if the channels are too few."""
+    if min(p.weight[:2]) < t.winograd_channels:
+        return None
+    if p.direction == FOLDED:
+        return t.winograd_pixels_kept
+    if p.direction == WEIGHT_GRADIENT:
+        return t.winograd_pixels_dweight
+    return t.winograd_pixels if p.is_channels_last else t.winograd_pixels_contiguous
+
+
+def _winograd_pays(p: Problem, t: Thresholds) -> bool:
+    least = winograd_pixels(p, t)
+    if least is None or p.pixels < least:
+        return False
+    computed, needed = outputs_computed(p)
+    return 100 * computed <= t.winograd_waste * needed
+
+
+def _winograd_rule(pixels: str) -> Rule:
+    return Rule(
+        f"{{winograd_channels}} channels or more and {pixels} output pixels or more, of which the tiles compute up to "
+        "{winograd_waste} %",
+        _winograd_pays,
+    )
+
+
+_WINOGRAD_PACKING = _winograd_rule("{winograd_pixels} (contiguous: {winograd_pixels_contiguous})")
+_WINOGRAD_KEPT = _winograd_rule("{winograd_pixels_kept}")
+_WINOGRAD_DWEIGHT = _winograd_rule("{winograd_pixels_dweight}")
 _AS_IT_IS = Rule(
     "channels_last; contiguous rows of more than {short_row} output pixels (gradient of the weight: "
     "{short_row_dweight}) or x above {depthwise_cached_bytes} bytes, with a stride of 2 above "
@@ -366,6 +421,7 @@ _PACKING = Rule("channels_last, or a weight as large as x", _packing_pays)
 _LAST = torch.channels_last
 DEPTHWISE, DENSE, ONEDNN, TORCH = "depthwise kernel", "dense kernel", "onednn", "torch"
 PREPACKED = "onednn, prepacked"
+WINOGRAD = "winograd"
 # With a norm in training behind it.
 APART = "convolution, then norm"
 
@@ -374,11 +430,12 @@ def _by_way_of_last(name: str) -> str:
     return f"{name} in channels_last"
 
 
-def _gradients_on_cpu(few_pixels: Rule, wide: Rule) -> tuple[Candidate, ...]:
+def _gradients_on_cpu(winograd: Rule, few_pixels: Rule, wide: Rule) -> tuple[Candidate, ...]:
     own, torch_ = cpu.depthwise_gradients, cpu.gradients_by_torch
     return (
         Candidate(DEPTHWISE, own, _accepts_depthwise, _AS_IT_IS_UNLESS_TORCHS, None, True),
         Candidate(_by_way_of_last(DEPTHWISE), own, _accepts_depthwise_in_last, _NOT_TORCHS, _LAST),
+        Candidate(WINOGRAD, cpu.winograd_gradients, _accepts_winograd, winograd, None, True),
         Candidate(DENSE, cpu.dense_gradients, _accepts_dense, few_pixels, None, True),
         Candidate(_by_way_of_last(TORCH), torch_, _is_not_last, wide, _LAST),
         Candidate(TORCH, torch_),
@@ -399,6 +456,7 @@ _DEPTHWISE_FORWARD = (
 ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
     FORWARD: (
         *_DEPTHWISE_FORWARD,
+        Candidate(WINOGRAD, cpu.winograd, _accepts_winograd, _WINOGRAD_PACKING, None, True),
         Candidate(DENSE, cpu.dense, _accepts_dense, _FEW, None, True),
         Candidate(
             _by_way_of_last(ONEDNN),
@@ -411,14 +469,15 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
         Candidate(_by_way_of_last(TORCH), cpu.by_torch, _is_not_last, _WIDE, _LAST),
         Candidate(TORCH, cpu.by_torch),
     ),
-    # The weight has the norm's scale in it, and is kept; so a layout of oneDNN's own can be paid for once.
+    # The weight is kept: with the norm's scale in it, in a layout of oneDNN's own, or transformed. See `folded.py`.
     FOLDED: (
         *_DEPTHWISE_FORWARD,
+        Candidate(WINOGRAD, cpu.winograd, _accepts_winograd, _WINOGRAD_KEPT, None, True),
         Candidate(PREPACKED, cpu.prepacked, _accepts_onednn, _PACKING),
         Candidate(TORCH, cpu.by_torch),
     ),
-    INPUT_GRADIENT: _gradients_on_cpu(_FEW_DX, _WIDE),
-    WEIGHT_GRADIENT: _gradients_on_cpu(_FEW_DWEIGHT, _WIDE_DWEIGHT),
+    INPUT_GRADIENT: _gradients_on_cpu(_WINOGRAD_PACKING, _FEW_DX, _WIDE),
+    WEIGHT_GRADIENT: _gradients_on_cpu(_WINOGRAD_DWEIGHT, _FEW_DWEIGHT, _WIDE_DWEIGHT),
 }
 
 

@@ -8,7 +8,7 @@ converts the result.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,16 @@ from ..activation import IDENTITY, Activation
 from ..reference.activation import activate
 from .epilogue import activated
 from .epilogue import epilogue as run_epilogue
-from .problem import Conv, Epilogue, convert, without_data
+from .problem import (
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    Conv,
+    Epilogue,
+    convert,
+    without_data,
+)
+from .winograd import Tile, tile_for
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Needs = tuple[bool, bool, bool]
@@ -28,6 +37,7 @@ _depthwise_op = torch.ops.advdl_ops.depthwise_conv2d.default
 _depthwise_backward_op = torch.ops.advdl_ops.depthwise_conv2d_backward.default
 _dense_op = torch.ops.advdl_ops.dense_conv2d.default
 _dense_backward_op = torch.ops.advdl_ops.dense_conv2d_backward.default
+_winograd_pack_op = torch.ops.advdl_ops.winograd_pack.default
 _winograd_op = torch.ops.advdl_ops.winograd_conv2d.default
 _winograd_backward_op = torch.ops.advdl_ops.winograd_conv2d_backward.default
 _torch_backward_op = torch.ops.aten.convolution_backward.default
@@ -84,24 +94,42 @@ def dense_gradients(
 
 # ---- csrc/cpu/winograd_conv2d.cpp ----
 
-# Codes of the outputs of a tile.
-_TWO_BY_FOUR, _FOUR_BY_FOUR = 1, 2
-# Up to so many channels in a sum, tiles of 4x4 have a larger error than a direct convolution (docs/accuracy.md).
-_FEW_CHANNELS = 128
+
+class Transformed(NamedTuple):
+    """A weight for :func:`winograd` that was transformed before.
+
+    Attributes:
+        weight: as it is. Tiles with Inf or NaN are computed from it.
+        packed: the result of :func:`winograd_pack`.
+        tile: for which.
+    """
+
+    weight: Tensor
+    packed: Tensor
+    tile: Tile
 
 
-def winograd_tile(channels: int) -> int:
-    """The code of the tile for sums over so many channels."""
-    return _TWO_BY_FOUR if channels <= _FEW_CHANNELS else _FOUR_BY_FOUR
+def winograd_pack(weight: Tensor, tile: Tile) -> Tensor:
+    """``weight`` transformed for a forward by ``tile``."""
+    return _winograd_pack_op(weight, tile.code, False)
 
 
 def winograd(
-    x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue, memory_format: torch.memory_format
+    x: Tensor,
+    weight: Tensor | Transformed,
+    conv: Conv,
+    epilogue: Epilogue,
+    memory_format: torch.memory_format,
 ) -> Tensor:
     scale, shift, residual, act = epilogue
+    packed = None
+    if isinstance(weight, Transformed):
+        weight, packed, tile = weight
+    else:
+        tile = tile_for(FORWARD, x.shape, weight.shape, conv.padding, conv.dilation)
     return _winograd_op(
-        x, weight, None, scale, shift, residual, conv.padding, conv.dilation,
-        winograd_tile(x.shape[1]), act.code, act.param,
+        x, weight, packed, scale, shift, residual, conv.padding, conv.dilation, tile.code,
+        act.code, act.param,
     )  # fmt: skip
 
 
@@ -113,10 +141,13 @@ def winograd_gradients(
     needs: Needs,
     memory_format: torch.memory_format,
 ) -> Gradients:
+    of_dx, of_dweight = (
+        tile_for(direction, x.shape, weight.shape, conv.padding, conv.dilation).code
+        for direction in (INPUT_GRADIENT, WEIGHT_GRADIENT)
+    )
     dx, dweight = _winograd_backward_op(
-        dz, x, weight, conv.padding, conv.dilation, winograd_tile(weight.shape[0]), _TWO_BY_FOUR,
-        *needs[:2],
-    )  # fmt: skip
+        dz, x, weight, conv.padding, conv.dilation, of_dx, of_dweight, *needs[:2]
+    )
     return _needed((dx, dweight, sum_of(dz) if needs[2] else None), needs)
 
 

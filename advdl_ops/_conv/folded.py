@@ -1,4 +1,4 @@
-"""A convolution in evaluation with the batch norm after it folded into weight and bias. Both are kept from call to
+"""A convolution in evaluation with the batch norm after it folded in. What is made of its weight is kept from call to
 call.
 
 Jacob et al. 2018 (arXiv:1712.05877), section 3.2. :func:`advdl_ops.nn.conv_bn_act` stores one in the norm module.
@@ -15,16 +15,25 @@ from .._schemas import conv2d_format
 from ..activation import Activation
 from ..backend import is_traced
 from . import choice, cpu
-from .choice import PREPACKED, Candidate
+from .choice import PREPACKED, WINOGRAD, Candidate
+from .cpu import Transformed
 from .operators import output
 from .problem import FOLDED, Conv, Epilogue, Problem, problem_of
+from .winograd import Tile, tile_of
 
 # Weight and bias of the convolution, running mean and variance, weight and bias of the norm.
 Source = tuple[Tensor | None, ...]
+# What the weight is made into: one of the two names, or transformed for a tile.
+SCALED = "scaled"
+Form = str | Tile
 
 
 class FoldedConv:
-    """Folded weight and bias, and a key of the tensors that they were made from.
+    """The norm as scale and shift, what was made of the weight, and a key of the tensors that all was made from.
+
+    The weight is made into the form that the serving candidate takes, when it is first asked for: with the scale in it,
+    the same in oneDNN's layout, or transformed for a tile of Winograd's, without the scale. No other copy of the weight
+    is kept.
 
     Fused optimizers and writes through ``.data`` change neither version counters nor pointers. So the key also contains
     values: all of the ``[C_out]`` tensors, and one value per output channel of the convolution's weight. A write
@@ -40,17 +49,16 @@ class FoldedConv:
     def __init__(
         self, source: Source, scale: Tensor, shift: Tensor, eps: float, conv: Conv
     ) -> None:
-        weight, bias, *_ = source
-        assert weight is not None
-        self.weight: Tensor | None = weight * scale.view(-1, 1, 1, 1)
+        bias = source[1]
+        self.scale = scale
         self.bias = shift if bias is None else torch.addcmul(shift, bias, scale)
         self.conv = conv
         self.identity = _identity(source, eps, conv)
         self.sample = _sample(source)
-        # The weight in oneDNN's layout. It replaces `weight`, unless inputs of both memory formats occur and need one
-        # each.
-        self.prepacked: Tensor | None = None
-        self.keeps_both = False
+        # The form of the last call alone, unless one is asked for again after another: then all that are asked for.
+        self.kept: dict[Form, Tensor] = {}
+        self.keeps_all = False
+        self._met: set[Form] = set()
 
     def serves(self, source: Source, eps: float, conv: Conv) -> bool:
         """Whether this is still valid for ``source``."""
@@ -59,35 +67,65 @@ class FoldedConv:
         )
 
     def __call__(
-        self, problem: Problem, x: Tensor, residual: Tensor | None, act: Activation
+        self,
+        problem: Problem,
+        x: Tensor,
+        weight: Tensor,
+        residual: Tensor | None,
+        act: Activation,
     ) -> Tensor:
-        """``act(conv(x) + residual)`` in ``x``'s memory format. ``problem`` comes from :func:`problem_of_folded`."""
+        """``act(conv(x) + residual)`` in ``x``'s memory format.
+
+        Args:
+            problem: of :func:`problem_of_folded`.
+            x, residual, act: of the call.
+            weight: the convolution's own, of a source for which :meth:`serves` holds.
+        """
         epilogue = Epilogue(None, self.bias, residual, act)
+        problem = problem._replace(epilogue=epilogue.name())
         given = conv2d_format(x)
 
-        def run(candidate: Candidate) -> Tensor:
-            weight = self._weight_for(candidate, x)
-            return output(candidate, given, x, weight, self.conv, epilogue)
+        def run(candidate: Candidate, form: Form, made: Tensor) -> Tensor:
+            if not isinstance(form, Tile):
+                return output(candidate, given, x, made, self.conv, epilogue)
+            of_norm, taken = epilogue._replace(scale=self.scale), Transformed(weight, made, form)
+            return output(candidate, given, x, taken, self.conv, of_norm)
 
-        candidate = choice.chosen(problem._replace(epilogue=epilogue.name()), x.device, run)
-        out = run(candidate)
-        if candidate.name == PREPACKED and not self.keeps_both:
-            self.weight = None
-        return out
+        tried: dict[Form, Tensor] = {}
 
-    def _weight_for(self, candidate: Candidate, x: Tensor) -> Tensor:
-        # Each attribute is read once, because another thread may set it to None in between.
-        weight, prepacked = self.weight, self.prepacked
-        if candidate.name == PREPACKED:
-            if prepacked is None:
-                assert weight is not None
-                self.prepacked = prepacked = cpu.prepack(x, weight, self.conv)
-            return prepacked
-        if weight is None:
-            assert prepacked is not None
-            self.keeps_both = True
-            self.weight = weight = prepacked.to_dense()
-        return weight
+        def trial(candidate: Candidate) -> Tensor:
+            form = _form(candidate, problem)
+            if form not in tried:
+                tried[form] = self._made(form, x, weight)
+            return run(candidate, form, tried[form])
+
+        candidate = choice.chosen(problem, x.device, trial)
+        form = _form(candidate, problem)
+        return run(candidate, form, self._kept(form, x, weight))
+
+    def _kept(self, form: Form, x: Tensor, weight: Tensor) -> Tensor:
+        # Read once, and replaced as a whole: if another thread does so in between, a form is made once more.
+        kept = self.kept
+        made = kept.get(form)
+        if made is None:
+            made = self._made(form, x, weight)
+            self.keeps_all = self.keeps_all or form in self._met
+            self._met.add(form)
+            self.kept = {**(kept if self.keeps_all else {}), form: made}
+        return made
+
+    def _made(self, form: Form, x: Tensor, weight: Tensor) -> Tensor:
+        if isinstance(form, Tile):
+            return cpu.winograd_pack(weight, form)
+        scaled = weight * self.scale.view(-1, 1, 1, 1)
+        return cpu.prepack(x, scaled, self.conv) if form == PREPACKED else scaled
+
+
+def _form(candidate: Candidate, problem: Problem) -> Form:
+    """What ``candidate`` takes as the weight."""
+    if candidate.name == WINOGRAD:
+        return tile_of(problem)
+    return PREPACKED if candidate.name == PREPACKED else SCALED
 
 
 def problem_of_folded(x: Tensor, weight: Tensor, conv: Conv) -> Problem | None:

@@ -12,7 +12,7 @@ from .._schemas import _check_devices, _library, acc_dtype, conv2d_format
 from ..activation import activation_of
 from . import choice
 from .choice import Candidate
-from .cpu import Gradients, Needs, sum_of
+from .cpu import Gradients, Needs, Transformed, sum_of
 from .problem import (
     FORWARD,
     INPUT_GRADIENT,
@@ -63,11 +63,11 @@ def output(
     candidate: Candidate,
     given: torch.memory_format,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Transformed,
     conv: Conv,
     epilogue: Epilogue,
 ) -> Tensor:
-    """A forward by one candidate, in ``given``, the memory format of ``x``."""
+    """A forward by one candidate, in ``given``, the memory format of ``x``. ``weight``: in the form that it takes."""
     out = candidate.run(x, weight, conv, epilogue, candidate.memory_format or given)
     return out if candidate.keeps_format else convert(out, given)
 

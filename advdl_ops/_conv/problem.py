@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from .._library import native
 from .._schemas import conv2d_format, conv2d_shape
 from ..activation import IDENTITY, Activation
-from ..backend import is_traced
+from ..backend import get_convolution, is_traced
 
 # Directions. Each is chosen for itself.
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input_gradient", "weight_gradient"
@@ -78,6 +79,7 @@ class Problem(NamedTuple):
         library: whether torch may use oneDNN (on CPU) or cuDNN (on CUDA) for it.
         tf32: on CUDA, whether fp32 may be multiplied in TF32.
         threads: on CPU; 0 on CUDA.
+        exact: whether :func:`.use_convolution` excludes a candidate that could otherwise serve it.
     """
 
     direction: str
@@ -94,10 +96,16 @@ class Problem(NamedTuple):
     library: bool
     tf32: bool
     threads: int
+    exact: bool = False
 
     @property
     def conv(self) -> Conv:
         return Conv(self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def is_winograds(self) -> bool:
+        """Whether it has the form that Winograd's minimal filtering computes on CPU."""
+        return _is_winograds(self.weight, self.conv)
 
     @property
     def is_depthwise(self) -> bool:
@@ -152,6 +160,18 @@ def problem_of(
         *conv,
         epilogue,
         *settings,
+        x.is_cpu and get_convolution() == "exact" and _is_winograds(weight.shape, conv),
+    )
+
+
+def _is_winograds(weight: Sequence[int], conv: Conv) -> bool:
+    return (
+        conv.groups == 1
+        and tuple(weight[2:]) == (3, 3)
+        and conv.stride == (1, 1)
+        and all(
+            padding <= 2 * rate for padding, rate in zip(conv.padding, conv.dilation, strict=True)
+        )
     )
 
 
@@ -168,6 +188,7 @@ def call_key(x: Tensor, weight: Tensor, conv: Conv) -> tuple[Any, ...]:
     return (
         x.shape, x.stride(), weight.shape, weight.stride(), x.dtype, type(x), type(weight), conv,
         torch._C._get_mkldnn_enabled(), torch.is_autocast_enabled("cpu"), torch.get_num_threads(),
+        get_convolution(),
     )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .. import _library, nn, tuning
 from .._conv import choice
-from .._conv.choice import APART
-from .._conv.problem import WITH_NORM, Problem
+from .._conv.choice import APART, WINOGRAD
+from .._conv.problem import FOLDED, WITH_NORM, Problem
+from .._conv.winograd import tile_of
 from ..backend import get_backend
 from ..nn.group_norm import _InstanceNorm
 from . import served as _served
@@ -65,7 +66,15 @@ class Chosen:
         reasons += [f"{name} failed ({why})" for name, why in self.failed.items()]
         if not self.seconds and self.others:
             reasons.append(f"also accepted by {', '.join(self.others)}")
-        return f"{of}: {self.name} ({'; '.join(reasons) or 'not timed'})"
+        return f"{of}: {self.name}{self._tiles()} ({'; '.join(reasons) or 'not timed'})"
+
+    def _tiles(self) -> str:
+        """For Winograd its tile, and the size of the weight that is kept."""
+        if self.name != WINOGRAD:
+            return ""
+        tile = tile_of(self.problem)
+        kept = f", which keeps {tile.points / 9:.1f} times the weight"
+        return f", tiles of {tile}{kept if self.problem.direction == FOLDED else ''}"
 
 
 def _chosen(problem: Problem) -> Chosen:

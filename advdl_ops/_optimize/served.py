@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from .._conv import choice
 from .._conv.problem import (
     CHANNELS_LAST,
     CONTIGUOUS,
+    FOLDED,
     FORWARD,
     INPUT_GRADIENT,
     WEIGHT_GRADIENT,
@@ -37,6 +38,7 @@ from ..nn.conv_bn_act import _padded, evaluates_as_one, problem_of_kept
 
 ONEDNN, TORCH, EITHER = "oneDNN", "torch's own", "oneDNN or torch's own"
 TWO_LAYERS = "its two layers"
+_WINOGRAD = "by Winograd's minimal filtering"
 _GRADIENTS = (INPUT_GRADIENT, WEIGHT_GRADIENT)
 _FOLDED = "in evaluation without gradients one convolution, the norm folded into it"
 
@@ -65,7 +67,10 @@ def of_layer(layer: torch.nn.Module) -> str:
         if _is_depthwise_transposed(layer) and is_gradient(layer):
             return own()
         is_dense = layer.groups == 1 and result_dtype(layer.weight) == torch.float32
-        return f"{EITHER}; of few pixels {own()}" if is_dense and is_gradient(layer) else EITHER
+        if not (is_dense and is_gradient(layer)):
+            return EITHER
+        is_winograds = layer.kernel_size == (3, 3) and layer.stride == (1, 1)
+        return f"{EITHER}; of few pixels{f', or {_WINOGRAD},' if is_winograds else ''} {own()}"
     if isinstance(layer, nn.Conv2d):
         return _of_convolution(layer)
     return _of_other(layer)
@@ -141,7 +146,9 @@ def _of_folded(conv: torch.nn.Conv2d) -> str:
     x, options = _padded(conv, _smallest(conv))
     problem = problem_of_kept(conv, x, options)
     if problem is not None:
-        return _of_depthwise(conv) if problem.is_depthwise else EITHER
+        return (
+            _of_depthwise(conv) if problem.is_depthwise else EITHER + _by_winograd(conv, (FOLDED,))
+        )
     return _of_convolution(conv) if _library.native("cpu") else _without_kernels()
 
 
@@ -216,7 +223,7 @@ def _parts(call: _Call) -> _Parts:
 
 def _by(candidate: choice.Candidate, x: Tensor, weight: Tensor, conv: Conv) -> str:
     """The implementation behind a candidate."""
-    if candidate.name.startswith((choice.DEPTHWISE, choice.DENSE)):
+    if candidate.name.startswith((choice.DEPTHWISE, choice.DENSE, choice.WINOGRAD)):
         return own()
     if candidate.name.startswith(choice.ONEDNN):
         return ONEDNN
@@ -238,7 +245,7 @@ def _by_torch(x: Tensor, weight: Tensor, conv: Conv, **transposed: Any) -> str:
 
 
 def _of_convolution(layer: torch.nn.Conv2d) -> str:
-    """The text for a convolution, with the numbers of pixels for which this package's kernel serves."""
+    """The text for a convolution, with the numbers of pixels for which this package's kernels serve."""
     if layer.groups == layer.in_channels == layer.out_channels:
         return _of_depthwise(layer)
     spans: dict[str, list[str]] = {}
@@ -247,12 +254,43 @@ def _of_convolution(layer: torch.nn.Conv2d) -> str:
             _span(_serves(layer, direction, layout)) for layout in (CHANNELS_LAST, CONTIGUOUS)
         )
         if last or contiguous:
-            both = last if last == contiguous else f"{last} (contiguous: {contiguous})"
-            spans.setdefault(str(both), []).append(part)
-    found = [f"{' and '.join(parts)} at {span}" for span, parts in spans.items()]
-    if not found:
-        return EITHER
-    return f"{EITHER}; by pixels of the output {own()}: {', '.join(found)}"
+            spans.setdefault(_in_both(last, contiguous), []).append(part)
+    winograd = _by_winograd(layer, _PARTS)
+    if not spans:
+        return EITHER + winograd
+    return f"{EITHER}{winograd}; by pixels of the output {own()}: {_joined(spans)}"
+
+
+def _by_winograd(layer: torch.nn.Conv2d, directions: Iterable[str]) -> str:
+    """From how many pixels on Winograd serves, as a further part of a text; empty if for none."""
+    x, options = _padded(layer, _smallest(layer))
+    if isinstance(options.padding, str):  # the sides of x differ
+        return ""
+    dtype = result_dtype(layer.weight)
+    spans: dict[str, list[str]] = {}
+    for direction in directions:
+        problem = problem_of(direction, x.to(dtype), layer.weight, options)
+        last, contiguous = (
+            _least_of_winograd(problem._replace(layout=layout))
+            for layout in (CHANNELS_LAST, CONTIGUOUS)
+        )
+        if last is not None:
+            spans.setdefault(_in_both(last, contiguous), []).append(_PARTS.get(direction, ""))
+    return f"; {_WINOGRAD} {own()}: {_joined(spans)} pixels and more" if spans else ""
+
+
+def _least_of_winograd(problem: Problem) -> int | None:
+    names = {candidate.name for candidate in choice.candidates(problem, torch.device("cpu"))}
+    serves = choice.WINOGRAD in names
+    return choice.winograd_pixels(problem, choice.thresholds()) if serves else None
+
+
+def _in_both(last: object, contiguous: object) -> str:
+    return str(last) if last == contiguous else f"{last} (contiguous: {contiguous})"
+
+
+def _joined(spans: dict[str, list[str]]) -> str:
+    return ", ".join(f"{' and '.join(parts)} at {span}".lstrip() for span, parts in spans.items())
 
 
 _PARTS = {

@@ -216,7 +216,7 @@ def _folded(
             x, conv.out_channels, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps
         )
         bn.folded = folded = FoldedConv(source, scale, shift, bn.eps, options)
-    return folded(problem, x, residual, act)
+    return folded(problem, x, conv.weight, residual, act)
 
 
 def _padded(conv: torch.nn.Conv2d, x: Tensor) -> tuple[Tensor, Conv]:

@@ -6,22 +6,41 @@ import pickle
 import pytest
 import torch
 import torch.nn.utils.prune
+from torch.profiler import profile
 
+from advdl_ops._conv import choice
+from advdl_ops._conv.choice import PREPACKED
+from advdl_ops._conv.folded import SCALED
+from advdl_ops._conv.winograd import TILES, Tile
 from advdl_ops.nn import BatchNormAct2d, ConvBNAct
 from advdl_ops.nn import conv_bn_act as siblings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 f32, f64 = torch.float32, torch.float64
-# In fp32 the weight with the norm in it is kept, in oneDNN's layout but for depthwise layers; in fp64 nothing is.
-KINDS = {"packed": {}, "plain": {"dtype": f64}, "depthwise": {"groups": 6}}
+# In fp32 the weight with the norm in it is kept, in oneDNN's layout but for depthwise layers; or it is transformed for
+# Winograd's tiles. In fp64 nothing is kept.
+KINDS = {"packed": {}, "plain": {"dtype": f64}, "depthwise": {"groups": 6}, "winograd": {}}
 KIND = pytest.mark.parametrize("kind", KINDS)
+CHANNELS = {"packed": (4, 6), "plain": (4, 6), "depthwise": (6, 6), "winograd": (17, 16)}
+
+
+@pytest.fixture(autouse=True)
+def _winograd_serves_its_kind(monkeypatch):
+    """Whatever the size of the image."""
+    t = choice.thresholds()._replace(
+        winograd_channels=16, winograd_pixels_kept=1, winograd_waste=10_000
+    )
+    monkeypatch.setattr(choice, "thresholds", lambda: t)
+    choice.forget()
+    yield
+    choice.forget()
 
 
 def make(kind="packed", **options):
     """A layer in eval with statistics of its own, and an input."""
     options = {"bias": True, "act": "silu", **KINDS[kind], **options}
-    channels = max(4, options.get("groups", 1))
-    layer = ConvBNAct(channels, 6, 3, **options)
+    channels, outputs = CHANNELS[kind]
+    layer = ConvBNAct(channels, outputs, 3, **options)
     with torch.no_grad():
         layer.bn.running_mean.normal_()
         layer.bn.running_var.uniform_(0.5, 2)
@@ -50,6 +69,8 @@ def fill(layer, x):
     with torch.no_grad():
         out = layer(x)
     assert (layer.bn.folded is not None) == (x.dtype == f32)
+    if layer.conv.in_channels == CHANNELS["winograd"][0]:
+        assert [type(form) for form in layer.bn.folded.kept] == [Tile]
     return out
 
 
@@ -115,12 +136,40 @@ def test_a_weight_in_one_layout_is_given_back_in_the_other():
     with torch.no_grad():
         first, plain = layer(last), copy.deepcopy(layer)(large)
         folded = layer.bn.folded
-        assert folded.prepacked is not None and folded.weight is None
+        assert list(folded.kept) == [PREPACKED]
         assert torch.equal(layer(large), plain)
         assert layer.bn.folded is folded
-        assert folded.prepacked is not None and folded.weight is not None
+        assert list(folded.kept) == [SCALED]
         assert torch.equal(layer(last), first)
-    assert folded.weight is not None  # both are asked for
+        assert set(folded.kept) == {SCALED, PREPACKED}  # both are asked for
+        assert torch.equal(layer(large), plain)
+    assert set(folded.kept) == {SCALED, PREPACKED}
+
+
+def test_a_weight_for_each_tile_that_is_asked_for_again():
+    layer, x = make("winograd")
+    wide = torch.randn(1, 17, 40, 40)
+    with torch.no_grad():
+        first, second = layer(x), layer(wide)
+        folded = layer.bn.folded
+        assert list(folded.kept) == [TILES[1]]  # that of x is dropped
+        packed = folded.kept[TILES[1]]
+        assert torch.equal(layer(x), first)
+        assert torch.equal(layer(wide), second)
+    assert layer.bn.folded is folded and set(folded.kept) == set(TILES[:2])
+    assert folded.kept[TILES[1]] is packed
+
+
+def test_a_transformed_weight_is_all_that_is_kept_and_is_made_once():
+    layer, x = make("winograd")
+    with profile() as made:
+        fill(layer, x)
+    with profile() as used:
+        fill(layer, x)
+    packs = [[e.name for e in p.events()].count("advdl_ops::winograd_pack") for p in (made, used)]
+    assert packs == [1, 0]
+    kept = [t for t in vars(layer.bn.folded).values() if isinstance(t, torch.Tensor)]
+    assert all(t.dim() == 1 for t in kept)  # scale, shift and the sample: no weight
 
 
 DROPS = {
@@ -268,7 +317,9 @@ CHANGES = {
     "conv.load_state_dict": lambda layer, x: layer.conv.load_state_dict(
         {k: v * 2 for k, v in layer.conv.state_dict().items()}
     ),
-    "swap": lambda layer, x: layer.bn.load_state_dict(BatchNormAct2d(6).state_dict()),
+    "swap": lambda layer, x: layer.bn.load_state_dict(
+        BatchNormAct2d(layer.bn.num_features).state_dict()
+    ),
 }
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from support.accuracy import ACTIVATIONS, LAYOUTS, ULPS, acc_dtype, error, in_layout, largest
 from torch.autograd import gradcheck, gradgradcheck
 
+from advdl_ops._conv.choice import PREPACKED
 from advdl_ops.functional import conv_bn_act
 from advdl_ops.functional.conv_bn_act import scale_and_shift
 from advdl_ops.nn import BatchNormAct2d, Conv2d, ConvBNAct, ConvBNReLU, DepthwiseConv2d
@@ -129,7 +130,7 @@ def test_folded_module_in_every_activation(act, layout):
     with torch.no_grad():
         found = layer(x)
     if layout == "channels_last":
-        assert layer.bn.folded.prepacked is not None
+        assert list(layer.bn.folded.kept) == [PREPACKED]
     assert_accurate(found, exact, plain, term_size(x, t, **options), act)
 
 

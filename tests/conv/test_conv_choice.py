@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ def pixels(n: int, channels: int = 64, **options: Any) -> dict[str, Any]:
     return {"x": (1, channels, 1, n), "kernel": 1, "padding": (0, 0), **options}
 
 
+def rectangle(pixels: int) -> tuple[int, int]:
+    """The sides of the most square image of so many pixels: its tiles overhang least."""
+    height = next(n for n in range(math.isqrt(pixels), 0, -1) if pixels % n == 0)
+    return height, pixels // height
+
+
 # name of the threshold, direction, what serves below and above it, problem of a value
 EDGES: dict[str, tuple[str, str, str, Any]] = {
     "small": (FORWARD, "torch", "onednn", lambda n: {"x": (1, 1, 1, n), "outputs": 8}),
@@ -119,7 +126,7 @@ EDGES: dict[str, tuple[str, str, str, Any]] = {
     ),
     "large_dilation": (
         FORWARD, "onednn", "onednn in channels_last",
-        lambda n: {"dilation": (n - 1, 1), "padding": (n - 1, 1)},
+        lambda n: {"kernel": 5, "dilation": (n - 1, 1), "padding": (n - 1, 1)},
     ),
     "short_row": (
         FOLDED, "depthwise kernel in channels_last", "depthwise kernel",
@@ -151,7 +158,27 @@ EDGES: dict[str, tuple[str, str, str, Any]] = {
     ),
     "large_dilation_dweight": (
         WEIGHT_GRADIENT, "torch", "torch in channels_last",
-        lambda n: {"x": (16, 64, 40, 40), "dilation": (n - 1, 1), "padding": (n - 1, 1)},
+        lambda n: {"x": (16, 64, 40, 40), "kernel": 1, "dilation": (n - 1, 1), "padding": (0, 0)},
+    ),
+    "winograd_channels": (
+        FORWARD, "onednn", "winograd", lambda n: {"x": (4, n - 1, 40, 40), "outputs": 200},
+    ),
+    "winograd_pixels": (
+        INPUT_GRADIENT, "torch", "winograd", lambda n: {"x": (1, 64, *rectangle(n - 1)), **LAST},
+    ),
+    "winograd_pixels_contiguous": (
+        FORWARD, "onednn", "winograd", lambda n: {"x": (1, 64, *rectangle(n - 1))},
+    ),
+    "winograd_pixels_kept": (
+        FOLDED, "onednn, prepacked", "winograd", lambda n: {"x": (1, 64, *rectangle(n - 1)), **LAST},
+    ),
+    "winograd_pixels_dweight": (
+        WEIGHT_GRADIENT, "torch", "winograd", lambda n: {"x": (1, 64, *rectangle(n - 1))},
+    ),
+    # Of each of n phases the tiles compute two rows, for 200 in all.
+    "winograd_waste": (
+        FOLDED, "winograd", "onednn, prepacked",
+        lambda n: {"x": (2, 64, 200, 4), "dilation": (n, 1), "padding": (n, 1), **LAST},
     ),
 }  # fmt: skip
 
@@ -403,7 +430,7 @@ def test_explain_says_by_which_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(forward) == (
         "forward of 2x64x28x28 float32 contiguous, epilogue shift: onednn "
         f"(by rule: x of more than {t.small} numbers, and more than the weight's; "
-        f"{choice.RECORDS[cpu_capability()]}; also accepted by dense kernel, onednn in channels_last, "
+        f"{choice.RECORDS[cpu_capability()]}; also accepted by winograd, dense kernel, onednn in channels_last, "
         "torch in channels_last, torch)"
     )
     assert dx.why == "by rule: none before it applies" and dx.name == "torch"

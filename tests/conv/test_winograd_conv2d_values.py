@@ -22,8 +22,8 @@ def winograd(n, c, outputs, h, w, padding=(1, 1), dilation=(1, 1)):
     return Case((n, c, h, w), outputs, (3, 3), (1, 1), padding, dilation)
 
 
-# Channels around a vector of 4, 8 and 16 lanes, a panel of 4 vectors and the parts of 16 in which they are summed; images
-# around one tile and around a block of 24 and 36 of them.
+# Channels around a vector of 4, 8 and 16 lanes, a panel of 4 vectors and the parts of 16 in which they are summed;
+# images around one tile and around a block of 24 and 36 of them.
 SIZES = [
     winograd(1, c, outputs, h, w)
     for c, outputs, (h, w) in zip(
@@ -200,6 +200,6 @@ def test_errors():
     }.items():
         with pytest.raises(RuntimeError, match=message):
             call(**arguments)
+    out = call(padding=(3, 1))
     with pytest.raises(RuntimeError, match="padding must not exceed the reach"):
-        out = call(padding=(3, 1))
         OPS.winograd_conv2d_backward(out, p.x, p.weight, [3, 1], [1, 1], 0, 0, True, False)

@@ -47,7 +47,7 @@ class Recorder:
         printed = self.capfd.readouterr().out
         by_onednn = re.search(r"exec,cpu,(de)?convolution,", printed) is not None
         # Of a depthwise transposed one forward is a backward.
-        own = any(re.match("advdl_ops::(dense|depthwise)_conv2d", name) for name in names)
+        own = any(re.match("advdl_ops::(dense|depthwise|winograd)_conv2d", name) for name in names)
         assert not (own and by_onednn), (names, printed)
         assert own or names & {
             "aten::_convolution", "aten::convolution_backward", "mkldnn::_convolution_pointwise"
@@ -121,6 +121,8 @@ CONVOLUTIONS: dict[str, tuple[Callable[..., torch.nn.Module], tuple[int, ...]]] 
     "too few pixels": (lambda: nn.Conv2d(64, 64, 3, padding=1), (1, 64, 5, 5)),
     "few pixels of channels_last": (lambda: nn.Conv2d(64, 64, 3, padding=1), (1, 64, 14, 14)),
     "many pixels": (lambda: nn.Conv2d(64, 32, 3, padding=1, act="relu"), (1, 64, 24, 24)),
+    "Winograd's": (lambda: nn.Conv2d(64, 64, 3, padding=1, act="relu"), (1, 64, 40, 41)),
+    "Winograd's if in channels_last": (lambda: nn.Conv2d(64, 64, 3, padding=1), (1, 64, 35, 36)),
     "strided": (lambda: nn.Conv2d(64, 64, 3, 2, 1, act="silu"), (1, 64, 40, 36)),
     "gradient of the weight": (lambda: nn.Conv2d(128, 128, 1, bias=False), (1, 128, 22, 22)),
     "1x1 of one image": (lambda: nn.Conv2d(16, 16, 1), (1, 16, 30, 30)),
@@ -136,6 +138,7 @@ CONVOLUTIONS: dict[str, tuple[Callable[..., torch.nn.Module], tuple[int, ...]]] 
     "unbatched": (lambda: nn.Conv2d(64, 64, 3, padding=1), (64, 8, 8)),
     "transposed": (lambda: nn.ConvTranspose2d(8, 6, 2, stride=2, act="relu"), (2, 8, 9, 9)),
     "transposed, few pixels": (lambda: nn.ConvTranspose2d(64, 64, 3, padding=1), (1, 64, 8, 8)),
+    "transposed, Winograd's": (lambda: nn.ConvTranspose2d(64, 64, 3, padding=1), (1, 64, 40, 41)),
     "transposed, grouped": (lambda: nn.ConvTranspose2d(8, 8, 3, groups=2), (2, 8, 9, 9)),
     "transposed, depthwise": (lambda: nn.ConvTranspose2d(8, 8, 2, 2, groups=8), (2, 8, 9, 9)),
     "transposed, depthwise, no gradient": (
@@ -222,6 +225,7 @@ def hooked() -> torch.nn.Module:
 PAIRS: dict[str, tuple[Callable[..., torch.nn.Module], tuple[int, ...]]] = {
     "plain": (lambda: nn.ConvBNReLU(8, 8, 3), (2, 8, 40, 40)),
     "few pixels": (lambda: nn.ConvBNAct(64, 64, 3, act="silu"), (1, 64, 8, 8)),
+    "Winograd's": (lambda: nn.ConvBNAct(64, 64, 3, act="silu"), (1, 64, 30, 31)),
     "with a bias": (lambda: nn.ConvBNReLU(8, 8, 3, bias=True, affine=False), (2, 8, 9, 9)),
     "activation first": (lambda: nn.ConvBNAct(8, 8, 3, act="relu", order="conv-act-bn"), (2, 8, 9, 9)),
     "reflecting": (lambda: nn.ConvBNReLU(8, 8, 3, padding_mode="reflect"), (2, 8, 9, 9)),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import advdl_ops
-from advdl_ops import backend, get_backend, use_backend
+from advdl_ops import backend, get_backend, get_convolution, use_backend, use_convolution
 from advdl_ops.functional import batch_norm_act
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,27 @@ def test_context_manager_restores_after_an_error():
     assert get_backend() == "fused"
 
 
+def test_the_convolution_is_set_and_restored_alike():
+    assert get_convolution() == "default"
+    with use_convolution("exact"):
+        assert (get_convolution(), get_backend()) == ("exact", "fused")
+        with use_convolution("default"):
+            assert get_convolution() == "default"
+        assert get_convolution() == "exact"
+    assert get_convolution() == "default"
+    with pytest.raises(ZeroDivisionError), use_convolution("exact"):
+        1 / 0  # noqa: B018
+    with pytest.raises(
+        ValueError, match=r"use_convolution: name \('fused'\) must be one of default, exact"
+    ):
+        use_convolution("fused")
+    assert get_convolution() == "default"
+    setting = use_convolution("exact")
+    assert get_convolution() == "exact"
+    setting.__exit__(None, None, None)
+    assert get_convolution() == "default"
+
+
 def test_unknown_name_changes_nothing():
     with pytest.raises(
         ValueError, match=r"use_backend: name \('cuda'\) must be one of fused, reference"
@@ -97,15 +118,18 @@ def test_environment_chooses():
     assert run_python(code).stdout == "fused\n"
 
 
-def test_environment_with_an_unknown_name():
-    done = run_python("import advdl_ops", ADVDL_OPS_BACKEND="fast")
+@pytest.mark.parametrize(
+    ("variable", "names"), [("BACKEND", "fused, reference"), ("CONVOLUTION", "default, exact")]
+)
+def test_environment_with_an_unknown_name(variable, names):
+    done = run_python("import advdl_ops", **{f"ADVDL_OPS_{variable}": "fast"})
     assert done.returncode != 0
-    assert "ADVDL_OPS_BACKEND ('fast') must be one of fused, reference" in done.stderr
+    assert f"ADVDL_OPS_{variable} ('fast') must be one of {names}" in done.stderr
 
 
 EMPTY = {
     f"ADVDL_OPS_{name}": ""
-    for name in ("BACKEND", "REQUIRE_NATIVE", "TUNE", "CACHE", "CPU_CAPABILITY")
+    for name in ("BACKEND", "CONVOLUTION", "REQUIRE_NATIVE", "TUNE", "CACHE", "CPU_CAPABILITY")
 }
 
 
@@ -115,11 +139,11 @@ def test_an_empty_variable_is_none():
         "import torch, advdl_ops; from advdl_ops import _environment, backend, tuning\n"
         "from advdl_ops.functional import batch_norm_act\n"
         "batch_norm_act(torch.randn(2, 3, 4), None, None, training=True)\n"
-        "print(advdl_ops.get_backend(), backend._require_native, tuning.is_on(torch.device('cuda')),\n"
-        "      tuning._directory())"
+        "print(advdl_ops.get_backend(), advdl_ops.get_convolution(), backend._require_native,\n"
+        "      tuning.is_on(torch.device('cuda')), tuning._directory())"
     )
     empty, none = run_python(code, **EMPTY), run_python(code)
-    assert empty.stdout.startswith("fused False True /")
+    assert empty.stdout.startswith("fused default False True /")
     assert (empty.stdout, empty.stderr) == (none.stdout, none.stderr) == (none.stdout, "")
 
 

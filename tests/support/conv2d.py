@@ -260,7 +260,9 @@ THRESHOLDS = Thresholds(
     pixels_dweight_contiguous=512, pixels_dweight_weight_last=560, pixels_dweight_1x1=640, many_channels=128,
     pixels_dweight_dilated=2048, large_dilation=8, large_dilation_dweight=8, short_row=8,
     short_row_dweight=6, short_row_large=5, depthwise_cached_bytes=4 << 20, depthwise_strided_bytes=16 << 20,
-    depthwise_strided_dx_bytes=16 << 20, depthwise_strided_dweight_bytes=16 << 20,
+    depthwise_strided_dx_bytes=16 << 20, depthwise_strided_dweight_bytes=16 << 20, winograd_channels=48,
+    winograd_pixels=1200, winograd_pixels_contiguous=1600, winograd_pixels_kept=900, winograd_pixels_dweight=1521,
+    winograd_waste=150,
 )  # fmt: skip
 
 
