@@ -170,9 +170,6 @@ int64_t packed_size(const WinogradWeight& w) {
   return size;
 }
 
-// Input and output channels that are transformed at a time: their 9 numbers stay in the first-level cache.
-constexpr int64_t kPackInputs = 8, kPackOutputs = 16;
-
 // Where the taps of a weight are, for sums over its input channels; turned: over its output channels.
 struct Taps {
   int64_t of_out, of_in, tap;  // elements from one output channel, input channel and tap to the next
@@ -186,40 +183,76 @@ struct Taps {
   }
 };
 
+// Input channels that are transformed at a time: their numbers stay in the first-level cache. Output channels: a vector.
+constexpr int64_t kPackInputs = 8;
+
+// to[input * kTaps + tap][output] of up to kPackInputs and kLanes channels; zeros for outputs that do not exist.
+void read_taps(const Taps& taps, const float* from, int64_t inputs, int64_t outputs,
+               float (*to)[kLanes]) {
+  if (taps.of_out == 1) {
+    with_lanes<float>(outputs, [&](auto part) {
+      for (int64_t i = 0; i < inputs * kTaps; ++i)
+        store(to[i], part.read(from + i / kTaps * taps.of_in + i % kTaps * taps.tap));
+    });
+    return;
+  }
+  // Runs of neighbouring numbers, which are transposed. A run goes over inputs and taps, over inputs, or over taps.
+  struct {
+    int64_t count, length, distance;  // of the runs
+    int64_t next_run, next;           // rows of `to`
+  } runs;
+  if (taps.of_in == kTaps && taps.tap == 1)
+    runs = {1, inputs * kTaps, 0, 0, 1};
+  else if (taps.of_in == 1)
+    runs = {kTaps, inputs, taps.tap, 1, kTaps};
+  else
+    runs = {inputs, kTaps, taps.of_in, kTaps, 1};
+  for (int64_t run = 0; run < runs.count; ++run) {
+    for (int64_t first = 0; first < runs.length; first += kLanes) {
+      const int64_t count = min_of(kLanes, runs.length - first);
+      Vec block[kLanes] = {};
+      with_lanes<float>(count, [&](auto part) {
+        const float* start = from + run * runs.distance + first;
+        for (int64_t lane = 0; lane < outputs; ++lane) block[lane] = part.read(start + lane * taps.of_out);
+      });
+      transpose<decltype(block[0] < block[0])>(block);
+      for (int64_t i = 0; i < count; ++i)
+        store(to[run * runs.next_run + (first + i) * runs.next], block[i]);
+    }
+  }
+}
+
 // to[point][channel][panel]: the input channels [begin, end) of panel q, points `of_point` apart. In fp64, as the points are no powers
 // of two: each number of the result is rounded once.
 template <class T>
 void pack_panel(const WinogradWeight& w, int64_t q, int64_t begin, int64_t end, float* to,
                 int64_t of_point) {
-  constexpr int64_t panel = kPanel<float>, width = kPackOutputs;
-  static_assert(panel % width == 0);
+  constexpr int64_t panel = kPanel<float>;
   const Taps taps(w);
-  double g[kPackInputs][kTaps][kPackOutputs];
+  alignas(64) float read[kPackInputs * kTaps][kLanes] = {};
   for (int64_t c = begin; c < end; c += kPackInputs) {
     const int64_t inputs = min_of(kPackInputs, end - c);
-    for (int64_t first = 0; first < panel; first += width) {
-      const int64_t o = q * panel + first;
-      for (int64_t lane = 0; lane < width; ++lane) {
-        const bool exists = o + lane < w.c_out;
-        const float* from = w.weight + (exists ? (o + lane) * taps.of_out + c * taps.of_in : 0);
-        for (int64_t k = 0; k < inputs; ++k) {
-          for (int64_t t = 0; t < kTaps; ++t)
-            g[k][w.turned ? kTaps - 1 - t : t][lane] =
-                exists ? from[k * taps.of_in + t * taps.tap] : 0;
-        }
-      }
+    for (int64_t first = 0; first < panel; first += kLanes) {
+      const int64_t o = q * panel + first, outputs = max_of(0, min_of(kLanes, w.c_out - o));
+      if (outputs > 0)
+        read_taps(taps, w.weight + o * taps.of_out + c * taps.of_in, inputs, outputs, read);
       for (int64_t k = 0; k < inputs; ++k) {
+        double g[kTaps][kLanes];
+        for (int64_t t = 0; t < kTaps; ++t) {
+          const float* of_tap = read[k * kTaps + (w.turned ? kTaps - 1 - t : t)];
+          for (int64_t lane = 0; lane < kLanes; ++lane) g[t][lane] = outputs > 0 ? of_tap[lane] : 0;
+        }
         float* at = to + (c - begin + k) * panel + first;
         for (int a = 0; a < T::TH; ++a) {
-          double rows[3][kPackOutputs];
+          double rows[3][kLanes];
           for (int b = 0; b < 3; ++b) {
-            for (int64_t lane = 0; lane < width; ++lane)
-              rows[b][lane] = T::H::kWeights[a][0] * g[k][b][lane] +
-                              T::H::kWeights[a][1] * g[k][3 + b][lane] +
-                              T::H::kWeights[a][2] * g[k][6 + b][lane];
+            for (int64_t lane = 0; lane < kLanes; ++lane)
+              rows[b][lane] = T::H::kWeights[a][0] * g[b][lane] +
+                              T::H::kWeights[a][1] * g[3 + b][lane] +
+                              T::H::kWeights[a][2] * g[6 + b][lane];
           }
           for (int b = 0; b < T::TW; ++b) {
-            for (int64_t lane = 0; lane < width; ++lane)
+            for (int64_t lane = 0; lane < kLanes; ++lane)
               at[(a * T::TW + b) * of_point + lane] = static_cast<float>(
                   T::W::kWeights[b][0] * rows[0][lane] + T::W::kWeights[b][1] * rows[1][lane] +
                   T::W::kWeights[b][2] * rows[2][lane]);
