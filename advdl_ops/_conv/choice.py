@@ -31,7 +31,7 @@ from .problem import (
     WITH_NORM,
     Problem,
 )
-from .winograd import outputs_computed
+from .winograd import is_exact_enough, least_pixels, outputs_computed
 
 
 class Thresholds(NamedTuple):
@@ -230,7 +230,8 @@ def _accepts_dense(p: Problem) -> bool:
     )
 
 
-def _accepts_winograd(p: Problem) -> bool:
+def may_use_winograd(p: Problem) -> bool:
+    """Whether Winograd's kernel computes problems of this kind, given enough pixels."""
     return (
         p.is_winograds
         and not p.exact
@@ -238,6 +239,10 @@ def _accepts_winograd(p: Problem) -> bool:
         and p.x_numel > 0
         and native("cpu")
     )
+
+
+def _accepts_winograd(p: Problem) -> bool:
+    return may_use_winograd(p) and is_exact_enough(p)
 
 
 def _accepts_onednn(p: Problem) -> bool:
@@ -350,7 +355,7 @@ def winograd_pixels(p: Problem, t: Thresholds) -> int | None:
     if p.direction == FOLDED:
         return t.winograd_pixels_kept
     if p.direction == WEIGHT_GRADIENT:
-        return t.winograd_pixels_dweight
+        return max(t.winograd_pixels_dweight, least_pixels(p))
     return t.winograd_pixels if p.is_channels_last else t.winograd_pixels_contiguous
 
 

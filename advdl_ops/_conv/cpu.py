@@ -126,7 +126,7 @@ def winograd(
     if isinstance(weight, Transformed):
         weight, packed, tile = weight
     else:
-        tile = tile_for(FORWARD, x.shape, weight.shape, conv.padding, conv.dilation)
+        tile = _tile(FORWARD, x, weight, conv)
     return _winograd_op(
         x, weight, packed, scale, shift, residual, conv.padding, conv.dilation, tile.code,
         act.code, act.param,
@@ -142,13 +142,21 @@ def winograd_gradients(
     memory_format: torch.memory_format,
 ) -> Gradients:
     of_dx, of_dweight = (
-        tile_for(direction, x.shape, weight.shape, conv.padding, conv.dilation).code
-        for direction in (INPUT_GRADIENT, WEIGHT_GRADIENT)
+        _tile(direction, x, weight, conv).code if needed else 0
+        for direction, needed in ((INPUT_GRADIENT, needs[0]), (WEIGHT_GRADIENT, needs[1]))
     )
     dx, dweight = _winograd_backward_op(
         dz, x, weight, conv.padding, conv.dilation, of_dx, of_dweight, *needs[:2]
     )
     return _needed((dx, dweight, sum_of(dz) if needs[2] else None), needs)
+
+
+def _tile(direction: str, x: Tensor, weight: Tensor, conv: Conv) -> Tile:
+    is_last = x.is_contiguous(memory_format=torch.channels_last)
+    found = tile_for(direction, x.shape, weight.shape, conv.padding, conv.dilation, is_last)
+    if found is None:
+        raise RuntimeError(f"conv2d: no tile of Winograd's is as exact as torch ({direction})")
+    return found
 
 
 # ---- oneDNN's fused convolution ----

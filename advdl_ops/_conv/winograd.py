@@ -6,6 +6,7 @@ import functools
 import math
 from typing import NamedTuple
 
+from .._library import cpu_capability
 from .._schemas import conv2d_shape
 from .problem import FOLDED, INPUT_GRADIENT, WEIGHT_GRADIENT, Problem
 
@@ -32,35 +33,88 @@ class Tile(NamedTuple):
 
 
 TILES = Tile(0, 2, 2), Tile(1, 2, 4), Tile(2, 4, 4)
-# The error of 4x4 is at most that of a direct convolution only for longer sums than this, over channels
-# (docs/accuracy.md), and for the gradient of the weight, over pixels, from this number on.
-_SHORT_SUM = 128
-_LONG_SUM_OF_PIXELS = 2048
+# From how long a sum on each tile's error is at most that of torch (docs/accuracy.md): over channels, and over pixels
+# for the gradient of the weight. In channels_last with AVX-512 torch sums pixels in many parts, and is more exact.
+_LEAST_CHANNELS = 1, 64, 129
+_LEAST_PIXELS = 196, 784, 1568
+_LEAST_PIXELS_AVX512_LAST = 1568, 16384, 65536
 # Tiles whose work the transform of the weight takes. For a kept weight there is no such work. The number then bounds
-# the memory: large tiles, whose weight is larger, only where there are many.
-_PACKING, _KEEPING = 12, 100
+# the memory: large tiles, whose weight is larger, only where there are many. More images of a batch do not count.
+_PACKING, _KEEPING, _IMAGES_COUNTED = 12, 100, 8
 
 _Pair = tuple[int, int]
 
 
 def tile_of(problem: Problem) -> Tile:
-    return tile_for(problem.direction, problem.x, problem.weight, problem.padding, problem.dilation)
+    """The tile of a problem for which :func:`is_exact_enough` holds."""
+    tile = _found(problem)
+    assert tile is not None
+    return tile
+
+
+def is_exact_enough(problem: Problem) -> bool:
+    """Whether, of a problem of Winograd's form, some tile is as exact as torch."""
+    return _found(problem) is not None
+
+
+def least_pixels(problem: Problem) -> int:
+    """From how many output pixels on the gradient of a weight is exact enough."""
+    return _of_pixels(_is_strict(problem.is_channels_last))[0]
+
+
+def _is_strict(is_last: bool) -> bool:
+    return is_last and cpu_capability() == "avx512"
+
+
+def _of_pixels(strict: bool) -> tuple[int, ...]:
+    return _LEAST_PIXELS_AVX512_LAST if strict else _LEAST_PIXELS
+
+
+def _found(problem: Problem) -> Tile | None:
+    return tile_for(
+        problem.direction, problem.x, problem.weight, problem.padding, problem.dilation,
+        problem.is_channels_last,
+    )  # fmt: skip
+
+
+def tile_for(
+    direction: str,
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    padding: _Pair,
+    dilation: _Pair,
+    is_last: bool,
+) -> Tile | None:
+    """Of the tiles that are as exact as torch, the one that multiplies least, or ``None``.
+
+    ``is_last``: x is in channels_last.
+    """
+    return _tile_for(direction, x, weight, padding, dilation, _is_strict(is_last))
 
 
 @functools.lru_cache(maxsize=4096)
-def tile_for(
-    direction: str, x: tuple[int, ...], weight: tuple[int, ...], padding: _Pair, dilation: _Pair
-) -> Tile:
-    """Of the tiles that are as exact as a direct convolution, the one that multiplies least."""
+def _tile_for(
+    direction: str,
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    padding: _Pair,
+    dilation: _Pair,
+    strict: bool,
+) -> Tile | None:
     images, height, width = _outputs(direction, x, weight, padding, dilation)
     if direction == WEIGHT_GRADIENT:
-        allows_large = images * height * width >= _LONG_SUM_OF_PIXELS
+        length = images * height * width
+        least = _of_pixels(strict)
     else:
-        allows_large = weight[0 if direction == INPUT_GRADIENT else 1] > _SHORT_SUM
-    further = _KEEPING if direction == FOLDED else _PACKING
+        length = weight[0 if direction == INPUT_GRADIENT else 1]
+        least = _LEAST_CHANNELS
+    further = _PACKING
+    if direction == FOLDED:
+        images, further = min(images, _IMAGES_COUNTED), _KEEPING
     return min(
-        TILES if allows_large else TILES[:2],
+        (tile for tile, shortest in zip(TILES, least, strict=True) if length >= shortest),
         key=lambda tile: (_count(tile, images, height, width, dilation) + further) * tile.points,
+        default=None,
     )
 
 

@@ -280,8 +280,7 @@ def _by_winograd(layer: torch.nn.Conv2d, directions: Iterable[str]) -> str:
 
 
 def _least_of_winograd(problem: Problem) -> int | None:
-    names = {candidate.name for candidate in choice.candidates(problem, torch.device("cpu"))}
-    serves = choice.WINOGRAD in names
+    serves = choice.may_use_winograd(problem)
     return choice.winograd_pixels(problem, choice.thresholds()) if serves else None
 
 

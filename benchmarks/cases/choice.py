@@ -363,6 +363,7 @@ def _call(problem: Problem, candidate: Any) -> Callable[[], Any]:
     from advdl_ops._conv import choice, cpu
     from advdl_ops._conv.operators import gradients, output
     from advdl_ops._conv.problem import Epilogue, convert
+    from advdl_ops._conv.winograd import tile_of
 
     generator = torch.Generator().manual_seed(0)
     given, conv = problem.memory_format, problem.conv
@@ -374,10 +375,14 @@ def _call(problem: Problem, candidate: Any) -> Callable[[], Any]:
 
     x, weight = normal(problem.x), normal(problem.weight, problem.weight_layout)
     if problem.direction in (FORWARD, FOLDED):
+        taken: Any = weight
         if candidate.name == choice.PREPACKED:
-            weight = cpu.prepack(x, weight, conv)
+            taken = cpu.prepack(x, weight, conv)
+        elif candidate.name == choice.WINOGRAD and problem.direction == FOLDED:
+            tile = tile_of(problem)
+            taken = cpu.Transformed(weight, cpu.winograd_pack(weight, tile), tile)
         epilogue = Epilogue(shift=torch.randn(problem.weight[0], generator=generator))
-        call: Any = lambda: output(candidate, given, x, weight, conv, epilogue)  # noqa: E731
+        call: Any = lambda: output(candidate, given, x, taken, conv, epilogue)  # noqa: E731
     else:
         dz = normal((problem.x[0], problem.weight[0], *problem.out_size))
         needs = problem.direction == DX, problem.direction == DWEIGHT, False

@@ -427,11 +427,12 @@ constexpr int64_t kChunk = 64;
 // How a forward is divided among threads, and its memory. There are two ways:
 // - by tiles: a thread transforms a block of tiles, multiplies it with all panels of the weight and transforms the outputs;
 // - by panels, for few tiles or a weight larger than the caches: the threads transform many tiles together. Then each takes panels of
-//   the weight for itself, packs them if they are not kept, and multiplies all tiles with them.
+//   the weight for itself, packs them chunk by chunk if they are not kept, and multiplies all tiles with them.
 // Each thread has a slot of memory. The sums do not depend on any of this.
 template <class T>
 struct ForwardSpace {
   static constexpr int64_t kManyTiles = 128;        // of the second way
+  static constexpr int64_t of_packed_chunk = (kChunk + 1) * kPanel<float>;  // elements of a point, no power of two
   static constexpr int64_t kLargeWeight = 4 << 20;  // bytes
   Grid<T> grid;
   int64_t tiles, panels;
@@ -458,7 +459,7 @@ struct ForwardSpace {
     v_size = T::points * of_v;
     of_products = round_up(ceil_div(most, splits), kTileRows) * kPanel<float>;
     products_size = T::points * of_products;
-    packed_size = !packs ? 0 : by_panels ? all_packed / panels : all_packed;
+    packed_size = !packs ? 0 : by_panels ? T::points * of_packed_chunk : all_packed;
     slot_size = products_size + (by_panels ? packed_size : v_size);
   }
   // What all threads share comes first: V, or the packed weight.
@@ -526,7 +527,7 @@ class Forward {
         const int64_t count = min_of(block, end - first);
         transform(first, 0, count, v);
         for (int64_t q = 0; q < space_.panels; ++q)
-          finish(first, count, v, q, packed + q * panel_size(), products);
+          finish(first, count, v, q, packed + q * panel_size(), nullptr, products);
       }
     });
   }
@@ -546,10 +547,9 @@ class Forward {
              ++unit) {
           const int64_t q = unit / space_.splits, t = unit % space_.splits * part;
           if (t >= count) continue;
-          float* own = products + space_.products_size;
-          if (space_.packs) pack_panel<T>(p_.weight, q, 0, s_.c_in, own, packed_of_point(p_.weight));
           finish(first + t, min_of(part, count - t), v + t * space_.stride, q,
-                 space_.packs ? own : p_.packed + q * panel_size(), products);
+                 space_.packs ? nullptr : p_.packed + q * panel_size(),
+                 products + space_.products_size, products);
         }
       });
     }
@@ -560,28 +560,41 @@ class Forward {
     for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i, 0, 2);
   }
 
-  // The outputs of `count` tiles from `first` on in panel q, whose packed weight this is.
-  void finish(int64_t first, int64_t count, const float* v, int64_t q, const float* packed,
+  // products[tile][panel] (+)= the products of `count` tiles at one point with the channels of a chunk, whose first is c.
+  void multiply(int64_t point, int64_t c, int64_t count, const float* v, const float* weights,
+                float* products) const {
+    constexpr int64_t panel = kPanel<float>;
+    const float* from = v + point * space_.of_v + c / kChunk * space_.of_chunk;
+    const int64_t depth = min_of(kChunk, s_.c_in - c);
+    const int64_t share = round_up(ceil_div(depth * panel, ceil_div(count, kTileRows)), kLine);
+    for (int64_t t = 0; t < count; t += kTileRows) {
+      const int64_t rows = min_of(kTileRows, count - t);
+      const float* row[kTileRows];
+      for (int64_t i = 0; i < rows; ++i) row[i] = from + (t + i) * space_.stride;
+      if (space_.by_panels) {
+        if (!space_.packs) fetch(weights + depth * panel + t / kTileRows * share, share);
+        fetch(from + space_.of_chunk + t * space_.stride, kTileRows * space_.stride);
+      }
+      multiply_in_parts<kPart>(rows, row, 1, weights, panel, depth,
+                               products + point * space_.of_products + t * panel, panel, c > 0);
+    }
+  }
+
+  // The outputs of `count` tiles from `first` on in panel q. packed: of the panel; if null, it is packed into `chunk`.
+  void finish(int64_t first, int64_t count, const float* v, int64_t q, const float* packed, float* chunk,
               float* products) const {
     constexpr int64_t panel = kPanel<float>;
-    for (int64_t point = 0; point < T::points; ++point) {
-      const float* of_point = packed + point * packed_of_point(p_.weight);
+    if (packed != nullptr) {
+      for (int64_t point = 0; point < T::points; ++point) {
+        for (int64_t c = 0; c < s_.c_in; c += kChunk)
+          multiply(point, c, count, v, packed + point * packed_of_point(p_.weight) + c * panel, products);
+      }
+    } else {
+      // A chunk of all points stays in the second-level cache.
       for (int64_t c = 0; c < s_.c_in; c += kChunk) {
-        const float* from = v + point * space_.of_v + c / kChunk * space_.of_chunk;
-        const float* weights = of_point + c * panel;
-        const int64_t weights_size = min_of(kChunk, s_.c_in - c) * panel;
-        const int64_t share = round_up(ceil_div(weights_size, ceil_div(count, kTileRows)), kLine);
-        for (int64_t t = 0; t < count; t += kTileRows) {
-          const int64_t rows = min_of(kTileRows, count - t);
-          const float* row[kTileRows];
-          for (int64_t i = 0; i < rows; ++i) row[i] = from + (t + i) * space_.stride;
-          if (space_.by_panels) {
-            fetch(weights + weights_size + t / kTileRows * share, share);
-            fetch(from + space_.of_chunk + t * space_.stride, kTileRows * space_.stride);
-          }
-          multiply_in_parts<kPart>(rows, row, 1, weights, panel, min_of(kChunk, s_.c_in - c),
-                                   products + point * space_.of_products + t * panel, panel, c > 0);
-        }
+        pack_panel<T>(p_.weight, q, c, min_of(c + kChunk, s_.c_in), chunk, space_.of_packed_chunk);
+        for (int64_t point = 0; point < T::points; ++point)
+          multiply(point, c, count, v, chunk + point * space_.of_packed_chunk, products);
       }
     }
     for (int64_t t = 0; t < count; ++t)

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import advdl_ops
 from advdl_ops import models, nn, tuning
-from advdl_ops._conv import choice
+from advdl_ops._conv import choice, winograd
 from advdl_ops._conv.choice import WINOGRAD
 from advdl_ops._conv.problem import (
     CHANNELS_LAST,
@@ -31,7 +31,7 @@ from advdl_ops._conv.problem import (
     Problem,
     problem_of,
 )
-from advdl_ops._conv.winograd import TILES, outputs_computed, tile_of
+from advdl_ops._conv.winograd import TILES, is_exact_enough, outputs_computed, tile_of
 from advdl_ops.functional import conv2d, conv_bn_act, conv_transpose2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,8 +82,6 @@ CHOSEN: list[tuple[str, tuple[int, int, int, int], int, str]] = [
     (FORWARD, (1, 64, 2, 52), 64, "2x4"),
     (INPUT_GRADIENT, (1, 64, 2, 48), 64, "2x2"),
     (INPUT_GRADIENT, (1, 64, 2, 52), 64, "2x4"),
-    (WEIGHT_GRADIENT, (1, 64, 2, 48), 64, "2x2"),
-    (WEIGHT_GRADIENT, (1, 64, 2, 52), 64, "2x4"),
     # By the tiles of all images.
     (FORWARD, (12, 64, 2, 4), 64, "2x2"),
     (FORWARD, (13, 64, 2, 4), 64, "2x4"),
@@ -103,16 +101,45 @@ CHOSEN: list[tuple[str, tuple[int, int, int, int], int, str]] = [
     (FOLDED, (1, 129, 80, 80), 64, "4x4"),
     (INPUT_GRADIENT, (1, 200, 40, 40), 128, "2x4"),
     (INPUT_GRADIENT, (1, 64, 40, 40), 129, "4x4"),
-    # The pixels that are summed: 2047 and 2048.
-    (WEIGHT_GRADIENT, (1, 200, 23, 89), 200, "2x4"),
-    (WEIGHT_GRADIENT, (1, 64, 32, 64), 64, "4x4"),
-    (WEIGHT_GRADIENT, (2, 64, 32, 32), 64, "4x4"),
+    (FORWARD, (1, 63, 40, 40), 200, "2x2"),
+    (INPUT_GRADIENT, (1, 200, 40, 40), 63, "2x2"),
+    # The pixels that are summed: 195 and 196, 783 and 784, 1566 and 1568.
+    (WEIGHT_GRADIENT, (1, 64, 15, 13), 64, "None"),
+    (WEIGHT_GRADIENT, (1, 64, 14, 14), 64, "2x2"),
+    (WEIGHT_GRADIENT, (1, 64, 27, 29), 64, "2x2"),
+    (WEIGHT_GRADIENT, (1, 64, 28, 28), 64, "2x4"),
+    (WEIGHT_GRADIENT, (1, 64, 27, 58), 64, "2x4"),
+    (WEIGHT_GRADIENT, (2, 64, 28, 28), 64, "4x4"),
 ]
 
 
 @pytest.mark.parametrize(("direction", "x", "outputs", "tile"), CHOSEN)
-def test_the_tile(direction: str, x: tuple[int, int, int, int], outputs: int, tile: str) -> None:
-    assert str(tile_of(problem(direction, x, outputs))) == tile
+def test_the_tile(
+    monkeypatch: pytest.MonkeyPatch,
+    direction: str,
+    x: tuple[int, int, int, int],
+    outputs: int,
+    tile: str,
+) -> None:
+    monkeypatch.setattr(winograd, "cpu_capability", lambda: "avx2")
+    p = problem(direction, x, outputs)
+    assert is_exact_enough(p) == (tile != "None")
+    if tile != "None":
+        assert str(tile_of(p)) == tile
+
+
+@pytest.mark.parametrize(
+    ("side", "tile"),
+    [(39, "None"), (40, "2x2"), (127, "2x2"), (128, "2x4"), (255, "2x4"), (256, "4x4")],
+)
+def test_with_avx512_the_gradient_of_a_weight_in_channels_last_sums_more_pixels(
+    monkeypatch: pytest.MonkeyPatch, side: int, tile: str
+) -> None:
+    monkeypatch.setattr(winograd, "cpu_capability", lambda: "avx512")
+    p = problem(WEIGHT_GRADIENT, (1, 64, side, side), 64)._replace(layout=CHANNELS_LAST)
+    assert is_exact_enough(p) == (tile != "None")
+    if tile != "None":
+        assert str(tile_of(p)) == tile
 
 
 def test_tiles_cover_the_output_or_the_gradient_of_x() -> None:
@@ -140,7 +167,7 @@ def test_codes_are_those_of_the_kernels() -> None:
     weight = torch.randn(64, 5, 3, 3)
     for tile in TILES:
         packed = torch.ops.advdl_ops.winograd_pack(weight, tile.code, False)
-        assert packed.numel() == tile.points * 64 * 5
+        assert packed.numel() == tile.points * 64 * (5 + 1)
 
 
 REFUSED = {
@@ -509,7 +536,8 @@ def test_exact_by_the_environment() -> None:
 # ---- explain ----
 
 
-def test_explain_names_the_tile_and_the_rule() -> None:
+def test_explain_names_the_tile_and_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "cpu_capability", lambda: "avx2")
     x = in_layout(torch.randn(2, 64, 30, 30), "channels_last")
     (row,) = advdl_ops.explain(nn.Conv2d(64, 64, 3, padding=1), x)  # type: ignore[misc]
     forward, dx, dweight = row.choices
@@ -533,7 +561,9 @@ def test_explain_tells_the_size_of_a_kept_weight() -> None:
     )
 
 
-def test_explain_without_an_input_tells_the_pixels() -> None:
+def test_explain_without_an_input_tells_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "cpu_capability", lambda: "avx2")
+
     def served_by(layer: torch.nn.Module) -> str:
         return advdl_ops.explain(layer).layers[0].served_by  # type: ignore[union-attr]
 
