@@ -548,7 +548,7 @@ def test_explain_names_the_tile_and_the_rule(monkeypatch: pytest.MonkeyPatch) ->
     assert forward.name == dx.name == dweight.name == WINOGRAD
     assert f": winograd, tiles of 2x4 ({rule.format('1200 (contiguous: 1600)')}" in str(forward)
     assert f": winograd, tiles of 2x4 ({rule.format('1200 (contiguous: 1600)')}" in str(dx)
-    assert f": winograd, tiles of 2x4 ({rule.format('1521')}" in str(dweight)
+    assert f": winograd, tiles of 4x4 ({rule.format('1521')}" in str(dweight)
     assert row.served_by.startswith("CPU C++ kernel") and ";" not in row.served_by
 
 
