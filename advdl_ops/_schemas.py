@@ -84,7 +84,7 @@ _library.define(
 # The same for a 3x3 filter with stride 1 and groups = 1 in fp32, by Winograd's minimal filtering, on CPU only. A tile
 # is 0: 2x2, 1: 2x4, 2: 4x4 outputs. `packed` is the weight transformed by winograd_pack, whose size depends on the
 # CPU's capability; None: made for the call.
-_library.define("winograd_pack(Tensor weight, int tile, bool turned) -> Tensor")
+_library.define("winograd_pack(Tensor weight, int tile) -> Tensor")
 _library.define(
     "winograd_conv2d(Tensor x, Tensor weight, Tensor? packed, Tensor? scale, Tensor? shift, Tensor? residual, "
     "int[2] padding, int[2] dilation, int tile, int act, float act_param) -> Tensor"

@@ -88,7 +88,7 @@ class use_convolution(_Use):
 
     Args:
         name: ``"default"``, or ``"exact"``: every output is a direct sum of products. By default Winograd's minimal
-            filtering (Lavin & Gray 2016, arXiv:1509.09308) may serve 3x3 convolutions with stride 1 in fp32. It
+            filtering (Lavin & Gray 2015, arXiv:1509.09308) may serve 3x3 convolutions with stride 1 in fp32. It
             multiplies less, and rounds differently.
 
     Raises:

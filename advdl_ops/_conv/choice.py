@@ -31,7 +31,7 @@ from .problem import (
     WITH_NORM,
     Problem,
 )
-from .winograd import is_exact_enough, least_pixels, outputs_computed
+from .winograd import least_pixels, outputs_computed, tile_of
 
 
 class Thresholds(NamedTuple):
@@ -117,7 +117,7 @@ _AVX2 = Thresholds(
     pixels_dweight=3136,
     pixels_dweight_contiguous=3136,
     pixels_dweight_weight_last=3136,
-    pixels_dweight_1x1=512,
+    pixels_dweight_1x1=1024,
     many_channels=128,
     pixels_dweight_dilated=8192,
     large_dilation=4,
@@ -129,12 +129,12 @@ _AVX2 = Thresholds(
     depthwise_strided_bytes=32 << 20,
     depthwise_strided_dx_bytes=16 << 20,
     depthwise_strided_dweight_bytes=0,
-    winograd_channels=32,
+    winograd_channels=16,
     winograd_pixels=196,
-    winograd_pixels_contiguous=400,
+    winograd_pixels_contiguous=196,
     winograd_pixels_kept=49,
-    winograd_pixels_dweight=400,
-    winograd_waste=150,
+    winograd_pixels_dweight=392,
+    winograd_waste=180,
 )
 THRESHOLDS: Mapping[str, Thresholds] = {
     "avx512": Thresholds(
@@ -142,13 +142,13 @@ THRESHOLDS: Mapping[str, Thresholds] = {
         few_channels=8,
         few_pixels=1,
         pixels=1568,
-        pixels_contiguous=1568,
+        pixels_contiguous=512,
         pixels_contiguous_many=256,
         pixels_weight_last=1568,
-        pixels_strided=3136,
+        pixels_strided=1024,
         pixels_dweight=2048,
-        pixels_dweight_contiguous=2048,
-        pixels_dweight_weight_last=1024,
+        pixels_dweight_contiguous=512,
+        pixels_dweight_weight_last=512,
         pixels_dweight_1x1=0,
         many_channels=96,
         pixels_dweight_dilated=2048,
@@ -161,11 +161,11 @@ THRESHOLDS: Mapping[str, Thresholds] = {
         depthwise_strided_bytes=64 << 20,
         depthwise_strided_dx_bytes=16 << 20,
         depthwise_strided_dweight_bytes=0,
-        winograd_channels=32,
-        winograd_pixels=196,
-        winograd_pixels_contiguous=400,
+        winograd_channels=48,
+        winograd_pixels=784,
+        winograd_pixels_contiguous=784,
         winograd_pixels_kept=49,
-        winograd_pixels_dweight=400,
+        winograd_pixels_dweight=0,
         winograd_waste=150,
     ),
     "avx2": _AVX2,
@@ -233,7 +233,7 @@ def _accepts_dense(p: Problem) -> bool:
 def may_use_winograd(p: Problem) -> bool:
     """Whether Winograd's kernel computes problems of this kind, given enough pixels."""
     return (
-        p.is_winograds
+        p.has_winograd_form
         and not p.exact
         and p.dtype == torch.float32
         and p.x_numel > 0
@@ -242,7 +242,7 @@ def may_use_winograd(p: Problem) -> bool:
 
 
 def _accepts_winograd(p: Problem) -> bool:
-    return may_use_winograd(p) and is_exact_enough(p)
+    return may_use_winograd(p) and tile_of(p) is not None
 
 
 def _accepts_onednn(p: Problem) -> bool:
@@ -377,7 +377,9 @@ def _winograd_rule(pixels: str) -> Rule:
 
 _WINOGRAD_PACKING = _winograd_rule("{winograd_pixels} (contiguous: {winograd_pixels_contiguous})")
 _WINOGRAD_KEPT = _winograd_rule("{winograd_pixels_kept}")
-_WINOGRAD_DWEIGHT = _winograd_rule("{winograd_pixels_dweight}")
+_WINOGRAD_DWEIGHT = _winograd_rule(
+    "{winograd_pixels_dweight} (or as many as its error asks for, docs/accuracy.md)"
+)
 _AS_IT_IS = Rule(
     "channels_last; contiguous rows of more than {short_row} output pixels (gradient of the weight: "
     "{short_row_dweight}) or x above {depthwise_cached_bytes} bytes, with a stride of 2 above "

@@ -100,7 +100,7 @@ class Transformed(NamedTuple):
 
     Attributes:
         weight: as it is. Tiles with Inf or NaN are computed from it.
-        packed: the result of :func:`winograd_pack`.
+        packed: the transformed one, of :func:`winograd_pack`.
         tile: for which.
     """
 
@@ -111,7 +111,7 @@ class Transformed(NamedTuple):
 
 def winograd_pack(weight: Tensor, tile: Tile) -> Tensor:
     """``weight`` transformed for a forward by ``tile``."""
-    return _winograd_pack_op(weight, tile.code, False)
+    return _winograd_pack_op(weight, tile.code)
 
 
 def winograd(
@@ -153,10 +153,9 @@ def winograd_gradients(
 
 def _tile(direction: str, x: Tensor, weight: Tensor, conv: Conv) -> Tile:
     is_last = x.is_contiguous(memory_format=torch.channels_last)
-    found = tile_for(direction, x.shape, weight.shape, conv.padding, conv.dilation, is_last)
-    if found is None:
-        raise RuntimeError(f"conv2d: no tile of Winograd's is as exact as torch ({direction})")
-    return found
+    tile = tile_for(direction, x.shape, weight.shape, conv.padding, conv.dilation, is_last)
+    assert tile is not None  # else the choice does not accept Winograd
+    return tile
 
 
 # ---- oneDNN's fused convolution ----

@@ -124,7 +124,9 @@ class FoldedConv:
 def _form(candidate: Candidate, problem: Problem) -> Form:
     """What ``candidate`` takes as the weight."""
     if candidate.name == WINOGRAD:
-        return tile_of(problem)
+        tile = tile_of(problem)
+        assert tile is not None  # else the choice does not accept Winograd
+        return tile
     return PREPACKED if candidate.name == PREPACKED else SCALED
 
 

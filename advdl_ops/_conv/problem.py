@@ -103,9 +103,9 @@ class Problem(NamedTuple):
         return Conv(self.stride, self.padding, self.dilation, self.groups)
 
     @property
-    def is_winograds(self) -> bool:
+    def has_winograd_form(self) -> bool:
         """Whether it has the form that Winograd's minimal filtering computes on CPU."""
-        return _is_winograds(self.weight, self.conv)
+        return _has_winograd_form(self.weight, self.conv)
 
     @property
     def is_depthwise(self) -> bool:
@@ -160,11 +160,11 @@ def problem_of(
         *conv,
         epilogue,
         *settings,
-        x.is_cpu and get_convolution() == "exact" and _is_winograds(weight.shape, conv),
+        x.is_cpu and get_convolution() == "exact" and _has_winograd_form(weight.shape, conv),
     )
 
 
-def _is_winograds(weight: Sequence[int], conv: Conv) -> bool:
+def _has_winograd_form(weight: Sequence[int], conv: Conv) -> bool:
     return (
         conv.groups == 1
         and tuple(weight[2:]) == (3, 3)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
 
 from .._library import cpu_capability
 from .._schemas import conv2d_shape
@@ -34,10 +37,17 @@ class Tile(NamedTuple):
 
 TILES = Tile(0, 2, 2), Tile(1, 2, 4), Tile(2, 4, 4)
 # From how long a sum on each tile's error is at most that of torch (docs/accuracy.md): over channels, and over pixels
-# for the gradient of the weight. In channels_last with AVX-512 torch sums pixels in many parts, and is more exact.
-_LEAST_CHANNELS = 1, 64, 129
+# for the gradient of the weight. In channels_last with AVX-512 torch sums pixels in many parts, and is more exact; how
+# many, depends on the channels.
+_LEAST_CHANNELS = 32, 64, 129
 _LEAST_PIXELS = 196, 784, 1568
-_LEAST_PIXELS_AVX512_LAST = 1568, 16384, 65536
+_LEAST_PIXELS_AVX512_LAST = {
+    192: (1568, 6272, 65536),
+    128: (3136, 16384, 65536),
+    0: (8192, 32768, 65536),
+}
+# torch computes one image of up to so many numbers by its own matrix product, which is more exact than oneDNN.
+_SMALL_IMAGE = 20480
 # Tiles whose work the transform of the weight takes. For a kept weight there is no such work. The number then bounds
 # the memory: large tiles, whose weight is larger, only where there are many. More images of a batch do not count.
 _PACKING, _KEEPING, _IMAGES_COUNTED = 12, 100, 8
@@ -45,32 +55,8 @@ _PACKING, _KEEPING, _IMAGES_COUNTED = 12, 100, 8
 _Pair = tuple[int, int]
 
 
-def tile_of(problem: Problem) -> Tile:
-    """The tile of a problem for which :func:`is_exact_enough` holds."""
-    tile = _found(problem)
-    assert tile is not None
-    return tile
-
-
-def is_exact_enough(problem: Problem) -> bool:
-    """Whether, of a problem of Winograd's form, some tile is as exact as torch."""
-    return _found(problem) is not None
-
-
-def least_pixels(problem: Problem) -> int:
-    """From how many output pixels on the gradient of a weight is exact enough."""
-    return _of_pixels(_is_strict(problem.is_channels_last))[0]
-
-
-def _is_strict(is_last: bool) -> bool:
-    return is_last and cpu_capability() == "avx512"
-
-
-def _of_pixels(strict: bool) -> tuple[int, ...]:
-    return _LEAST_PIXELS_AVX512_LAST if strict else _LEAST_PIXELS
-
-
-def _found(problem: Problem) -> Tile | None:
+def tile_of(problem: Problem) -> Tile | None:
+    """Of the tiles that are as exact as torch for a problem of Winograd's form, the one that multiplies least."""
     return tile_for(
         problem.direction, problem.x, problem.weight, problem.padding, problem.dilation,
         problem.is_channels_last,
@@ -85,11 +71,27 @@ def tile_for(
     dilation: _Pair,
     is_last: bool,
 ) -> Tile | None:
-    """Of the tiles that are as exact as torch, the one that multiplies least, or ``None``.
+    """As :func:`tile_of`. ``is_last``: x is in channels_last."""
+    least = _least_pixels(weight, is_last)
+    return _tile_for(direction, x, weight, padding, dilation, least)
 
-    ``is_last``: x is in channels_last.
-    """
-    return _tile_for(direction, x, weight, padding, dilation, _is_strict(is_last))
+
+def least_pixels(problem: Problem) -> int:
+    """From how many output pixels on the gradient of a weight is exact enough."""
+    return _least_pixels(problem.weight, problem.is_channels_last)[0]
+
+
+def _least_pixels(weight: Sequence[int], is_last: bool) -> tuple[int, ...]:
+    """For each tile."""
+    if not (is_last and _torch_has_avx512()):
+        return _LEAST_PIXELS
+    channels = min(weight[0], weight[1])
+    return next(least for of, least in _LEAST_PIXELS_AVX512_LAST.items() if channels >= of)
+
+
+@functools.cache
+def _torch_has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,12 +101,14 @@ def _tile_for(
     weight: tuple[int, ...],
     padding: _Pair,
     dilation: _Pair,
-    strict: bool,
+    least_pixels: tuple[int, ...],
 ) -> Tile | None:
+    if x[0] == 1 and math.prod(x) <= _SMALL_IMAGE:
+        return None
     images, height, width = _outputs(direction, x, weight, padding, dilation)
     if direction == WEIGHT_GRADIENT:
         length = images * height * width
-        least = _of_pixels(strict)
+        least = least_pixels
     else:
         length = weight[0 if direction == INPUT_GRADIENT else 1]
         least = _LEAST_CHANNELS
@@ -118,12 +122,19 @@ def _tile_for(
     )
 
 
+def packed_numel(tile: Tile, weight: Sequence[int]) -> int:
+    """Numbers of a transformed weight: panels of four vectors of output channels, with a row more each."""
+    panel = {"avx512": 64, "avx2": 32, "default": 16}[cpu_capability()]
+    return tile.points * panel * _ceil_div(weight[0], panel) * (weight[1] + 1)
+
+
 def outputs_computed(problem: Problem) -> tuple[int, int]:
     """Outputs per channel that the tiles compute, and those that are needed: tiles overhang the edges."""
     images, height, width = _outputs(
         problem.direction, problem.x, problem.weight, problem.padding, problem.dilation
     )
     tile = tile_of(problem)
+    assert tile is not None
     count = _count(tile, images, height, width, problem.dilation)
     return count * tile.rows * tile.columns, images * height * width
 
@@ -142,7 +153,7 @@ def _count(tile: Tile, images: int, height: int, width: int, dilation: _Pair) ->
     """Tiles. A dilated convolution is one on each of dilation x dilation grids of pixels, with an edge of its own."""
     sides = (height, tile.rows, dilation[0]), (width, tile.columns, dilation[1])
     return images * math.prod(
-        rate * _ceil_div(_ceil_div(size, rate), outputs) for size, outputs, rate in sides
+        min(rate, size) * _ceil_div(_ceil_div(size, rate), outputs) for size, outputs, rate in sides
     )
 
 

@@ -18,7 +18,7 @@ from .. import _library, nn, tuning
 from .._conv import choice
 from .._conv.choice import APART, WINOGRAD
 from .._conv.problem import FOLDED, WITH_NORM, Problem
-from .._conv.winograd import tile_of
+from .._conv.winograd import packed_numel, tile_of
 from ..backend import get_backend
 from ..nn.group_norm import _InstanceNorm
 from . import served as _served
@@ -73,8 +73,11 @@ class Chosen:
         if self.name != WINOGRAD:
             return ""
         tile = tile_of(self.problem)
-        kept = f", which keeps {tile.points / 9:.1f} times the weight"
-        return f", tiles of {tile}{kept if self.problem.direction == FOLDED else ''}"
+        assert tile is not None
+        if self.problem.direction != FOLDED:
+            return f", tiles of {tile}"
+        kept = packed_numel(tile, self.problem.weight) / self.problem.weight_numel
+        return f", tiles of {tile}, which keeps {kept:.1f} times the weight"
 
 
 def _chosen(problem: Problem) -> Chosen:

@@ -69,8 +69,8 @@ def of_layer(layer: torch.nn.Module) -> str:
         is_dense = layer.groups == 1 and result_dtype(layer.weight) == torch.float32
         if not (is_dense and is_gradient(layer)):
             return EITHER
-        is_winograds = layer.kernel_size == (3, 3) and layer.stride == (1, 1)
-        return f"{EITHER}; of few pixels{f', or {_WINOGRAD},' if is_winograds else ''} {own()}"
+        few = "of few pixels" + (f", or {_WINOGRAD}," if _may_use_winograd(layer) else "")
+        return f"{EITHER}; {few} {own()}"
     if isinstance(layer, nn.Conv2d):
         return _of_convolution(layer)
     return _of_other(layer)
@@ -282,6 +282,16 @@ def _by_winograd(layer: torch.nn.Conv2d, directions: Iterable[str]) -> str:
 def _least_of_winograd(problem: Problem) -> int | None:
     serves = choice.may_use_winograd(problem)
     return choice.winograd_pixels(problem, choice.thresholds()) if serves else None
+
+
+def _may_use_winograd(layer: torch.nn.ConvTranspose2d) -> bool:
+    """Whether Winograd serves the layer, whose forward is a gradient, from some number of pixels on."""
+    if isinstance(layer.padding, str):
+        return False
+    conv = Conv(pair(layer.stride), pair(layer.padding), pair(layer.dilation), layer.groups)
+    x = layer.weight.new_empty(1, layer.out_channels, *pair(layer.kernel_size))
+    problem = problem_of(INPUT_GRADIENT, x, layer.weight, conv)
+    return _least_of_winograd(problem) is not None
 
 
 def _in_both(last: object, contiguous: object) -> str:

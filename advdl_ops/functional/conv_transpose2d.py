@@ -1,8 +1,8 @@
 """Transposed convolution and activation (Zeiler et al. 2010; the arithmetic: Dumoulin & Visin 2016, arXiv:1603.07285).
 
 On CPU, if ``_conv/choice.py`` chooses torch in every direction, oneDNN serves the layer through torch. All other layers
-(depthwise layers, and dense ones of few pixels) are computed as gradients of this package's convolution. For dense
-layers of many pixels no kernel of this package is faster than oneDNN (fp32, 2 threads). For kernel 2, stride 2, where
+(depthwise layers, dense ones of few pixels, 3x3 with stride 1) are computed as gradients of this package's convolution.
+For other dense layers no kernel of this package is faster than oneDNN (fp32, 2 threads). For kernel 2, stride 2, where
 outputs do not overlap, a matrix product and a pixel shuffle took (channels_last, ms, against oneDNN): 2.8 / 2.2 for x
 [8, 128, 28, 28] to 64 channels, 11.7 / 9.1 at 56 x 56, 6.4 / 6.0 for [4, 512, 16, 16] to 256, 4.1 / 3.1 for [2, 64,
 128, 128] to 32.

@@ -1,4 +1,4 @@
-// What the bindings of both convolutions on CPU share: memory formats, checks and axes.
+// What the bindings of the convolutions on CPU share: memory formats, checks and axes.
 #pragma once
 
 #include <vector>
@@ -57,6 +57,13 @@ inline Tensor convert_layout(Tensor x, bool channels_last) {
 inline Tensor in_format(const Tensor& t, Layout layout) {
   const bool is_last = layout == Layout::channels_last;
   return (is_last ? is_channels_last(t) : t.is_contiguous()) ? t : convert_layout(t, is_last);
+}
+
+// Whether `t` has the shape `s` of an output, and x's dtype and device.
+template <class Shape>
+bool is_output(const Tensor& t, const Tensor& x, const Shape& s) {
+  return t.dim() == 4 && t.size(0) == s.n && t.size(1) == s.c_out && t.size(2) == s.h.out &&
+         t.size(3) == s.w.out && t.scalar_type() == x.scalar_type() && t.device() == x.device();
 }
 
 // The checks of every convolution. They run before any size of these arguments is read.

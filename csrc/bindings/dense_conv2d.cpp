@@ -34,11 +34,6 @@ DenseConv2dShape shape_of(const Tensor& x, const Tensor& weight, const std::vect
   return s;
 }
 
-bool is_output(const Tensor& t, const Tensor& x, const DenseConv2dShape& s) {
-  return t.dim() == 4 && t.size(0) == s.n && t.size(1) == s.c_out && t.size(2) == s.h.out &&
-         t.size(3) == s.w.out && t.scalar_type() == x.scalar_type() && t.device() == x.device();
-}
-
 Tensor forward(Tensor x, Tensor weight, OptionalTensor shift, OptionalTensor residual,
                std::vector<int64_t> stride, std::vector<int64_t> padding,
                std::vector<int64_t> dilation, int64_t act, double act_param) {

@@ -15,10 +15,12 @@ constexpr const char *kPackName = "winograd_pack", *kName = "winograd_conv2d",
                      *kBackwardName = "winograd_conv2d_backward";
 constexpr int64_t kSize = 3;  // of the filter
 
-// Its memory is not yet that of a kernel.
+// Without its data, which is set once it is in `layout`.
 WinogradWeight weight_of(const Tensor& weight, int64_t tile, bool turned, const char* function) {
   check(weight.dim() == 4 && weight.size(2) == kSize && weight.size(3) == kSize, function,
         "weight must be [C_out, C_in, 3, 3]");
+  check(weight.size(0) > 0 && weight.size(1) > 0, function,
+        "weight must have an output and an input channel");
   check(dtype_of(weight, function) == DType::f32, function, "dtype must be float32");
   check(tile >= 0 && tile < kWinogradTileCount, function, "unknown tile");
   WinogradWeight w;
@@ -30,8 +32,8 @@ WinogradWeight weight_of(const Tensor& weight, int64_t tile, bool turned, const 
   return w;
 }
 
-Tensor pack(Tensor weight, int64_t tile, bool turned) {
-  WinogradWeight w = weight_of(weight, tile, turned, kPackName);
+Tensor pack(Tensor weight, int64_t tile) {
+  WinogradWeight w = weight_of(weight, tile, false, kPackName);
   weight = in_format(weight, w.layout);
   Tensor packed = allocate_vector(weight, cpu::winograd_packed_size(w), weight.scalar_type());
   w.weight = static_cast<const float*>(data(weight));
@@ -61,11 +63,6 @@ WinogradConv2dShape shape_of(const Tensor& x, const Tensor& weight,
 bool is_vector(const OptionalTensor& t, int64_t size, const Tensor& x) {
   return !t.has_value() || (t->dim() == 1 && t->size(0) == size &&
                             t->scalar_type() == x.scalar_type() && t->device() == x.device());
-}
-
-bool is_output(const Tensor& t, const Tensor& x, const WinogradConv2dShape& s) {
-  return t.dim() == 4 && t.size(0) == s.n && t.size(1) == s.c_out && t.size(2) == s.h.out &&
-         t.size(3) == s.w.out && t.scalar_type() == x.scalar_type() && t.device() == x.device();
 }
 
 int64_t thread_count() {

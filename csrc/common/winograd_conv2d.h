@@ -60,7 +60,7 @@ struct WinogradConv2dBackward {
 
 namespace cpu {
 int64_t winograd_packed_size(const WinogradWeight& w);
-// packed: [panels of C_out][points][C_in][panel], winograd_packed_size elements.
+// packed: [panels of C_out][points][C_in + 1][panel], winograd_packed_size elements; the last row of a point is not used.
 void winograd_pack(const WinogradWeight& w, float* packed);
 // Scratch bytes that the call needs.
 size_t winograd_conv2d_forward_workspace(const WinogradConv2dForward& p);

@@ -1,5 +1,5 @@
 // What both layouts of the depthwise convolution share: conversion of parameters to the type of the arithmetic, and the
-// epilogue. The dense convolution uses the same epilogue.
+// epilogue. The other convolutions use the same epilogue.
 #pragma once
 
 #include <cstdlib>

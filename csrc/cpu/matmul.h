@@ -1,8 +1,8 @@
 // Matrix products inside other kernels: a few rows times a panel of columns, with the sums of the tile in registers.
 //
 // A panel is kPanelVectors vectors of columns wide. In a packed panel, its rows (the depth) follow each other. A tile
-// of kTileRows rows by one panel is summed over the whole depth, in order, so that no result depends on the number of
-// threads.
+// of kTileRows rows by one panel is summed over the whole depth in a fixed order, so that no result depends on the number
+// of threads.
 #pragma once
 
 #include "simd.h"

@@ -145,13 +145,13 @@ struct Tile {
 
 // f(Tile<..>{})
 template <class F>
-void with_tile(WinogradTile tile, F&& f) {
+auto with_tile(WinogradTile tile, F&& f) {
   switch (tile) {
     case WinogradTile::two_by_two:
       return f(Tile<2, 2>{});
     case WinogradTile::two_by_four:
       return f(Tile<2, 4>{});
-    case WinogradTile::four_by_four:
+    default:
       return f(Tile<4, 4>{});
   }
 }
@@ -165,9 +165,7 @@ int64_t packed_size_of(const WinogradWeight& w) {
   return T::points * ceil_div(w.c_out, kPanel<float>) * packed_of_point(w);
 }
 int64_t packed_size(const WinogradWeight& w) {
-  int64_t size = 0;
-  with_tile(w.tile, [&](auto tile) { size = packed_size_of<decltype(tile)>(w); });
-  return size;
+  return with_tile(w.tile, [&](auto tile) { return packed_size_of<decltype(tile)>(w); });
 }
 
 // Where the taps of a weight are, for sums over its input channels; turned: over its output channels.
@@ -283,32 +281,41 @@ void run_pack(const WinogradWeight& w, float* packed) {
 
 // ---- the grid of tiles ----
 
-// Tiles by image, phase of the dilation, row and column.
+// Tiles by image, grid of the dilation, row and column. A dilated convolution is one without dilation on each of the grids of every
+// dilation-th pixel.
 template <class T>
 struct Grid {
   const WinogradConv2dShape& s;
-  int64_t rows, columns;  // tiles of a phase: as many as the largest one has
+  int64_t grids_h, grids_w;  // that have an output
+  int64_t rows, columns;     // tiles of a grid: as many as the largest one has
 
   explicit Grid(const WinogradConv2dShape& shape)
       : s(shape),
+        grids_h(min_of(shape.h.dilation, shape.h.out)),
+        grids_w(min_of(shape.w.dilation, shape.w.out)),
         rows(ceil_div(ceil_div(shape.h.out, shape.h.dilation), T::MH)),
         columns(ceil_div(ceil_div(shape.w.out, shape.w.dilation), T::MW)) {}
-  int64_t phases() const { return s.h.dilation * s.w.dilation; }
-  int64_t tiles() const { return s.n * phases() * rows * columns; }
+  int64_t tiles() const { return s.n * grids_h * grids_w * rows * columns; }
 
   struct Place {
-    int64_t n, y, x;  // of the first output; may lie outside where a phase has fewer tiles
+    int64_t n, y, x;        // of the first output; may lie outside where a grid has fewer tiles
+    int64_t height, width;  // outputs inside the image, not above 0 if there are none
   };
   Place place(int64_t tile) const {
     const int64_t column = tile % columns, row = tile / columns % rows;
-    const int64_t phase = tile / (columns * rows) % phases();
-    return {tile / (columns * rows * phases()),
-            phase / s.w.dilation + row * T::MH * s.h.dilation,
-            phase % s.w.dilation + column * T::MW * s.w.dilation};
+    const int64_t image = tile / (columns * rows), grid = image % (grids_h * grids_w);
+    const int64_t y = grid / grids_w + row * T::MH * s.h.dilation;
+    const int64_t x = grid % grids_w + column * T::MW * s.w.dilation;
+    return {image / (grids_h * grids_w), y, x, inside(T::MH, s.h, y), inside(T::MW, s.w, x)};
+  }
+
+ private:
+  static int64_t inside(int64_t outputs, const Conv2dAxis& axis, int64_t first) {
+    return first < axis.out ? min_of(outputs, ceil_div(axis.out - first, axis.dilation)) : 0;
   }
 };
 
-// ---- channels_last ----
+// ---- tiles in and out ----
 
 // v[point][chunk][tile][channel of the chunk] of one tile.
 template <class T>
@@ -353,16 +360,20 @@ void transform_inputs(const WinogradConv2dShape& s, const float* image, const ty
   });
 }
 
-// out[y][x][column...] of one tile directly, for the columns of one vector: where the sums of the transformed tile are not finite. Inf and
-// NaN then reach the outputs that they reach in a direct convolution, and no others.
+// sum += from[i] * weight[i * step] for i < count. NaN does not leave a sum, so nothing is added to it.
+void add_products(double& sum, const float* from, const float* weight, int64_t step, int64_t count) {
+  for (int64_t i = 0; i < count && sum == sum; ++i) sum += double(from[i]) * weight[i * step];
+}
+
+// out[y][x] of one tile directly, for `count` output channels from o on: where the sums of the transformed tile are not finite. Inf
+// and NaN then reach the outputs that they reach in a direct convolution, and no others.
 template <class T>
 void compute_directly(const WinogradConv2dForward& p, const typename Grid<T>::Place& at, int64_t o,
                       int64_t count, Vec* out) {
   const WinogradConv2dShape& s = p.shape;
-  const WinogradWeight& w = p.weight;
-  const Taps taps(w);
-  for (int i = 0; i < T::MH; ++i) {
-    for (int j = 0; j < T::MW; ++j) {
+  const Taps taps(p.weight);
+  for (int64_t i = 0; i < at.height; ++i) {
+    for (int64_t j = 0; j < at.width; ++j) {
       alignas(64) float sums[kLanes] = {};
       for (int64_t lane = 0; lane < count; ++lane) {
         double sum = 0;
@@ -370,9 +381,9 @@ void compute_directly(const WinogradConv2dForward& p, const typename Grid<T>::Pl
           const int64_t y = at.y + (i + t / 3) * s.h.dilation - s.h.padding;
           const int64_t x = at.x + (j + t % 3) * s.w.dilation - s.w.padding;
           if (y < 0 || y >= s.h.in || x < 0 || x >= s.w.in) continue;
-          const float* from = p.x + (at.n * s.h.in * s.w.in + y * s.w.in + x) * s.c_in;
-          const float* weight = w.weight + (o + lane) * taps.of_out + (w.turned ? kTaps - 1 - t : t) * taps.tap;
-          for (int64_t c = 0; c < s.c_in; ++c) sum += double(from[c]) * weight[c * taps.of_in];
+          const int64_t tap = p.weight.turned ? kTaps - 1 - t : t;
+          add_products(sum, p.x + ((at.n * s.h.in + y) * s.w.in + x) * s.c_in,
+                       p.weight.weight + (o + lane) * taps.of_out + tap * taps.tap, taps.of_in, s.c_in);
         }
         sums[lane] = static_cast<float>(sum);
       }
@@ -388,9 +399,7 @@ void transform_outputs(const WinogradConv2dForward& p, const Epilogue<float>& ep
                        int64_t column) {
   const WinogradConv2dShape& s = p.shape;
   const int64_t step_h = s.h.dilation * s.w.out * s.c_out, step_w = s.w.dilation * s.c_out;
-  const int64_t height = min_of(T::MH, ceil_div(s.h.out - at.y, s.h.dilation));
-  const int64_t width = min_of(T::MW, ceil_div(s.w.out - at.x, s.w.dilation));
-  if (height <= 0 || width <= 0) return;
+  if (at.height <= 0 || at.width <= 0) return;
   const int64_t first = ((at.n * s.h.out + at.y) * s.w.out + at.x) * s.c_out + column;
   const Vec one = broadcast(1.0f), none{};
   for_vectors<float, 1, false>(
@@ -405,13 +414,13 @@ void transform_outputs(const WinogradConv2dForward& p, const Epilogue<float>& ep
         if (has_nan(finite)) compute_directly<T>(p, at, column + c, part.count(kLanes), out);
         const Vec scale = epilogue.scale == nullptr ? one : part.read(epilogue.scale + column + c);
         const Vec shift = epilogue.shift == nullptr ? none : part.read(epilogue.shift + column + c);
-        for (int i = 0; i < height; ++i) {
+        for (int i = 0; i < at.height; ++i) {
           const int64_t to = first + i * step_h + c;
-          if (width == T::MW) {
+          if (at.width == T::MW) {
             epilogue.finish<T::MW>(*reinterpret_cast<Vec(*)[T::MW]>(out + i * T::MW), scale, shift, to,
                                    step_w, part);
           } else {
-            for (int j = 0; j < width; ++j) {
+            for (int j = 0; j < at.width; ++j) {
               Vec sum[1] = {out[i * T::MW + j]};
               epilogue.finish<1>(sum, scale, shift, to + j * step_w, 0, part);
             }
@@ -423,6 +432,15 @@ void transform_outputs(const WinogradConv2dForward& p, const Epilogue<float>& ep
 constexpr int64_t kLine = 16;  // elements of a line of a cache
 // Channels of V that lie together: a panel of the weight for them stays in the first-level cache. A multiple of kPart.
 constexpr int64_t kChunk = 64;
+
+// f(slot) for each slot, in parallel if there are more than one: each has work for a thread.
+template <class F>
+void in_slots(int64_t slots, F&& f) {
+  constexpr int64_t kWork = int64_t{1} << 20;
+  cpu::parallel_ranges(slots, kWork, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) f(begin);
+  });
+}
 
 // How a forward is divided among threads, and its memory. There are two ways:
 // - by tiles: a thread transforms a block of tiles, multiplies it with all panels of the weight and transforms the outputs;
@@ -457,7 +475,7 @@ struct ForwardSpace {
     of_chunk = most * stride;
     of_v = ceil_div(p.shape.c_in, kChunk) * of_chunk + kChunk;  // no power of two
     v_size = T::points * of_v;
-    of_products = round_up(ceil_div(most, splits), kTileRows) * kPanel<float>;
+    of_products = most * kPanel<float>;
     products_size = T::points * of_products;
     packed_size = !packs ? 0 : by_panels ? T::points * of_packed_chunk : all_packed;
     slot_size = products_size + (by_panels ? packed_size : v_size);
@@ -505,19 +523,12 @@ class Forward {
   int64_t panel_size() const { return T::points * packed_of_point(p_.weight); }
   float* slot(int64_t index) const { return shared_ + space_.shared_size() + index * space_.slot_size; }
 
-  template <class F>
-  void in_slots(F&& f) const {
-    cpu::parallel_ranges(space_.slots, int64_t{1} << 20, [&](int64_t begin, int64_t end) {
-      for (; begin < end; ++begin) f(begin);
-    });
-  }
-
   void by_tiles() const {
     float* own = shared_;
     if (space_.packs) pack<T>(p_.weight, own);
     const float* packed = space_.packs ? own : p_.packed;
     const int64_t groups = ceil_div(space_.tiles, kTileRows);
-    in_slots([&](int64_t index) {
+    in_slots(space_.slots, [&](int64_t index) {
       const int64_t begin = index * groups / space_.slots * kTileRows;
       const int64_t end = min_of(space_.tiles, (index + 1) * groups / space_.slots * kTileRows);
       const int64_t blocks = max_of(1, ceil_div(end - begin, kBlock<T>));
@@ -541,15 +552,19 @@ class Forward {
         transform(first, begin, end, v);
       });
       const int64_t units = space_.panels * space_.splits;
-      in_slots([&](int64_t index) {
+      in_slots(space_.slots, [&](int64_t index) {
         float* products = slot(index);
-        for (int64_t unit = index * units / space_.slots; unit < (index + 1) * units / space_.slots;
-             ++unit) {
-          const int64_t q = unit / space_.splits, t = unit % space_.splits * part;
-          if (t >= count) continue;
-          finish(first + t, min_of(part, count - t), v + t * space_.stride, q,
-                 space_.packs ? nullptr : p_.packed + q * panel_size(),
-                 products + space_.products_size, products);
+        const int64_t end = (index + 1) * units / space_.slots;
+        for (int64_t unit = index * units / space_.slots, next; unit < end; unit = next) {
+          // All parts of a panel that are this thread's, so that it packs the panel once.
+          const int64_t q = unit / space_.splits;
+          next = min_of(end, (q + 1) * space_.splits);
+          const int64_t t = unit % space_.splits * part;
+          const int64_t after = min_of(count, t + (next - unit) * part);
+          if (t < after)
+            finish(first + t, after - t, v + t * space_.stride, q,
+                   space_.packs ? nullptr : p_.packed + q * panel_size(),
+                   products + space_.products_size, products);
         }
       });
     }
@@ -557,7 +572,7 @@ class Forward {
 
   // Weights and rows of V come from the last-level cache, in pieces too short for its own prefetches.
   static void fetch(const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i, 0, 2);
+    for (int64_t i = 0; i < count; i += kLine) prefetch(from + i);
   }
 
   // products[tile][panel] (+)= the products of `count` tiles at one point with the channels of a chunk, whose first is c.
@@ -614,9 +629,7 @@ void run_forward(const WinogradConv2dForward& p, void* workspace) {
   with_tile(p.shape.tile, [&](auto tile) { Forward<decltype(tile)>(p, workspace).run(); });
 }
 size_t forward_workspace(const WinogradConv2dForward& p) {
-  size_t bytes = 0;
-  with_tile(p.shape.tile, [&](auto tile) { bytes = ForwardSpace<decltype(tile)>(p).bytes(); });
-  return bytes;
+  return with_tile(p.shape.tile, [&](auto tile) { return ForwardSpace<decltype(tile)>(p).bytes(); });
 }
 
 // ---- gradient of the weight ----
@@ -666,8 +679,6 @@ struct WeightSpace {
 template <class T>
 void transform_gradients(const WinogradConv2dShape& s, const float* dz,
                          const typename Grid<T>::Place& at, float* z, int64_t of_point, int64_t of_vector) {
-  const int64_t height = min_of(T::MH, ceil_div(s.h.out - at.y, s.h.dilation));
-  const int64_t width = min_of(T::MW, ceil_div(s.w.out - at.x, s.w.dilation));
   const int64_t row = s.h.dilation * s.w.out * s.c_out, column = s.w.dilation * s.c_out;
   const float* from = dz + ((at.n * s.h.out + at.y) * s.w.out + at.x) * s.c_out;
   for_vectors<float, 1, false>(s.c_out, [&](int64_t c, auto part, auto) {
@@ -677,7 +688,7 @@ void transform_gradients(const WinogradConv2dShape& s, const float* dz,
 #pragma GCC unroll 4
       for (int j = 0; j < T::MW; ++j)
         d[i * T::MW + j] =
-            i < height && j < width ? part.read(from + i * row + j * column + c) : Vec{};
+            i < at.height && j < at.width ? part.read(from + i * row + j * column + c) : Vec{};
     }
     T::gradients(d, m);
     float* to = z + c / kLanes * of_vector;
@@ -735,20 +746,18 @@ class Backward {
   }
 
   void by_ranges() const {
-    cpu::parallel_ranges(space_.slots, int64_t{1} << 20, [&](int64_t index, int64_t end) {
-      for (; index < end; ++index) {
-        float* v = slot(index);
-        for (int64_t r = index * space_.ranges / space_.slots;
-             r < (index + 1) * space_.ranges / space_.slots; ++r) {
-          const int64_t begin = r * space_.tiles / space_.ranges;
-          const int64_t after = (r + 1) * space_.tiles / space_.ranges;
-          for (int64_t first = begin; first < after; first += space_.most) {
-            const int64_t count = min_of(space_.most, after - first);
-            transform(first, 0, count, v);
-            for (int64_t point = 0; point < T::points; ++point) {
-              for (int64_t panel = 0; panel < space_.panels; ++panel)
-                multiply(v, count, point, panel, sums_ + r * space_.sums_size, first > begin);
-            }
+    in_slots(space_.slots, [&](int64_t index) {
+      float* v = slot(index);
+      for (int64_t r = index * space_.ranges / space_.slots;
+           r < (index + 1) * space_.ranges / space_.slots; ++r) {
+        const int64_t begin = r * space_.tiles / space_.ranges;
+        const int64_t after = (r + 1) * space_.tiles / space_.ranges;
+        for (int64_t first = begin; first < after; first += space_.most) {
+          const int64_t count = min_of(space_.most, after - first);
+          transform(first, 0, count, v);
+          for (int64_t point = 0; point < T::points; ++point) {
+            for (int64_t panel = 0; panel < space_.panels; ++panel)
+              multiply(v, count, point, panel, sums_ + r * space_.sums_size, first > begin);
           }
         }
       }
@@ -769,6 +778,29 @@ class Backward {
     }
   }
 
+  // The taps of `count` input channels from c on, directly, as the forward does where its sums are not finite.
+  void compute_directly(int64_t o, int64_t c, int64_t count, Vec* g) const {
+    for (int64_t t = 0; t < kTaps; ++t) {
+      alignas(64) float sums[kLanes] = {};
+      for (int64_t lane = 0; lane < count; ++lane) {
+        double sum = 0;
+        for (int64_t row = 0; row < s_.n * s_.h.out && sum == sum; ++row) {
+          const int64_t y = row % s_.h.out + t / 3 * s_.h.dilation - s_.h.padding;
+          if (y < 0 || y >= s_.h.in) continue;
+          const int64_t from = (row / s_.h.out * s_.h.in + y) * s_.w.in;
+          for (int64_t j = 0; j < s_.w.out && sum == sum; ++j) {
+            const int64_t x = j + t % 3 * s_.w.dilation - s_.w.padding;
+            if (x >= 0 && x < s_.w.in)
+              sum += double(p_.x[(from + x) * s_.c_in + c + lane]) *
+                     p_.dz[(row * s_.w.out + j) * s_.c_out + o];
+          }
+        }
+        sums[lane] = static_cast<float>(sum);
+      }
+      g[t] = load(sums);
+    }
+  }
+
   // dweight of the sums.
   void finish() const {
     cpu::parallel_ranges(s_.c_out, s_.c_in * T::points * 2, [&](int64_t begin, int64_t end) {
@@ -784,6 +816,9 @@ class Backward {
             for (int64_t r = 1; r < space_.ranges; ++r) m[q] += load(of_point + r * space_.sums_size);
           }
           T::filters(m, g);
+          Vec finite{};  // 0, or NaN
+          for (int t = 0; t < kTaps; ++t) finite += g[t] * 0.0f;
+          if (has_nan(finite)) compute_directly(o, c, part.count(kLanes), g);
           if (p_.weight_layout == Layout::channels_last) {
             for (int t = 0; t < kTaps; ++t) part.write(to + t * s_.c_in + c, g[t]);
           } else {
@@ -812,9 +847,7 @@ void run_backward(const WinogradConv2dBackward& p, void* workspace) {
   with_tile(p.shape.tile, [&](auto tile) { Backward<decltype(tile)>(p, workspace).run(); });
 }
 size_t backward_workspace(const WinogradConv2dBackward& p) {
-  size_t bytes = 0;
-  with_tile(p.shape.tile, [&](auto tile) { bytes = WeightSpace<decltype(tile)>(p).bytes(); });
-  return bytes;
+  return with_tile(p.shape.tile, [&](auto tile) { return WeightSpace<decltype(tile)>(p).bytes(); });
 }
 
 }  // namespace

@@ -13,7 +13,8 @@ from advdl_ops.activation import resolve_activation
 
 OPS = torch.ops.advdl_ops
 LAYOUTS = ("contiguous", "channels_last")
-FORMATS = list(itertools.product(LAYOUTS, LAYOUTS))  # of the images and of the weight
+# Of the images and of the weight.
+FORMATS = [*itertools.product(LAYOUTS, LAYOUTS), ("strided", "strided")]
 TILES = {0: "2x2", 1: "2x4", 2: "4x4"}
 ALL = ("scale", "shift", "residual")
 
@@ -51,6 +52,8 @@ OPTIONS = [
 OTHERS = {
     "many images": winograd(40, 6, 7, 2, 3),
     "many tiles of many panels": winograd(3, 20, 200, 40, 33),
+    "weight of several panels, more than 128 tiles": winograd(3, 300, 260, 33, 34),
+    "dilation larger than the image": winograd(2, 5, 6, 4, 3, (200000, 1), (200000, 1)),
     "a single output": winograd(2, 9, 10, 3, 3, (0, 0)),
     "no image": winograd(0, 6, 7, 2, 3),
 }
@@ -60,7 +63,7 @@ def results(p, tile, act="none", packed=False):
     """The output, dx and dweight, by the operators."""
     a = resolve_activation("", ACTIVATIONS[act][0])
     options = p.case.padding, p.case.dilation
-    kept = OPS.winograd_pack(p.weight, tile, False) if packed else None
+    kept = OPS.winograd_pack(p.weight, tile) if packed else None
     out = OPS.winograd_conv2d(
         p.x, p.weight, kept, p.scale, p.shift, p.residual, *options, tile, a.code, a.param
     )
@@ -98,11 +101,9 @@ def check(case, formats, tile, act="none", with_=(), packed=False):
     ):
         assert found.shape == right.shape
         if found.numel() > 0:
-            assert found.is_contiguous(
-                memory_format=torch.channels_last
-                if formats[name == "dweight"] == "channels_last"
-                else torch.contiguous_format
-            )
+            is_last = formats[name == "dweight"] == "channels_last"
+            memory_format = torch.channels_last if is_last else torch.contiguous_format
+            assert found.is_contiguous(memory_format=memory_format)
             what = name, case, formats, TILES[tile]
             assert_accurate(found, right, plain, float(size.max()), what)
 
@@ -124,35 +125,82 @@ def test_options(formats, tile):
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("name", OTHERS)
 def test_others(name, tile):
-    check(OTHERS[name], FORMATS[-1], tile, "silu", ("shift",))
+    for packed in (False, True):
+        check(OTHERS[name], ("channels_last",) * 2, tile, "silu", ("shift",), packed)
+
+
+def test_a_dilation_whose_square_is_no_int64():
+    x, weight = torch.randn(1, 3, 1, 1), torch.randn(4, 3, 3, 3)
+    rate = [2**32, 2**32]
+    out = OPS.winograd_conv2d(x, weight, None, None, None, None, rate, rate, 0, 0, 0.0)
+    torch.testing.assert_close(out, F.conv2d(x, weight[:, :, 1:2, 1:2]))
+    dz = torch.randn(1, 4, 1, 1)
+    dx, dweight = OPS.winograd_conv2d_backward(dz, x, weight, rate, rate, 0, 0, True, True)
+    torch.testing.assert_close(dx, F.conv_transpose2d(dz, weight[:, :, 1:2, 1:2]))
+    expected = torch.zeros_like(weight)
+    expected[:, :, 1, 1] = dz[0, :, 0] * x[0, :, 0, 0]
+    torch.testing.assert_close(dweight, expected)
+
+
+NOT_FINITE = [float("inf"), float("-inf"), float("nan"), 3e38]
+
+
+def check_not_finite(p, tile, value, act="none"):
+    """All results, with the infinities and NaN of fp64."""
+    exact = stock(p.to(f64), act)
+    for found, right in zip(results(p, tile, act), exact, strict=True):
+        right = right.to(found.dtype)
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(found), kind(right))
+        if not math.isfinite(value):  # of 3e38 the whole tile has the rounding error
+            rest = torch.isfinite(right)
+            torch.testing.assert_close(found[rest], right[rest], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3e38])
-def test_what_is_not_finite_reaches_the_outputs_of_its_window_alone(value, tile):
-    p = make_inputs(winograd(2, 20, 37, 13, 14)).laid("channels_last")
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("where", ["x", "dout", "weight"])
+def test_what_is_not_finite_reaches_what_a_direct_convolution_lets_it_reach(where, value, tile):
+    # Stock in fp64 multiplies the zeros of the padding, so nothing that is not finite may meet them.
+    padded, dilated = ((0, 0), (0, 0)) if where == "weight" else ((1, 1), (0, 2))
+    for case in (winograd(2, 20, 37, 13, 14, padded), winograd(2, 20, 37, 13, 14, dilated, (2, 3))):
+        for weight in LAYOUTS:
+            p = laid(make_inputs(case), "channels_last", weight)
+            t = getattr(p, where)
+            row, column = (2, 0) if where == "weight" else (4, 5)
+            t[1, 5, row, column] = value
+            t[0, 0, row - 1, column + 1] = value
+            check_not_finite(p, tile, value)
+
+
+@pytest.mark.parametrize("value", NOT_FINITE[:3])
+def test_an_epilogue_of_what_is_not_finite(value):
+    p = make_inputs(winograd(2, 20, 37, 13, 14), with_=ALL).laid("channels_last")
     p.x[1, 5, 6, 7] = value
-    p.x[0, 0, 0, 0] = value
-    expected = stock(p)[0]
-    found = results(p, tile)[0]
-    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert torch.equal(kind(found), kind(expected))
-    if not math.isfinite(value):  # of 3e38 the whole tile has the rounding error
-        rest = torch.isfinite(expected)
-        torch.testing.assert_close(found[rest], expected[rest])
+    check_not_finite(p, 2, value, "relu")
+
+
+# By tiles and by panels; with fewer panels than threads, and more.
+SHARED = [
+    winograd(3, 70, 80, 30, 31),
+    winograd(1, 70, 200, 9, 9),
+    winograd(3, 300, 260, 17, 16),
+    winograd(1, 20, 30, 21, 20),
+]
 
 
 @pytest.mark.parametrize("tile", TILES)
-def test_same_bits_with_any_number_of_threads(tile, threads):
-    p = make_inputs(winograd(3, 70, 80, 30, 31)).laid("channels_last")
+@pytest.mark.parametrize("case", SHARED)
+def test_same_bits_with_any_number_of_threads(case, tile, threads):
+    p = make_inputs(case).laid("channels_last")
 
-    def run(count):
+    def run(count, packed):
         torch.set_num_threads(count)
-        return results(p, tile)
+        return results(p, tile, packed=packed)
 
-    first = run(1)
-    for count in (2, 3):
-        for a, b in zip(run(count), first, strict=True):
+    first = run(1, False)
+    for count, packed in itertools.product((1, 2, 3, 5, 8), (False, True)):
+        for a, b in zip(run(count, packed), first, strict=True):
             assert torch.equal(a, b)
 
 
@@ -189,6 +237,8 @@ def test_errors():
     for message, arguments in {
         r"weight must be \[C_out, C_in, 3, 3\]": {"weight": torch.randn(21, 20, 3, 1)},
         "with the channels of x": {"weight": torch.randn(21, 19, 3, 3)},
+        "an output and an input channel": {"weight": torch.randn(0, 20, 3, 3)},
+        "must have an output and an input": {"x": p.x[:, :0], "weight": torch.randn(21, 0, 3, 3)},
         "dtype must be float32": {"x": p.x.double(), "weight": p.weight.double()},
         "weight must have the dtype": {"x": p.x.double()},
         "unknown tile": {"tile": 3},

@@ -34,6 +34,7 @@ def others():
         "norms/test_group_norm_values.py",
         "conv/test_dense_conv2d_values.py",
         "conv/test_depthwise_conv2d_values.py",
+        "conv/test_winograd_conv2d_values.py",
         "lstm/test_lstm_values.py",
     ],
 )
