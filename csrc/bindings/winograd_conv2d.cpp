@@ -171,9 +171,9 @@ std::tuple<Tensor, Tensor> backward(Tensor dz, Tensor x, Tensor weight,
   Tensor dx = need_dx ? input_gradient(dz, x, in_format(weight, weight_layout), s, given)
                       : allocate_vector(x, 0, x.scalar_type());
   s.tile = static_cast<WinogradTile>(dweight_tile);
-  Tensor dweight =
-      need_dweight ? weight_gradient(dz, in_format(x, Layout::channels_last), s, weight_layout)
-                   : allocate_vector(x, 0, x.scalar_type());
+  Tensor dweight = need_dweight
+                       ? weight_gradient(dz, in_format(x, Layout::channels_last), s, weight_layout)
+                       : allocate_vector(x, 0, x.scalar_type());
   return {dx, dweight};
 }
 

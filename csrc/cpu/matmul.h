@@ -133,7 +133,8 @@ void multiply_in_parts(int64_t rows, const A* const* a, int64_t step, const A* b
                        int64_t depth, A* tile, int64_t tile_stride, bool adds) {
   if (kMost == 1 || rows == kMost) {
     for (int64_t j = 0; j < kPanel<A>; j += kPartVectors * Simd<A>::lanes)
-      multiply_rows_in_parts<kMost, kPart>(a, step, b + j, b_stride, depth, tile + j, tile_stride, adds);
+      multiply_rows_in_parts<kMost, kPart>(a, step, b + j, b_stride, depth, tile + j, tile_stride,
+                                           adds);
   } else if constexpr (kMost > 1) {
     multiply_in_parts<kPart, kMost - 1>(rows, a, step, b, b_stride, depth, tile, tile_stride, adds);
   }

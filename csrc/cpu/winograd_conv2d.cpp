@@ -66,13 +66,15 @@ struct Axis<4> {
   static constexpr int T = 6;
   static constexpr double kNa = 2 * kA2 * (kA2 - kB2), kNb = 2 * kB2 * (kB2 - kA2);
   static constexpr double kWeights[T][3] = {
-      {1 / (kA2 * kB2), 0, 0},           {1 / kNa, kA / kNa, kA2 / kNa}, {1 / kNa, -kA / kNa, kA2 / kNa},
-      {1 / kNb, kB / kNb, kB2 / kNb}, {1 / kNb, -kB / kNb, kB2 / kNb}, {0, 0, 1}};
+      {1 / (kA2 * kB2), 0, 0},         {1 / kNa, kA / kNa, kA2 / kNa},
+      {1 / kNa, -kA / kNa, kA2 / kNa}, {1 / kNb, kB / kNb, kB2 / kNb},
+      {1 / kNb, -kB / kNb, kB2 / kNb}, {0, 0, 1}};
   ADVDL_INLINE static void inputs(const Vec* from, int step, Vec* to) {
     constexpr float a = kA, b = kB, a2 = kA2, b2 = kB2, ab = kA2 * kB2, sum = kA2 + kB2;
     const Vec d0 = from[0], d1 = from[step], d2 = from[2 * step], d3 = from[3 * step];
     const Vec d4 = from[4 * step], d5 = from[5 * step];
-    const Vec even_a = d4 - d2 * b2, odd_a = d3 - d1 * b2, even_b = d4 - d2 * a2, odd_b = d3 - d1 * a2;
+    const Vec even_a = d4 - d2 * b2, odd_a = d3 - d1 * b2, even_b = d4 - d2 * a2,
+              odd_b = d3 - d1 * a2;
     to[0] = d0 * ab + (d4 - d2 * sum);
     to[step] = even_a + odd_a * a;
     to[2 * step] = even_a - odd_a * a;
@@ -91,7 +93,8 @@ struct Axis<4> {
   }
   ADVDL_INLINE static void gradients(const Vec* from, int from_step, Vec* to, int step) {
     constexpr float a = kA, b = kB, a2 = kA2, b2 = kB2, a3 = kA2 * kA, b3 = kB2 * kB;
-    const Vec z0 = from[0], z1 = from[from_step], z2 = from[2 * from_step], z3 = from[3 * from_step];
+    const Vec z0 = from[0], z1 = from[from_step], z2 = from[2 * from_step],
+              z3 = from[3 * from_step];
     const Vec even_a = z0 + z2 * a2, odd_a = z1 * a + z3 * a3;
     const Vec even_b = z0 + z2 * b2, odd_b = z1 * b + z3 * b3;
     to[0] = z0;
@@ -133,7 +136,8 @@ struct Tile {
       Vec row[TW];
       for (int j = 0; j < TW; ++j) {
         row[j] = Vec{};
-        for (int i = 0; i < TH; ++i) row[j] += m[i * TW + j] * static_cast<float>(H::kWeights[i][a]);
+        for (int i = 0; i < TH; ++i)
+          row[j] += m[i * TW + j] * static_cast<float>(H::kWeights[i][a]);
       }
       for (int b = 0; b < 3; ++b) {
         g[a * 3 + b] = Vec{};
@@ -170,7 +174,8 @@ int64_t packed_size(const WinogradWeight& w) {
 
 // Where the taps of a weight are, for sums over its input channels; turned: over its output channels.
 struct Taps {
-  int64_t of_out, of_in, tap;  // elements from one output channel, input channel and tap to the next
+  int64_t of_out, of_in,
+      tap;  // elements from one output channel, input channel and tap to the next
   explicit Taps(const WinogradWeight& w) {
     const bool is_last = w.layout == Layout::channels_last;
     const int64_t first = w.turned ? w.c_out : w.c_in;  // channels of a row of the weight
@@ -211,7 +216,8 @@ void read_taps(const Taps& taps, const float* from, int64_t inputs, int64_t outp
       Vec block[kLanes] = {};
       with_lanes<float>(count, [&](auto part) {
         const float* start = from + run * runs.distance + first;
-        for (int64_t lane = 0; lane < outputs; ++lane) block[lane] = part.read(start + lane * taps.of_out);
+        for (int64_t lane = 0; lane < outputs; ++lane)
+          block[lane] = part.read(start + lane * taps.of_out);
       });
       transpose<decltype(block[0] < block[0])>(block);
       for (int64_t i = 0; i < count; ++i)
@@ -265,14 +271,15 @@ template <class T>
 void pack(const WinogradWeight& w, float* packed) {
   constexpr int64_t panel = kPanel<float>;
   const int64_t panels = ceil_div(w.c_out, panel), parts = ceil_div(w.c_in, kPackInputs);
-  cpu::parallel_ranges(
-      panels * parts, kPackInputs * panel * T::points * 2, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t q = i / parts, c = i % parts * kPackInputs;
-          pack_panel<T>(w, q, c, min_of(c + kPackInputs, w.c_in),
-                        packed + q * T::points * packed_of_point(w) + c * panel, packed_of_point(w));
-        }
-      });
+  cpu::parallel_ranges(panels * parts, kPackInputs * panel * T::points * 2,
+                       [&](int64_t begin, int64_t end) {
+                         for (int64_t i = begin; i < end; ++i) {
+                           const int64_t q = i / parts, c = i % parts * kPackInputs;
+                           pack_panel<T>(w, q, c, min_of(c + kPackInputs, w.c_in),
+                                         packed + q * T::points * packed_of_point(w) + c * panel,
+                                         packed_of_point(w));
+                         }
+                       });
 }
 
 void run_pack(const WinogradWeight& w, float* packed) {
@@ -319,8 +326,9 @@ struct Grid {
 
 // v[point][chunk][tile][channel of the chunk] of one tile.
 template <class T>
-void transform_inputs(const WinogradConv2dShape& s, const float* image, const typename Grid<T>::Place& at,
-                      float* v, int64_t of_point, int64_t chunk, int64_t of_chunk) {
+void transform_inputs(const WinogradConv2dShape& s, const float* image,
+                      const typename Grid<T>::Place& at, float* v, int64_t of_point, int64_t chunk,
+                      int64_t of_chunk) {
   const int64_t y = at.y - s.h.padding, x = at.x - s.w.padding;
   const int64_t row = s.h.dilation * s.w.in * s.c_in, column = s.w.dilation * s.c_in;
   const float* first = image + ((at.n * s.h.in + y) * s.w.in + x) * s.c_in;
@@ -355,13 +363,13 @@ void transform_inputs(const WinogradConv2dShape& s, const float* image, const ty
       steps[i * T::TW + j] = inside;
     }
   }
-  transform([&](int i, int j, int64_t c) {
-    return from[i * T::TW + j] + c * steps[i * T::TW + j];
-  });
+  transform(
+      [&](int i, int j, int64_t c) { return from[i * T::TW + j] + c * steps[i * T::TW + j]; });
 }
 
 // sum += from[i] * weight[i * step] for i < count. NaN does not leave a sum, so nothing is added to it.
-void add_products(double& sum, const float* from, const float* weight, int64_t step, int64_t count) {
+void add_products(double& sum, const float* from, const float* weight, int64_t step,
+                  int64_t count) {
   for (int64_t i = 0; i < count && sum == sum; ++i) sum += double(from[i]) * weight[i * step];
 }
 
@@ -383,7 +391,8 @@ void compute_directly(const WinogradConv2dForward& p, const typename Grid<T>::Pl
           if (y < 0 || y >= s.h.in || x < 0 || x >= s.w.in) continue;
           const int64_t tap = p.weight.turned ? kTaps - 1 - t : t;
           add_products(sum, p.x + ((at.n * s.h.in + y) * s.w.in + x) * s.c_in,
-                       p.weight.weight + (o + lane) * taps.of_out + tap * taps.tap, taps.of_in, s.c_in);
+                       p.weight.weight + (o + lane) * taps.of_out + tap * taps.tap, taps.of_in,
+                       s.c_in);
         }
         sums[lane] = static_cast<float>(sum);
       }
@@ -417,8 +426,8 @@ void transform_outputs(const WinogradConv2dForward& p, const Epilogue<float>& ep
         for (int i = 0; i < at.height; ++i) {
           const int64_t to = first + i * step_h + c;
           if (at.width == T::MW) {
-            epilogue.finish<T::MW>(*reinterpret_cast<Vec(*)[T::MW]>(out + i * T::MW), scale, shift, to,
-                                   step_w, part);
+            epilogue.finish<T::MW>(*reinterpret_cast<Vec(*)[T::MW]>(out + i * T::MW), scale, shift,
+                                   to, step_w, part);
           } else {
             for (int j = 0; j < at.width; ++j) {
               Vec sum[1] = {out[i * T::MW + j]};
@@ -449,15 +458,16 @@ void in_slots(int64_t slots, F&& f) {
 // Each thread has a slot of memory. The sums do not depend on any of this.
 template <class T>
 struct ForwardSpace {
-  static constexpr int64_t kManyTiles = 128;        // of the second way
-  static constexpr int64_t of_packed_chunk = (kChunk + 1) * kPanel<float>;  // elements of a point, no power of two
+  static constexpr int64_t kManyTiles = 128;  // of the second way
+  static constexpr int64_t of_packed_chunk =
+      (kChunk + 1) * kPanel<float>;                 // elements of a point, no power of two
   static constexpr int64_t kLargeWeight = 4 << 20;  // bytes
   Grid<T> grid;
   int64_t tiles, panels;
   bool by_panels, packs;
   int64_t stride, of_chunk, of_v;  // elements from one tile, chunk and point of V to the next
-  int64_t most;              // tiles that V holds
-  int64_t splits;            // parts of the tiles of V that are different units of work
+  int64_t most;                    // tiles that V holds
+  int64_t splits;                  // parts of the tiles of V that are different units of work
   int64_t slots;
   int64_t v_size, of_products, products_size, packed_size, slot_size;  // elements
 
@@ -470,7 +480,9 @@ struct ForwardSpace {
     const int64_t threads = max_of(1, p.threads), all_packed = packed_size_of<T>(p.weight);
     by_panels = all_packed * int64_t{4} > kLargeWeight || tiles < 2 * threads * kBlock<T>;
     most = by_panels ? round_up(min_of(tiles, kManyTiles), kTileRows) : kBlock<T>;
-    splits = by_panels ? max_of(1, min_of(threads / common_divisor(threads, panels), most / kTileRows)) : 1;
+    splits = by_panels
+                 ? max_of(1, min_of(threads / common_divisor(threads, panels), most / kTileRows))
+                 : 1;
     slots = min_of(threads, by_panels ? panels * splits : ceil_div(tiles, kBlock<T>));
     of_chunk = most * stride;
     of_v = ceil_div(p.shape.c_in, kChunk) * of_chunk + kChunk;  // no power of two
@@ -502,8 +514,12 @@ class Forward {
         s_(p.shape),
         space_(p),
         shared_(static_cast<float*>(memory)),
-        epilogue_{p.scale, p.shift, p.residual,
-                  p.out,   p.act,   static_cast<float>(p.act_param),
+        epilogue_{p.scale,
+                  p.shift,
+                  p.residual,
+                  p.out,
+                  p.act,
+                  static_cast<float>(p.act_param),
                   p.scale != nullptr || p.shift != nullptr} {}
 
   void run() {
@@ -516,12 +532,14 @@ class Forward {
  private:
   void transform(int64_t first, int64_t begin, int64_t end, float* v) const {
     for (int64_t t = begin; t < end; ++t)
-      transform_inputs<T>(s_, p_.x, space_.grid.place(first + t), v + t * space_.stride, space_.of_v,
-                          kChunk, space_.of_chunk);
+      transform_inputs<T>(s_, p_.x, space_.grid.place(first + t), v + t * space_.stride,
+                          space_.of_v, kChunk, space_.of_chunk);
   }
 
   int64_t panel_size() const { return T::points * packed_of_point(p_.weight); }
-  float* slot(int64_t index) const { return shared_ + space_.shared_size() + index * space_.slot_size; }
+  float* slot(int64_t index) const {
+    return shared_ + space_.shared_size() + index * space_.slot_size;
+  }
 
   void by_tiles() const {
     float* own = shared_;
@@ -548,9 +566,8 @@ class Forward {
     for (int64_t first = 0; first < space_.tiles; first += space_.most) {
       const int64_t count = min_of(space_.most, space_.tiles - first);
       const int64_t part = round_up(ceil_div(count, space_.splits), kTileRows);
-      cpu::parallel_ranges(count, T::points * s_.c_in * 4, [&](int64_t begin, int64_t end) {
-        transform(first, begin, end, v);
-      });
+      cpu::parallel_ranges(count, T::points * s_.c_in * 4,
+                           [&](int64_t begin, int64_t end) { transform(first, begin, end, v); });
       const int64_t units = space_.panels * space_.splits;
       in_slots(space_.slots, [&](int64_t index) {
         float* products = slot(index);
@@ -596,13 +613,14 @@ class Forward {
   }
 
   // The outputs of `count` tiles from `first` on in panel q. packed: of the panel; if null, it is packed into `chunk`.
-  void finish(int64_t first, int64_t count, const float* v, int64_t q, const float* packed, float* chunk,
-              float* products) const {
+  void finish(int64_t first, int64_t count, const float* v, int64_t q, const float* packed,
+              float* chunk, float* products) const {
     constexpr int64_t panel = kPanel<float>;
     if (packed != nullptr) {
       for (int64_t point = 0; point < T::points; ++point) {
         for (int64_t c = 0; c < s_.c_in; c += kChunk)
-          multiply(point, c, count, v, packed + point * packed_of_point(p_.weight) + c * panel, products);
+          multiply(point, c, count, v, packed + point * packed_of_point(p_.weight) + c * panel,
+                   products);
       }
     } else {
       // A chunk of all points stays in the second-level cache.
@@ -629,7 +647,8 @@ void run_forward(const WinogradConv2dForward& p, void* workspace) {
   with_tile(p.shape.tile, [&](auto tile) { Forward<decltype(tile)>(p, workspace).run(); });
 }
 size_t forward_workspace(const WinogradConv2dForward& p) {
-  return with_tile(p.shape.tile, [&](auto tile) { return ForwardSpace<decltype(tile)>(p).bytes(); });
+  return with_tile(p.shape.tile,
+                   [&](auto tile) { return ForwardSpace<decltype(tile)>(p).bytes(); });
 }
 
 // ---- gradient of the weight ----
@@ -650,10 +669,11 @@ struct WeightSpace {
   int64_t tiles, panels;
   bool by_ranges;
   int64_t ranges, slots;
-  int64_t most;                         // tiles that V and Z hold
-  int64_t of_v, of_z;                   // elements of a point
-  int64_t v_size, slot_size;            // V and Z: [points][panels][most][panel], [points][vectors][most][lanes]
-  int64_t of_sums, sums_size;           // [ranges][points][panels][C_out][panel]
+  int64_t most;        // tiles that V and Z hold
+  int64_t of_v, of_z;  // elements of a point
+  int64_t v_size,
+      slot_size;  // V and Z: [points][panels][most][panel], [points][vectors][most][lanes]
+  int64_t of_sums, sums_size;  // [ranges][points][panels][C_out][panel]
 
   explicit WeightSpace(const WinogradConv2dBackward& p)
       : grid(p.shape), tiles(grid.tiles()), panels(ceil_div(p.shape.c_in, kPanel<float>)) {
@@ -666,7 +686,8 @@ struct WeightSpace {
     if (!by_ranges) ranges = 1;
     slots = by_ranges ? min_of(max_of(1, p.threads), ranges) : 1;
     const int64_t of_tile = T::points * (in + out) * int64_t{4};
-    most = by_ranges ? kBlockTiles : max_of(kPart, min_of(tiles, kStaged / of_tile) / kPart * kPart);
+    most =
+        by_ranges ? kBlockTiles : max_of(kPart, min_of(tiles, kStaged / of_tile) / kPart * kPart);
     of_v = most * in + kLine;
     of_z = most * out + kLine;
     v_size = T::points * of_v;
@@ -678,7 +699,8 @@ struct WeightSpace {
 // z[point][vector][tile][lanes] of one tile of dz.
 template <class T>
 void transform_gradients(const WinogradConv2dShape& s, const float* dz,
-                         const typename Grid<T>::Place& at, float* z, int64_t of_point, int64_t of_vector) {
+                         const typename Grid<T>::Place& at, float* z, int64_t of_point,
+                         int64_t of_vector) {
   const int64_t row = s.h.dilation * s.w.out * s.c_out, column = s.w.dilation * s.c_out;
   const float* from = dz + ((at.n * s.h.out + at.y) * s.w.out + at.x) * s.c_out;
   for_vectors<float, 1, false>(s.c_out, [&](int64_t c, auto part, auto) {
@@ -728,7 +750,8 @@ class Backward {
   }
 
   // sums[C_out][panel] (+)= the products of `count` tiles at one point, for one panel.
-  void multiply(const float* v, int64_t count, int64_t point, int64_t panel, float* sums, bool adds) const {
+  void multiply(const float* v, int64_t count, int64_t point, int64_t panel, float* sums,
+                bool adds) const {
     const float* columns = v + point * space_.of_v + panel * space_.most * kPanel<float>;
     const float* z = v + space_.v_size + point * space_.of_z;
     sums += (point * space_.panels + panel) * space_.of_sums;
@@ -773,7 +796,8 @@ class Backward {
       cpu::parallel_ranges(T::points * space_.panels, s_.c_out * kPanel<float> * count / 16,
                            [&](int64_t begin, int64_t end) {
                              for (; begin < end; ++begin)
-                               multiply(v, count, begin / space_.panels, begin % space_.panels, sums_, first > 0);
+                               multiply(v, count, begin / space_.panels, begin % space_.panels,
+                                        sums_, first > 0);
                            });
     }
   }
@@ -813,7 +837,8 @@ class Backward {
           for (int q = 0; q < T::points; ++q) {
             const float* of_point = from + q * space_.panels * space_.of_sums;
             m[q] = load(of_point);
-            for (int64_t r = 1; r < space_.ranges; ++r) m[q] += load(of_point + r * space_.sums_size);
+            for (int64_t r = 1; r < space_.ranges; ++r)
+              m[q] += load(of_point + r * space_.sums_size);
           }
           T::filters(m, g);
           Vec finite{};  // 0, or NaN
