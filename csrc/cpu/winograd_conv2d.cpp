@@ -5,7 +5,7 @@
 // of all channels at one point are a matrix product: rows are tiles, the depth is C_in, columns are C_out.
 //
 // A block of tiles is transformed (into V), multiplied (into `products`) panel by panel and transformed back, with V and the products
-// in the second-level cache. A dilated convolution is one on dilation x dilation sub-grids of the image.
+// in the second-level cache. A dilated convolution is one on each of dilation x dilation grids of pixels.
 #include "../common/winograd_conv2d.h"
 
 #include "depthwise_conv2d.h"
