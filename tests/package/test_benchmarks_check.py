@@ -16,6 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import advdl_ops
 from advdl_ops._conv import cpu, operators
+from advdl_ops._conv.problem import FOLDED
+from advdl_ops._conv.winograd import packed_numel, tile_for
 from benchmarks import calls, measure_model, measure_op, memory, registry
 from benchmarks.check import wrong_values
 from benchmarks.record import compiled_name
@@ -363,7 +365,13 @@ def test_what_is_zero_but_for_rounding_may_be_off_by_roundings(
 # ---- what inference keeps ----
 
 
-def test_the_peak_of_inference_counts_what_is_kept(monkeypatch: Any) -> None:
+@pytest.mark.parametrize("convolution", ["exact", "default"])
+def test_the_peak_of_inference_counts_what_is_kept(monkeypatch: Any, convolution: str) -> None:
+    with advdl_ops.use_convolution(convolution):
+        _check_the_peak_of_inference(monkeypatch, convolution)
+
+
+def _check_the_peak_of_inference(monkeypatch: Any, convolution: str) -> None:
     monkeypatch.setattr(measure_model.ceilings, "ceilings", lambda *arguments: (1.0, 1.0))
     session, stream = _session("inference")
     session.settings.providers = (OURS,)
@@ -378,8 +386,13 @@ def test_the_peak_of_inference_counts_what_is_kept(monkeypatch: Any) -> None:
     found = [json.loads(line) for line in stream.getvalue().splitlines()]
     records = [e["record"] for e in found if e["event"] == "record"]
     value = {(r["provider"], r["metric"]): r["p50"] for r in records}
-    folded = 4 * 9 * (16 * 64 + 64 * 96)
-    padded = 4 * 9 * (16 * 72 + 64 * 96)  # oneDNN's blocks are of up to 24 outputs with AVX2
+    second = 9 * 64 * 96
+    if convolution == "default":
+        tile = tile_for(FOLDED, (2, 64, 8, 8), (96, 64, 3, 3), (1, 1), (1, 1), False)
+        assert tile is not None
+        second = packed_numel(tile, (96, 64, 3, 3))
+    folded = 4 * (9 * 16 * 64 + second)
+    padded = 4 * (9 * 16 * 72 + second)  # oneDNN's blocks are of up to 24 outputs with AVX2
     assert value["eager", "kept"] == 0
     assert folded <= value[OURS, "kept"] <= padded + 4 * 4 * (64 + 96) * 2
     assert value[OURS, "peak"] > value[OURS, "kept"]
