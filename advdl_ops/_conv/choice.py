@@ -355,7 +355,7 @@ def winograd_pixels(p: Problem, t: Thresholds) -> int | None:
     if p.direction == FOLDED:
         return t.winograd_pixels_kept
     if p.direction == WEIGHT_GRADIENT:
-        return max(t.winograd_pixels_dweight, least_pixels(p))
+        return max(t.winograd_pixels_dweight, least_pixels(p.weight, p.is_channels_last)[0])
     return t.winograd_pixels if p.is_channels_last else t.winograd_pixels_contiguous
 
 

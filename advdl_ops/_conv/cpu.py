@@ -28,7 +28,7 @@ from .problem import (
     convert,
     without_data,
 )
-from .winograd import Tile, tile_for
+from .winograd import Tile, least_pixels, tile_for
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Needs = tuple[bool, bool, bool]
@@ -153,7 +153,8 @@ def winograd_gradients(
 
 def _tile(direction: str, x: Tensor, weight: Tensor, conv: Conv) -> Tile:
     is_last = x.is_contiguous(memory_format=torch.channels_last)
-    tile = tile_for(direction, x.shape, weight.shape, conv.padding, conv.dilation, is_last)
+    pixels = least_pixels(weight.shape, is_last)
+    tile = tile_for(direction, x.shape, weight.shape, conv.padding, conv.dilation, pixels)
     assert tile is not None  # else the choice does not accept Winograd
     return tile
 

@@ -59,30 +59,12 @@ def tile_of(problem: Problem) -> Tile | None:
     """Of the tiles that are as exact as torch for a problem of Winograd's form, the one that multiplies least."""
     return tile_for(
         problem.direction, problem.x, problem.weight, problem.padding, problem.dilation,
-        problem.is_channels_last,
+        least_pixels(problem.weight, problem.is_channels_last),
     )  # fmt: skip
 
 
-def tile_for(
-    direction: str,
-    x: tuple[int, ...],
-    weight: tuple[int, ...],
-    padding: _Pair,
-    dilation: _Pair,
-    is_last: bool,
-) -> Tile | None:
-    """As :func:`tile_of`. ``is_last``: x is in channels_last."""
-    least = _least_pixels(weight, is_last)
-    return _tile_for(direction, x, weight, padding, dilation, least)
-
-
-def least_pixels(problem: Problem) -> int:
-    """From how many output pixels on the gradient of a weight is exact enough."""
-    return _least_pixels(problem.weight, problem.is_channels_last)[0]
-
-
-def _least_pixels(weight: Sequence[int], is_last: bool) -> tuple[int, ...]:
-    """For each tile."""
+def least_pixels(weight: Sequence[int], is_last: bool) -> tuple[int, ...]:
+    """For each tile, from how many output pixels on the gradient of a weight is exact enough. ``is_last``: of x."""
     if not (is_last and _torch_has_avx512()):
         return _LEAST_PIXELS
     channels = min(weight[0], weight[1])
@@ -95,20 +77,21 @@ def _torch_has_avx512() -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _tile_for(
+def tile_for(
     direction: str,
     x: tuple[int, ...],
     weight: tuple[int, ...],
     padding: _Pair,
     dilation: _Pair,
-    least_pixels: tuple[int, ...],
+    pixels: tuple[int, ...],
 ) -> Tile | None:
+    """As :func:`tile_of`. ``pixels``: of :func:`least_pixels`."""
     if x[0] == 1 and math.prod(x) <= _SMALL_IMAGE:
         return None
     images, height, width = _outputs(direction, x, weight, padding, dilation)
     if direction == WEIGHT_GRADIENT:
         length = images * height * width
-        least = least_pixels
+        least = pixels
     else:
         length = weight[0 if direction == INPUT_GRADIENT else 1]
         least = _LEAST_CHANNELS

@@ -174,8 +174,8 @@ int64_t packed_size(const WinogradWeight& w) {
 
 // Where the taps of a weight are, for sums over its input channels; turned: over its output channels.
 struct Taps {
-  int64_t of_out, of_in,
-      tap;  // elements from one output channel, input channel and tap to the next
+  // Elements from one output channel, input channel and tap to the next.
+  int64_t of_out, of_in, tap;
   explicit Taps(const WinogradWeight& w) {
     const bool is_last = w.layout == Layout::channels_last;
     const int64_t first = w.turned ? w.c_out : w.c_in;  // channels of a row of the weight
@@ -324,6 +324,14 @@ struct Grid {
 
 // ---- tiles in and out ----
 
+template <int64_t kCount>
+ADVDL_INLINE bool is_finite(const Vec (&v)[kCount]) {
+  Vec sum{};  // 0, or NaN
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kCount; ++i) sum += v[i] * 0.0f;
+  return !has_nan(sum);
+}
+
 // v[point][chunk][tile][channel of the chunk] of one tile.
 template <class T>
 void transform_inputs(const WinogradConv2dShape& s, const float* image,
@@ -417,10 +425,7 @@ void transform_outputs(const WinogradConv2dForward& p, const Epilogue<float>& ep
 #pragma GCC unroll 36
         for (int q = 0; q < T::points; ++q) m[q] = load(products + q * of_point + c);
         T::outputs(m, out);
-        Vec finite{};  // 0, or NaN
-#pragma GCC unroll 16
-        for (int i = 0; i < T::MH * T::MW; ++i) finite += out[i] * 0.0f;
-        if (has_nan(finite)) compute_directly<T>(p, at, column + c, part.count(kLanes), out);
+        if (!is_finite(out)) compute_directly<T>(p, at, column + c, part.count(kLanes), out);
         const Vec scale = epilogue.scale == nullptr ? one : part.read(epilogue.scale + column + c);
         const Vec shift = epilogue.shift == nullptr ? none : part.read(epilogue.shift + column + c);
         for (int i = 0; i < at.height; ++i) {
@@ -672,7 +677,7 @@ struct WeightSpace {
   int64_t most;        // tiles that V and Z hold
   int64_t of_v, of_z;  // elements of a point
   int64_t v_size,
-      slot_size;  // V and Z: [points][panels][most][panel], [points][vectors][most][lanes]
+      slot_size;  // V [points][panels][most][panel], and Z [points][vectors][most][lanes]
   int64_t of_sums, sums_size;  // [ranges][points][panels][C_out][panel]
 
   explicit WeightSpace(const WinogradConv2dBackward& p)
@@ -841,9 +846,7 @@ class Backward {
               m[q] += load(of_point + r * space_.sums_size);
           }
           T::filters(m, g);
-          Vec finite{};  // 0, or NaN
-          for (int t = 0; t < kTaps; ++t) finite += g[t] * 0.0f;
-          if (has_nan(finite)) compute_directly(o, c, part.count(kLanes), g);
+          if (!is_finite(g)) compute_directly(o, c, part.count(kLanes), g);
           if (p_.weight_layout == Layout::channels_last) {
             for (int t = 0; t < kTaps; ++t) part.write(to + t * s_.c_in + c, g[t]);
           } else {
