@@ -19,6 +19,24 @@ inline constexpr int kTileRows = ADVDL_VECTOR_BYTES == 64 ? 6 : 3;
 // Longer sums are split into parts of this depth, because rounding errors grow with the square root of the length.
 inline constexpr int64_t kDepth = 256;
 
+// sum[row][vector] += row[i][(first + k) * step] * b[k][vector], k < depth.
+template <int kRows, int kVectors, class A, class Vec>
+ADVDL_INLINE void add_products(const A* const (&row)[kRows], int64_t first, int64_t step,
+                               const A* b, int64_t b_stride, int64_t depth,
+                               Vec (&sum)[kRows][kVectors]) {
+  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
+    Vec columns[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) columns[j] = load(b + j * Simd<A>::lanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vec factor = broadcast(row[i][(first + k) * step]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += factor * columns[j];
+    }
+  }
+}
+
 // tile[kRows][panel] = a[kRows][depth] * b[depth][panel], or += if `adds`. The elements of a row of `a` are kStep apart
 // and begin at `first`; rows of b and of the tile are b_stride and tile_stride apart.
 template <int kRows, int kStep, class A>
@@ -35,17 +53,7 @@ __attribute__((noinline)) void multiply_rows(const A* const* a, int64_t first, c
 #pragma GCC unroll 4
     for (int j = 0; j < kPanelVectors; ++j) sum[i][j] = Vec{};
   }
-  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
-    Vec columns[kPanelVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < kPanelVectors; ++j) columns[j] = load(b + j * lanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const Vec factor = broadcast(row[i][k * kStep]);
-#pragma GCC unroll 4
-      for (int j = 0; j < kPanelVectors; ++j) sum[i][j] += factor * columns[j];
-    }
-  }
+  add_products(row, 0, kStep, b, b_stride, depth, sum);
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
@@ -96,20 +104,10 @@ __attribute__((noinline)) void multiply_rows_in_parts(const A* const* a, int64_t
 #pragma GCC unroll 4
     for (int j = 0; j < kPartVectors; ++j) total[i][j] = Vec{};
   }
-  int64_t at = 0;
   for (int64_t first = 0; first < depth; first += kPart) {
     Vec sum[kRows][kPartVectors] = {};
-    for (int64_t k = min_of(kPart, depth - first); k > 0; --k, at += step, b += b_stride) {
-      Vec columns[kPartVectors];
-#pragma GCC unroll 4
-      for (int j = 0; j < kPartVectors; ++j) columns[j] = load(b + j * lanes);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const Vec factor = broadcast(row[i][at]);
-#pragma GCC unroll 4
-        for (int j = 0; j < kPartVectors; ++j) sum[i][j] += factor * columns[j];
-      }
-    }
+    const int64_t count = min_of(kPart, depth - first);
+    add_products(row, first, step, b + first * b_stride, b_stride, count, sum);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
