@@ -84,13 +84,13 @@ _library.define(
 # The same for a 3x3 filter with stride 1 and groups = 1 in fp32, by Winograd's minimal filtering, on CPU only. A tile
 # is 0: 2x2, 1: 2x4, 2: 4x4 outputs. `packed` is the weight transformed by winograd_pack, whose size depends on the
 # CPU's capability; None: made for the call.
-_library.define("winograd_pack(Tensor weight, int tile) -> Tensor")
+_library.define("winograd_pack(Tensor weight, int groups, int tile) -> Tensor")
 _library.define(
     "winograd_conv2d(Tensor x, Tensor weight, Tensor? packed, Tensor? scale, Tensor? shift, Tensor? residual, "
-    "int[2] padding, int[2] dilation, int tile, int act, float act_param) -> Tensor"
+    "int[2] padding, int[2] dilation, int groups, int tile, int act, float act_param) -> Tensor"
 )
 _library.define(
-    "winograd_conv2d_backward(Tensor dz, Tensor x, Tensor weight, int[2] padding, int[2] dilation, "
+    "winograd_conv2d_backward(Tensor dz, Tensor x, Tensor weight, int[2] padding, int[2] dilation, int groups, "
     "int dx_tile, int dweight_tile, bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)"
 )
 # A copy of x [N, C, H, W] in the other memory format.
@@ -269,12 +269,12 @@ def _(dz, x, weight, stride, padding, dilation, need_dx, need_dweight):
 
 
 @torch.library.register_fake("advdl_ops::winograd_conv2d", lib=_library)
-def _(x, weight, packed, scale, shift, residual, padding, dilation, tile, act, act_param):
+def _(x, weight, packed, scale, shift, residual, padding, dilation, groups, tile, act, act_param):
     return _fake_conv2d(x, weight, (1, 1), padding, dilation)
 
 
 @torch.library.register_fake("advdl_ops::winograd_conv2d_backward", lib=_library)
-def _(dz, x, weight, padding, dilation, dx_tile, dweight_tile, need_dx, need_dweight):
+def _(dz, x, weight, padding, dilation, groups, dx_tile, dweight_tile, need_dx, need_dweight):
     return _fake_conv2d_backward(x, weight, need_dx, need_dweight, False)[:2]
 
 

@@ -30,8 +30,9 @@ from .problem import (
     WEIGHT_GRADIENT,
     WITH_NORM,
     Problem,
+    computes_in_float32,
 )
-from .winograd import least_pixels, outputs_computed, tile_of
+from .winograd import least_lengths, outputs_computed, tile_of
 
 
 class Thresholds(NamedTuple):
@@ -235,7 +236,7 @@ def may_use_winograd(p: Problem) -> bool:
     return (
         p.has_winograd_form
         and not p.exact
-        and p.dtype == torch.float32
+        and p.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and p.x_numel > 0
         and native("cpu")
     )
@@ -243,6 +244,11 @@ def may_use_winograd(p: Problem) -> bool:
 
 def _accepts_winograd(p: Problem) -> bool:
     return may_use_winograd(p) and tile_of(p) is not None
+
+
+def _is_half(p: Problem) -> bool:
+    """Whether it is in half precision that is computed in fp32."""
+    return computes_in_float32(p.dtype)
 
 
 def _accepts_onednn(p: Problem) -> bool:
@@ -350,12 +356,14 @@ def _is_large(p: Problem, t: Thresholds) -> bool:
 
 def winograd_pixels(p: Problem, t: Thresholds) -> int | None:
     """From how many output pixels on Winograd serves; ``None`` if the channels are too few."""
-    if min(p.weight[:2]) < t.winograd_channels:
+    channels = min(p.group)
+    if channels < t.winograd_channels or not (p.dtype == torch.float32 or _is_half(p)):
         return None
     if p.direction == FOLDED:
         return t.winograd_pixels_kept
     if p.direction == WEIGHT_GRADIENT:
-        return max(t.winograd_pixels_dweight, least_pixels(p.weight, p.is_channels_last)[0])
+        least = least_lengths(p.direction, p.dtype, channels, p.is_channels_last)
+        return max(t.winograd_pixels_dweight, least[0])
     return t.winograd_pixels if p.is_channels_last else t.winograd_pixels_contiguous
 
 
@@ -423,12 +431,15 @@ def _packing_pays(p: Problem, t: Thresholds) -> bool:
     return p.layout == CHANNELS_LAST or p.weight_numel >= p.x_numel
 
 
+_HALF = torch.bfloat16, torch.float16
+_IN_FLOAT32 = Rule("half precision that this CPU has no instructions for", lambda p, _: _is_half(p))
 _PACKING = Rule("channels_last, or a weight as large as x", _packing_pays)
 
 _LAST = torch.channels_last
 DEPTHWISE, DENSE, ONEDNN, TORCH = "depthwise kernel", "dense kernel", "onednn", "torch"
 PREPACKED = "onednn, prepacked"
 WINOGRAD = "winograd"
+IN_FLOAT32 = "torch in float32"
 # With a norm in training behind it.
 APART = "convolution, then norm"
 
@@ -444,6 +455,9 @@ def _gradients_on_cpu(winograd: Rule, few_pixels: Rule, wide: Rule) -> tuple[Can
         Candidate(_by_way_of_last(DEPTHWISE), own, _accepts_depthwise_in_last, _NOT_TORCHS, _LAST),
         Candidate(WINOGRAD, cpu.winograd_gradients, _accepts_winograd, winograd, None, True),
         Candidate(DENSE, cpu.dense_gradients, _accepts_dense, few_pixels, None, True),
+        Candidate(
+            IN_FLOAT32, cpu.gradients_by_torch_in_float32, lambda p: p.dtype in _HALF, _IN_FLOAT32
+        ),
         Candidate(_by_way_of_last(TORCH), torch_, _is_not_last, wide, _LAST),
         Candidate(TORCH, torch_),
     )
@@ -473,6 +487,7 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
             _LAST,
         ),
         Candidate(ONEDNN, cpu.onednn, _accepts_onednn, _LARGE),
+        Candidate(IN_FLOAT32, cpu.by_torch_in_float32, lambda p: p.dtype in _HALF, _IN_FLOAT32),
         Candidate(_by_way_of_last(TORCH), cpu.by_torch, _is_not_last, _WIDE, _LAST),
         Candidate(TORCH, cpu.by_torch),
     ),
@@ -481,7 +496,9 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
         *_DEPTHWISE_FORWARD,
         Candidate(WINOGRAD, cpu.winograd, _accepts_winograd, _WINOGRAD_KEPT, None, True),
         Candidate(PREPACKED, cpu.prepacked, _accepts_onednn, _PACKING),
-        Candidate(TORCH, cpu.by_torch),
+        # What is kept is in fp32.
+        Candidate(IN_FLOAT32, cpu.by_torch_in_float32, lambda p: p.dtype in _HALF, _IN_FLOAT32),
+        Candidate(TORCH, cpu.by_torch, lambda p: p.dtype not in _HALF),
     ),
     INPUT_GRADIENT: _gradients_on_cpu(_WINOGRAD_PACKING, _FEW_DX, _WIDE),
     WEIGHT_GRADIENT: _gradients_on_cpu(_WINOGRAD_DWEIGHT, _FEW_DWEIGHT, _WIDE_DWEIGHT),

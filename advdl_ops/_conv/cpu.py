@@ -28,7 +28,7 @@ from .problem import (
     convert,
     without_data,
 )
-from .winograd import Tile, least_pixels, tile_for
+from .winograd import Tile, least_lengths, tile_for
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Needs = tuple[bool, bool, bool]
@@ -109,9 +109,9 @@ class Transformed(NamedTuple):
     tile: Tile
 
 
-def winograd_pack(weight: Tensor, tile: Tile) -> Tensor:
-    """``weight`` transformed for a forward by ``tile``."""
-    return _winograd_pack_op(weight, tile.code)
+def winograd_pack(weight: Tensor, groups: int, tile: Tile) -> Tensor:
+    """``weight`` transformed for a forward by ``tile``, in fp32."""
+    return _winograd_pack_op(weight, groups, tile.code)
 
 
 def winograd(
@@ -128,8 +128,8 @@ def winograd(
     else:
         tile = _tile(FORWARD, x, weight, conv)
     return _winograd_op(
-        x, weight, packed, scale, shift, residual, conv.padding, conv.dilation, tile.code,
-        act.code, act.param,
+        x, weight, packed, _in_float32(scale), _in_float32(shift), residual, conv.padding, conv.dilation,
+        conv.groups, tile.code, act.code, act.param,
     )  # fmt: skip
 
 
@@ -145,16 +145,15 @@ def winograd_gradients(
         _tile(direction, x, weight, conv).code if needed else 0
         for direction, needed in ((INPUT_GRADIENT, needs[0]), (WEIGHT_GRADIENT, needs[1]))
     )
-    dx, dweight = _winograd_backward_op(
-        dz, x, weight, conv.padding, conv.dilation, of_dx, of_dweight, *needs[:2]
-    )
+    dx, dweight = _winograd_backward_op(dz, x, weight, *conv[1:], of_dx, of_dweight, *needs[:2])
     return _needed((dx, dweight, sum_of(dz) if needs[2] else None), needs)
 
 
 def _tile(direction: str, x: Tensor, weight: Tensor, conv: Conv) -> Tile:
     is_last = x.is_contiguous(memory_format=torch.channels_last)
-    pixels = least_pixels(weight.shape, is_last)
-    tile = tile_for(direction, x.shape, weight.shape, conv.padding, conv.dilation, pixels)
+    channels = min(weight.shape[0] // conv.groups, weight.shape[1])
+    least = least_lengths(direction, x.dtype, channels, is_last)
+    tile = tile_for(direction, x.shape, weight.shape, *conv[1:], least)
     assert tile is not None  # else the choice does not accept Winograd
     return tile
 
@@ -261,7 +260,38 @@ def gradients_by_torch(
     return dx, dweight, dbias
 
 
+# ---- the same in fp32, for half precision ----
+
+
+def by_torch_in_float32(
+    x: Tensor, weight: Tensor, conv: Conv, epilogue: Epilogue, memory_format: torch.memory_format
+) -> Tensor:
+    """``weight`` may be in fp32 already."""
+    scale, shift, residual, act = epilogue
+    wide = Epilogue(_in_float32(scale), _in_float32(shift), _in_float32(residual), act)
+    return by_torch(x.float(), weight.float(), conv, wide, memory_format).to(x.dtype)
+
+
+def gradients_by_torch_in_float32(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: Conv,
+    needs: Needs,
+    memory_format: torch.memory_format,
+) -> Gradients:
+    """The gradient of the weight stays in fp32."""
+    dx, dweight, dbias = gradients_by_torch(
+        dz.float(), x.float(), weight.float(), conv, needs, memory_format
+    )
+    return None if dx is None else dx.to(x.dtype), dweight, dbias
+
+
 # ---- shared ----
+
+
+def _in_float32(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float()
 
 
 def sum_of(dz: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from . import choice, cpu
 from .choice import PREPACKED, WINOGRAD, Candidate
 from .cpu import Transformed
 from .operators import output
-from .problem import FOLDED, Conv, Epilogue, Problem, problem_of
+from .problem import FOLDED, Conv, Epilogue, Problem, computes_in_float32, problem_of
 from .winograd import Tile, tile_of
 
 # Weight and bias of the convolution, running mean and variance, weight and bias of the norm.
@@ -51,7 +51,7 @@ class FoldedConv:
     ) -> None:
         bias = source[1]
         self.scale = scale
-        self.bias = shift if bias is None else torch.addcmul(shift, bias, scale)
+        self.bias = shift if bias is None else torch.addcmul(shift, bias.to(shift.dtype), scale)
         self.conv = conv
         self.identity = _identity(source, eps, conv)
         self.sample = _sample(source)
@@ -116,8 +116,8 @@ class FoldedConv:
 
     def _made(self, form: Form, x: Tensor, weight: Tensor) -> Tensor:
         if isinstance(form, Tile):
-            return cpu.winograd_pack(weight, form)
-        scaled = weight * self.scale.view(-1, 1, 1, 1)
+            return cpu.winograd_pack(weight, self.conv.groups, form)
+        scaled = weight * self.scale.view(-1, 1, 1, 1)  # in fp32
         return cpu.prepack(x, scaled, self.conv) if form == PREPACKED else scaled
 
 
@@ -131,12 +131,14 @@ def _form(candidate: Candidate, problem: Problem) -> Form:
 
 
 def problem_of_folded(x: Tensor, weight: Tensor, conv: Conv) -> Problem | None:
-    """The problem if a kept weight can serve, that is on CPU in fp32 if oneDNN may be used. Else ``None``."""
+    """The problem if a kept weight can serve: on CPU, computed in fp32, if oneDNN may be used. Else ``None``."""
     if is_traced():  # nothing may be kept, and all steps must be operators that a compiler fuses
         return None
-    if not x.is_cpu or x.dtype != torch.float32 or weight.dtype != torch.float32 or x.dim() != 4:
+    if not x.is_cpu or weight.dtype != x.dtype or x.dim() != 4:
         return None
     problem = problem_of(FOLDED, x, weight, conv)
+    if x.dtype != torch.float32 and (not computes_in_float32(x.dtype) or problem.is_depthwise):
+        return None
     return problem if problem.library and problem.x_numel > 0 else None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
+import platform
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -108,6 +110,11 @@ class Problem(NamedTuple):
         return _has_winograd_form(self.weight, self.conv)
 
     @property
+    def group(self) -> tuple[int, int]:
+        """Input and output channels of a group."""
+        return self.weight[1], self.weight[0] // self.groups
+
+    @property
     def is_depthwise(self) -> bool:
         """Every channel by itself, one output for each."""
         return self.groups == self.x[1] == self.weight[0]
@@ -166,7 +173,7 @@ def problem_of(
 
 def _has_winograd_form(weight: Sequence[int], conv: Conv) -> bool:
     return (
-        conv.groups == 1
+        (conv.groups == 1 or weight[1] > 1)
         and tuple(weight[2:]) == (3, 3)
         and conv.stride == (1, 1)
         and all(
@@ -215,6 +222,29 @@ def _may_use_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not is_traced()
     )
+
+
+@functools.cache
+def computes_in_float32(dtype: torch.dtype) -> bool:
+    """Whether half precision is computed in fp32 on this CPU.
+
+    Where a CPU has no instructions that multiply in ``dtype``, torch's convolutions take 4 to 50 times as long as in
+    fp32 (docs/performance.md).
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in (
+        "x86_64",
+        "AMD64",
+    ):
+        return False
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return True
+    names = {
+        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }[dtype]
+    if any(getattr(torch.cpu, name, lambda: False)() for name in names):
+        return False
+    return dtype == torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def allows_tf32() -> bool:

@@ -39,6 +39,7 @@ TILES = Tile(0, 2, 2), Tile(1, 2, 4), Tile(2, 4, 4)
 # From how long a sum on each tile's error is at most that of torch (docs/accuracy.md): over channels, and over pixels
 # for the gradient of the weight. In channels_last with AVX-512 torch sums pixels in many parts, and is more exact; how
 # many, depends on the channels.
+_NONE = 0, 0, 0
 _LEAST_CHANNELS = 32, 64, 129
 _LEAST_PIXELS = 196, 784, 1568
 _LEAST_PIXELS_AVX512_LAST = {
@@ -58,16 +59,28 @@ _Pair = tuple[int, int]
 def tile_of(problem: Problem) -> Tile | None:
     """Of the tiles that are as exact as torch for a problem of Winograd's form, the one that multiplies least."""
     return tile_for(
-        problem.direction, problem.x, problem.weight, problem.padding, problem.dilation,
-        least_pixels(problem.weight, problem.is_channels_last),
+        problem.direction, problem.x, problem.weight, problem.padding, problem.dilation, problem.groups,
+        least_lengths(problem.direction, problem.dtype, min(problem.group), problem.is_channels_last),
     )  # fmt: skip
 
 
-def least_pixels(weight: Sequence[int], is_last: bool) -> tuple[int, ...]:
-    """For each tile, from how many output pixels on the gradient of a weight is exact enough. ``is_last``: of x."""
+def least_lengths(
+    direction: str, dtype: torch.dtype, channels: int, is_last: bool
+) -> tuple[int, ...]:
+    """For each tile, from how long a sum on it is exact enough.
+
+    Args:
+        direction: a gradient of the weight sums over output pixels, the others over channels of a group.
+        dtype: in half precision the rounding of the result is larger than any error of the sums.
+        channels: of a group, the fewer of input and output.
+        is_last: of x.
+    """
+    if dtype != torch.float32:
+        return _NONE
+    if direction != WEIGHT_GRADIENT:
+        return _LEAST_CHANNELS
     if not (is_last and _torch_has_avx512()):
         return _LEAST_PIXELS
-    channels = min(weight[0], weight[1])
     return next(least for of, least in _LEAST_PIXELS_AVX512_LAST.items() if channels >= of)
 
 
@@ -83,18 +96,17 @@ def tile_for(
     weight: tuple[int, ...],
     padding: _Pair,
     dilation: _Pair,
-    pixels: tuple[int, ...],
+    groups: int,
+    least: tuple[int, ...],
 ) -> Tile | None:
-    """As :func:`tile_of`. ``pixels``: of :func:`least_pixels`."""
-    if x[0] == 1 and math.prod(x) <= _SMALL_IMAGE:
+    """As :func:`tile_of`. ``least``: of :func:`least_lengths`."""
+    if x[0] == 1 and math.prod(x) <= _SMALL_IMAGE and least != _NONE:
         return None
     images, height, width = _outputs(direction, x, weight, padding, dilation)
     if direction == WEIGHT_GRADIENT:
         length = images * height * width
-        least = pixels
     else:
-        length = weight[0 if direction == INPUT_GRADIENT else 1]
-        least = _LEAST_CHANNELS
+        length = weight[0] // groups if direction == INPUT_GRADIENT else weight[1]
     further = _PACKING
     if direction == FOLDED:
         images, further = min(images, _IMAGES_COUNTED), _KEEPING
@@ -105,10 +117,11 @@ def tile_for(
     )
 
 
-def packed_numel(tile: Tile, weight: Sequence[int]) -> int:
+def packed_numel(tile: Tile, weight: Sequence[int], groups: int) -> int:
     """Numbers of a transformed weight: panels of four vectors of output channels, with a row more each."""
     panel = {"avx512": 64, "avx2": 32, "default": 16}[cpu_capability()]
-    return tile.points * panel * _ceil_div(weight[0], panel) * (weight[1] + 1)
+    panels = _ceil_div(weight[0] // groups, panel)
+    return groups * tile.points * panel * panels * (weight[1] + 1)
 
 
 def outputs_computed(problem: Problem) -> tuple[int, int]:

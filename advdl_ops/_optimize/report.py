@@ -76,7 +76,8 @@ class Chosen:
         assert tile is not None
         if self.problem.direction != FOLDED:
             return f", tiles of {tile}"
-        kept = packed_numel(tile, self.problem.weight) / self.problem.weight_numel
+        of = self.problem
+        kept = 4 * packed_numel(tile, of.weight, of.groups) / (of.dtype.itemsize * of.weight_numel)
         return f", tiles of {tile}, which keeps {kept:.1f} times the weight"
 
 

@@ -24,6 +24,7 @@ from .._conv.problem import (
     Conv,
     Epilogue,
     Problem,
+    computes_in_float32,
     layout_of,
     pair,
     problem_of,
@@ -147,7 +148,9 @@ def _of_folded(conv: torch.nn.Conv2d) -> str:
     problem = problem_of_kept(conv, x, options)
     if problem is not None:
         return (
-            _of_depthwise(conv) if problem.is_depthwise else EITHER + _by_winograd(conv, (FOLDED,))
+            _of_depthwise(conv)
+            if problem.is_depthwise
+            else _in_general(conv) + _by_winograd(conv, (FOLDED,))
         )
     return _of_convolution(conv) if _library.native("cpu") else _without_kernels()
 
@@ -229,6 +232,8 @@ def _by(candidate: choice.Candidate, x: Tensor, weight: Tensor, conv: Conv) -> s
         return ONEDNN
     if candidate.memory_format is not None:
         x = x.contiguous(memory_format=candidate.memory_format)
+    if candidate.name == choice.IN_FLOAT32:
+        return f"{_by_torch(x.float(), weight.float(), conv)} in float32"
     return _by_torch(x, weight, conv)
 
 
@@ -257,8 +262,13 @@ def _of_convolution(layer: torch.nn.Conv2d) -> str:
             spans.setdefault(_in_both(last, contiguous), []).append(part)
     winograd = _by_winograd(layer, _PARTS)
     if not spans:
-        return EITHER + winograd
+        return _in_general(layer) + winograd
     return f"{EITHER}{winograd}; by pixels of the output {own()}: {_joined(spans)}"
+
+
+def _in_general(layer: torch.nn.Conv2d) -> str:
+    dtype = result_dtype(layer.weight)
+    return f"{EITHER}, in float32" if computes_in_float32(dtype) else EITHER
 
 
 def _by_winograd(layer: torch.nn.Conv2d, directions: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._conv import choice, cuda
 from .._conv.choice import APART, Candidate
-from .._conv.problem import WITH_NORM, Conv, problem_of
+from .._conv.problem import WITH_NORM, Conv, computes_in_float32, problem_of
 from .._schemas import acc_dtype
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..backend import autocast_dtype, get_backend, needs_grad, serves_native, transformed, unwatched
@@ -187,7 +187,8 @@ def folds(
     if not _evaluates(x, weight, residual, *parameters):
         return False
     dtype = result_dtype(x)
-    if x.is_cpu and dtype != torch.float32 and not groups == x.shape[1] == weight.shape[0]:
+    is_depthwise = groups == x.shape[1] == weight.shape[0]
+    if x.is_cpu and dtype != torch.float32 and not (is_depthwise or computes_in_float32(dtype)):
         # The scale would be a pass after the convolution, just as the norm is.
         return False
     return residual is None or residual.dtype == dtype

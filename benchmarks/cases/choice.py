@@ -381,7 +381,7 @@ def _call(problem: Problem, candidate: Any) -> Callable[[], Any]:
         elif candidate.name == choice.WINOGRAD and problem.direction == FOLDED:
             tile = tile_of(problem)
             assert tile is not None
-            taken = cpu.Transformed(weight, cpu.winograd_pack(weight, tile), tile)
+            taken = cpu.Transformed(weight, cpu.winograd_pack(weight, problem.groups, tile), tile)
         epilogue = Epilogue(shift=torch.randn(problem.weight[0], generator=generator))
         call: Any = lambda: output(candidate, given, x, taken, conv, epilogue)  # noqa: E731
     else:

@@ -15,13 +15,16 @@ inline Layout format_of(const Tensor& x) {
 }
 
 inline Tensor allocate_image(const Tensor& like, Layout layout, int64_t n, int64_t c, int64_t h,
-                             int64_t w) {
+                             int64_t w, ScalarType dtype) {
   const int64_t sizes[] = {n, c, h, w};
   const auto at_least_one = [](int64_t size) { return size > 0 ? size : 1; };
   c = at_least_one(c), h = at_least_one(h), w = at_least_one(w);
   const int64_t first[] = {c * h * w, h * w, w, 1}, last[] = {h * w * c, 1, w * c, c};
-  return allocate(like, sizes, layout == Layout::channels_last ? last : first, 4,
-                  like.scalar_type());
+  return allocate(like, sizes, layout == Layout::channels_last ? last : first, 4, dtype);
+}
+inline Tensor allocate_image(const Tensor& like, Layout layout, int64_t n, int64_t c, int64_t h,
+                             int64_t w) {
+  return allocate_image(like, layout, n, c, h, w, like.scalar_type());
 }
 
 // An image in channels_last memory. If that memory is contiguous as well, the strides are those of `given`.

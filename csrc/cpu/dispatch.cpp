@@ -7,33 +7,35 @@
 namespace advdl_ops {
 
 // Each family adds its kernels to the table of each capability. A new family needs its lines here.
-#define ADVDL_DECLARE_KERNELS(capability)                  \
-  namespace capability {                                   \
-  void add_batch_norm_act(cpu::KernelTable& table);        \
-  void add_convert_layout(cpu::KernelTable& table);        \
-  void add_dense_conv2d(cpu::KernelTable& table);          \
-  void add_depthwise_conv2d(cpu::KernelTable& table);      \
-  void add_depthwise_conv2d_last(cpu::KernelTable& table); \
-  void add_group_norm(cpu::KernelTable& table);            \
-  void add_layer_norm_2d(cpu::KernelTable& table);         \
-  void add_lstm(cpu::KernelTable& table);                  \
-  void add_lstm_backward(cpu::KernelTable& table);         \
-  void add_winograd_conv2d(cpu::KernelTable& table);       \
-  static cpu::KernelTable kernels(const char* name) {      \
-    cpu::KernelTable table{};                              \
-    table.name = name;                                     \
-    add_batch_norm_act(table);                             \
-    add_convert_layout(table);                             \
-    add_dense_conv2d(table);                               \
-    add_depthwise_conv2d(table);                           \
-    add_depthwise_conv2d_last(table);                      \
-    add_group_norm(table);                                 \
-    add_layer_norm_2d(table);                              \
-    add_lstm(table);                                       \
-    add_lstm_backward(table);                              \
-    add_winograd_conv2d(table);                            \
-    return table;                                          \
-  }                                                        \
+#define ADVDL_DECLARE_KERNELS(capability)                     \
+  namespace capability {                                      \
+  void add_batch_norm_act(cpu::KernelTable& table);           \
+  void add_convert_layout(cpu::KernelTable& table);           \
+  void add_dense_conv2d(cpu::KernelTable& table);             \
+  void add_depthwise_conv2d(cpu::KernelTable& table);         \
+  void add_depthwise_conv2d_last(cpu::KernelTable& table);    \
+  void add_group_norm(cpu::KernelTable& table);               \
+  void add_layer_norm_2d(cpu::KernelTable& table);            \
+  void add_lstm(cpu::KernelTable& table);                     \
+  void add_lstm_backward(cpu::KernelTable& table);            \
+  void add_winograd_conv2d(cpu::KernelTable& table);          \
+  void add_winograd_conv2d_backward(cpu::KernelTable& table); \
+  static cpu::KernelTable kernels(const char* name) {         \
+    cpu::KernelTable table{};                                 \
+    table.name = name;                                        \
+    add_batch_norm_act(table);                                \
+    add_convert_layout(table);                                \
+    add_dense_conv2d(table);                                  \
+    add_depthwise_conv2d(table);                              \
+    add_depthwise_conv2d_last(table);                         \
+    add_group_norm(table);                                    \
+    add_layer_norm_2d(table);                                 \
+    add_lstm(table);                                          \
+    add_lstm_backward(table);                                 \
+    add_winograd_conv2d(table);                               \
+    add_winograd_conv2d_backward(table);                      \
+    return table;                                             \
+  }                                                           \
   }
 ADVDL_DECLARE_KERNELS(capability_default)
 #if defined(__x86_64__)
@@ -147,8 +149,10 @@ ADVDL_DEFINE_FAMILY(winograd_conv2d, WinogradConv2d)
 #undef ADVDL_DEFINE_FAMILY
 
 void convert_layout(const ConvertLayout& p) { table().convert_layout(p); }
-int64_t winograd_packed_size(const WinogradWeight& w) { return table().winograd_packed_size(w); }
-void winograd_pack(const WinogradWeight& w, float* packed) { table().winograd_pack(w, packed); }
+int64_t winograd_packed_size(const WinogradFilters& f) { return table().winograd_packed_size(f); }
+void winograd_pack(const WinogradFilters& f, const WinogradWeight& w, float* packed) {
+  table().winograd_pack(f, w, packed);
+}
 
 }  // namespace cpu
 }  // namespace advdl_ops

@@ -36,8 +36,8 @@ struct KernelTable {
   Family<GroupNormForward, GroupNormBackward> group_norm;
   Family<GroupNormForward, GroupNormBackward> layer_norm_2d;
   Family<LstmForward, LstmBackward> lstm;
-  int64_t (*winograd_packed_size)(const WinogradWeight&);
-  void (*winograd_pack)(const WinogradWeight&, float*);
+  int64_t (*winograd_packed_size)(const WinogradFilters&);
+  void (*winograd_pack)(const WinogradFilters&, const WinogradWeight&, float*);
   Family<WinogradConv2dForward, WinogradConv2dBackward> winograd_conv2d;
 };
 

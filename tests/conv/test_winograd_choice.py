@@ -179,8 +179,8 @@ def test_codes_are_those_of_the_kernels() -> None:
     """The size of a packed weight tells the points of a tile."""
     weight = torch.randn(65, 5, 3, 3)
     for tile in TILES:
-        packed = torch.ops.advdl_ops.winograd_pack(weight, tile.code)
-        assert packed.numel() == packed_numel(tile, weight.shape) >= tile.points * 65 * 5
+        packed = torch.ops.advdl_ops.winograd_pack(weight, 1, tile.code)
+        assert packed.numel() == packed_numel(tile, weight.shape, 1) >= tile.points * 65 * 5
 
 
 REFUSED = {

@@ -19,8 +19,8 @@ TILES = {0: "2x2", 1: "2x4", 2: "4x4"}
 ALL = ("scale", "shift", "residual")
 
 
-def winograd(n, c, outputs, h, w, padding=(1, 1), dilation=(1, 1)):
-    return Case((n, c, h, w), outputs, (3, 3), (1, 1), padding, dilation)
+def winograd(n, c, outputs, h, w, padding=(1, 1), dilation=(1, 1), groups=1):
+    return Case((n, c, h, w), outputs, (3, 3), (1, 1), padding, dilation, groups)
 
 
 # Channels around a vector of 4, 8 and 16 lanes, a panel of 4 vectors and the parts of 16 in which they are summed;
@@ -62,8 +62,8 @@ OTHERS = {
 def results(p, tile, act="none", packed=False):
     """The output, dx and dweight, by the operators."""
     a = resolve_activation("", ACTIVATIONS[act][0])
-    options = p.case.padding, p.case.dilation
-    kept = OPS.winograd_pack(p.weight, tile) if packed else None
+    options = p.case.padding, p.case.dilation, p.case.groups
+    kept = OPS.winograd_pack(p.weight, p.case.groups, tile) if packed else None
     out = OPS.winograd_conv2d(
         p.x, p.weight, kept, p.scale, p.shift, p.residual, *options, tile, a.code, a.param
     )
@@ -88,8 +88,8 @@ def laid(p, images, weight):
     return p
 
 
-def check(case, formats, tile, act="none", with_=(), packed=False):
-    p = laid(make_inputs(case, with_=with_), *formats)
+def check(case, formats, tile, act="none", with_=(), packed=False, dtype=torch.float32):
+    p = laid(make_inputs(case, dtype, with_=with_, channel_dtype=torch.float32), *formats)
     exact, sizes = stock(p.to(f64), act), stock(p.map(lambda t: t.to(f64).abs()))
     for name, found, right, plain, size in zip(
         ("out", "dx", "dweight"),
@@ -129,13 +129,37 @@ def test_others(name, tile):
         check(OTHERS[name], ("channels_last",) * 2, tile, "silu", ("shift",), packed)
 
 
+# Channels of a group around a vector and a panel; images around the pixels of a stage: tiles of one row, of parts of a row and of
+# several rows.
+GROUPED = [
+    winograd(2, 3 * c, 3 * outputs, h, w, groups=3)
+    for c, outputs, h, w in ((5, 17, 9, 6), (16, 3, 7, 35), (65, 66, 5, 5))
+]
+STAGED = [
+    winograd(2, 5, 70, 20, 17),
+    winograd(1, 17, 5, 5, 300),
+    winograd(1, 16, 16, 40, 33, (0, 2)),
+    winograd(2, 20, 21, 9, 11, (2, 3), (2, 3)),
+]
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_groups_and_half_precision(dtype, formats, tile):
+    for case in GROUPED + STAGED:
+        for packed in (False, True):
+            check(case, formats, tile, "relu", ALL, packed, dtype)
+    check(GROUPED[0], formats, tile, "silu", ("scale",), dtype=dtype)
+
+
 def test_a_dilation_whose_square_is_no_int64():
     x, weight = torch.randn(1, 3, 1, 1), torch.randn(4, 3, 3, 3)
     rate = [2**32, 2**32]
-    out = OPS.winograd_conv2d(x, weight, None, None, None, None, rate, rate, 0, 0, 0.0)
+    out = OPS.winograd_conv2d(x, weight, None, None, None, None, rate, rate, 1, 0, 0, 0.0)
     torch.testing.assert_close(out, F.conv2d(x, weight[:, :, 1:2, 1:2]))
     dz = torch.randn(1, 4, 1, 1)
-    dx, dweight = OPS.winograd_conv2d_backward(dz, x, weight, rate, rate, 0, 0, True, True)
+    dx, dweight = OPS.winograd_conv2d_backward(dz, x, weight, rate, rate, 1, 0, 0, True, True)
     torch.testing.assert_close(dx, F.conv_transpose2d(dz, weight[:, :, 1:2, 1:2]))
     expected = torch.zeros_like(weight)
     expected[:, :, 1, 1] = dz[0, :, 0] * x[0, :, 0, 0]
@@ -148,13 +172,14 @@ NOT_FINITE = [float("inf"), float("-inf"), float("nan"), 3e38]
 def check_not_finite(p, tile, value, act="none"):
     """All results, with the infinities and NaN of fp64."""
     exact = stock(p.to(f64), act)
+    tolerance = 1e-4 if p.x.dtype == torch.float32 else 3e-2
     for found, right in zip(results(p, tile, act), exact, strict=True):
         right = right.to(found.dtype)
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
             assert torch.equal(kind(found), kind(right))
         if not math.isfinite(value):  # of 3e38 the whole tile has the rounding error
             rest = torch.isfinite(right)
-            torch.testing.assert_close(found[rest], right[rest], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(found[rest], right[rest], atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -173,6 +198,17 @@ def test_what_is_not_finite_reaches_what_a_direct_convolution_lets_it_reach(wher
             check_not_finite(p, tile, value)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", NOT_FINITE[:3])
+@pytest.mark.parametrize("where", ["x", "dout"])
+def test_what_is_not_finite_in_half_precision_and_groups(where, value, layout):
+    p = make_inputs(winograd(2, 20, 38, 13, 14, groups=2), torch.bfloat16).laid(layout)
+    t = getattr(p, where)
+    t[1, 5, 4, 5] = value
+    t[0, 17, 3, 6] = value
+    check_not_finite(p, 2, value)
+
+
 @pytest.mark.parametrize("value", NOT_FINITE[:3])
 def test_an_epilogue_of_what_is_not_finite(value):
     p = make_inputs(winograd(2, 20, 37, 13, 14), with_=ALL).laid("channels_last")
@@ -186,13 +222,15 @@ SHARED = [
     winograd(1, 70, 200, 9, 9),
     winograd(3, 300, 260, 17, 16),
     winograd(1, 20, 30, 21, 20),
+    winograd(2, 140, 160, 19, 18, groups=2),
 ]
 
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("case", SHARED)
-def test_same_bits_with_any_number_of_threads(case, tile, threads):
-    p = make_inputs(case).laid("channels_last")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_bits_with_any_number_of_threads(layout, case, tile, threads):
+    p = make_inputs(case).laid(layout)
 
     def run(count, packed):
         torch.set_num_threads(count)
@@ -206,7 +244,7 @@ def test_same_bits_with_any_number_of_threads(case, tile, threads):
 
 def test_each_gradient_alone():
     p = make_inputs(winograd(2, 20, 21, 9, 10))
-    options = p.dout, p.x, p.weight, [1, 1], [1, 1], 1, 2
+    options = p.dout, p.x, p.weight, [1, 1], [1, 1], 1, 1, 2
     together = OPS.winograd_conv2d_backward(*options, True, True)
     for i in range(2):
         alone = OPS.winograd_conv2d_backward(*options, i == 0, i == 1)
@@ -226,22 +264,25 @@ def test_errors():
         shift=a,
         residual=None,
         padding=(1, 1),
+        groups=1,
         tile=0,
         act=0,
     ):
         return OPS.winograd_conv2d(
-            x, weight, packed, scale, shift, residual, padding, [1, 1], tile, act, 0.0
+            x, weight, packed, scale, shift, residual, padding, [1, 1], groups, tile, act, 0.0
         )  # fmt: skip
 
     call()
     for message, arguments in {
-        r"weight must be \[C_out, C_in, 3, 3\]": {"weight": torch.randn(21, 20, 3, 1)},
+        r"weight must be \[C_out, C_in / groups, 3, 3\]": {"weight": torch.randn(21, 20, 3, 1)},
         "with the channels of x": {"weight": torch.randn(21, 19, 3, 3)},
         "an output and an input channel": {"weight": torch.randn(0, 20, 3, 3)},
         "must have an output and an input": {"x": p.x[:, :0], "weight": torch.randn(21, 0, 3, 3)},
-        "dtype must be float32": {"x": p.x.double(), "weight": p.weight.double()},
+        "dtype must be float32, float16": {"x": p.x.double(), "weight": p.weight.double()},
         "weight must have the dtype": {"x": p.x.double()},
         "unknown tile": {"tile": 3},
+        "groups must be positive": {"groups": 0},
+        "divide the output channels": {"groups": 2},
         "scale and shift must have one value": {"scale": b},
         "packed must come from winograd_pack": {"packed": a},
         "residual must have the shape": {"residual": p.x},
@@ -252,4 +293,4 @@ def test_errors():
             call(**arguments)
     out = call(padding=(3, 1))
     with pytest.raises(RuntimeError, match="padding must not exceed the reach"):
-        OPS.winograd_conv2d_backward(out, p.x, p.weight, [3, 1], [1, 1], 0, 0, True, False)
+        OPS.winograd_conv2d_backward(out, p.x, p.weight, [3, 1], [1, 1], 1, 0, 0, True, False)

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 import advdl_ops
 from advdl_ops._conv import cpu, operators
 from advdl_ops._conv.problem import FOLDED
-from advdl_ops._conv.winograd import least_pixels, packed_numel, tile_for
+from advdl_ops._conv.winograd import least_lengths, packed_numel, tile_for
 from benchmarks import calls, measure_model, measure_op, memory, registry
 from benchmarks.check import wrong_values
 from benchmarks.record import compiled_name
@@ -388,10 +388,10 @@ def _check_the_peak_of_inference(monkeypatch: Any, convolution: str) -> None:
     value = {(r["provider"], r["metric"]): r["p50"] for r in records}
     second = 9 * 64 * 96
     if convolution == "default":
-        pixels = least_pixels((96, 64), False)
-        tile = tile_for(FOLDED, (2, 64, 8, 8), (96, 64, 3, 3), (1, 1), (1, 1), pixels)
+        least = least_lengths(FOLDED, torch.float32, 64, False)
+        tile = tile_for(FOLDED, (2, 64, 8, 8), (96, 64, 3, 3), (1, 1), (1, 1), 1, least)
         assert tile is not None
-        second = packed_numel(tile, (96, 64, 3, 3))
+        second = packed_numel(tile, (96, 64, 3, 3), 1)
     folded = 4 * (9 * 16 * 64 + second)
     padded = 4 * (9 * 16 * 72 + second)  # oneDNN's blocks are of up to 24 outputs with AVX2
     assert value["eager", "kept"] == 0
