@@ -68,10 +68,11 @@ def of_layer(layer: torch.nn.Module) -> str:
         if _is_depthwise_transposed(layer) and is_gradient(layer):
             return own()
         is_dense = layer.groups == 1 and result_dtype(layer.weight) == torch.float32
-        if not (is_dense and is_gradient(layer)):
-            return EITHER
-        few = "of few pixels" + (f", or {_WINOGRAD}," if _may_use_winograd(layer) else "")
-        return f"{EITHER}; {few} {own()}"
+        cases = []
+        if is_gradient(layer):
+            cases += ["of few pixels"] if is_dense else []
+            cases += [f"{_WINOGRAD},"] if _may_use_winograd(layer) else []
+        return _in_general(layer) + (f"; {', or '.join(cases)} {own()}" if cases else "")
     if isinstance(layer, nn.Conv2d):
         return _of_convolution(layer)
     return _of_other(layer)
@@ -266,7 +267,7 @@ def _of_convolution(layer: torch.nn.Conv2d) -> str:
     return f"{EITHER}{winograd}; by pixels of the output {own()}: {_joined(spans)}"
 
 
-def _in_general(layer: torch.nn.Conv2d) -> str:
+def _in_general(layer: torch.nn.Conv2d | torch.nn.ConvTranspose2d) -> str:
     dtype = result_dtype(layer.weight)
     return f"{EITHER}, in float32" if computes_in_float32(dtype) else EITHER
 

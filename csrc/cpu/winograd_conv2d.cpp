@@ -96,7 +96,7 @@ class Forward {
  private:
   void transform(int64_t first, int64_t begin, int64_t end, float* v) const {
     transform_inputs<T>(space_.grid, x_, first, begin, end,
-                        {v, space_.of_v, space_.stride, kChunk, space_.of_chunk});
+                        Transformed<kChunk>{v, space_.of_v, space_.stride, space_.of_chunk});
   }
 
   int64_t panel_size() const { return T::points * packed_of_point(s_); }

@@ -79,9 +79,10 @@ class Backward {
   void transform(int64_t first, int64_t begin, int64_t end, float* v) const {
     constexpr int64_t panel = kPanel<float>;
     transform_inputs<T>(space_.grid, x_, first, begin, end,
-                        {v, space_.of_v, panel, panel, space_.most * panel});
-    transform_gradients<T>(space_.grid, dz_, first, begin, end,
-                           {v + space_.v_size, space_.of_z, kLanes, kLanes, space_.most * kLanes});
+                        Transformed<panel>{v, space_.of_v, panel, space_.most * panel});
+    transform_gradients<T>(
+        space_.grid, dz_, first, begin, end,
+        Transformed<kLanes>{v + space_.v_size, space_.of_z, kLanes, space_.most * kLanes});
   }
 
   // sums[C_out][panel] (+)= the products of `count` tiles at one point, for one panel.

@@ -234,19 +234,20 @@ ADVDL_INLINE void transform_gradient(const Input& input, float* z, int64_t of_po
   for (int q = 0; q < T::points; ++q) store(z + q * of_point, m[q]);
 }
 
-// Where transformed tiles are: elements from one point, tile and chunk of channels to the next.
+// Where transformed tiles are: elements from one point, tile and chunk of kChannels channels to the next.
+template <int64_t kChannels>
 struct Transformed {
   float* data;
-  int64_t of_point, of_tile, chunk, of_chunk;
-  float* at(int64_t tile, int64_t c) const {
-    return data + tile * of_tile + c / chunk * of_chunk + c % chunk;
+  int64_t of_point, of_tile, of_chunk;
+  ADVDL_INLINE float* at(int64_t tile, int64_t c) const {
+    return data + tile * of_tile + c / kChannels * of_chunk + c % kChannels;
   }
 };
 
 // Tiles [begin, end) of those that `to` holds, which are `first` and the following ones.
-template <class T>
+template <class T, class To>
 void transform_inputs_directly(const Grid<T>& grid, const Images& images, int64_t c_in,
-                               int64_t first, int64_t begin, int64_t end, const Transformed& to) {
+                               int64_t first, int64_t begin, int64_t end, const To& to) {
   const WinogradConv2dShape& s = grid.s;
   const int64_t row = s.h.dilation * images.width * images.channels;
   const int64_t column = s.w.dilation * images.channels;
@@ -285,9 +286,9 @@ void transform_inputs_directly(const Grid<T>& grid, const Images& images, int64_
 }
 
 // kGradients: dz in place of x.
-template <class T, bool kGradients>
+template <class T, bool kGradients, class To>
 void transform_staged(const Grid<T>& grid, const Images& images, int64_t channels, int64_t first,
-                      int64_t begin, int64_t end, const Transformed& to) {
+                      int64_t begin, int64_t end, const To& to) {
   constexpr int kEdge = kGradients ? 0 : 2;
   const WinogradConv2dShape& s = grid.s;
   alignas(64) float stage[kStagePixels * kLanes];
@@ -320,9 +321,9 @@ void transform_staged(const Grid<T>& grid, const Images& images, int64_t channel
                     });
 }
 
-template <class T>
+template <class T, class To>
 void transform_inputs(const Grid<T>& grid, const Images& images, int64_t first, int64_t begin,
-                      int64_t end, const Transformed& to) {
+                      int64_t end, const To& to) {
   if (images.is_direct())
     transform_inputs_directly<T>(grid, images, grid.s.c_in, first, begin, end, to);
   else
@@ -330,9 +331,9 @@ void transform_inputs(const Grid<T>& grid, const Images& images, int64_t first, 
 }
 
 // As transform_inputs, of the gradients of outputs.
-template <class T>
+template <class T, class To>
 void transform_gradients(const Grid<T>& grid, const Images& images, int64_t first, int64_t begin,
-                         int64_t end, const Transformed& to) {
+                         int64_t end, const To& to) {
   const WinogradConv2dShape& s = grid.s;
   if (!images.is_direct())
     return transform_staged<T, true>(grid, images, s.c_out, first, begin, end, to);

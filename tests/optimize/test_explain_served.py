@@ -67,7 +67,7 @@ def served_by(module: torch.nn.Module, *inputs: torch.Tensor) -> str:
 
 def told(text: str) -> dict[str, str]:
     """By part of a convolution what serves it; the forward pass' own stands first."""
-    text = re.sub(f"{re.escape(OWN)}, \\w+", OWN, text)
+    text = re.sub(f"{re.escape(OWN)}, \\w+", OWN, text).replace(" in float32", "")
     forward, *others = text.split("; ")
     parts = {"forward": forward}
     by_name = {
