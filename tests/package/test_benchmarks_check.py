@@ -128,6 +128,82 @@ def test_ours_compiled_gives_what_it_gave_before(share: float, accepted: bool) -
     assert all("before it was compiled" in why for why in _refused(stream).values())
 
 
+def _compiled(
+    noise: float = 0.0, output: float = 1.0, without: type[nn.Module] | None = None
+) -> measure_model.Network:
+    """A network, with ``noise`` on its images and ``output`` on one of its outputs, that stands for its compiled form.
+
+    ``without``: these layers do nothing in the compiled form.
+    """
+    session, _ = _session("train")
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    subject = measure_model.Subject(_network(), None, (images,), torch.tensor([3, 7]))
+    before = measure_model.new_network(subject, session.case, OURS, subject.stock, "")
+    after = measure_model.new_network(subject, session.case, OURS, subject.stock, "")
+    after.uncompiled = before
+    difference = noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    factors = torch.ones(10)
+    factors[4] = output
+    layers = (nn.Identity() if type(m) is without else m for m in after.model.children())
+    model = nn.Sequential(*layers)
+    after.call = lambda x: model(x + difference) * factors
+    return after
+
+
+def _why_wrong(compiled: measure_model.Network) -> str | None:
+    assert compiled.uncompiled is not None
+    models = compiled.model, compiled.uncompiled.model
+    own = [[p.detach().clone() for p in model.parameters()] for model in models]
+    why = measure_model.wrong_compilation(compiled, compiled.uncompiled, compiled.values())
+    for model, parameters in zip(models, own, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(model.parameters(), parameters, strict=True))
+    return why
+
+
+# The signs that it flips move some gradients by 1 %, ten times the bound. Without a flip it moves them by 0.03 %.
+_NOISE = 3e-4
+
+
+def test_signs_that_flip_are_no_error_of_compilation(monkeypatch: Any) -> None:
+    assert _why_wrong(_compiled(_NOISE)) is None
+    # It is the steady norms by which it is accepted.
+    monkeypatch.setattr(measure_model, "steady_values", lambda network, _: network.values())
+    assert "gradient" in (_why_wrong(_compiled(_NOISE)) or "")
+
+
+@pytest.mark.parametrize("noise", [0.0, _NOISE])
+@pytest.mark.parametrize("factor", [1.05, 0.998])
+@pytest.mark.parametrize("weight", ["0.weight", "4.bias", "12.weight", "18.bias"])
+def test_a_wrong_gradient_of_a_compiled_network_is_found(
+    noise: float, factor: float, weight: str
+) -> None:
+    compiled = _compiled(noise)
+    compiled.model.get_parameter(weight).register_hook(lambda grad: grad * factor)
+    assert f"gradient of {weight} is" in (_why_wrong(compiled) or "")
+
+
+@pytest.mark.parametrize("channel", [62, 63])
+def test_a_wrong_channel_of_a_gradient_of_a_compiled_network_is_found(channel: int) -> None:
+    compiled = _compiled(_NOISE)
+    factors = torch.ones(64, 1, 1, 1)
+    factors[channel] = 1.05
+    compiled.model.get_parameter("3.weight").register_hook(lambda grad: grad * factors)
+    assert "gradient of 3.weight is" in (_why_wrong(compiled) or "")
+
+
+@pytest.mark.parametrize("noise", [0.0, _NOISE])
+def test_a_wrong_output_of_a_compiled_network_is_found(noise: float) -> None:
+    assert _why_wrong(_compiled(noise, output=1.05))
+
+
+@pytest.mark.parametrize("noise", [0.0, _NOISE])
+@pytest.mark.parametrize("without", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish])
+def test_a_missing_activation_of_a_compiled_network_is_found(
+    noise: float, without: type[nn.Module]
+) -> None:
+    assert _why_wrong(_compiled(noise, without=without))
+
+
 # ---- single calls ----
 
 
