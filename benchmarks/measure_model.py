@@ -33,10 +33,11 @@ LAYOUTS = {"": torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
 # compiled there are two closer checks: of the network in fp64, where nothing flips, and of each call in the timed
 # network (`calls.py`). A compiled network of advdl_ops is compared with the uncompiled one (`wrong_compilation`).
 OUTPUT_SLACK, GRADIENT_SLACK, EXACT_SLACK, COMPILED_SLACK = 1e-5, 5e-2, 1e-8, 1e-3
-# With this weight and one of these pairs of biases (even, odd channels), a norm's outputs lie 12 standard deviations
-# from 0 and the other kinks of activations, at -3, 3 and 6. So rounding flips no sign. The first pair opens every ReLU,
-# and every weight has a gradient. The second closes half of them, which finds a missing ReLU.
-STEADY_WEIGHT, STEADY_BIASES = 0.125, ((1.5, 1.5), (1.5, -1.5))
+# With this weight and one of these pairs of biases (even, odd channels), the outputs of a norm lie 8 standard
+# deviations from 0, and further from the other kinks of activations, at -3, 3 and 6. So rounding flips no sign. The
+# first pair opens every ReLU, and every weight has a gradient. The second closes half of them, which finds a missing
+# ReLU.
+STEADY_WEIGHT, STEADY_BIASES = 0.125, ((1.0, 1.0), (1.0, -1.0))
 
 
 @dataclass
@@ -300,15 +301,19 @@ def wrong_compilation(
     """Why a compiled network does not compute what it computed before, or None. ``values`` are those of its step.
 
     The loss and every gradient must agree within ``COMPILED_SLACK``, in fp32 on the CPU. If they do not at the timed
-    weights, where rounding may flip signs (U-Net: 3e-3 to 6e-3), they must at both ``STEADY_BIASES`` (U-Net: 5e-5). The
+    weights, where rounding may flip signs (U-Net: 1e-3 to 6e-3), they must at both ``STEADY_BIASES`` (U-Net: 1e-4). The
     weights are inputs of the compiled code, so it is the same code that is timed.
     """
+    own = uncompiled.values()
+    eps = torch.finfo(torch.float32).eps
+    # Found at the timed weights, because the steady norms make other gradients as small, though not by rounding.
+    rounding = {name for name, value in _without_rounding(own, eps).items() if not value.any()}
 
     def difference(after: dict[str, Tensor], before: dict[str, Tensor]) -> str | None:
-        same = _without_rounding(before, torch.finfo(torch.float32).eps)
+        same = {n: torch.zeros_like(v) if n in rounding else v for n, v in before.items()}
         return wrong_values(after, same, same, COMPILED_SLACK, 2, "result before it was compiled")
 
-    if difference(values, uncompiled.values()) is None:
+    if difference(values, own) is None:
         return None
     for biases in STEADY_BIASES:
         why = difference(steady_values(compiled, biases), steady_values(uncompiled, biases))

@@ -19,6 +19,7 @@ from advdl_ops._conv import cpu, operators
 from advdl_ops._conv.problem import FOLDED
 from advdl_ops._conv.winograd import least_pixels, packed_numel, tile_for
 from benchmarks import calls, measure_model, measure_op, memory, registry
+from benchmarks.cases import unet
 from benchmarks.check import wrong_values
 from benchmarks.record import compiled_name
 from benchmarks.session import Session, Settings
@@ -128,25 +129,24 @@ def test_ours_compiled_gives_what_it_gave_before(share: float, accepted: bool) -
     assert all("before it was compiled" in why for why in _refused(stream).values())
 
 
-def _compiled(
-    noise: float = 0.0, output: float = 1.0, without: type[nn.Module] | None = None
-) -> measure_model.Network:
-    """A network, with ``noise`` on its images and ``output`` on one of its outputs, that stands for its compiled form.
-
-    ``without``: these layers do nothing in the compiled form.
-    """
-    session, _ = _session("train")
+def _subject() -> measure_model.Subject:
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    subject = measure_model.Subject(_network(), None, (images,), torch.tensor([3, 7]))
-    before = measure_model.new_network(subject, session.case, OURS, subject.stock, "")
-    after = measure_model.new_network(subject, session.case, OURS, subject.stock, "")
-    after.uncompiled = before
+    return measure_model.Subject(_network(), None, (images,), torch.tensor([3, 7]))
+
+
+def _compiled(
+    subject: measure_model.Subject,
+    noise: float = 0.0,
+    call: Callable[[Any, Tensor], Tensor] = lambda model, x: model(x),
+) -> measure_model.Network:
+    """What stands for a compiled network: it computes ``call(model, x)``, with ``noise`` on its images."""
+    case = _session("train")[0].case
+    before = measure_model.new_network(subject, case, OURS, subject.stock, "")
+    after = measure_model.new_network(subject, case, OURS, subject.stock, "")
+    (images,) = after.inputs
     difference = noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    factors = torch.ones(10)
-    factors[4] = output
-    layers = (nn.Identity() if type(m) is without else m for m in after.model.children())
-    model = nn.Sequential(*layers)
-    after.call = lambda x: model(x + difference) * factors
+    after.call = lambda x: call(after.model, x + difference)
+    after.uncompiled = before
     return after
 
 
@@ -165,10 +165,10 @@ _NOISE = 3e-4
 
 
 def test_signs_that_flip_are_no_error_of_compilation(monkeypatch: Any) -> None:
-    assert _why_wrong(_compiled(_NOISE)) is None
+    assert _why_wrong(_compiled(_subject(), _NOISE)) is None
     # It is the steady norms by which it is accepted.
     monkeypatch.setattr(measure_model, "steady_values", lambda network, _: network.values())
-    assert "gradient" in (_why_wrong(_compiled(_NOISE)) or "")
+    assert "gradient" in (_why_wrong(_compiled(_subject(), _NOISE)) or "")
 
 
 @pytest.mark.parametrize("noise", [0.0, _NOISE])
@@ -177,14 +177,14 @@ def test_signs_that_flip_are_no_error_of_compilation(monkeypatch: Any) -> None:
 def test_a_wrong_gradient_of_a_compiled_network_is_found(
     noise: float, factor: float, weight: str
 ) -> None:
-    compiled = _compiled(noise)
+    compiled = _compiled(_subject(), noise)
     compiled.model.get_parameter(weight).register_hook(lambda grad: grad * factor)
     assert f"gradient of {weight} is" in (_why_wrong(compiled) or "")
 
 
 @pytest.mark.parametrize("channel", [62, 63])
 def test_a_wrong_channel_of_a_gradient_of_a_compiled_network_is_found(channel: int) -> None:
-    compiled = _compiled(_NOISE)
+    compiled = _compiled(_subject(), _NOISE)
     factors = torch.ones(64, 1, 1, 1)
     factors[channel] = 1.05
     compiled.model.get_parameter("3.weight").register_hook(lambda grad: grad * factors)
@@ -193,15 +193,35 @@ def test_a_wrong_channel_of_a_gradient_of_a_compiled_network_is_found(channel: i
 
 @pytest.mark.parametrize("noise", [0.0, _NOISE])
 def test_a_wrong_output_of_a_compiled_network_is_found(noise: float) -> None:
-    assert _why_wrong(_compiled(noise, output=1.05))
+    factors = torch.ones(10)
+    factors[4] = 1.05
+    assert _why_wrong(_compiled(_subject(), noise, lambda model, x: model(x) * factors))
 
 
 @pytest.mark.parametrize("noise", [0.0, _NOISE])
-@pytest.mark.parametrize("without", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish])
+@pytest.mark.parametrize("missing", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish])
 def test_a_missing_activation_of_a_compiled_network_is_found(
-    noise: float, without: type[nn.Module]
+    noise: float, missing: type[nn.Module]
 ) -> None:
-    assert _why_wrong(_compiled(noise, without=without))
+    def call(model: nn.Sequential, x: Tensor) -> Tensor:
+        for layer in model:
+            x = x if type(layer) is missing else layer(x)
+        return x
+
+    assert _why_wrong(_compiled(_subject(), noise, call))
+
+
+@pytest.mark.parametrize(
+    "weight", ["down4.maxpool_conv.1.double_conv.0.weight", "up1.up.bias", "inc.double_conv.1.bias"]
+)
+def test_a_wrong_gradient_deep_in_a_compiled_network_is_found(weight: str) -> None:
+    """Where the steady norms make it as small as rounding errors of the largest."""
+    case = registry.all_cases()["unet/train/2x3x35x35/float32/cpu"]
+    torch.manual_seed(0)
+    compiled = _compiled(unet.subject(case))
+    assert _why_wrong(compiled) is None
+    compiled.model.get_parameter(weight).register_hook(lambda grad: grad * 1.05)
+    assert f"gradient of {weight} is" in (_why_wrong(compiled) or "")
 
 
 # ---- single calls ----
