@@ -33,11 +33,11 @@ LAYOUTS = {"": torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
 # compiled there are two closer checks: of the network in fp64, where nothing flips, and of each call in the timed
 # network (`calls.py`). A compiled network of advdl_ops is compared with the uncompiled one (`wrong_compilation`).
 OUTPUT_SLACK, GRADIENT_SLACK, EXACT_SLACK, COMPILED_SLACK = 1e-5, 5e-2, 1e-8, 1e-3
-# With this weight and one of these pairs of biases (even, odd channels), the outputs of a norm lie 8 standard
-# deviations from 0, and further from the other kinks of activations, at -3, 3 and 6. So rounding flips no sign. The
-# first pair opens every ReLU, and every weight has a gradient. The second closes half of them, which finds a missing
-# ReLU.
-STEADY_WEIGHT, STEADY_BIASES = 0.125, ((1.0, 1.0), (1.0, -1.0))
+# With this weight and one of these pairs of biases (even, odd channels), the outputs of a norm lie 5 standard
+# deviations from 0, and further from the other kinks of activations, at -3, 3 and 6. So rounding flips hardly a sign.
+# Larger biases make the gradients less accurate. The first pair opens every ReLU, and every weight has a gradient. The
+# second closes half of them, which finds a missing ReLU.
+STEADY_WEIGHT, STEADY_BIASES = 0.125, ((0.625, 0.625), (0.625, -0.625))
 
 
 @dataclass
@@ -301,7 +301,7 @@ def wrong_compilation(
     """Why a compiled network does not compute what it computed before, or None. ``values`` are those of its step.
 
     The loss and every gradient must agree within ``COMPILED_SLACK``, in fp32 on the CPU. If they do not at the timed
-    weights, where rounding may flip signs (U-Net: 1e-3 to 6e-3), they must at both ``STEADY_BIASES`` (U-Net: 1e-4). The
+    weights, where rounding may flip signs (U-Net: 1e-3 to 6e-3), they must at both ``STEADY_BIASES`` (U-Net: 3e-4). The
     weights are inputs of the compiled code, so it is the same code that is timed.
     """
     own = uncompiled.values()
