@@ -182,13 +182,13 @@ def test_a_wrong_gradient_of_a_compiled_network_is_found(
     assert f"gradient of {weight} is" in (_why_wrong(compiled) or "")
 
 
-@pytest.mark.parametrize("channel", [62, 63])
+@pytest.mark.parametrize("channel", [30, 31])
 def test_a_wrong_channel_of_a_gradient_of_a_compiled_network_is_found(channel: int) -> None:
     compiled = _compiled(_subject(), _NOISE)
-    factors = torch.ones(64, 1, 1, 1)
+    factors = torch.ones(32, 1, 1, 1)
     factors[channel] = 1.05
-    compiled.model.get_parameter("3.weight").register_hook(lambda grad: grad * factors)
-    assert "gradient of 3.weight is" in (_why_wrong(compiled) or "")
+    compiled.model.get_parameter("0.weight").register_hook(lambda grad: grad * factors)
+    assert "gradient of 0.weight is" in (_why_wrong(compiled) or "")
 
 
 @pytest.mark.parametrize("noise", [0.0, _NOISE])
@@ -214,8 +214,11 @@ def test_a_missing_activation_of_a_compiled_network_is_found(
 @pytest.mark.parametrize(
     "weight", ["down4.maxpool_conv.1.double_conv.0.weight", "up1.up.bias", "inc.double_conv.1.bias"]
 )
-def test_a_wrong_gradient_deep_in_a_compiled_network_is_found(weight: str) -> None:
-    """Where the steady norms make it as small as rounding errors of the largest."""
+def test_a_wrong_gradient_deep_in_a_compiled_network_is_found(
+    weight: str, monkeypatch: Any
+) -> None:
+    """Where the steady norms, here with larger biases, make it as small as rounding errors of the largest."""
+    monkeypatch.setattr(measure_model, "STEADY_BIASES", ((1.5, 1.5), (1.5, -1.5)))
     case = registry.all_cases()["unet/train/2x3x35x35/float32/cpu"]
     torch.manual_seed(0)
     compiled = _compiled(unet.subject(case))
