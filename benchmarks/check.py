@@ -32,8 +32,12 @@ def wrong_values(
     truth: Mapping[str, torch.Tensor],
     slack: float = 0.0,
     norm: float = math.inf,
+    reference: str = "fp64 result",
 ) -> str | None:
-    """Why ``values`` cannot be trusted, or None. ``stock`` is eager PyTorch in the same dtype."""
+    """Why ``values`` cannot be trusted, or None.
+
+    ``stock`` is eager PyTorch in the same dtype; ``reference`` says what ``truth`` is.
+    """
     for name, exact in truth.items():
         if name not in values:
             return f"{name} is missing"
@@ -48,5 +52,5 @@ def wrong_values(
         )
         found = error(values[name], exact, norm)
         if not found <= bound:
-            return f"{name} is {found:.2e} off the fp64 result, the bound is {bound:.2e}"
+            return f"{name} is {found:.2e} off the {reference}, the bound is {bound:.2e}"
     return None

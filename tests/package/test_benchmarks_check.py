@@ -19,6 +19,7 @@ from advdl_ops._conv import cpu, operators
 from advdl_ops._conv.problem import FOLDED
 from advdl_ops._conv.winograd import least_lengths, packed_numel, tile_for
 from benchmarks import calls, measure_model, measure_op, memory, registry
+from benchmarks.cases import unet
 from benchmarks.check import wrong_values
 from benchmarks.record import compiled_name
 from benchmarks.session import Session, Settings
@@ -126,6 +127,104 @@ def test_ours_compiled_gives_what_it_gave_before(share: float, accepted: bool) -
     right = measure_model.check(networks, session, expected)  # type: ignore[arg-type]
     assert set(networks) - set(right) == (set() if accepted else {compiled_name(OURS)})
     assert all("before it was compiled" in why for why in _refused(stream).values())
+
+
+def _subject() -> measure_model.Subject:
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return measure_model.Subject(_network(), None, (images,), torch.tensor([3, 7]))
+
+
+def _compiled(
+    subject: measure_model.Subject,
+    noise: float = 0.0,
+    call: Callable[[Any, Tensor], Tensor] = lambda model, x: model(x),
+) -> measure_model.Network:
+    """What stands for a compiled network: it computes ``call(model, x)``, with ``noise`` on its images."""
+    case = _session("train")[0].case
+    before = measure_model.new_network(subject, case, OURS, subject.stock, "")
+    after = measure_model.new_network(subject, case, OURS, subject.stock, "")
+    (images,) = after.inputs
+    difference = noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    after.call = lambda x: call(after.model, x + difference)
+    after.uncompiled = before
+    return after
+
+
+def _why_wrong(compiled: measure_model.Network) -> str | None:
+    assert compiled.uncompiled is not None
+    models = compiled.model, compiled.uncompiled.model
+    own = [[p.detach().clone() for p in model.parameters()] for model in models]
+    why = measure_model.wrong_compilation(compiled, compiled.uncompiled, compiled.values())
+    for model, parameters in zip(models, own, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(model.parameters(), parameters, strict=True))
+    return why
+
+
+# The signs that it flips move some gradients by 1 %, ten times the bound. Without a flip it moves them by 0.03 %.
+_NOISE = 3e-4
+
+
+def test_signs_that_flip_are_no_error_of_compilation(monkeypatch: Any) -> None:
+    assert _why_wrong(_compiled(_subject(), _NOISE)) is None
+    # It is the steady norms by which it is accepted.
+    monkeypatch.setattr(measure_model, "steady_values", lambda network, _: network.values())
+    assert "gradient" in (_why_wrong(_compiled(_subject(), _NOISE)) or "")
+
+
+@pytest.mark.parametrize("noise", [0.0, _NOISE])
+@pytest.mark.parametrize("factor", [1.05, 0.998])
+@pytest.mark.parametrize("weight", ["0.weight", "4.bias", "12.weight", "18.bias"])
+def test_a_wrong_gradient_of_a_compiled_network_is_found(
+    noise: float, factor: float, weight: str
+) -> None:
+    compiled = _compiled(_subject(), noise)
+    compiled.model.get_parameter(weight).register_hook(lambda grad: grad * factor)
+    assert f"gradient of {weight} is" in (_why_wrong(compiled) or "")
+
+
+@pytest.mark.parametrize("channel", [30, 31])
+def test_a_wrong_channel_of_a_gradient_of_a_compiled_network_is_found(channel: int) -> None:
+    compiled = _compiled(_subject(), _NOISE)
+    factors = torch.ones(32, 1, 1, 1)
+    factors[channel] = 1.05
+    compiled.model.get_parameter("0.weight").register_hook(lambda grad: grad * factors)
+    assert "gradient of 0.weight is" in (_why_wrong(compiled) or "")
+
+
+@pytest.mark.parametrize("noise", [0.0, _NOISE])
+def test_a_wrong_output_of_a_compiled_network_is_found(noise: float) -> None:
+    factors = torch.ones(10)
+    factors[4] = 1.05
+    assert _why_wrong(_compiled(_subject(), noise, lambda model, x: model(x) * factors))
+
+
+@pytest.mark.parametrize("noise", [0.0, _NOISE])
+@pytest.mark.parametrize("missing", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish])
+def test_a_missing_activation_of_a_compiled_network_is_found(
+    noise: float, missing: type[nn.Module]
+) -> None:
+    def call(model: nn.Sequential, x: Tensor) -> Tensor:
+        for layer in model:
+            x = x if type(layer) is missing else layer(x)
+        return x
+
+    assert _why_wrong(_compiled(_subject(), noise, call))
+
+
+@pytest.mark.parametrize(
+    "weight", ["down4.maxpool_conv.1.double_conv.0.weight", "up1.up.bias", "inc.double_conv.1.bias"]
+)
+def test_a_wrong_gradient_deep_in_a_compiled_network_is_found(
+    weight: str, monkeypatch: Any
+) -> None:
+    """Where the steady norms, here with larger biases, make it as small as rounding errors of the largest."""
+    monkeypatch.setattr(measure_model, "STEADY_BIASES", ((1.5, 1.5), (1.5, -1.5)))
+    case = registry.all_cases()["unet/train/2x3x35x35/float32/cpu"]
+    torch.manual_seed(0)
+    compiled = _compiled(unet.subject(case))
+    assert _why_wrong(compiled) is None
+    compiled.model.get_parameter(weight).register_hook(lambda grad: grad * 1.05)
+    assert f"gradient of {weight} is" in (_why_wrong(compiled) or "")
 
 
 # ---- single calls ----
