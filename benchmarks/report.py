@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import environment, plots, record, registry, table
+from . import convergence, convergence_report, environment, plots, record, registry, table
 from .record import CHANNELS_LAST, OPTIMIZED, OURS, OURS_FUNCTIONAL, STOCK, STOCK_COMPILED, is_stock
 
 HEADER = """# Results
@@ -27,7 +27,8 @@ def load(results: Path) -> dict[str, list[record.Record]]:
     found = {}
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
         runs: dict[str, list[record.Record]] = {}
-        for file in sorted(set(folder.glob("*.jsonl")) - {folder / "choice.jsonl"}):
+        others = {folder / "choice.jsonl", folder / convergence.FILE}
+        for file in sorted(set(folder.glob("*.jsonl")) - others):
             by_case: dict[str, list[record.Record]] = {}
             for item in record.read(file):
                 by_case.setdefault(item.case, []).append(item)
@@ -178,5 +179,8 @@ def report(results: Path, with_plots: bool = True) -> list[Path]:
     written = []
     if with_plots:
         for file in sorted(results.glob("*/*.jsonl")):
-            written.append(plots.draw(file.parent, file.stem))
+            if file.name == convergence.FILE:
+                written.append(convergence_report.draw(file.parent))
+            else:
+                written.append(plots.draw(file.parent, file.stem))
     return [*written, write_readme(results)]
