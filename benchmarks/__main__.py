@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import environment, registry
+from . import convergence, environment, registry
 from .extras import MissingExtra
 
 
@@ -81,21 +81,21 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("after", type=Path)
     compare.add_argument("--all", action="store_true", help="every provider, not only advdl_ops")
 
-    convergence = commands.add_parser(
+    train = commands.add_parser(
         "convergence",
         help="train two networks with Winograd's convolution and in stock PyTorch, and compare their losses",
     )
-    convergence.add_argument(
-        "--task", action="append", choices=("digits", "unet"), help="default: both; may be repeated"
+    train.add_argument(
+        "--task", action="append", choices=convergence.TASKS, help="default: both; may be repeated"
     )
-    convergence.add_argument(
+    train.add_argument(
         "--seed",
         action="append",
         type=int,
-        choices=(0, 1, 2),
+        choices=convergence.SEEDS,
         help="default: all; may be repeated; the other seeds keep their records",
     )
-    convergence.add_argument(
+    train.add_argument(
         "--smoke", action="store_true", help="two steps from one seed, no verdict, nothing stored"
     )
 
@@ -104,12 +104,12 @@ def parser() -> argparse.ArgumentParser:
         help="regenerate README.md and the plots of the results folder, and the figures of README.md and docs",
     )
     report.add_argument("--no-plots", action="store_true", help="the texts only")
-    for command in (run, convergence):
+    for command in (run, train):
         command.add_argument(
             "--output", type=Path, metavar="FILE", help="also write this run's records to a file"
         )
         command.add_argument("--no-save", action="store_true", help="do not store under --results")
-    for command in (run, convergence, report):
+    for command in (run, train, report):
         command.add_argument("--results", type=Path, default=environment.RESULTS, metavar="DIR")
     return top
 
@@ -144,8 +144,6 @@ def command_compare(arguments: argparse.Namespace) -> int:
 
 
 def command_convergence(arguments: argparse.Namespace) -> int:
-    from . import convergence
-
     return convergence.run(arguments)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import convergence, record, table
+from . import record, table
 from .extras import require
 
 Key = tuple[str, str, str, str]
@@ -17,9 +17,7 @@ Key = tuple[str, str, str, str]
 def load(path: Path) -> dict[Key, record.Record]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    files = (
-        sorted(set(path.glob("*.jsonl")) - {path / convergence.FILE}) if path.is_dir() else [path]
-    )
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     latest: dict[Key, record.Record] = {}
     for file in files:
         for item in record.read(file):

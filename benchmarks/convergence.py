@@ -26,7 +26,7 @@ from .record import OURS, STOCK, slug
 ARMS = STOCK, OURS
 SEEDS = 0, 1, 2
 DEVIATIONS = 2
-FILE = "convergence.jsonl"
+FILE = "convergence/runs.jsonl"  # in the folder of a device
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Run:
         score: on images that were not trained on.
         constant: the score of the most frequent label, predicted everywhere.
         winograd: by direction, how many different convolutions of the training Winograd served; empty for stock.
-        seconds: of the training.
+        seconds: of the training. No measurement of speed: the arms do not take turns.
     """
 
     task: str
@@ -266,7 +266,7 @@ def run(arguments: argparse.Namespace) -> int:
     if saves:
         found = read(file)
         print(f"records: {file}")
-        print(f"plot: {convergence_report.draw(file.parent)}")
+        print(f"plot: {convergence_report.draw(file)}")
         for path in convergence_report.write_doc(arguments.results):
             print(f"section: {path}")
     print("\n".join(convergence_report.verdicts(found)))

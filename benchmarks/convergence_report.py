@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from .extras import require
 from .record import OURS, STOCK
 
 DOC = "docs/accuracy.md"
+PLOT = "losses.png"
 BEGIN, END = "<!-- convergence: begin -->", "<!-- convergence: end -->"
 NAMES = {STOCK: "stock PyTorch", OURS: "advdl_ops"}
 COLORS = {STOCK: "tab:gray", OURS: "tab:red"}
 STYLES = {STOCK: "-", OURS: "--"}
+WIDTHS = {STOCK: 4, OURS: 1.5}  # ours lies on stock's
 
 
 def verdicts(runs: Sequence[Run]) -> list[str]:
@@ -37,12 +40,15 @@ def verdicts(runs: Sequence[Run]) -> list[str]:
         if not of_arm(runs, task, OURS):
             continue
         found = failures(runs, task)
-        line = f"{TASKS[task].title}: the criterion {'does not hold' if found else 'holds'}"
-        if not missing(runs, task):
+        if missing(runs, task):
+            line = f"{TASKS[task].title}: no verdict"
+        else:
             shares = [epoch.share for epoch in epochs(runs, task)]
             worst = max(shares, key=abs)
-            where = f"in epoch {shares.index(worst) + 1}"
-            line += f"; the largest difference is {abs(worst):.2f} of what is permitted, {where}"
+            line = (
+                f"{TASKS[task].title}: the criterion {'does not hold' if found else 'holds'}; the largest difference is"
+                f" {abs(worst):.2g} of what is permitted, in epoch {shares.index(worst) + 1}"
+            )
         lines += [line, *(f"- {text}" for text in found)]
     return lines
 
@@ -82,7 +88,7 @@ def machine(file: Path) -> list[str]:
     for task in complete:
         for number, epoch in enumerate(epochs(runs, task), 1):
             stock = f"{epoch.stock:.4f} ± {epoch.permitted:.4f}"
-            lines.append(f"| {task} | {number} | {stock} | {epoch.ours:.4f} | {epoch.share:+.2f} |")
+            lines.append(f"| {task} | {number} | {stock} | {epoch.ours:.4f} | {epoch.share:+.2g} |")
     lines += [
         "",
         "| training | score | stock, each seed | `advdl_ops`, each seed | one label everywhere | by Winograd |",
@@ -94,12 +100,10 @@ def machine(file: Path) -> list[str]:
         served = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in first.winograd.items())
         cells = [TASKS[task].title, TASKS[task].metric, *scores, f"{first.constant:.4f}", served]
         lines.append(f"| {' | '.join(cells)} |")
-    plot = file.with_suffix(".png")
+    plot = file.with_name(PLOT)
     if plot.exists():
-        lines += [
-            "",
-            f"![losses of both, and their difference](../benchmarks/results/{plot.parent.name}/{plot.name})",
-        ]
+        path = plot.relative_to(file.parents[2]).as_posix()
+        lines += ["", f"![losses of both, and their difference](../benchmarks/results/{path})"]
     return lines
 
 
@@ -128,11 +132,11 @@ def write_doc(results: Path) -> Iterator[Path]:
 # ---- the picture ----
 
 
-def draw(folder: Path) -> Path:
-    """Draw the records of a device's folder: the losses of each task, and the difference of their means."""
+def draw(file: Path) -> Path:
+    """Draw a file of runs: the losses of each task, and the difference of their means. The picture lies beside it."""
     require("matplotlib").use("agg")
     pyplot = require("matplotlib.pyplot")
-    runs = read(folder / FILE)
+    runs = read(file)
     tasks = [task for task in TASKS if not missing(runs, task)]
     figure, axes = pyplot.subplots(
         2, max(len(tasks), 1), figsize=(12, 7), height_ratios=[3, 1], layout="constrained",
@@ -146,7 +150,7 @@ def draw(folder: Path) -> Path:
     figure.suptitle(
         f"convergence: {last.device}, torch {last.torch}, {last.time[:10]}, {commits}", fontsize=10
     )
-    path = folder / f"{Path(FILE).stem}.png"
+    path = file.with_name(PLOT)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
     return path
@@ -171,9 +175,8 @@ def _losses(axis: Any, runs: Sequence[Run], task: str) -> None:
             numbers,
             mean,
             STYLES[arm],
-            marker="o",
-            markersize=4,
             color=COLORS[arm],
+            linewidth=WIDTHS[arm],
             label=NAMES[arm],
         )
     holds = "does not hold" if failures(runs, task) else "holds"
@@ -190,5 +193,6 @@ def _differences(axis: Any, curve: Sequence[Epoch]) -> None:
     for limit in (-1, 1):
         axis.axhline(limit, color="black", linewidth=0.8)
     axis.set_xticks(numbers)
-    axis.set(xlabel="epoch", ylabel="difference / permitted")
+    ends = max([1.2, *(1.1 * abs(share) for share in shares if math.isfinite(share))])
+    axis.set(xlabel="epoch", ylabel="difference / permitted", ylim=(-ends, ends))
     axis.grid(alpha=0.3)

@@ -27,8 +27,7 @@ def load(results: Path) -> dict[str, list[record.Record]]:
     found = {}
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
         runs: dict[str, list[record.Record]] = {}
-        others = {folder / "choice.jsonl", folder / convergence.FILE}
-        for file in sorted(set(folder.glob("*.jsonl")) - others):
+        for file in sorted(set(folder.glob("*.jsonl")) - {folder / "choice.jsonl"}):
             by_case: dict[str, list[record.Record]] = {}
             for item in record.read(file):
                 by_case.setdefault(item.case, []).append(item)
@@ -179,8 +178,7 @@ def report(results: Path, with_plots: bool = True) -> list[Path]:
     written = []
     if with_plots:
         for file in sorted(results.glob("*/*.jsonl")):
-            if file.name == convergence.FILE:
-                written.append(convergence_report.draw(file.parent))
-            else:
-                written.append(plots.draw(file.parent, file.stem))
+            written.append(plots.draw(file.parent, file.stem))
+        for file in sorted(results.glob(f"*/{convergence.FILE}")):
+            written.append(convergence_report.draw(file))
     return [*written, write_readme(results)]
