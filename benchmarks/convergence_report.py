@@ -65,6 +65,7 @@ def block(results: Path) -> list[str]:
         "criterion, fixed before the runs: in every epoch the mean loss of `advdl_ops` over the seeds is at most",
         f"{DEVIATIONS} standard deviations (over stock's seeds) from the mean of stock. To repeat it:",
         "`python -m benchmarks convergence`. `python -m benchmarks report` makes this section from the records.",
+        "The last column of the scores says how many different convolutions of a training Winograd served.",
     ]
     files = sorted(results.glob(f"*/{FILE}"))
     for file in files:

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from advdl_ops import models
 from advdl_ops._conv import choice
-from advdl_ops._conv.problem import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 
 from .cases.digits import example
+from .convergence import DIRECTIONS
 from .stock_convnet import StockConvNet
 from .stock_unet import StockUNet
 
@@ -203,4 +203,4 @@ def forget_choices() -> None:
 def served_by_winograd() -> dict[str, int]:
     """By direction, the number of different convolutions that Winograd served since :func:`forget_choices`."""
     found = [p.direction for p in choice.met() if choice.expected(p).name == choice.WINOGRAD]
-    return {name: found.count(name) for name in (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)}
+    return {name: found.count(name) for name in DIRECTIONS}

@@ -14,10 +14,8 @@ import pytest
 import torch
 
 from benchmarks import compare, convergence, convergence_report, environment, report, trainings
-from benchmarks.convergence import ARMS, FILE, SEEDS, TASKS, Run
+from benchmarks.convergence import ARMS, DIRECTIONS, FILE, SEEDS, TASKS, Run
 from benchmarks.record import OURS, STOCK, slug
-
-DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
 
 in_checkout = pytest.mark.skipif(
     not environment.IN_CHECKOUT or not (environment.ROOT / "README.md").exists(),
@@ -175,7 +173,7 @@ def test_one_seed_alone_can_break_it() -> None:
         (OURS, {"weights": "others"}, "seed 1: the arms start from different weights"),
         (
             OURS,
-            {"winograd": {"forward": 2, "weight_gradient": 0}},
+            {"winograd": {"forward": 2, "input_gradient": 2, "weight_gradient": 0}},
             "seed 1: Winograd serves no weight gradient",
         ),
         (OURS, {"score": 0.97}, "seed 1, advdl_ops: accuracy 0.9700 must be above 0.97"),
