@@ -65,7 +65,8 @@ def block(results: Path) -> list[str]:
         "criterion, fixed before the runs: in every epoch the mean loss of `advdl_ops` over the seeds is at most",
         f"{DEVIATIONS} standard deviations (over stock's seeds) from the mean of stock. To repeat it:",
         "`python -m benchmarks convergence`. `python -m benchmarks report` makes this section from the records.",
-        "The last column of the scores says how many different convolutions of a training Winograd served.",
+        "The last column of the scores says how many different convolutions of a training Winograd served. The",
+        "criterion finds faults that change how a network learns; a smaller one is found by the tests of values.",
     ]
     files = sorted(results.glob(f"*/{FILE}"))
     for file in files:
