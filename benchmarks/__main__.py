@@ -1,4 +1,4 @@
-"""``python -m benchmarks list | run | compare | report``."""
+"""``python -m benchmarks list | run | compare | convergence | report``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import environment, registry
+from . import convergence, environment, registry
 from .extras import MissingExtra
 
 
@@ -76,22 +76,40 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="start no case after S seconds; the others keep their results",
     )
-    run.add_argument(
-        "--output", type=Path, metavar="FILE", help="also write this run's records to a file"
-    )
-    run.add_argument("--no-save", action="store_true", help="do not store under --results")
-
     compare = commands.add_parser("compare", help="two result files: the ratio of every case")
     compare.add_argument("before", type=Path, help="a .jsonl file, or a folder of them")
     compare.add_argument("after", type=Path)
     compare.add_argument("--all", action="store_true", help="every provider, not only advdl_ops")
+
+    train = commands.add_parser(
+        "convergence",
+        help="train two networks with Winograd's convolution and in stock PyTorch, and compare their losses",
+    )
+    train.add_argument(
+        "--task", action="append", choices=convergence.TASKS, help="default: both; may be repeated"
+    )
+    train.add_argument(
+        "--seed",
+        action="append",
+        type=int,
+        choices=convergence.SEEDS,
+        help="default: all; may be repeated; the other seeds keep their records",
+    )
+    train.add_argument(
+        "--smoke", action="store_true", help="two steps from one seed, no verdict, nothing stored"
+    )
 
     report = commands.add_parser(
         "report",
         help="regenerate README.md and the plots of the results folder, and the figures of README.md and docs",
     )
     report.add_argument("--no-plots", action="store_true", help="the texts only")
-    for command in (run, report):
+    for command in (run, train):
+        command.add_argument(
+            "--output", type=Path, metavar="FILE", help="also write this run's records to a file"
+        )
+        command.add_argument("--no-save", action="store_true", help="do not store under --results")
+    for command in (run, train, report):
         command.add_argument("--results", type=Path, default=environment.RESULTS, metavar="DIR")
     return top
 
@@ -125,11 +143,16 @@ def command_compare(arguments: argparse.Namespace) -> int:
     return compare.compare(arguments.before, arguments.after, arguments.all)
 
 
+def command_convergence(arguments: argparse.Namespace) -> int:
+    return convergence.run(arguments)
+
+
 def command_report(arguments: argparse.Namespace) -> int:
-    from . import figures, report
+    from . import convergence_report, figures, report
 
     written = report.report(arguments.results, with_plots=not arguments.no_plots)
-    for path in (*written, *figures.write(arguments.results)):
+    docs = (*figures.write(arguments.results), *convergence_report.write_doc(arguments.results))
+    for path in (*written, *docs):
         print(f"wrote {path}")
     return 0
 

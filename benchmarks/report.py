@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import environment, plots, record, registry, table
+from . import convergence, convergence_report, environment, plots, record, registry, table
 from .record import CHANNELS_LAST, OPTIMIZED, OURS, OURS_FUNCTIONAL, STOCK, STOCK_COMPILED, is_stock
 
 HEADER = """# Results
@@ -179,4 +179,6 @@ def report(results: Path, with_plots: bool = True) -> list[Path]:
     if with_plots:
         for file in sorted(results.glob("*/*.jsonl")):
             written.append(plots.draw(file.parent, file.stem))
+        for file in sorted(results.glob(f"*/{convergence.FILE}")):
+            written.append(convergence_report.draw(file))
     return [*written, write_readme(results)]
