@@ -224,27 +224,29 @@ def _may_use_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-@functools.cache
 def computes_in_float32(dtype: torch.dtype) -> bool:
-    """Whether half precision is computed in fp32 on this CPU.
+    """Whether a convolution in half precision is computed in fp32 on this CPU.
 
-    Where a CPU has no instructions that multiply in ``dtype``, torch's convolutions take 4 to 50 times as long as in
-    fp32 (docs/performance.md).
+    Without instructions that multiply in ``dtype``, torch's takes 4 to 50 times as long as in fp32
+    (docs/performance.md).
     """
-    if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in (
-        "x86_64",
-        "AMD64",
-    ):
-        return False
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    return dtype in (torch.bfloat16, torch.float16) and not _has_instructions(dtype)
+
+
+@functools.cache
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """Whether torch may multiply in ``dtype``, as far as it is known: only x86 is."""
+    if platform.machine() not in ("x86_64", "AMD64"):
         return True
-    names = {
-        torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
-        torch.float16: ("_is_amx_fp16_supported",),
-    }[dtype]
-    if any(getattr(torch.cpu, name, lambda: False)() for name in names):
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
-    return dtype == torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()) or _cpu_has("amx_fp16")
+    return _cpu_has("avx512_bf16") or _cpu_has("amx_tile")
+
+
+def _cpu_has(name: str) -> bool:
+    return bool(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)())
 
 
 def allows_tf32() -> bool:

@@ -48,6 +48,7 @@ inline Tensor convert_layout(Tensor x, bool channels_last) {
     return out;
   }
   p.n = n;
+  p.to_last = channels_last;
   p.rows = channels_last ? c : s;
   p.columns = channels_last ? s : c;
   p.from = data(x);

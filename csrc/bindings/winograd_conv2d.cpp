@@ -1,5 +1,5 @@
-// torch.ops.advdl_ops.winograd_conv2d, its backward and the transform of its weight, on CPU only: argument checks, allocation,
-// registration. advdl_ops/_conv/choice.py decides which convolutions they serve.
+// torch.ops.advdl_ops.winograd_conv2d, its backward and the transform of its weight, on CPU only: argument checks,
+// allocation, registration. advdl_ops/_conv/choice.py decides which convolutions they serve.
 
 #include "../common/winograd_conv2d.h"
 

@@ -1,8 +1,10 @@
-// Convolution by a 3x3 filter with stride 1 in fewer multiplications, and its gradients: Winograd's minimal filtering (Lavin & Gray
-// 2015, arXiv:1509.09308). Tiles of 4 outputs use the points 0, +-5/8, +-3/2 and infinity (Barabasz et al. 2018, arXiv:1803.10986).
+// Convolution by a 3x3 filter with stride 1 in fewer multiplications, and its gradients: Winograd's minimal filtering
+// (Lavin & Gray 2015, arXiv:1509.09308). Tiles of 4 outputs use the points 0, +-5/8, +-3/2 and infinity (Barabasz et
+// al. 2018, arXiv:1803.10986).
 //
-// csrc/cpu/winograd_conv2d.cpp and winograd_conv2d_backward.cpp implement these functions; csrc/bindings/winograd_conv2d.cpp checks,
-// allocates and fills the structs. No pointer aliases another one. All arithmetic is in f32.
+// csrc/cpu/winograd_conv2d.cpp and winograd_conv2d_backward.cpp implement these functions;
+// csrc/bindings/winograd_conv2d.cpp checks, allocates and fills the structs. No pointer aliases another one. All
+// arithmetic is in f32.
 #pragma once
 
 #include <cstddef>
@@ -29,8 +31,8 @@ struct WinogradConv2dShape : WinogradFilters {
   Layout layout = Layout::channels_last;  // of all images; channels_first only without dilation
 };
 
-// A weight [groups * C_out, C_in, 3, 3]. Turned, for the gradient of x, it is stored as [groups * C_in, C_out, 3, 3] with its taps in
-// reverse order.
+// A weight [groups * C_out, C_in, 3, 3]. Turned, for the gradient of x, it is stored as [groups * C_in, C_out, 3, 3]
+// with its taps in reverse order.
 struct WinogradWeight {
   DType dtype = DType::f32;  // f32, bf16 or f16
   Layout layout = Layout::channels_last;
@@ -66,7 +68,8 @@ struct WinogradConv2dBackward {
 
 namespace cpu {
 int64_t winograd_packed_size(const WinogradFilters& filters);
-// packed: [groups][panels of C_out][points][C_in + 1][panel], winograd_packed_size elements; the last row of a point is not used.
+// packed: [groups][panels of C_out][points][C_in + 1][panel], winograd_packed_size elements; the last row of a point is
+// not used.
 void winograd_pack(const WinogradFilters& filters, const WinogradWeight& weight, float* packed);
 // Scratch bytes that the call needs.
 size_t winograd_conv2d_forward_workspace(const WinogradConv2dForward& p);

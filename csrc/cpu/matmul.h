@@ -1,8 +1,8 @@
 // Matrix products inside other kernels: a few rows times a panel of columns, with the sums of the tile in registers.
 //
 // A panel is kPanelVectors vectors of columns wide. In a packed panel, its rows (the depth) follow each other. A tile
-// of kTileRows rows by one panel is summed over the whole depth in a fixed order, so that no result depends on the number
-// of threads.
+// of kTileRows rows by one panel is summed over the whole depth in a fixed order, so that no result depends on the
+// number of threads.
 #pragma once
 
 #include "simd.h"
@@ -124,8 +124,8 @@ __attribute__((noinline)) void multiply_rows_in_parts(const A* const* a, int64_t
   }
 }
 
-// tile[rows][panel] = a[rows][depth] * b[depth][panel], or += if `adds`, for 1 to kTileRows rows. Elements of a row of `a` are
-// `step` apart.
+// tile[rows][panel] = a[rows][depth] * b[depth][panel], or += if `adds`, for 1 to kTileRows rows. Elements of a row of
+// `a` are `step` apart.
 template <int64_t kPart, int kMost = kTileRows, class A>
 void multiply_in_parts(int64_t rows, const A* const* a, int64_t step, const A* b, int64_t b_stride,
                        int64_t depth, A* tile, int64_t tile_stride, bool adds) {

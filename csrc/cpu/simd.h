@@ -88,9 +88,12 @@ ADVDL_INLINE void transpose(Vec (&rows)[sizeof(Vec) / sizeof(Vec{}[0])]) {
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC unroll 8
   for (int block = 1; block < lanes; block *= 2) {
+    auto bit = Mask{}[0];  // of the type of a lane
+    bit = block;
+    const decltype(bit) all = lanes, rest = lanes - block;
     const Mask lane = lane_index<Mask>();
-    const Mask low = (lane & block) ? lane + lanes - block : lane;
-    const Mask high = (lane & block) ? lane + lanes : lane + block;
+    const Mask low = (lane & bit) ? lane + rest : lane;
+    const Mask high = (lane & bit) ? lane + all : lane + bit;
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) {
       if (i & block) continue;

@@ -1,9 +1,9 @@
-// Convolution by a 3x3 filter with stride 1 by Winograd's minimal filtering: forward, and the gradient of the input, which is the same by
-// the turned weight.
+// Convolution by a 3x3 filter with stride 1 by Winograd's minimal filtering: forward, and the gradient of the input,
+// which is the same by the turned weight.
 //
-// The products of all channels at one point are a matrix product: rows are tiles, the depth is C_in, columns are C_out. A block of tiles
-// is transformed (into V), multiplied (into `products`) panel by panel and transformed back, with V and the products in the second-level
-// cache.
+// The products of all channels at one point are a matrix product: rows are tiles, the depth is C_in, columns are C_out.
+// A block of tiles is transformed (into V), multiplied (into `products`) panel by panel and transformed back, with V
+// and the products in the second-level cache.
 #include "dispatch.h"
 #include "winograd_conv2d_images.h"
 
@@ -14,10 +14,13 @@ namespace {
 // Tiles of a block, a multiple of kTileRows.
 template <class T>
 inline constexpr int64_t kBlock = T::points > 24 ? 24 : 36;
+
 // How a forward is divided among threads, and its memory. There are two ways:
-// - by tiles: a thread transforms a block of tiles, multiplies it with all panels of the weight and transforms the outputs;
-// - by panels, for few tiles or a weight larger than the caches: the threads transform many tiles together. Then each takes panels of
-//   the weight for itself, packs them chunk by chunk if they are not kept, and multiplies all tiles with them.
+// - by tiles: a thread transforms a block of tiles, multiplies it with all panels of the weight and transforms the
+//   outputs;
+// - by panels, for few tiles or a weight larger than the caches: the threads transform many tiles together. Then each
+//   takes panels of the weight for itself, packs them chunk by chunk if they are not kept, and multiplies all tiles
+//   with them.
 // Each thread has a slot of memory. The sums do not depend on any of this.
 template <class T>
 struct ForwardSpace {
@@ -155,7 +158,8 @@ class Forward {
     for (int64_t i = 0; i < count; i += kLine) prefetch(from + i);
   }
 
-  // products[tile][panel] (+)= the products of `count` tiles at one point with the channels of a chunk, whose first is c.
+  // products[tile][panel] (+)= the products of `count` tiles at one point with the channels of a chunk, whose first is
+  // c.
   void multiply(int64_t point, int64_t c, int64_t count, const float* v, const float* weights,
                 float* products) const {
     constexpr int64_t panel = kPanel<float>;
@@ -283,8 +287,8 @@ class Forward {
     });
   }
 
-  // out[y][x] of one tile directly, for `count` output channels from o on: where the sums of the transformed tile are not finite. Inf
-  // and NaN then reach the outputs that they reach in a direct convolution, and no others.
+  // out[y][x] of one tile directly, for `count` output channels from o on: where the sums of the transformed tile are
+  // not finite. Inf and NaN then reach the outputs that they reach in a direct convolution, and no others.
   __attribute__((noinline)) void compute_directly(int64_t tile, int64_t o, int64_t count,
                                                   Vec* out) const {
     const Taps taps(s_, weight_);

@@ -1,7 +1,7 @@
 // The gradient of the weight of a convolution by a 3x3 filter with stride 1 by Winograd's minimal filtering.
 //
-// By the tiles of the forward, transposed: dweight = G^T [sum over tiles of (B^T d B) * (A dz A^T)] G. At each point the sum over tiles
-// is a matrix product: rows are output channels, the depth is tiles, columns are input channels.
+// By the tiles of the forward, transposed: dweight = G^T [sum over tiles of (B^T d B) * (A dz A^T)] G. At each point
+// the sum over tiles is a matrix product: rows are output channels, the depth is tiles, columns are input channels.
 #include "dispatch.h"
 #include "winograd_conv2d_images.h"
 
@@ -10,9 +10,10 @@ namespace ADVDL_CAPABILITY_NAMESPACE {
 namespace {
 
 // How it is divided among threads, and its memory. There are two ways:
-// - by ranges of tiles, for sums that fit in a cache: a thread transforms blocks of a range and adds their products to the sums of the
-//   range. The ranges depend on the shape alone;
-// - by panels of input channels: the threads transform many tiles together, and each adds the products of its points and panels.
+// - by ranges of tiles, for sums that fit in a cache: a thread transforms blocks of a range and adds their products to
+//   the sums of the range. The ranges depend on the shape alone;
+// - by panels of input channels: the threads transform many tiles together, and each adds the products of its points
+//   and panels.
 template <class T>
 struct WeightSpace {
   static constexpr int64_t kBlockTiles = 48;  // of a range

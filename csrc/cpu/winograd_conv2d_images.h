@@ -1,4 +1,5 @@
-// How Winograd's convolution reads and writes images: the grid of tiles, and the transforms of tiles on their way in and out.
+// How Winograd's convolution reads and writes images: the grid of tiles, and the transforms of tiles on their way in
+// and out.
 #pragma once
 
 #include "depthwise_conv2d.h"
@@ -7,8 +8,8 @@
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 
-// Sums are made of parts of so many channels (of dweight: tiles), each summed for itself: so 4x4 is as exact as a direct sum
-// (docs/accuracy.md).
+// Sums are made of parts of so many channels (of dweight: tiles), each summed for itself: so 4x4 is as exact as a
+// direct sum (docs/accuracy.md).
 inline constexpr int64_t kPart = 16;
 // Channels (tiles) whose panel stays in the first-level cache. A multiple of kPart.
 inline constexpr int64_t kChunk = 64;
@@ -25,8 +26,8 @@ void in_slots(int64_t slots, F&& f) {
 
 // ---- the grid of tiles ----
 
-// Tiles by image, grid of the dilation, row and column. A dilated convolution is one without dilation on each of the grids of every
-// dilation-th pixel.
+// Tiles by image, grid of the dilation, row and column. A dilated convolution is one without dilation on each of the
+// grids of every dilation-th pixel.
 template <class T>
 struct Grid {
   const WinogradConv2dShape& s;
@@ -87,7 +88,9 @@ struct Images {
   }
   // Elements from one channel to the next.
   int64_t channel() const { return is_last() ? 1 : height * width; }
-  bool has(int64_t y, int64_t x) const { return y >= 0 && y < height && x >= 0 && x < width; }
+  bool has_row(int64_t y) const { return y >= 0 && y < height; }
+  bool has_column(int64_t x) const { return x >= 0 && x < width; }
+  bool has(int64_t y, int64_t x) const { return has_row(y) && has_column(x); }
 };
 
 // ---- the stage: a vector of channels of a rectangle of pixels in f32, [row][column][lanes] ----
@@ -178,7 +181,8 @@ void write_stage(const Images& images, const Rectangle& r, int64_t c, int64_t co
   }
 }
 
-// f(first, rows, columns) for rectangles of tiles that together are `count` from `first` on. The inputs of each fit into the stage.
+// f(first, rows, columns) for rectangles of tiles that together are `count` from `first` on. The inputs of each fit
+// into the stage.
 template <class T, class F>
 void for_rectangles(const Grid<T>& grid, int64_t first, int64_t count, F&& f) {
   constexpr int64_t kColumns = (kStagePixels / T::TH - 2) / T::MW;
@@ -268,11 +272,16 @@ void transform_inputs_directly(const Grid<T>& grid, const Images& images, int64_
     }
     // Outside of the image zeros are read.
     alignas(64) static const float zeros[kLanes] = {};
+    bool has_row[T::TH], has_column[T::TW];
+    for (int i = 0; i < T::TH; ++i) has_row[i] = images.has_row(y + i * s.h.dilation);
+    for (int j = 0; j < T::TW; ++j) has_column[j] = images.has_column(x + j * s.w.dilation);
     const float* from[T::points];
     int64_t steps[T::points];
+#pragma GCC unroll 6
     for (int i = 0; i < T::TH; ++i) {
+#pragma GCC unroll 6
       for (int j = 0; j < T::TW; ++j) {
-        const bool inside = images.has(y + i * s.h.dilation, x + j * s.w.dilation);
+        const bool inside = has_row[i] & has_column[j];
         from[i * T::TW + j] = inside ? pixel + i * row + j * column : zeros;
         steps[i * T::TW + j] = inside;
       }

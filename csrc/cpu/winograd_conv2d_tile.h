@@ -1,7 +1,8 @@
 // Winograd's transforms of a tile of outputs, its inputs and its filter.
 //
-// A tile of MH x MW outputs is made of (MH + 2) x (MW + 2) inputs d: out = A^T [(G g G^T) * (B^T d B)] A, with one product per
-// *point* (an element of the transformed tile) in place of nine per output: 4 for each output of 2x2, 3 of 2x4, 2.25 of 4x4.
+// A tile of MH x MW outputs is made of (MH + 2) x (MW + 2) inputs d: out = A^T [(G g G^T) * (B^T d B)] A, with one
+// product per *point* (an element of the transformed tile) in place of nine per output: 4 for each output of 2x2, 3 of
+// 2x4, 2.25 of 4x4.
 #pragma once
 
 #include "../common/winograd_conv2d.h"

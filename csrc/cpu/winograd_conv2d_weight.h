@@ -57,7 +57,8 @@ struct Taps {
   }
 };
 
-// Input channels that are transformed at a time: their numbers stay in the first-level cache. Output channels: a vector.
+// Input channels that are transformed at a time: their numbers stay in the first-level cache. Output channels: a
+// vector.
 inline constexpr int64_t kPackInputs = 8;
 
 // to[input * kTaps + tap][output] of up to kPackInputs and kLanes channels; zeros for outputs that do not exist.
@@ -98,8 +99,8 @@ void read_taps(const Taps& taps, const S* from, int64_t inputs, int64_t outputs,
   }
 }
 
-// to[point][channel][panel]: the input channels [begin, end) of panel q of the group that w begins with, points `of_point` apart. In
-// fp64, as the points are no powers of two.
+// to[point][channel][panel]: the input channels [begin, end) of panel q of the group that w begins with, points
+// `of_point` apart. In fp64, as the points are no powers of two.
 template <class T>
 void pack_panel(const WinogradFilters& f, const WinogradWeight& w, int64_t q, int64_t begin,
                 int64_t end, float* to, int64_t of_point) {
