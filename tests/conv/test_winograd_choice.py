@@ -164,6 +164,21 @@ def test_tiles_cover_the_output_or_the_gradient_of_x() -> None:
     assert outputs_computed(problem(INPUT_GRADIENT, x, padding=(0, 0))) == (4 * 52, 4 * 50)
 
 
+def test_the_tile_of_groups() -> None:
+    """The length of a sum is that of the channels of one group."""
+    options: dict[str, Any] = {"weight": (144, 64, 3, 3), "groups": 3}
+    p = problem(FORWARD, (2, 192, 40, 40))._replace(**options)
+    grouped = {d: str(tile_of(p._replace(direction=d))) for d in (FORWARD, INPUT_GRADIENT)}
+    assert grouped == {FORWARD: "2x4", INPUT_GRADIENT: "2x2"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_tile_in_half_precision(dtype: torch.dtype) -> None:
+    """The one that multiplies least."""
+    for direction in (FORWARD, FOLDED, INPUT_GRADIENT, WEIGHT_GRADIENT):
+        assert str(tile_of(problem(direction, (2, 16, 80, 80), 16)._replace(dtype=dtype))) == "4x4"
+
+
 def test_each_grid_of_a_dilated_convolution_has_an_edge() -> None:
     """5x7 with dilation 4x3: grids of up to 2x3 pixels."""
     p = problem(FORWARD, (3, 64, 5, 7), padding=(4, 3), dilation=(4, 3))
@@ -185,11 +200,10 @@ def test_codes_are_those_of_the_kernels() -> None:
 
 REFUSED = {
     "stride": {"stride": (2, 2)},
-    "groups": {"groups": 2},
+    "groups of one channel": {"weight": (64, 1, 3, 3), "groups": 64},
     "wide border": {"padding": (3, 1)},
     "dilated, wide border": {"padding": (4, 5), "dilation": (2, 2)},
     "fp64": {"dtype": f64},
-    "bf16": {"dtype": torch.bfloat16},
     "5x5": {"weight": (64, 64, 5, 5)},
     "3x1": {"weight": (64, 64, 3, 1)},
     "no image": {"x": (0, 64, 40, 40)},
@@ -207,6 +221,8 @@ def test_what_it_accepts(monkeypatch: pytest.MonkeyPatch, direction: str) -> Non
     p = problem(direction, (2, 64, 40, 40))
     assert accepts(p) and accepts(p._replace(padding=(2, 0)))
     assert accepts(p._replace(padding=(4, 6), dilation=(2, 3)))
+    assert accepts(p._replace(weight=(64, 32, 3, 3), groups=2))
+    assert accepts(p._replace(dtype=torch.bfloat16)) and accepts(p._replace(dtype=torch.float16))
     assert [n for n, options in REFUSED.items() if accepts(p._replace(**options))] == []
 
 
@@ -218,6 +234,7 @@ SERVED = {
     "dilated": Case((3, 64, 33, 26), 64, padding=2, dilation=2),
     "unbatched": Case((64, 41, 43), 64, padding=1),
     "many channels": Case((2, 144, 30, 31), 140, padding=1),
+    "groups": Case((2, 192, 30, 31), 144, padding=1, groups=3),
 }
 
 

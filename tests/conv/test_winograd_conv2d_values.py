@@ -129,8 +129,8 @@ def test_others(name, tile):
         check(OTHERS[name], ("channels_last",) * 2, tile, "silu", ("shift",), packed)
 
 
-# Channels of a group around a vector and a panel; images around the pixels of a stage: tiles of one row, of parts of a row and of
-# several rows.
+# Channels of a group around a vector and a panel; images around the pixels of a stage: tiles of one row, of parts of a
+# row and of several rows.
 GROUPED = [
     winograd(2, 3 * c, 3 * outputs, h, w, groups=3)
     for c, outputs, h, w in ((5, 17, 9, 6), (16, 3, 7, 35), (65, 66, 5, 5))
