@@ -81,9 +81,9 @@ _library.define(
     "dense_conv2d_backward(Tensor dz, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, "
     "bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)"
 )
-# The same for a 3x3 filter with stride 1 and groups = 1 in fp32, by Winograd's minimal filtering, on CPU only. A tile
-# is 0: 2x2, 1: 2x4, 2: 4x4 outputs. `packed` is the weight transformed by winograd_pack, whose size depends on the
-# CPU's capability; None: made for the call.
+# The same for a 3x3 filter with stride 1 in fp32, bf16 and fp16, by Winograd's minimal filtering, on CPU only. A tile
+# is 0: 2x2, 1: 2x4, 2: 4x4 outputs. Scale and shift are in fp32. `packed` is the weight transformed by winograd_pack,
+# in fp32, whose size depends on the CPU's capability; None: made for the call.
 _library.define("winograd_pack(Tensor weight, int groups, int tile) -> Tensor")
 _library.define(
     "winograd_conv2d(Tensor x, Tensor weight, Tensor? packed, Tensor? scale, Tensor? shift, Tensor? residual, "
@@ -399,6 +399,9 @@ def _check_devices(function: str, x: Tensor, *others: Tensor | None) -> None:
     for t in others:
         if t is not None and t.device != x.device:
             raise RuntimeError(f"{function}: tensors on {x.device} and on {t.device}")
+
+
+HALF = torch.bfloat16, torch.float16
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

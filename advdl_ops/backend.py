@@ -88,8 +88,9 @@ class use_convolution(_Use):
 
     Args:
         name: ``"default"``, or ``"exact"``: every output is a direct sum of products. By default Winograd's minimal
-            filtering (Lavin & Gray 2015, arXiv:1509.09308) may serve 3x3 convolutions with stride 1 in fp32. It
-            multiplies less, and rounds differently.
+            filtering (Lavin & Gray 2015, arXiv:1509.09308) may serve 3x3 convolutions with stride 1. It multiplies
+            less, and rounds differently: an error is relative to the largest number of a tile of pixels, which matters
+            where one is larger than its neighbours by many orders.
 
     Raises:
         ValueError: another name.

@@ -20,6 +20,7 @@ import torch
 
 from .. import tuning
 from .._library import cpu_capability, native
+from .._schemas import HALF
 from . import cpu, cuda
 from .problem import (
     BOTH,
@@ -65,11 +66,11 @@ class Thresholds(NamedTuple):
         depthwise_strided_bytes: size of x up to which, contiguous and above ``depthwise_cached_bytes``, torch's
             depthwise forward with a stride of 2 is faster.
         depthwise_strided_dx_bytes, depthwise_strided_dweight_bytes: the same for the gradients of x and of the weight.
-        winograd_channels: Winograd serves so many input and output channels or more: with few, the transforms take
-            longer than the products that they save.
+        winograd_channels: Winograd serves groups of so many input and output channels or more: with few, the
+            transforms take longer than the products that they save.
         winograd_pixels: and so many output pixels or more, forward and gradient of x with x in channels_last: each
             call transforms the weight.
-        winograd_pixels_contiguous: the same for x that is not in channels_last, which is converted.
+        winograd_pixels_contiguous: the same for x that is not in channels_last, which is transposed on the way.
         winograd_pixels_kept: the same for a weight that is kept transformed.
         winograd_pixels_dweight: the same for the gradient of the weight.
         winograd_waste: most outputs that the tiles compute, in percent of those that are needed.
@@ -236,7 +237,7 @@ def may_use_winograd(p: Problem) -> bool:
     return (
         p.has_winograd_form
         and not p.exact
-        and p.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and p.dtype in (torch.float32, *HALF)
         and p.x_numel > 0
         and native("cpu")
     )
@@ -244,11 +245,6 @@ def may_use_winograd(p: Problem) -> bool:
 
 def _accepts_winograd(p: Problem) -> bool:
     return may_use_winograd(p) and tile_of(p) is not None
-
-
-def _is_half(p: Problem) -> bool:
-    """Whether it is in half precision that is computed in fp32."""
-    return computes_in_float32(p.dtype)
 
 
 def _accepts_onednn(p: Problem) -> bool:
@@ -356,8 +352,10 @@ def _is_large(p: Problem, t: Thresholds) -> bool:
 
 def winograd_pixels(p: Problem, t: Thresholds) -> int | None:
     """From how many output pixels on Winograd serves; ``None`` if the channels are too few."""
-    channels = min(p.group)
-    if channels < t.winograd_channels or not (p.dtype == torch.float32 or _is_half(p)):
+    channels = min(p.channels_of_group)
+    if channels < t.winograd_channels or not (
+        p.dtype == torch.float32 or computes_in_float32(p.dtype)
+    ):
         return None
     if p.direction == FOLDED:
         return t.winograd_pixels_kept
@@ -377,8 +375,8 @@ def _winograd_pays(p: Problem, t: Thresholds) -> bool:
 
 def _winograd_rule(pixels: str) -> Rule:
     return Rule(
-        f"{{winograd_channels}} channels or more and {pixels} output pixels or more, of which the tiles compute up to "
-        "{winograd_waste} %",
+        f"groups of {{winograd_channels}} channels or more and {pixels} output pixels or more, of which the tiles "
+        "compute up to {winograd_waste} %",
         _winograd_pays,
     )
 
@@ -431,8 +429,10 @@ def _packing_pays(p: Problem, t: Thresholds) -> bool:
     return p.layout == CHANNELS_LAST or p.weight_numel >= p.x_numel
 
 
-_HALF = torch.bfloat16, torch.float16
-_IN_FLOAT32 = Rule("half precision that this CPU has no instructions for", lambda p, _: _is_half(p))
+_IN_FLOAT32 = Rule(
+    "half precision that this CPU has no instructions for",
+    lambda p, _: computes_in_float32(p.dtype),
+)
 _PACKING = Rule("channels_last, or a weight as large as x", _packing_pays)
 
 _LAST = torch.channels_last
@@ -456,7 +456,7 @@ def _gradients_on_cpu(winograd: Rule, few_pixels: Rule, wide: Rule) -> tuple[Can
         Candidate(WINOGRAD, cpu.winograd_gradients, _accepts_winograd, winograd, None, True),
         Candidate(DENSE, cpu.dense_gradients, _accepts_dense, few_pixels, None, True),
         Candidate(
-            IN_FLOAT32, cpu.gradients_by_torch_in_float32, lambda p: p.dtype in _HALF, _IN_FLOAT32
+            IN_FLOAT32, cpu.gradients_by_torch_in_float32, lambda p: p.dtype in HALF, _IN_FLOAT32
         ),
         Candidate(_by_way_of_last(TORCH), torch_, _is_not_last, wide, _LAST),
         Candidate(TORCH, torch_),
@@ -487,7 +487,7 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
             _LAST,
         ),
         Candidate(ONEDNN, cpu.onednn, _accepts_onednn, _LARGE),
-        Candidate(IN_FLOAT32, cpu.by_torch_in_float32, lambda p: p.dtype in _HALF, _IN_FLOAT32),
+        Candidate(IN_FLOAT32, cpu.by_torch_in_float32, lambda p: p.dtype in HALF, _IN_FLOAT32),
         Candidate(_by_way_of_last(TORCH), cpu.by_torch, _is_not_last, _WIDE, _LAST),
         Candidate(TORCH, cpu.by_torch),
     ),
@@ -497,8 +497,8 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
         Candidate(WINOGRAD, cpu.winograd, _accepts_winograd, _WINOGRAD_KEPT, None, True),
         Candidate(PREPACKED, cpu.prepacked, _accepts_onednn, _PACKING),
         # What is kept is in fp32.
-        Candidate(IN_FLOAT32, cpu.by_torch_in_float32, lambda p: p.dtype in _HALF, _IN_FLOAT32),
-        Candidate(TORCH, cpu.by_torch, lambda p: p.dtype not in _HALF),
+        Candidate(IN_FLOAT32, cpu.by_torch_in_float32, lambda p: p.dtype in HALF, _IN_FLOAT32),
+        Candidate(TORCH, cpu.by_torch, lambda p: p.dtype not in HALF),
     ),
     INPUT_GRADIENT: _gradients_on_cpu(_WINOGRAD_PACKING, _FEW_DX, _WIDE),
     WEIGHT_GRADIENT: _gradients_on_cpu(_WINOGRAD_DWEIGHT, _FEW_DWEIGHT, _WIDE_DWEIGHT),

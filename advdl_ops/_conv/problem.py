@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 import platform
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import native
-from .._schemas import conv2d_format, conv2d_shape
+from .._schemas import HALF, conv2d_format, conv2d_shape
 from ..activation import IDENTITY, Activation
 from ..backend import get_convolution, is_traced
 
@@ -110,8 +109,8 @@ class Problem(NamedTuple):
         return _has_winograd_form(self.weight, self.conv)
 
     @property
-    def group(self) -> tuple[int, int]:
-        """Input and output channels of a group."""
+    def channels_of_group(self) -> tuple[int, int]:
+        """Of the input and of the output."""
         return self.weight[1], self.weight[0] // self.groups
 
     @property
@@ -224,16 +223,6 @@ def _may_use_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def computes_in_float32(dtype: torch.dtype) -> bool:
-    """Whether a convolution in half precision is computed in fp32 on this CPU.
-
-    Without instructions that multiply in ``dtype``, torch's takes 4 to 50 times as long as in fp32
-    (docs/performance.md).
-    """
-    return dtype in (torch.bfloat16, torch.float16) and not _has_instructions(dtype)
-
-
-@functools.cache
 def _has_instructions(dtype: torch.dtype) -> bool:
     """Whether torch may multiply in ``dtype``, as far as it is known: only x86 is."""
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -241,12 +230,29 @@ def _has_instructions(dtype: torch.dtype) -> bool:
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
     if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()) or _cpu_has("amx_fp16")
+        return _onednn_has_fp16() or _cpu_has("amx_fp16")
     return _cpu_has("avx512_bf16") or _cpu_has("amx_tile")
 
 
 def _cpu_has(name: str) -> bool:
     return bool(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)())
+
+
+def _onednn_has_fp16() -> bool:
+    return HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+# Asked once, at import: a compiler could not trace the questions.
+_INSTRUCTIONS = {dtype: _has_instructions(dtype) for dtype in HALF}
+
+
+def computes_in_float32(dtype: torch.dtype) -> bool:
+    """Whether a convolution in half precision is computed in fp32 on this CPU.
+
+    Without instructions that multiply in ``dtype``, torch's takes 4 to 50 times as long as in fp32
+    (docs/performance.md).
+    """
+    return not _INSTRUCTIONS.get(dtype, True)
 
 
 def allows_tf32() -> bool:

@@ -39,7 +39,7 @@ TILES = Tile(0, 2, 2), Tile(1, 2, 4), Tile(2, 4, 4)
 # From how long a sum on each tile's error is at most that of torch (docs/accuracy.md): over channels, and over pixels
 # for the gradient of the weight. In channels_last with AVX-512 torch sums pixels in many parts, and is more exact; how
 # many, depends on the channels.
-_NONE = 0, 0, 0
+_ANY_LENGTH = 0, 0, 0
 _LEAST_CHANNELS = 32, 64, 129
 _LEAST_PIXELS = 196, 784, 1568
 _LEAST_PIXELS_AVX512_LAST = {
@@ -60,7 +60,7 @@ def tile_of(problem: Problem) -> Tile | None:
     """Of the tiles that are as exact as torch for a problem of Winograd's form, the one that multiplies least."""
     return tile_for(
         problem.direction, problem.x, problem.weight, problem.padding, problem.dilation, problem.groups,
-        least_lengths(problem.direction, problem.dtype, min(problem.group), problem.is_channels_last),
+        least_lengths(problem.direction, problem.dtype, min(problem.channels_of_group), problem.is_channels_last),
     )  # fmt: skip
 
 
@@ -71,12 +71,13 @@ def least_lengths(
 
     Args:
         direction: a gradient of the weight sums over output pixels, the others over channels of a group.
-        dtype: in half precision the rounding of the result is larger than any error of the sums.
+        dtype: in half precision any length will do: of numbers of similar size the rounding of the result is the
+            larger error.
         channels: of a group, the fewer of input and output.
         is_last: of x.
     """
     if dtype != torch.float32:
-        return _NONE
+        return _ANY_LENGTH
     if direction != WEIGHT_GRADIENT:
         return _LEAST_CHANNELS
     if not (is_last and _torch_has_avx512()):
@@ -100,7 +101,7 @@ def tile_for(
     least: tuple[int, ...],
 ) -> Tile | None:
     """As :func:`tile_of`. ``least``: of :func:`least_lengths`."""
-    if x[0] == 1 and math.prod(x) <= _SMALL_IMAGE and least != _NONE:
+    if x[0] == 1 and math.prod(x) <= _SMALL_IMAGE and least != _ANY_LENGTH:
         return None
     images, height, width = _outputs(direction, x, weight, padding, dilation)
     if direction == WEIGHT_GRADIENT:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._schemas import HALF
 from ..activation import IDENTITY, Activation
 from ..backend import needs_grad
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-HALF = (torch.bfloat16, torch.float16)
 
 # ZSource of csrc/common/tensor_types.h.
 Z_INPUT, Z_RESIDUAL, Z_OUTPUT = 0, 1, 2

@@ -84,16 +84,18 @@ void transpose_columns(const T* from, T* to, int64_t rows, int64_t columns, int6
 
 template <class T>
 void convert(const ConvertLayout& p) {
-  // Output rows of a task: few enough that the input lines that they share stay in cache.
-  constexpr int64_t kBlock = 256;
+  // Output rows of a task: few enough that the input lines that they share stay in cache, and that there is a task for
+  // each thread.
+  constexpr int64_t kBlock = 256, kLeast = 64;
+  const int64_t block = p.n * ceil_div(p.columns, kBlock) >= cpu::thread_count() ? kBlock : kLeast;
   // Along many pixels, so that each of the few channels at hand is a long run; along channels otherwise.
   const int64_t channels = p.to_last ? p.rows : p.columns;
   const bool has_many_pixels = (p.to_last ? p.columns : p.rows) >= 8 * channels;
-  const int64_t blocks = (p.columns + kBlock - 1) / kBlock;
-  cpu::parallel_ranges(p.n * blocks, p.rows * kBlock, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = ceil_div(p.columns, block);
+  cpu::parallel_ranges(p.n * blocks, p.rows * block, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / blocks * p.rows * p.columns, first = task % blocks * kBlock;
-      const int64_t last = first + kBlock < p.columns ? first + kBlock : p.columns;
+      const int64_t image = task / blocks * p.rows * p.columns, first = task % blocks * block;
+      const int64_t last = min_of(first + block, p.columns);
       transpose_columns(static_cast<const T*>(p.from) + image, static_cast<T*>(p.to) + image,
                         p.rows, p.columns, first, last, has_many_pixels == p.to_last);
     }

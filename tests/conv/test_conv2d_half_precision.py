@@ -24,10 +24,10 @@ from advdl_ops._conv.problem import (
     problem_of,
 )
 from advdl_ops._conv.winograd import Tile, packed_numel, tile_of
+from advdl_ops._schemas import HALF
 from advdl_ops.functional import conv_transpose2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-HALF = (torch.bfloat16, torch.float16)
 DTYPE = pytest.mark.parametrize("dtype", HALF, ids=str)
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 # Winograd serves these.
@@ -40,7 +40,7 @@ LARGE = {
 
 @pytest.fixture(autouse=True)
 def _without_instructions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(problem, "_has_instructions", lambda dtype: False)
+    monkeypatch.setattr(problem, "_INSTRUCTIONS", dict.fromkeys(HALF, False))
     table = THRESHOLDS._replace(
         winograd_channels=16, winograd_pixels=100, winograd_pixels_contiguous=100,
         winograd_pixels_kept=100, winograd_pixels_dweight=100, winograd_waste=300,
@@ -81,7 +81,7 @@ def test_what_serves(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Non
     assert serving(one_tap, dtype) == {IN_FLOAT32}
     with advdl_ops.use_convolution("exact"):
         assert serving(LARGE["winograd"], dtype) == {IN_FLOAT32}
-    monkeypatch.setattr(problem, "_has_instructions", lambda dtype: True)
+    monkeypatch.setattr(problem, "_INSTRUCTIONS", dict.fromkeys(HALF, True))
     choice.forget()
     for case in (*LARGE.values(), one_tap):
         assert serving(case, dtype) == {TORCH}
@@ -147,15 +147,37 @@ def test_transposed(dtype: torch.dtype, layout: str) -> None:
         assert (found - exact).abs().max() <= 0.51 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+@pytest.mark.usefixtures("fresh_compile")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("has_instructions", [False, True])
+@DTYPE
+def test_a_compiled_pair(
+    dtype: torch.dtype, has_instructions: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation, as one graph; export asks for the same."""
+    monkeypatch.setattr(problem, "_INSTRUCTIONS", dict.fromkeys(HALF, has_instructions))
+    torch.manual_seed(0)
+    layer = nn.ConvBNAct(24, 24, 3, act="relu").eval()
+    x = torch.randn(2, 24, 14, 14)
+    if not autocast:
+        layer, x = layer.to(dtype), x.to(dtype)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+        found, eager = compiled(x), layer(x)
+        torch.export.export(layer, (x,), strict=True)
+    assert found.dtype == eager.dtype == dtype
+    torch.testing.assert_close(found, eager, rtol=3e-2, atol=3e-2)
+
+
 def test_which_cpus_have_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    has = problem._has_instructions.__wrapped__
+    has = problem._has_instructions
     present: set[str] = set()
     capability, machine = ["AVX512"], ["x86_64"]
     monkeypatch.setattr(problem, "_cpu_has", lambda name: name in present)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability[0])
     monkeypatch.setattr(problem.platform, "machine", lambda: machine[0])
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: "fp16" in present)
+    monkeypatch.setattr(problem, "_onednn_has_fp16", lambda: "fp16" in present)
 
     def both() -> tuple[bool, bool]:
         return has(torch.bfloat16), has(torch.float16)
