@@ -497,7 +497,7 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
         Candidate(WINOGRAD, cpu.winograd, _accepts_winograd, _WINOGRAD_KEPT, None, True),
         Candidate(PREPACKED, cpu.prepacked, _accepts_onednn, _PACKING),
         # What is kept is in fp32.
-        Candidate(IN_FLOAT32, cpu.by_torch_in_float32, lambda p: p.dtype in HALF, _IN_FLOAT32),
+        Candidate(IN_FLOAT32, cpu.by_torch_in_float32, lambda p: p.dtype in HALF),
         Candidate(TORCH, cpu.by_torch, lambda p: p.dtype not in HALF),
     ),
     INPUT_GRADIENT: _gradients_on_cpu(_WINOGRAD_PACKING, _FEW_DX, _WIDE),
