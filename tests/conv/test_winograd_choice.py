@@ -575,7 +575,7 @@ def test_explain_names_the_tile_and_the_rule(monkeypatch: pytest.MonkeyPatch) ->
     (row,) = advdl_ops.explain(nn.Conv2d(64, 64, 3, padding=1), x)  # type: ignore[misc]
     forward, dx, dweight = row.choices
     rule = (
-        "by rule: 48 channels or more and {} output pixels or more, of which the tiles compute up to 150 %; "
+        "by rule: groups of 48 channels or more and {} output pixels or more, of which the tiles compute up to 150 %; "
         f"{choice.reason(choice.ON_CPU[FORWARD][2]).rpartition('; ')[2]}"
     )
     of_dweight = "1521 (or as many as its error asks for, docs/accuracy.md)"
@@ -590,7 +590,7 @@ def test_explain_tells_the_size_of_a_kept_weight() -> None:
     rows = advdl_ops.explain(block(), torch.randn(1, 64, 32, 32))
     (folded,) = rows.layers[0].choices  # type: ignore[union-attr]
     assert (
-        ": winograd, tiles of 2x4, which keeps 2.7 times the weight (by rule: 48 channels or more and 900 out"
+        ": winograd, tiles of 2x4, which keeps 2.7 times the weight (by rule: groups of 48 channels or more and 900 out"
         in str(folded)
     )
 
