@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import advdl_ops
 from advdl_ops import _library, nn
+from advdl_ops._conv import problem
 from advdl_ops.models._layers import ConvNorm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -297,7 +298,11 @@ def test_what_optimize_joined(recorder: Recorder, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_a_model_joins_itself(recorder: Recorder, dtype: torch.dtype) -> None:
+def test_what_a_model_joins_itself(
+    recorder: Recorder, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(problem, "_INSTRUCTIONS", {})  # as if the CPU had those for bf16
+
     def norm(channels: int, act: Any) -> torch.nn.Module:
         return nn.BatchNormAct2d(channels, act=act)
 
@@ -388,7 +393,8 @@ def test_the_reference(recorder: Recorder, name: str) -> None:
             assert not ours
 
 
-def test_under_autocast(recorder: Recorder) -> None:
+def test_under_autocast(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "_INSTRUCTIONS", {})  # as if the CPU had those for bf16
     layer, x = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 8, 8)
     assert OWN in served_by(layer)
     with torch.autocast("cpu", torch.bfloat16):
