@@ -103,7 +103,7 @@ def shapes(images: int, seed: int) -> TensorDataset:
 
 
 def unets() -> Networks:
-    width = 48  # the fewest channels for which Winograd serves with AVX-512
+    width = 48  # enough for Winograd in every direction
     return (
         models.create_model("unet", num_classes=CLASSES, in_channels=1, base_channels=width),
         StockUNet(1, CLASSES, width),

@@ -247,6 +247,10 @@ def _accepts_winograd(p: Problem) -> bool:
     return may_use_winograd(p) and tile_of(p) is not None
 
 
+def _is_half(p: Problem) -> bool:
+    return p.dtype in HALF
+
+
 def _accepts_onednn(p: Problem) -> bool:
     return p.library and p.dtype == torch.float32 and p.x_numel > 0
 
@@ -455,9 +459,7 @@ def _gradients_on_cpu(winograd: Rule, few_pixels: Rule, wide: Rule) -> tuple[Can
         Candidate(_by_way_of_last(DEPTHWISE), own, _accepts_depthwise_in_last, _NOT_TORCHS, _LAST),
         Candidate(WINOGRAD, cpu.winograd_gradients, _accepts_winograd, winograd, None, True),
         Candidate(DENSE, cpu.dense_gradients, _accepts_dense, few_pixels, None, True),
-        Candidate(
-            IN_FLOAT32, cpu.gradients_by_torch_in_float32, lambda p: p.dtype in HALF, _IN_FLOAT32
-        ),
+        Candidate(IN_FLOAT32, cpu.gradients_by_torch_in_float32, _is_half, _IN_FLOAT32),
         Candidate(_by_way_of_last(TORCH), torch_, _is_not_last, wide, _LAST),
         Candidate(TORCH, torch_),
     )
@@ -487,7 +489,7 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
             _LAST,
         ),
         Candidate(ONEDNN, cpu.onednn, _accepts_onednn, _LARGE),
-        Candidate(IN_FLOAT32, cpu.by_torch_in_float32, lambda p: p.dtype in HALF, _IN_FLOAT32),
+        Candidate(IN_FLOAT32, cpu.by_torch_in_float32, _is_half, _IN_FLOAT32),
         Candidate(_by_way_of_last(TORCH), cpu.by_torch, _is_not_last, _WIDE, _LAST),
         Candidate(TORCH, cpu.by_torch),
     ),
@@ -497,8 +499,8 @@ ON_CPU: Mapping[str, tuple[Candidate, ...]] = {
         Candidate(WINOGRAD, cpu.winograd, _accepts_winograd, _WINOGRAD_KEPT, None, True),
         Candidate(PREPACKED, cpu.prepacked, _accepts_onednn, _PACKING),
         # What is kept is in fp32.
-        Candidate(IN_FLOAT32, cpu.by_torch_in_float32, lambda p: p.dtype in HALF),
-        Candidate(TORCH, cpu.by_torch, lambda p: p.dtype not in HALF),
+        Candidate(IN_FLOAT32, cpu.by_torch_in_float32, _is_half),
+        Candidate(TORCH, cpu.by_torch, lambda p: not _is_half(p)),
     ),
     INPUT_GRADIENT: _gradients_on_cpu(_WINOGRAD_PACKING, _FEW_DX, _WIDE),
     WEIGHT_GRADIENT: _gradients_on_cpu(_WINOGRAD_DWEIGHT, _FEW_DWEIGHT, _WIDE_DWEIGHT),

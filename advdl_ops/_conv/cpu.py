@@ -28,7 +28,7 @@ from .problem import (
     convert,
     without_data,
 )
-from .winograd import Tile, least_lengths, tile_for
+from .winograd import Tile, tile_for
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Needs = tuple[bool, bool, bool]
@@ -151,9 +151,7 @@ def winograd_gradients(
 
 def _tile(direction: str, x: Tensor, weight: Tensor, conv: Conv) -> Tile:
     is_last = x.is_contiguous(memory_format=torch.channels_last)
-    channels = min(weight.shape[0] // conv.groups, weight.shape[1])
-    least = least_lengths(direction, x.dtype, channels, is_last)
-    tile = tile_for(direction, x.shape, weight.shape, *conv[1:], least)
+    tile = tile_for(direction, x.dtype, x.shape, weight.shape, conv, is_last)
     assert tile is not None  # else the choice does not accept Winograd
     return tile
 

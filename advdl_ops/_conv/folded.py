@@ -136,9 +136,10 @@ def problem_of_folded(x: Tensor, weight: Tensor, conv: Conv) -> Problem | None:
         return None
     if not x.is_cpu or weight.dtype != x.dtype or x.dim() != 4:
         return None
-    problem = problem_of(FOLDED, x, weight, conv)
-    if x.dtype != torch.float32 and (not computes_in_float32(x.dtype) or problem.is_depthwise):
+    is_depthwise = conv.groups == x.shape[1] == weight.shape[0]
+    if x.dtype != torch.float32 and (is_depthwise or not computes_in_float32(x.dtype)):
         return None
+    problem = problem_of(FOLDED, x, weight, conv)
     return problem if problem.library and problem.x_numel > 0 else None
 
 

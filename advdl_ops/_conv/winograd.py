@@ -11,7 +11,7 @@ import torch
 
 from .._library import cpu_capability
 from .._schemas import conv2d_shape
-from .problem import FOLDED, INPUT_GRADIENT, WEIGHT_GRADIENT, Problem
+from .problem import FOLDED, INPUT_GRADIENT, WEIGHT_GRADIENT, Conv, Problem
 
 
 class Tile(NamedTuple):
@@ -53,15 +53,24 @@ _SMALL_IMAGE = 20480
 # the memory: large tiles, whose weight is larger, only where there are many. More images of a batch do not count.
 _PACKING, _KEEPING, _IMAGES_COUNTED = 12, 100, 8
 
-_Pair = tuple[int, int]
-
 
 def tile_of(problem: Problem) -> Tile | None:
     """Of the tiles that are as exact as torch for a problem of Winograd's form, the one that multiplies least."""
-    return tile_for(
-        problem.direction, problem.x, problem.weight, problem.padding, problem.dilation, problem.groups,
-        least_lengths(problem.direction, problem.dtype, min(problem.channels_of_group), problem.is_channels_last),
-    )  # fmt: skip
+    p = problem
+    return tile_for(p.direction, p.dtype, p.x, p.weight, p.conv, p.is_channels_last)
+
+
+def tile_for(
+    direction: str,
+    dtype: torch.dtype,
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    conv: Conv,
+    is_last: bool,
+) -> Tile | None:
+    """As :func:`tile_of`. ``is_last``: of x."""
+    channels = min(weight[1], weight[0] // conv.groups)
+    return _tile(direction, x, weight, conv, least_lengths(direction, dtype, channels, is_last))
 
 
 def least_lengths(
@@ -91,29 +100,29 @@ def _torch_has_avx512() -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def tile_for(
+def _tile(
     direction: str,
     x: tuple[int, ...],
     weight: tuple[int, ...],
-    padding: _Pair,
-    dilation: _Pair,
-    groups: int,
+    conv: Conv,
     least: tuple[int, ...],
 ) -> Tile | None:
-    """As :func:`tile_of`. ``least``: of :func:`least_lengths`."""
+    """``least``: of :func:`least_lengths`."""
     if x[0] == 1 and math.prod(x) <= _SMALL_IMAGE and least != _ANY_LENGTH:
         return None
-    images, height, width = _outputs(direction, x, weight, padding, dilation)
+    images, height, width = _outputs(direction, x, weight, conv)
     if direction == WEIGHT_GRADIENT:
         length = images * height * width
     else:
-        length = weight[0] // groups if direction == INPUT_GRADIENT else weight[1]
+        length = weight[0] // conv.groups if direction == INPUT_GRADIENT else weight[1]
     further = _PACKING
     if direction == FOLDED:
         images, further = min(images, _IMAGES_COUNTED), _KEEPING
     return min(
         (tile for tile, shortest in zip(TILES, least, strict=True) if length >= shortest),
-        key=lambda tile: (_count(tile, images, height, width, dilation) + further) * tile.points,
+        key=lambda tile: (
+            (_count(tile, images, height, width, conv.dilation) + further) * tile.points
+        ),
         default=None,
     )
 
@@ -127,9 +136,7 @@ def packed_numel(tile: Tile, weight: Sequence[int], groups: int) -> int:
 
 def outputs_computed(problem: Problem) -> tuple[int, int]:
     """Outputs per channel that the tiles compute, and those that are needed: tiles overhang the edges."""
-    images, height, width = _outputs(
-        problem.direction, problem.x, problem.weight, problem.padding, problem.dilation
-    )
+    images, height, width = _outputs(problem.direction, problem.x, problem.weight, problem.conv)
     tile = tile_of(problem)
     assert tile is not None
     count = _count(tile, images, height, width, problem.dilation)
@@ -137,16 +144,16 @@ def outputs_computed(problem: Problem) -> tuple[int, int]:
 
 
 def _outputs(
-    direction: str, x: tuple[int, ...], weight: tuple[int, ...], padding: _Pair, dilation: _Pair
+    direction: str, x: tuple[int, ...], weight: tuple[int, ...], conv: Conv
 ) -> tuple[int, int, int]:
     """Images, height and width of what the tiles cover: the gradient of x, else the output."""
     if direction == INPUT_GRADIENT:
         return x[0], x[2], x[3]
-    _, _, height, width = conv2d_shape(x, weight, (1, 1), padding, dilation)
+    _, _, height, width = conv2d_shape(x, weight, *conv[:3])
     return x[0], height, width
 
 
-def _count(tile: Tile, images: int, height: int, width: int, dilation: _Pair) -> int:
+def _count(tile: Tile, images: int, height: int, width: int, dilation: tuple[int, int]) -> int:
     """Tiles. A dilated convolution is one on each of dilation x dilation grids of pixels, with an edge of its own."""
     sides = (height, tile.rows, dilation[0]), (width, tile.columns, dilation[1])
     return images * math.prod(

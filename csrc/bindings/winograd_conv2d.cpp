@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../cpu/dispatch.h"
 #include "conv2d.h"
 
 namespace advdl_ops {
@@ -90,14 +91,8 @@ bool is_vector(const OptionalTensor& t, int64_t size, const Tensor& x) {
                             t->scalar_type() == ScalarType::Float && t->device() == x.device());
 }
 
-int64_t thread_count() {
-  uint32_t count = 1;
-  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
-  return count;
-}
-
 void run(WinogradConv2dForward& p, const Tensor& x) {
-  p.threads = thread_count();
+  p.threads = cpu::thread_count();
   Launch(x, [&] {
     return cpu::winograd_conv2d_forward_workspace(p);
   }).run(cpu::winograd_conv2d_forward, p);
@@ -173,7 +168,7 @@ Tensor weight_gradient(const Tensor& dz, const Tensor& x, const Tensor& weight,
   p.weight_layout = format_of(weight);
   Tensor dweight =
       allocate_image(x, p.weight_layout, weight.size(0), s.c_in, kSize, kSize, ScalarType::Float);
-  p.threads = thread_count();
+  p.threads = cpu::thread_count();
   p.dz = data(dz);
   p.x = data(x);
   p.dweight = static_cast<float*>(data(dweight));

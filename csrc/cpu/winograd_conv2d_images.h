@@ -2,7 +2,6 @@
 // and out.
 #pragma once
 
-#include "depthwise_conv2d.h"
 #include "winograd_conv2d_weight.h"
 
 namespace advdl_ops {
@@ -107,20 +106,21 @@ void read_stage(const Images& images, const Rectangle& r, int64_t c, int64_t cou
   const S* data = static_cast<const S*>(images.data);
   for (int64_t i = 0; i < r.rows; ++i, stage += r.columns * kLanes) {
     const int64_t y = r.y + i * r.step_y;
-    int64_t begin = 0, end = y >= 0 && y < images.height ? r.columns : 0;
+    const bool has_row = images.has_row(y);
     if (images.is_last()) {
       with_lanes<float>(count, [&](auto part) {
         for (int64_t j = 0; j < r.columns; ++j) {
           const int64_t x = r.x + j * r.step_x;
-          const bool inside = end > 0 && x >= 0 && x < images.width;
+          const bool inside = has_row && images.has_column(x);
           store(stage + j * kLanes, inside ? part.read(data + images.at(r.n, y, x, c)) : Vec{});
         }
       });
       continue;
     }
     // Rows are runs of pixels, which are transposed. There is no dilation.
-    begin = max_of(0, min_of(end, -r.x));
-    end = max_of(begin, min_of(end, images.width - r.x));
+    const int64_t within = has_row ? r.columns : 0;
+    const int64_t begin = max_of(0, min_of(within, -r.x));
+    const int64_t end = max_of(begin, min_of(within, images.width - r.x));
     for (int64_t j = 0; j < begin; ++j) store(stage + j * kLanes, Vec{});
     for (int64_t j = end; j < r.columns; ++j) store(stage + j * kLanes, Vec{});
     for (int64_t j = begin; j < end; j += kLanes) {
@@ -250,8 +250,8 @@ struct Transformed {
 
 // Tiles [begin, end) of those that `to` holds, which are `first` and the following ones.
 template <class T, class To>
-void transform_inputs_directly(const Grid<T>& grid, const Images& images, int64_t c_in,
-                               int64_t first, int64_t begin, int64_t end, const To& to) {
+void transform_inputs_directly(const Grid<T>& grid, const Images& images, int64_t first,
+                               int64_t begin, int64_t end, const To& to) {
   const WinogradConv2dShape& s = grid.s;
   const int64_t row = s.h.dilation * images.width * images.channels;
   const int64_t column = s.w.dilation * images.channels;
@@ -263,7 +263,7 @@ void transform_inputs_directly(const Grid<T>& grid, const Images& images, int64_
     const int64_t y = place.y - s.h.padding, x = place.x - s.w.padding;
     const float* pixel = static_cast<const float*>(images.data) + images.at(place.n, y, x, 0);
     if (is_inside(s.h, y, T::TH) && is_inside(s.w, x, T::TW)) {
-      for_vectors<float, 1, false>(c_in, [&](int64_t c, auto part, auto) {
+      for_vectors<float, 1, false>(s.c_in, [&](int64_t c, auto part, auto) {
         transform_input<T>(
             [&](int i, int j) { return part.read(pixel + i * row + j * column + c); }, to.at(t, c),
             to.of_point);
@@ -286,7 +286,7 @@ void transform_inputs_directly(const Grid<T>& grid, const Images& images, int64_
         steps[i * T::TW + j] = inside;
       }
     }
-    for_vectors<float, 1, false>(c_in, [&](int64_t c, auto part, auto) {
+    for_vectors<float, 1, false>(s.c_in, [&](int64_t c, auto part, auto) {
       transform_input<T>(
           [&](int i, int j) { return part.read(from[i * T::TW + j] + c * steps[i * T::TW + j]); },
           to.at(t, c), to.of_point);
@@ -296,47 +296,48 @@ void transform_inputs_directly(const Grid<T>& grid, const Images& images, int64_
 
 // kGradients: dz in place of x.
 template <class T, bool kGradients, class To>
-void transform_staged(const Grid<T>& grid, const Images& images, int64_t channels, int64_t first,
-                      int64_t begin, int64_t end, const To& to) {
+void transform_staged(const Grid<T>& grid, const Images& images, int64_t first, int64_t begin,
+                      int64_t end, const To& to) {
   constexpr int kEdge = kGradients ? 0 : 2;
   const WinogradConv2dShape& s = grid.s;
+  const int64_t channels = kGradients ? s.c_out : s.c_in;
   alignas(64) float stage[kStagePixels * kLanes];
-  for_rectangles<T>(grid, first + begin, end - begin,
-                    [&](int64_t tile, int64_t rows, int64_t columns) {
-                      const auto place = grid.place(tile);
-                      const Rectangle r{place.n,
-                                        place.y - (kGradients ? 0 : s.h.padding),
-                                        place.x - (kGradients ? 0 : s.w.padding),
-                                        rows * T::MH + kEdge,
-                                        columns * T::MW + kEdge,
-                                        s.h.dilation,
-                                        s.w.dilation};
-                      for (int64_t c = 0; c < channels; c += kLanes) {
-                        read_stage(images, r, c, min_of(kLanes, channels - c), stage);
-                        int64_t t = tile - first;
-                        for (int64_t y = 0; y < rows; ++y) {
-                          const float* pixel = stage + y * T::MH * r.columns * kLanes;
-                          for (int64_t x = 0; x < columns; ++x, ++t, pixel += T::MW * kLanes) {
-                            const auto input = [&](int i, int j) {
-                              return load(pixel + (i * r.columns + j) * kLanes);
-                            };
-                            if constexpr (kGradients)
-                              transform_gradient<T>(input, to.at(t, c), to.of_point);
-                            else
-                              transform_input<T>(input, to.at(t, c), to.of_point);
-                          }
-                        }
-                      }
-                    });
+  const auto transform = [&](int64_t tile, int64_t rows, int64_t columns) {
+    const auto place = grid.place(tile);
+    const Rectangle r{place.n,
+                      place.y - (kGradients ? 0 : s.h.padding),
+                      place.x - (kGradients ? 0 : s.w.padding),
+                      rows * T::MH + kEdge,
+                      columns * T::MW + kEdge,
+                      s.h.dilation,
+                      s.w.dilation};
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      read_stage(images, r, c, min_of(kLanes, channels - c), stage);
+      int64_t t = tile - first;
+      for (int64_t y = 0; y < rows; ++y) {
+        const float* pixel = stage + y * T::MH * r.columns * kLanes;
+        for (int64_t x = 0; x < columns; ++x, ++t, pixel += T::MW * kLanes) {
+          const auto input = [&](int i, int j) {
+            return load(pixel + (i * r.columns + j) * kLanes);
+          };
+          if constexpr (kGradients)
+            transform_gradient<T>(input, to.at(t, c), to.of_point);
+          else
+            transform_input<T>(input, to.at(t, c), to.of_point);
+        }
+      }
+    }
+  };
+  for_rectangles<T>(grid, first + begin, end - begin, transform);
 }
 
 template <class T, class To>
 void transform_inputs(const Grid<T>& grid, const Images& images, int64_t first, int64_t begin,
                       int64_t end, const To& to) {
   if (images.is_direct())
-    transform_inputs_directly<T>(grid, images, grid.s.c_in, first, begin, end, to);
+    transform_inputs_directly<T>(grid, images, first, begin, end, to);
   else
-    transform_staged<T, false>(grid, images, grid.s.c_in, first, begin, end, to);
+    transform_staged<T, false>(grid, images, first, begin, end, to);
 }
 
 // As transform_inputs, of the gradients of outputs.
@@ -344,8 +345,7 @@ template <class T, class To>
 void transform_gradients(const Grid<T>& grid, const Images& images, int64_t first, int64_t begin,
                          int64_t end, const To& to) {
   const WinogradConv2dShape& s = grid.s;
-  if (!images.is_direct())
-    return transform_staged<T, true>(grid, images, s.c_out, first, begin, end, to);
+  if (!images.is_direct()) return transform_staged<T, true>(grid, images, first, begin, end, to);
   const int64_t row = s.h.dilation * images.width * images.channels;
   const int64_t column = s.w.dilation * images.channels;
   for (int64_t t = begin; t < end; ++t) {

@@ -1,6 +1,7 @@
 // The transform of a weight for Winograd's convolution.
 #pragma once
 
+#include "depthwise_conv2d.h"
 #include "matmul.h"
 #include "winograd_conv2d_tile.h"
 
@@ -19,20 +20,13 @@ ADVDL_INLINE auto with_stored(DType dtype, F&& f) {
       return f.template operator()<float>();
   }
 }
-inline int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 inline float element(DType dtype, const void* data, int64_t at) {
-  switch (dtype) {
-    case DType::bf16:
-      return to_float(static_cast<const BFloat16*>(data)[at]);
-    case DType::f16:
-      return to_float(static_cast<const Float16*>(data)[at]);
-    default:
-      return static_cast<const float*>(data)[at];
-  }
+  return with_stored(dtype, [&]<class S>() { return widened(static_cast<const S*>(data)[at]); });
 }
 // data + elements
 inline const void* moved(DType dtype, const void* data, int64_t elements) {
-  return data == nullptr ? nullptr : static_cast<const char*>(data) + elements * bytes_of(dtype);
+  return data == nullptr ? nullptr
+                         : static_cast<const char*>(data) + elements * element_bytes(dtype);
 }
 
 // Elements of one panel at one point. A row more, as distances of a power of two would share few sets of a cache.

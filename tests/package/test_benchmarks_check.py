@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import advdl_ops
 from advdl_ops._conv import cpu, operators
-from advdl_ops._conv.problem import FOLDED
-from advdl_ops._conv.winograd import least_lengths, packed_numel, tile_for
+from advdl_ops._conv.problem import FOLDED, Conv
+from advdl_ops._conv.winograd import packed_numel, tile_for
 from benchmarks import calls, measure_model, measure_op, memory, registry
 from benchmarks.cases import unet
 from benchmarks.check import wrong_values
@@ -487,8 +487,8 @@ def _check_the_peak_of_inference(monkeypatch: Any, convolution: str) -> None:
     value = {(r["provider"], r["metric"]): r["p50"] for r in records}
     second = 9 * 64 * 96
     if convolution == "default":
-        least = least_lengths(FOLDED, torch.float32, 64, False)
-        tile = tile_for(FOLDED, (2, 64, 8, 8), (96, 64, 3, 3), (1, 1), (1, 1), 1, least)
+        conv = Conv(padding=(1, 1))
+        tile = tile_for(FOLDED, torch.float32, (2, 64, 8, 8), (96, 64, 3, 3), conv, False)
         assert tile is not None
         second = packed_numel(tile, (96, 64, 3, 3), 1)
     folded = 4 * (9 * 16 * 64 + second)
