@@ -31,6 +31,7 @@ from advdl_ops._conv.problem import (  # noqa: E402
     Conv,
     problem_of,
 )
+from benchmarks import convergence_report, environment  # noqa: E402
 
 SHAPE = (8, 64, 28, 28)
 CONV = Conv(padding=(1, 1))
@@ -300,6 +301,9 @@ def main() -> None:
     ]
     path = ROOT / "docs" / "accuracy.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    list(
+        convergence_report.write_doc(environment.RESULTS)
+    )  # the section on training, from its records
     print(f"wrote {path.relative_to(ROOT)}")
 
 
