@@ -365,6 +365,8 @@ ZOO, NO_ZOO = {"advdl_ops", "advdl_ops optimize"}, {"advdl_ops optimize"}
         ("ddpm_unet/inference/2x3x16x16", NO_ZOO),
         ("efficientnet_b0/inference/4x3x64x64", NO_ZOO),
         ("deeplabv3_resnet50/inference/2x3x33x33", None),
+        ("mobilenet_v2/inference/2x3x32x32", NO_ZOO),
+        ("convnext_tiny/inference/2x3x32x32", NO_ZOO),
         pytest.param("torchvision_resnet18/train/2x3x32x32", ZOO, marks=pytest.mark.slow),
         pytest.param("efficientnet_b0/train/4x3x64x64", NO_ZOO, marks=pytest.mark.slow),
         pytest.param("deeplabv3_resnet50/train/4x3x33x33", None, marks=pytest.mark.slow),
