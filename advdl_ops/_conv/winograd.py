@@ -47,6 +47,8 @@ _LEAST_PIXELS_AVX512_LAST = {
     128: (3136, 16384, 65536),
     0: (8192, 32768, 65536),
 }
+# Grids of a dilation whose tiles are counted. With more, each output has its own.
+_MOST_GRIDS = 1 << 16
 # torch computes one image of up to so many numbers by its own matrix product, which is more exact than oneDNN.
 _SMALL_IMAGE = 20480
 # Tiles whose work the transform of the weight takes. For a kept weight there is no such work. The number then bounds
@@ -110,9 +112,10 @@ def _tile(
     """``least``: of :func:`least_lengths`."""
     if x[0] == 1 and math.prod(x) <= _SMALL_IMAGE and least != _ANY_LENGTH:
         return None
-    images, height, width = _outputs(direction, x, weight, conv)
+    covered = _covered(direction, x, weight, conv)
+    images = x[0]
     if direction == WEIGHT_GRADIENT:
-        length = images * height * width
+        length = images * math.prod(size for size, _, _ in covered)
     else:
         length = weight[0] // conv.groups if direction == INPUT_GRADIENT else weight[1]
     further = _PACKING
@@ -120,9 +123,7 @@ def _tile(
         images, further = min(images, _IMAGES_COUNTED), _KEEPING
     return min(
         (tile for tile, shortest in zip(TILES, least, strict=True) if length >= shortest),
-        key=lambda tile: (
-            (_count(tile, images, height, width, conv.dilation) + further) * tile.points
-        ),
+        key=lambda tile: (images * _count(tile, covered) + further) * tile.points,
         default=None,
     )
 
@@ -136,29 +137,55 @@ def packed_numel(tile: Tile, weight: Sequence[int], groups: int) -> int:
 
 def outputs_computed(problem: Problem) -> tuple[int, int]:
     """Outputs per channel that the tiles compute, and those that are needed: tiles overhang the edges."""
-    images, height, width = _outputs(problem.direction, problem.x, problem.weight, problem.conv)
+    images = problem.x[0]
+    covered = _covered(problem.direction, problem.x, problem.weight, problem.conv)
     tile = tile_of(problem)
     assert tile is not None
-    count = _count(tile, images, height, width, problem.dilation)
-    return count * tile.rows * tile.columns, images * height * width
+    count = images * _count(tile, covered)
+    return count * tile.rows * tile.columns, images * math.prod(size for size, _, _ in covered)
 
 
-def _outputs(
+def _covered(
     direction: str, x: tuple[int, ...], weight: tuple[int, ...], conv: Conv
-) -> tuple[int, int, int]:
-    """Images, height and width of what the tiles cover: the gradient of x, else the output."""
+) -> tuple[tuple[int, int, int], ...]:
+    """What the tiles cover: of height and width the outputs, the dilation and the padding.
+
+    The gradient of x is a convolution whose outputs are the pixels of x.
+    """
     if direction == INPUT_GRADIENT:
-        return x[0], x[2], x[3]
-    _, _, height, width = conv2d_shape(x, weight, *conv[:3])
-    return x[0], height, width
+        padding = tuple(2 * rate - p for rate, p in zip(conv.dilation, conv.padding, strict=True))
+        return tuple(zip(x[2:], conv.dilation, padding, strict=True))
+    sizes = conv2d_shape(x, weight, *conv[:3])[2:]
+    return tuple(zip(sizes, conv.dilation, conv.padding, strict=True))
 
 
-def _count(tile: Tile, images: int, height: int, width: int, dilation: tuple[int, int]) -> int:
-    """Tiles. A dilated convolution is one on each of dilation x dilation grids of pixels, with an edge of its own."""
-    sides = (height, tile.rows, dilation[0]), (width, tile.columns, dilation[1])
-    return images * math.prod(
-        min(rate, size) * _ceil_div(_ceil_div(size, rate), outputs) for size, outputs, rate in sides
+def _count(tile: Tile, covered: tuple[tuple[int, int, int], ...]) -> int:
+    """Tiles of an image."""
+    return math.prod(
+        _strips(outputs, *axis)
+        for outputs, axis in zip((tile.rows, tile.columns), covered, strict=True)
     )
+
+
+def _strips(outputs: int, size: int, rate: int, padding: int) -> int:
+    """Tiles of one axis, as csrc/cpu/winograd_conv2d_grid.h divides it.
+
+    Args:
+        outputs: of a tile.
+        size: outputs of the axis.
+        rate: the dilation. The convolution is one without dilation on each of as many grids of pixels. Each begins in
+            the last tile of the one before, behind a gap of one or two outputs.
+        padding: of the axis.
+    """
+    if min(rate, size) > _MOST_GRIDS:
+        return size
+    gap = 1 if padding >= rate else 2
+    count = free = 0  # tiles, and unused outputs of the last one
+    for first in range(min(rate, size)):
+        rest = _ceil_div(size - first, rate) - max(0, free - gap)
+        count += _ceil_div(max(0, rest), outputs)
+        free = -rest % outputs if rest > 0 else -rest
+    return count
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -69,8 +69,8 @@ WinogradConv2dShape shape_of(const Tensor& x, const Tensor& weight,
   s.h = axis(x, weight, stride, padding, dilation, 0, function);
   s.w = axis(x, weight, stride, padding, dilation, 1, function);
   s.dtype = dtype_of(x, function);
-  // Rows of a dilated grid are not runs of neighbouring numbers.
-  if (s.h.dilation == 1 && s.w.dilation == 1) s.layout = format_of(x);
+  const int64_t widest = s.w.in > s.w.out ? s.w.in : s.w.out;
+  if (s.w.dilation == 1 || widest <= kWinogradWidest) s.layout = format_of(x);
   return s;
 }
 

@@ -26,10 +26,12 @@ struct WinogradFilters {
 
 struct WinogradConv2dShape : WinogradFilters {
   int64_t n = 0;
-  Conv2dAxis h, w;                        // kernel 3, stride 1
-  DType dtype = DType::f32;               // of all images: f32, bf16 or f16
-  Layout layout = Layout::channels_last;  // of all images; channels_first only without dilation
+  Conv2dAxis h, w;           // kernel 3, stride 1
+  DType dtype = DType::f32;  // of all images: f32, bf16 or f16
+  // Of all images. channels_first: with a dilation of w, x and out have at most kWinogradWidest columns.
+  Layout layout = Layout::channels_last;
 };
+constexpr int64_t kWinogradWidest = 126;
 
 // A weight [groups * C_out, C_in, 3, 3]. Turned, for the gradient of x, it is stored as [groups * C_in, C_out, 3, 3]
 // with its taps in reverse order.

@@ -30,6 +30,7 @@ struct ForwardSpace {
   static constexpr int64_t kLargeWeight = 4 << 20;  // bytes
   Grid<T> grid;
   int64_t tiles, panels;
+  int64_t together;  // tiles that are finished together: the stage of a dilated row holds it whole
   bool by_panels, packs;
   int64_t stride, of_chunk, of_v;  // elements from one tile, chunk and point of V to the next
   int64_t most;                    // tiles that V holds
@@ -41,15 +42,19 @@ struct ForwardSpace {
       : grid(p.shape),
         tiles(grid.tiles()),
         panels(ceil_div(p.shape.c_out, kPanel<float>)),
+        together(p.shape.layout == Layout::channels_last || p.shape.w.dilation == 1
+                     ? kTileRows
+                     : grid.columns.count),
         packs(p.packed == nullptr),
         stride(min_of(kChunk, round_up(p.shape.c_in, kLanes))) {
     const int64_t threads = max_of(1, p.threads), all_packed = packed_size_of<T>(p.shape);
     by_panels = all_packed * int64_t{4} > kLargeWeight || tiles < 2 * threads * kBlock<T>;
-    most = by_panels ? round_up(min_of(tiles, kManyTiles), kTileRows) : kBlock<T>;
+    most = by_panels ? round_up(min_of(tiles, kManyTiles), together)
+                     : max_of(1, kBlock<T> / together) * together;
     splits = by_panels
-                 ? max_of(1, min_of(threads / common_divisor(threads, panels), most / kTileRows))
+                 ? max_of(1, min_of(threads / common_divisor(threads, panels), most / together))
                  : 1;
-    slots = min_of(threads, by_panels ? panels * splits : ceil_div(tiles, kBlock<T>));
+    slots = min_of(threads, by_panels ? panels * splits : ceil_div(tiles, most));
     of_chunk = most * stride;
     of_v = ceil_div(p.shape.c_in, kChunk) * of_chunk + kChunk;  // no power of two
     v_size = T::points * of_v;
@@ -60,7 +65,9 @@ struct ForwardSpace {
   }
   // What all threads share comes first: V, or the packed weight.
   int64_t shared_size() const { return by_panels ? v_size : packed_size; }
-  size_t bytes() const { return (shared_size() + slots * slot_size) * sizeof(float); }
+  size_t bytes() const {
+    return grid.bytes() + (shared_size() + slots * slot_size) * sizeof(float);
+  }
 
   static int64_t common_divisor(int64_t a, int64_t b) {
     while (b != 0) {
@@ -87,7 +94,9 @@ class Forward {
         packed_(p.packed == nullptr ? nullptr : p.packed + group * packed_size_of<T>(s_)),
         scale_(p.scale == nullptr ? nullptr : p.scale + group * s_.c_out),
         shift_(p.shift == nullptr ? nullptr : p.shift + group * s_.c_out),
-        shared_(static_cast<float*>(memory)) {}
+        shared_(reinterpret_cast<float*>(static_cast<char*>(memory) + space_.grid.bytes())) {
+    space_.grid.fill(memory);
+  }
 
   void run() {
     if (space_.by_panels)
@@ -111,12 +120,12 @@ class Forward {
     float* own = shared_;
     if (space_.packs) pack<T>(s_, weight_, own);
     const float* packed = space_.packs ? own : packed_;
-    const int64_t groups = ceil_div(space_.tiles, kTileRows);
+    const int64_t together = space_.together, groups = ceil_div(space_.tiles, together);
     in_slots(space_.slots, [&](int64_t index) {
-      const int64_t begin = index * groups / space_.slots * kTileRows;
-      const int64_t end = min_of(space_.tiles, (index + 1) * groups / space_.slots * kTileRows);
-      const int64_t blocks = max_of(1, ceil_div(end - begin, kBlock<T>));
-      const int64_t block = round_up(ceil_div(end - begin, blocks), kTileRows);
+      const int64_t begin = index * groups / space_.slots * together;
+      const int64_t end = min_of(space_.tiles, (index + 1) * groups / space_.slots * together);
+      const int64_t blocks = max_of(1, ceil_div(end - begin, space_.most));
+      const int64_t block = round_up(ceil_div(end - begin, blocks), together);
       float *v = slot(index), *products = v + space_.v_size;
       for (int64_t first = begin; first < end; first += block) {
         const int64_t count = min_of(block, end - first);
@@ -131,7 +140,7 @@ class Forward {
     float* v = shared_;
     for (int64_t first = 0; first < space_.tiles; first += space_.most) {
       const int64_t count = min_of(space_.most, space_.tiles - first);
-      const int64_t part = round_up(ceil_div(count, space_.splits), kTileRows);
+      const int64_t part = round_up(ceil_div(count, space_.splits), space_.together);
       cpu::parallel_ranges(count, T::points * s_.c_in * 4,
                            [&](int64_t begin, int64_t end) { transform(first, begin, end, v); });
       const int64_t units = space_.panels * space_.splits;
@@ -197,10 +206,12 @@ class Forward {
           multiply(point, c, count, v, chunk + point * space_.of_packed_chunk, products);
       }
     }
-    if (out_.is_direct())
-      write_directly(first, count, products, q * panel);
-    else
-      write_by_stage(first, count, products, q * panel);
+    with_stored(out_.dtype, [&]<class S>() {
+      if (out_.is_last())
+        write_directly<S>(first, count, products, q * panel);
+      else
+        write_by_stage<S>(first, count, products, q * panel);
+    });
   }
 
   template <class S>
@@ -226,31 +237,34 @@ class Forward {
   }
 
   // The outputs of `count` tiles from `first` on, for the panel whose first output channel is o.
+  template <class S>
   void write_directly(int64_t first, int64_t count, const float* products, int64_t o) const {
     constexpr int64_t panel = kPanel<float>;
-    const Epilogue<float> epilogue = this->epilogue<float>();
-    const int64_t step_h = s_.h.dilation * s_.w.out * out_.channels;
-    const int64_t step_w = s_.w.dilation * out_.channels;
+    const Epilogue<S> epilogue = this->epilogue<S>();
+    const int64_t step = s_.w.dilation * out_.channels;
     const Vec one = broadcast(1.0f), none{};
     for (int64_t t = 0; t < count; ++t) {
-      const auto at = space_.grid.place(first + t);
-      if (at.height <= 0 || at.width <= 0) continue;
-      const int64_t pixel = out_.at(at.n, at.y, at.x, o);
+      const auto place = space_.grid.place(first + t);
+      const auto& rows = *space_.grid.rows.at(place.row);
+      const auto& columns = *space_.grid.columns.at(place.column);
       for_vectors<float, 1, false>(min_of(panel, s_.c_out - o), [&](int64_t c, auto part, auto) {
         Vec out[T::MH * T::MW];
         outputs(first + t, products + t * panel + c, o + c, part, out);
         const Vec scale = scale_ == nullptr ? one : part.read(scale_ + o + c);
         const Vec shift = shift_ == nullptr ? none : part.read(shift_ + o + c);
-        for (int i = 0; i < at.height; ++i) {
-          const int64_t to = pixel + i * step_h + c;
-          if (at.width == T::MW) {
-            epilogue.template finish<T::MW>(*reinterpret_cast<Vec(*)[T::MW]>(out + i * T::MW),
-                                            scale, shift, to, step_w, part);
-          } else {
-            for (int j = 0; j < at.width; ++j) {
-              Vec sum[1] = {out[i * T::MW + j]};
-              epilogue.template finish<1>(sum, scale, shift, to + j * step_w, 0, part);
-            }
+        for (int i = 0; i < T::MH; ++i) {
+          if (rows.out[i] >= out_.height) continue;
+          if (columns.is_full) {
+            epilogue.template finish<T::MW>(
+                *reinterpret_cast<Vec(*)[T::MW]>(out + i * T::MW), scale, shift,
+                out_.at(place.n, rows.out[i], columns.out[0], o + c), step, part);
+            continue;
+          }
+          for (int j = 0; j < T::MW; ++j) {
+            if (columns.out[j] >= out_.width) continue;
+            Vec sum[1] = {out[i * T::MW + j]};
+            epilogue.template finish<1>(
+                sum, scale, shift, out_.at(place.n, rows.out[i], columns.out[j], o + c), 0, part);
           }
         }
       });
@@ -258,31 +272,29 @@ class Forward {
   }
 
   // The same through the stage.
+  template <class S>
   void write_by_stage(int64_t first, int64_t count, const float* products, int64_t o) const {
     constexpr int64_t panel = kPanel<float>;
     alignas(64) float stage[kStagePixels * kLanes];
-    for_rectangles<T>(space_.grid, first, count, [&](int64_t tile, int64_t rows, int64_t columns) {
-      const auto place = space_.grid.place(tile);
-      const Rectangle r{place.n,         place.y,       place.x,      rows * T::MH,
-                        columns * T::MW, s_.h.dilation, s_.w.dilation};
+    for_rectangles<T>(space_.grid, first, count, [&](const TileRectangle<T>& tiles) {
+      const Rectangle r = tiles.outputs();
       for_vectors<float, 1, false>(min_of(panel, s_.c_out - o), [&](int64_t c, auto part, auto) {
-        int64_t t = tile - first;
-        for (int64_t y = 0; y < rows; ++y) {
-          float* pixel = stage + y * T::MH * r.columns * kLanes;
-          for (int64_t x = 0; x < columns; ++x, ++t, pixel += T::MW * kLanes) {
+        for (int64_t y = 0; y < tiles.rows; ++y) {
+          float* row = stage + y * T::MH * r.columns * kLanes;
+          for (int64_t x = 0; x < tiles.columns; ++x) {
+            const auto& columns = tiles.column(x);
+            const int64_t tile = tiles.tile(y, x);
             Vec out[T::MH * T::MW];
-            outputs(first + t, products + t * panel + c, o + c, part, out);
+            outputs(tile, products + (tile - first) * panel + c, o + c, part, out);
 #pragma GCC unroll 4
             for (int i = 0; i < T::MH; ++i) {
 #pragma GCC unroll 4
               for (int j = 0; j < T::MW; ++j)
-                store(pixel + (i * r.columns + j) * kLanes, out[i * T::MW + j]);
+                store(row + (i * r.columns + columns.out[j] - r.x) * kLanes, out[i * T::MW + j]);
             }
           }
         }
-        with_stored(out_.dtype, [&]<class S>() {
-          write_stage<S>(out_, r, o + c, part.count(kLanes), epilogue<S>(), stage);
-        });
+        write_stage<S>(out_, r, o + c, part.count(kLanes), epilogue<S>(), stage);
       });
     });
   }
@@ -292,17 +304,19 @@ class Forward {
   __attribute__((noinline)) void compute_directly(int64_t tile, int64_t o, int64_t count,
                                                   Vec* out) const {
     const Taps taps(s_, weight_);
-    const auto at = space_.grid.place(tile);
-    for (int64_t i = 0; i < at.height; ++i) {
-      for (int64_t j = 0; j < at.width; ++j) {
+    const auto place = space_.grid.place(tile);
+    const auto& rows = *space_.grid.rows.at(place.row);
+    const auto& columns = *space_.grid.columns.at(place.column);
+    for (int64_t i = 0; i < T::MH; ++i) {
+      for (int64_t j = 0; j < T::MW; ++j) {
+        if (rows.out[i] >= out_.height || columns.out[j] >= out_.width) continue;
         alignas(64) float sums[kLanes] = {};
         for (int64_t lane = 0; lane < count; ++lane) {
           double sum = 0;
           for (int64_t t = 0; t < kTaps; ++t) {
-            const int64_t y = at.y + (i + t / 3) * s_.h.dilation - s_.h.padding;
-            const int64_t x = at.x + (j + t % 3) * s_.w.dilation - s_.w.padding;
+            const int64_t y = rows.in[i + t / 3], x = columns.in[j + t % 3];
             if (!x_.has(y, x)) continue;
-            const int64_t from = x_.at(at.n, y, x, 0), tap = weight_.turned ? kTaps - 1 - t : t;
+            const int64_t from = x_.at(place.n, y, x, 0), tap = weight_.turned ? kTaps - 1 - t : t;
             const int64_t weight = (o + lane) * taps.of_out + tap * taps.tap;
             // NaN does not leave a sum, so nothing is added to it.
             for (int64_t c = 0; c < s_.c_in && sum == sum; ++c)
@@ -318,7 +332,7 @@ class Forward {
 
   const WinogradConv2dForward& p_;
   const WinogradConv2dShape& s_;
-  const ForwardSpace<T> space_;
+  ForwardSpace<T> space_;
   const Images x_, out_, residual_;
   const WinogradWeight weight_;
   const float *const packed_, *const scale_, *const shift_;
@@ -333,6 +347,7 @@ void run_forward(const WinogradConv2dForward& p, void* workspace) {
   });
 }
 size_t forward_workspace(const WinogradConv2dForward& p) {
+  if (p.shape.n == 0) return 0;
   return with_tile(p.shape.tile,
                    [&](auto tile) { return ForwardSpace<decltype(tile)>(p).bytes(); });
 }

@@ -47,7 +47,9 @@ struct WeightSpace {
     v_size = T::points * of_v;
     slot_size = v_size + T::points * of_z;
   }
-  size_t bytes() const { return (ranges * sums_size + slots * slot_size) * sizeof(float); }
+  size_t bytes() const {
+    return grid.bytes() + (ranges * sums_size + slots * slot_size) * sizeof(float);
+  }
 };
 
 // One group of channels.
@@ -61,7 +63,9 @@ class Backward {
         dz_(s_, p.dz, s_.h.out, s_.w.out, s_.c_out, group),
         is_last_(p.weight_layout == Layout::channels_last),
         dweight_(p.dweight + group * s_.c_out * s_.c_in * kTaps),
-        sums_(static_cast<float*>(memory)) {}
+        sums_(reinterpret_cast<float*>(static_cast<char*>(memory) + space_.grid.bytes())) {
+    space_.grid.fill(memory);
+  }
 
   void run() {
     if (space_.by_ranges)
@@ -194,7 +198,7 @@ class Backward {
   }
 
   const WinogradConv2dShape& s_;
-  const WeightSpace<T> space_;
+  WeightSpace<T> space_;
   const Images x_, dz_;
   const bool is_last_;
   float* const dweight_;
@@ -213,6 +217,7 @@ void run_backward(const WinogradConv2dBackward& p, void* workspace) {
   });
 }
 size_t backward_workspace(const WinogradConv2dBackward& p) {
+  if (p.shape.n == 0) return 0;
   return with_tile(p.shape.tile, [&](auto tile) { return WeightSpace<decltype(tile)>(p).bytes(); });
 }
 

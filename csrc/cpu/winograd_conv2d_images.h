@@ -1,8 +1,7 @@
-// How Winograd's convolution reads and writes images: the grid of tiles, and the transforms of tiles on their way in
-// and out.
+// How Winograd's convolution reads and writes images: the transforms of tiles on their way in, and the stage.
 #pragma once
 
-#include "winograd_conv2d_weight.h"
+#include "winograd_conv2d_grid.h"
 
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
@@ -23,42 +22,6 @@ void in_slots(int64_t slots, F&& f) {
   });
 }
 
-// ---- the grid of tiles ----
-
-// Tiles by image, grid of the dilation, row and column. A dilated convolution is one without dilation on each of the
-// grids of every dilation-th pixel.
-template <class T>
-struct Grid {
-  const WinogradConv2dShape& s;
-  int64_t grids_h, grids_w;  // that have an output
-  int64_t rows, columns;     // tiles of a grid: as many as the largest one has
-
-  explicit Grid(const WinogradConv2dShape& shape)
-      : s(shape),
-        grids_h(min_of(shape.h.dilation, shape.h.out)),
-        grids_w(min_of(shape.w.dilation, shape.w.out)),
-        rows(ceil_div(ceil_div(shape.h.out, shape.h.dilation), T::MH)),
-        columns(ceil_div(ceil_div(shape.w.out, shape.w.dilation), T::MW)) {}
-  int64_t tiles() const { return s.n * grids_h * grids_w * rows * columns; }
-
-  struct Place {
-    int64_t n, y, x;        // of the first output; may lie outside where a grid has fewer tiles
-    int64_t height, width;  // outputs inside the image, not above 0 if there are none
-  };
-  Place place(int64_t tile) const {
-    const int64_t column = tile % columns, row = tile / columns % rows;
-    const int64_t image = tile / (columns * rows), grid = image % (grids_h * grids_w);
-    const int64_t y = grid / grids_w + row * T::MH * s.h.dilation;
-    const int64_t x = grid % grids_w + column * T::MW * s.w.dilation;
-    return {image / (grids_h * grids_w), y, x, inside(T::MH, s.h, y), inside(T::MW, s.w, x)};
-  }
-
- private:
-  static int64_t inside(int64_t outputs, const Conv2dAxis& axis, int64_t first) {
-    return first < axis.out ? min_of(outputs, ceil_div(axis.out - first, axis.dilation)) : 0;
-  }
-};
-
 // ---- images ----
 
 // The channels of one group of a batch of images.
@@ -78,47 +41,94 @@ struct Images {
         channels(of_group * s.groups) {
     data = moved(dtype, all, at(0, 0, 0, group * of_group));
   }
+  // If true, tiles are read and written where they are, else through a stage.
   bool is_last() const { return layout == Layout::channels_last; }
-  // Tiles are read and written where they are. Those of other images go through a stage.
-  bool is_direct() const { return dtype == DType::f32 && is_last(); }
   int64_t at(int64_t n, int64_t y, int64_t x, int64_t c) const {
     return is_last() ? ((n * height + y) * width + x) * channels + c
                      : ((n * channels + c) * height + y) * width + x;
   }
   // Elements from one channel to the next.
   int64_t channel() const { return is_last() ? 1 : height * width; }
-  bool has_row(int64_t y) const { return y >= 0 && y < height; }
-  bool has_column(int64_t x) const { return x >= 0 && x < width; }
-  bool has(int64_t y, int64_t x) const { return has_row(y) && has_column(x); }
+  bool has(int64_t y, int64_t x) const { return y >= 0 && y < height && x >= 0 && x < width; }
 };
 
-// ---- the stage: a vector of channels of a rectangle of pixels in f32, [row][column][lanes] ----
+// ---- the stage: a vector of channels of rows of pixels in f32, [row][column][lanes] ----
 
+constexpr int64_t kStagePixels = 768, kStageRows = 64;
+// The inputs of one row of tiles, of six rows, fit into the stage, with a column of zeros on each side.
+static_assert((kWinogradWidest + 2) * 6 <= kStagePixels);
+
+// Columns [x, x + columns) of an image, of a list of its rows.
 struct Rectangle {
-  int64_t n, y, x, rows, columns;
-  int64_t step_y, step_x;  // the dilation
+  int64_t n, x, columns, rows;
+  int64_t y[kStageRows];
 };
-inline constexpr int64_t kStagePixels = 768;
+
+// Tiles of neighbouring strips, from `first` on. Each row of strips but the first follows the one before.
+template <class T>
+struct TileRectangle {
+  const Grid<T>& grid;
+  int64_t first, rows, columns;
+  typename Grid<T>::Place place;  // of the first
+
+  const Strip<T::MH>& row(int64_t i) const { return *grid.rows.at(place.row + i); }
+  const Strip<T::MW>& column(int64_t i) const { return *grid.columns.at(place.column + i); }
+  int64_t tile(int64_t i, int64_t j) const { return first + i * grid.columns.count + j; }
+  bool holds_rows() const { return grid.s.w.dilation > 1; }
+
+  // Rows of a strip are kept once: the first row of strip i is at i * MH.
+  Rectangle inputs() const {
+    Rectangle r;
+    r.n = place.n;
+    r.x = holds_rows() ? -1 : column(0).in[0];
+    r.columns = holds_rows() ? grid.s.w.in + 2 : column(columns - 1).in[T::MW + 1] + 1 - r.x;
+    r.rows = 0;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t k = i == 0 ? 0 : 2; k < T::TH; ++k) r.y[r.rows++] = row(i).in[k];
+    return r;
+  }
+  Rectangle outputs() const {
+    Rectangle r;
+    r.n = place.n;
+    r.x = holds_rows() ? 0 : column(0).out[0];
+    r.columns = holds_rows() ? grid.s.w.out + 1 : columns * T::MW;
+    r.rows = 0;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t k = 0; k < T::MH; ++k) r.y[r.rows++] = row(i).out[k];
+    return r;
+  }
+};
+
+// f(rectangle) for rectangles that together are `count` tiles from `first` on. Each fits into the stage. With a dilation
+// of the columns, the stage holds whole rows of pixels. Those of outputs are then complete only if the tiles are.
+template <class T, class F>
+void for_rectangles(const Grid<T>& grid, int64_t first, int64_t count, F&& f) {
+  constexpr int64_t kColumns = (kStagePixels / T::TH - 2) / T::MW;
+  const int64_t end = first + count;
+  while (first < end) {
+    const auto place = grid.place(first);
+    int64_t columns = min_of(end - first, grid.columns.count - place.column);
+    const bool holds_rows = grid.s.w.dilation > 1;
+    if (!holds_rows) columns = min_of(columns, kColumns);
+    TileRectangle<T> tiles{grid, first, 1, columns, place};
+    if (columns == grid.columns.count) {
+      const int64_t pixels = (holds_rows ? max_of(grid.s.w.in, grid.s.w.out) : columns * T::MW) + 2;
+      const int64_t most = min_of(min_of((end - first) / columns, grid.rows.count - place.row),
+                                  (min_of(kStageRows, kStagePixels / pixels) - 2) / T::MH);
+      while (tiles.rows < most && tiles.row(tiles.rows).follows) ++tiles.rows;
+    }
+    f(tiles);
+    first += tiles.rows * columns;
+  }
+}
 
 // Pixels outside of the image are zeros.
 template <class S>
 void read_stage(const Images& images, const Rectangle& r, int64_t c, int64_t count, float* stage) {
   const S* data = static_cast<const S*>(images.data);
   for (int64_t i = 0; i < r.rows; ++i, stage += r.columns * kLanes) {
-    const int64_t y = r.y + i * r.step_y;
-    const bool has_row = images.has_row(y);
-    if (images.is_last()) {
-      with_lanes<float>(count, [&](auto part) {
-        for (int64_t j = 0; j < r.columns; ++j) {
-          const int64_t x = r.x + j * r.step_x;
-          const bool inside = has_row && images.has_column(x);
-          store(stage + j * kLanes, inside ? part.read(data + images.at(r.n, y, x, c)) : Vec{});
-        }
-      });
-      continue;
-    }
-    // Rows are runs of pixels, which are transposed. There is no dilation.
-    const int64_t within = has_row ? r.columns : 0;
+    const int64_t y = r.y[i];
+    const int64_t within = y >= 0 && y < images.height ? r.columns : 0;
     const int64_t begin = max_of(0, min_of(within, -r.x));
     const int64_t end = max_of(begin, min_of(within, images.width - r.x));
     for (int64_t j = 0; j < begin; ++j) store(stage + j * kLanes, Vec{});
@@ -136,32 +146,15 @@ void read_stage(const Images& images, const Rectangle& r, int64_t c, int64_t cou
     }
   }
 }
-inline void read_stage(const Images& images, const Rectangle& r, int64_t c, int64_t count,
-                       float* stage) {
-  with_stored(images.dtype, [&]<class S>() { read_stage<S>(images, r, c, count, stage); });
-}
 
 // Pixels outside of the image are not written. `epilogue`: of the group.
 template <class S>
 void write_stage(const Images& images, const Rectangle& r, int64_t c, int64_t count,
                  const Epilogue<S>& epilogue, const float* stage) {
   const Vec one = broadcast(1.0f), none{};
+  const int64_t columns = min_of(r.columns, images.width - r.x);
   for (int64_t i = 0; i < r.rows; ++i, stage += r.columns * kLanes) {
-    const int64_t y = r.y + i * r.step_y;
-    if (y >= images.height) return;
-    const int64_t columns = min_of(r.columns, ceil_div(images.width - r.x, r.step_x));
-    if (images.is_last()) {
-      with_lanes<float>(count, [&](auto part) {
-        const Vec scale = epilogue.scale == nullptr ? one : part.read(epilogue.scale + c);
-        const Vec shift = epilogue.shift == nullptr ? none : part.read(epilogue.shift + c);
-        for (int64_t j = 0; j < columns; ++j) {
-          Vec v[1] = {load(stage + j * kLanes)};
-          epilogue.template finish<1>(v, scale, shift, images.at(r.n, y, r.x + j * r.step_x, c), 0,
-                                      part);
-        }
-      });
-      continue;
-    }
+    if (r.y[i] >= images.height) continue;
     for (int64_t j = 0; j < columns; j += kLanes) {
       Vec block[kLanes] = {};
       for (int64_t k = 0; k < min_of(kLanes, columns - j); ++k)
@@ -174,29 +167,10 @@ void write_stage(const Images& images, const Rectangle& r, int64_t c, int64_t co
           epilogue.template finish<1>(
               v, epilogue.scale == nullptr ? one : broadcast(epilogue.scale[o]),
               epilogue.shift == nullptr ? none : broadcast(epilogue.shift[o]),
-              images.at(r.n, y, r.x + j, o), 0, part);
+              images.at(r.n, r.y[i], r.x + j, o), 0, part);
         }
       });
     }
-  }
-}
-
-// f(first, rows, columns) for rectangles of tiles that together are `count` from `first` on. The inputs of each fit
-// into the stage.
-template <class T, class F>
-void for_rectangles(const Grid<T>& grid, int64_t first, int64_t count, F&& f) {
-  constexpr int64_t kColumns = (kStagePixels / T::TH - 2) / T::MW;
-  const int64_t end = first + count;
-  while (first < end) {
-    const int64_t column = first % grid.columns;
-    const int64_t columns = min_of(kColumns, min_of(end - first, grid.columns - column));
-    int64_t rows = 1;
-    if (columns == grid.columns) {
-      rows = min_of((end - first) / columns, grid.rows - first / columns % grid.rows);
-      rows = min_of(rows, (kStagePixels / (columns * T::MW + 2) - 2) / T::MH);
-    }
-    f(first, rows, columns);
-    first += rows * columns;
   }
 }
 
@@ -248,21 +222,34 @@ struct Transformed {
   }
 };
 
+// from[row][column]: the pixels at these coordinates, zeros outside of the image.
+template <class T, class S, size_t kRows, size_t kColumns>
+ADVDL_INLINE void gather(const Grid<T>& grid, const Images& images, int64_t n,
+                         const int64_t (&y)[kRows], const int64_t (&x)[kColumns], const S** from) {
+  const S* data = static_cast<const S*>(images.data);
+  const S* zeros = grid.template zeros<S>();
+#pragma GCC unroll 6
+  for (size_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 6
+    for (size_t j = 0; j < kColumns; ++j)
+      from[i * kColumns + j] = images.has(y[i], x[j]) ? data + images.at(n, y[i], x[j], 0) : zeros;
+  }
+}
+
 // Tiles [begin, end) of those that `to` holds, which are `first` and the following ones.
-template <class T, class To>
+template <class T, class S, class To>
 void transform_inputs_directly(const Grid<T>& grid, const Images& images, int64_t first,
                                int64_t begin, int64_t end, const To& to) {
   const WinogradConv2dShape& s = grid.s;
   const int64_t row = s.h.dilation * images.width * images.channels;
   const int64_t column = s.w.dilation * images.channels;
-  const auto is_inside = [](const Conv2dAxis& axis, int64_t begin, int points) {
-    return begin >= 0 && begin + (points - 1) * axis.dilation < axis.in;
-  };
+  const S* data = static_cast<const S*>(images.data);
   for (int64_t t = begin; t < end; ++t) {
     const auto place = grid.place(first + t);
-    const int64_t y = place.y - s.h.padding, x = place.x - s.w.padding;
-    const float* pixel = static_cast<const float*>(images.data) + images.at(place.n, y, x, 0);
-    if (is_inside(s.h, y, T::TH) && is_inside(s.w, x, T::TW)) {
+    const auto& rows = *grid.rows.at(place.row);
+    const auto& columns = *grid.columns.at(place.column);
+    if (rows.is_inside && columns.is_inside) {
+      const S* pixel = data + images.at(place.n, rows.in[0], columns.in[0], 0);
       for_vectors<float, 1, false>(s.c_in, [&](int64_t c, auto part, auto) {
         transform_input<T>(
             [&](int i, int j) { return part.read(pixel + i * row + j * column + c); }, to.at(t, c),
@@ -270,26 +257,27 @@ void transform_inputs_directly(const Grid<T>& grid, const Images& images, int64_
       });
       continue;
     }
-    // Outside of the image zeros are read.
-    alignas(64) static const float zeros[kLanes] = {};
-    bool has_row[T::TH], has_column[T::TW];
-    for (int i = 0; i < T::TH; ++i) has_row[i] = images.has_row(y + i * s.h.dilation);
-    for (int j = 0; j < T::TW; ++j) has_column[j] = images.has_column(x + j * s.w.dilation);
-    const float* from[T::points];
-    int64_t steps[T::points];
-#pragma GCC unroll 6
-    for (int i = 0; i < T::TH; ++i) {
-#pragma GCC unroll 6
-      for (int j = 0; j < T::TW; ++j) {
-        const bool inside = has_row[i] & has_column[j];
-        from[i * T::TW + j] = inside ? pixel + i * row + j * column : zeros;
-        steps[i * T::TW + j] = inside;
-      }
-    }
+    const S* from[T::points];
+    gather(grid, images, place.n, rows.in, columns.in, from);
     for_vectors<float, 1, false>(s.c_in, [&](int64_t c, auto part, auto) {
-      transform_input<T>(
-          [&](int i, int j) { return part.read(from[i * T::TW + j] + c * steps[i * T::TW + j]); },
-          to.at(t, c), to.of_point);
+      transform_input<T>([&](int i, int j) { return part.read(from[i * T::TW + j] + c); },
+                         to.at(t, c), to.of_point);
+    });
+  }
+}
+
+// As transform_inputs_directly, of the gradients of outputs.
+template <class T, class S, class To>
+void transform_gradients_directly(const Grid<T>& grid, const Images& images, int64_t first,
+                                  int64_t begin, int64_t end, const To& to) {
+  for (int64_t t = begin; t < end; ++t) {
+    const auto place = grid.place(first + t);
+    const S* from[T::MH * T::MW];
+    gather(grid, images, place.n, grid.rows.at(place.row)->out, grid.columns.at(place.column)->out,
+           from);
+    for_vectors<float, 1, false>(grid.s.c_out, [&](int64_t c, auto part, auto) {
+      transform_gradient<T>([&](int i, int j) { return part.read(from[i * T::MW + j] + c); },
+                            to.at(t, c), to.of_point);
     });
   }
 }
@@ -298,32 +286,27 @@ void transform_inputs_directly(const Grid<T>& grid, const Images& images, int64_
 template <class T, bool kGradients, class To>
 void transform_staged(const Grid<T>& grid, const Images& images, int64_t first, int64_t begin,
                       int64_t end, const To& to) {
-  constexpr int kEdge = kGradients ? 0 : 2;
-  const WinogradConv2dShape& s = grid.s;
-  const int64_t channels = kGradients ? s.c_out : s.c_in;
+  const int64_t channels = kGradients ? grid.s.c_out : grid.s.c_in;
   alignas(64) float stage[kStagePixels * kLanes];
-  const auto transform = [&](int64_t tile, int64_t rows, int64_t columns) {
-    const auto place = grid.place(tile);
-    const Rectangle r{place.n,
-                      place.y - (kGradients ? 0 : s.h.padding),
-                      place.x - (kGradients ? 0 : s.w.padding),
-                      rows * T::MH + kEdge,
-                      columns * T::MW + kEdge,
-                      s.h.dilation,
-                      s.w.dilation};
+  const auto transform = [&](const TileRectangle<T>& tiles) {
+    const Rectangle r = kGradients ? tiles.outputs() : tiles.inputs();
     for (int64_t c = 0; c < channels; c += kLanes) {
-      read_stage(images, r, c, min_of(kLanes, channels - c), stage);
-      int64_t t = tile - first;
-      for (int64_t y = 0; y < rows; ++y) {
-        const float* pixel = stage + y * T::MH * r.columns * kLanes;
-        for (int64_t x = 0; x < columns; ++x, ++t, pixel += T::MW * kLanes) {
+      with_stored(images.dtype, [&]<class S>() {
+        read_stage<S>(images, r, c, min_of(kLanes, channels - c), stage);
+      });
+      for (int64_t y = 0; y < tiles.rows; ++y) {
+        const float* row = stage + y * T::MH * r.columns * kLanes;
+        for (int64_t x = 0; x < tiles.columns; ++x) {
+          const auto& columns = tiles.column(x);
           const auto input = [&](int i, int j) {
-            return load(pixel + (i * r.columns + j) * kLanes);
+            const int64_t at = (kGradients ? columns.out[j] : columns.in[j]) - r.x;
+            return load(row + (i * r.columns + at) * kLanes);
           };
+          float* transformed = to.at(tiles.tile(y, x) - first, c);
           if constexpr (kGradients)
-            transform_gradient<T>(input, to.at(t, c), to.of_point);
+            transform_gradient<T>(input, transformed, to.of_point);
           else
-            transform_input<T>(input, to.at(t, c), to.of_point);
+            transform_input<T>(input, transformed, to.of_point);
         }
       }
     }
@@ -334,33 +317,20 @@ void transform_staged(const Grid<T>& grid, const Images& images, int64_t first, 
 template <class T, class To>
 void transform_inputs(const Grid<T>& grid, const Images& images, int64_t first, int64_t begin,
                       int64_t end, const To& to) {
-  if (images.is_direct())
-    transform_inputs_directly<T>(grid, images, first, begin, end, to);
-  else
-    transform_staged<T, false>(grid, images, first, begin, end, to);
+  if (!images.is_last()) return transform_staged<T, false>(grid, images, first, begin, end, to);
+  with_stored(images.dtype, [&]<class S>() {
+    transform_inputs_directly<T, S>(grid, images, first, begin, end, to);
+  });
 }
 
 // As transform_inputs, of the gradients of outputs.
 template <class T, class To>
 void transform_gradients(const Grid<T>& grid, const Images& images, int64_t first, int64_t begin,
                          int64_t end, const To& to) {
-  const WinogradConv2dShape& s = grid.s;
-  if (!images.is_direct()) return transform_staged<T, true>(grid, images, first, begin, end, to);
-  const int64_t row = s.h.dilation * images.width * images.channels;
-  const int64_t column = s.w.dilation * images.channels;
-  for (int64_t t = begin; t < end; ++t) {
-    const auto place = grid.place(first + t);
-    const float* pixel =
-        static_cast<const float*>(images.data) + images.at(place.n, place.y, place.x, 0);
-    for_vectors<float, 1, false>(s.c_out, [&](int64_t c, auto part, auto) {
-      transform_gradient<T>(
-          [&](int i, int j) {
-            return i < place.height && j < place.width ? part.read(pixel + i * row + j * column + c)
-                                                       : Vec{};
-          },
-          to.at(t, c), to.of_point);
-    });
-  }
+  if (!images.is_last()) return transform_staged<T, true>(grid, images, first, begin, end, to);
+  with_stored(images.dtype, [&]<class S>() {
+    transform_gradients_directly<T, S>(grid, images, first, begin, end, to);
+  });
 }
 
 }  // namespace ADVDL_CAPABILITY_NAMESPACE

@@ -179,15 +179,42 @@ def test_the_tile_in_half_precision(dtype: torch.dtype) -> None:
         assert str(tile_of(problem(direction, (2, 16, 80, 80), 16)._replace(dtype=dtype))) == "4x4"
 
 
-def test_each_grid_of_a_dilated_convolution_has_an_edge() -> None:
-    """5x7 with dilation 4x3: grids of up to 2x3 pixels."""
-    p = problem(FORWARD, (3, 64, 5, 7), padding=(4, 3), dilation=(4, 3))
-    # 36 + 12 tiles of 2x4 are less work than 72 + 12 of 2x2.
-    assert tile_of(p) == TILES[1]
-    assert outputs_computed(p) == (3 * (4 * 2) * (3 * 4), 3 * 5 * 7)
-    p = problem(FOLDED, (3, 64, 5, 7), padding=(4, 3), dilation=(4, 3))
-    assert tile_of(p) == TILES[0]
-    assert outputs_computed(p) == (3 * (4 * 2) * (3 * 4), 3 * 5 * 7)
+@pytest.mark.parametrize(
+    ("outputs", "size", "rate", "padding", "tiles"),
+    [
+        (2, 7, 1, 1, 4),
+        (2, 7, 3, 3, 4),  # 3, 2 and 2 outputs: two tiles and one each
+        (
+            4,
+            7,
+            3,
+            3,
+            3,
+        ),  # the tile of the second grid has one output of the third, which needs one more
+        (4, 7, 3, 0, 3),  # with two outputs between the grids none shares a tile
+        (4, 29, 5, 5, 8),
+        (4, 29, 5, 0, 10),
+        (4, 26, 5, 0, 8),  # 6, 5, 5, 5 and 5 outputs: a tile of the second has one of the third
+        (4, 40, 40, 40, 20),
+        (4, 5, 7, 7, 3),
+        (2, 5, 7, 7, 5),
+        (4, 2**31, 2**30, 2**31, 2**31),  # not counted
+    ],
+)
+def test_tiles_of_a_dilated_axis(
+    outputs: int, size: int, rate: int, padding: int, tiles: int
+) -> None:
+    assert winograd._strips(outputs, size, rate, padding) == tiles
+
+
+@pytest.mark.parametrize(
+    ("dilation", "computed"), [(1, 56 * 56), (4, 56 * 60), (6, 60 * 64), (12, 64 * 64)]
+)
+def test_outputs_computed_of_a_dilated_convolution(dilation: int, computed: int) -> None:
+    """Each grid of pixels has edges of its own."""
+    for direction in (FORWARD, INPUT_GRADIENT):
+        p = problem(direction, (8, 64, 56, 56), padding=(dilation,) * 2, dilation=(dilation,) * 2)
+        assert outputs_computed(p) == (8 * computed, 8 * 56 * 56)
 
 
 def test_codes_are_those_of_the_kernels() -> None:

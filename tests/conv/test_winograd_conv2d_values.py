@@ -49,10 +49,31 @@ OPTIONS = [
         ((12, 40), (24, 40)),
     )
 ]
+# Grids of a dilation that begin in the tile where the one before ends: behind one unused output where both have
+# padding, else behind two; in the last tile of a row, and several in one tile.
+PACKED = [
+    winograd(2, 20, 21, 30, 29, padding, dilation)
+    for dilation, padding in (
+        ((4, 4), (4, 4)),
+        ((6, 5), (6, 5)),
+        ((6, 5), (5, 3)),
+        ((3, 4), (0, 0)),
+        ((12, 25), (12, 25)),
+        ((7, 28), (8, 30)),
+        ((1, 6), (1, 6)),
+        ((6, 1), (6, 1)),
+    )
+]
+# Rows of the widest contiguous dilated images that the kernel reads where they are, and wider ones.
+WIDE = [winograd(1, 5, 6, 9, w, (2, 3), (2, 3)) for w in (125, 126, 127, 300)] + [
+    winograd(1, 5, 6, 9, w, (2, p), (2, 3)) for w, p in ((124, 4), (126, 4), (128, 2), (130, 1))
+]
 OTHERS = {
     "many images": winograd(40, 6, 7, 2, 3),
     "many tiles of many panels": winograd(3, 20, 200, 40, 33),
     "weight of several panels, more than 128 tiles": winograd(3, 300, 260, 33, 34),
+    "dilated, many tiles of many panels": winograd(3, 20, 200, 40, 33, (4, 4), (4, 4)),
+    "dilated, a weight of several panels": winograd(3, 300, 260, 33, 34, (6, 6), (6, 6)),
     "dilation larger than the image": winograd(2, 5, 6, 4, 3, (200000, 1), (200000, 1)),
     "a single output": winograd(2, 9, 10, 3, 3, (0, 0)),
     "no image": winograd(0, 6, 7, 2, 3),
@@ -118,15 +139,15 @@ def test_sizes(formats, tile):
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("formats", FORMATS)
 def test_options(formats, tile):
-    for case in OPTIONS:
+    for case in OPTIONS + PACKED + WIDE:
         check(case, formats, tile)
 
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("name", OTHERS)
 def test_others(name, tile):
-    for packed in (False, True):
-        check(OTHERS[name], ("channels_last",) * 2, tile, "silu", ("shift",), packed)
+    for layout, packed in itertools.product(LAYOUTS, (False, True)):
+        check(OTHERS[name], (layout, "channels_last"), tile, "silu", ("shift",), packed)
 
 
 # Channels of a group around a vector and a panel; images around the pixels of a stage: tiles of one row, of parts of a
@@ -140,6 +161,7 @@ STAGED = [
     winograd(1, 17, 5, 5, 300),
     winograd(1, 16, 16, 40, 33, (0, 2)),
     winograd(2, 20, 21, 9, 11, (2, 3), (2, 3)),
+    winograd(2, 20, 21, 15, 23, (4, 6), (4, 6)),
 ]
 
 
@@ -188,9 +210,12 @@ def check_not_finite(p, tile, value, act="none"):
 def test_what_is_not_finite_reaches_what_a_direct_convolution_lets_it_reach(where, value, tile):
     # Stock in fp64 multiplies the zeros of the padding, so nothing that is not finite may meet them.
     padded, dilated = ((0, 0), (0, 0)) if where == "weight" else ((1, 1), (0, 2))
-    for case in (winograd(2, 20, 37, 13, 14, padded), winograd(2, 20, 37, 13, 14, dilated, (2, 3))):
-        for weight in LAYOUTS:
-            p = laid(make_inputs(case), "channels_last", weight)
+    cases = [winograd(2, 20, 37, 13, 14, padded), winograd(2, 20, 37, 13, 14, dilated, (2, 3))]
+    if where != "weight":
+        cases.append(winograd(2, 20, 37, 13, 14, (2, 3), (2, 3)))
+    for case in cases:
+        for formats in FORMATS[:4]:
+            p = laid(make_inputs(case), *formats)
             t = getattr(p, where)
             row, column = (2, 0) if where == "weight" else (4, 5)
             t[1, 5, row, column] = value
@@ -222,6 +247,8 @@ SHARED = [
     winograd(1, 70, 200, 9, 9),
     winograd(3, 300, 260, 17, 16),
     winograd(1, 20, 30, 21, 20),
+    winograd(1, 20, 200, 33, 30, (4, 4), (4, 4)),
+    winograd(3, 20, 30, 33, 30, (6, 6), (6, 6)),
     winograd(2, 140, 160, 19, 18, groups=2),
 ]
 
