@@ -171,6 +171,24 @@ def test_signs_that_flip_are_no_error_of_compilation(monkeypatch: Any) -> None:
     assert "gradient" in (_why_wrong(_compiled(_subject(), _NOISE)) or "")
 
 
+def test_a_bias_that_the_next_norm_removes_where_every_relu_is_open() -> None:
+    """As that of a bottleneck's first norm: its gradient is only rounding errors then, which differ."""
+    torch.manual_seed(0)
+    subject = dataclasses.replace(
+        _subject(),
+        stock=nn.Sequential(
+            *(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+        ),
+    )
+    assert _why_wrong(_compiled(subject, _NOISE)) is None
+    for name in ("0.weight", "1.weight", "3.weight", "4.bias"):
+        wrong = _compiled(subject, _NOISE)
+        wrong.model.get_parameter(name).register_hook(lambda grad: grad * 0.998)
+        assert f"gradient of {name} is" in (_why_wrong(wrong) or "")
+
+
 @pytest.mark.parametrize("noise", [0.0, _NOISE])
 @pytest.mark.parametrize("factor", [1.05, 0.998])
 @pytest.mark.parametrize("weight", ["0.weight", "4.bias", "12.weight", "18.bias"])
