@@ -50,7 +50,7 @@ struct ForwardSpace {
     const int64_t threads = max_of(1, p.threads), all_packed = packed_size_of<T>(p.shape);
     by_panels = all_packed * int64_t{4} > kLargeWeight || tiles < 2 * threads * kBlock<T>;
     most = by_panels ? round_up(min_of(tiles, kManyTiles), together)
-                     : max_of(1, kBlock<T> / together) * together;
+                     : max_of(1, (kBlock<T> + together / 2) / together) * together;
     splits = by_panels
                  ? max_of(1, min_of(threads / common_divisor(threads, panels), most / together))
                  : 1;
@@ -247,6 +247,9 @@ class Forward {
       const auto place = space_.grid.place(first + t);
       const auto& rows = *space_.grid.rows.at(place.row);
       const auto& columns = *space_.grid.columns.at(place.column);
+      int64_t row[T::MH], column[T::MW];
+      for (int i = 0; i < T::MH; ++i) row[i] = out_.at(place.n, rows.out[i], 0, o);
+      for (int j = 0; j < T::MW; ++j) column[j] = out_.at(0, 0, columns.out[j], 0);
       for_vectors<float, 1, false>(min_of(panel, s_.c_out - o), [&](int64_t c, auto part, auto) {
         Vec out[T::MH * T::MW];
         outputs(first + t, products + t * panel + c, o + c, part, out);
@@ -255,16 +258,14 @@ class Forward {
         for (int i = 0; i < T::MH; ++i) {
           if (rows.out[i] >= out_.height) continue;
           if (columns.is_full) {
-            epilogue.template finish<T::MW>(
-                *reinterpret_cast<Vec(*)[T::MW]>(out + i * T::MW), scale, shift,
-                out_.at(place.n, rows.out[i], columns.out[0], o + c), step, part);
+            epilogue.template finish<T::MW>(*reinterpret_cast<Vec(*)[T::MW]>(out + i * T::MW),
+                                            scale, shift, row[i] + column[0] + c, step, part);
             continue;
           }
           for (int j = 0; j < T::MW; ++j) {
             if (columns.out[j] >= out_.width) continue;
             Vec sum[1] = {out[i * T::MW + j]};
-            epilogue.template finish<1>(
-                sum, scale, shift, out_.at(place.n, rows.out[i], columns.out[j], o + c), 0, part);
+            epilogue.template finish<1>(sum, scale, shift, row[i] + column[j] + c, 0, part);
           }
         }
       });

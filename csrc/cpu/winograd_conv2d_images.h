@@ -228,11 +228,15 @@ ADVDL_INLINE void gather(const Grid<T>& grid, const Images& images, int64_t n,
                          const int64_t (&y)[kRows], const int64_t (&x)[kColumns], const S** from) {
   const S* data = static_cast<const S*>(images.data);
   const S* zeros = grid.template zeros<S>();
+  int64_t columns[kColumns];
+  for (size_t j = 0; j < kColumns; ++j) columns[j] = images.at(0, 0, x[j], 0);
 #pragma GCC unroll 6
   for (size_t i = 0; i < kRows; ++i) {
+    const S* row = data + images.at(n, y[i], 0, 0);
+    const bool has_row = images.has(y[i], 0);
 #pragma GCC unroll 6
     for (size_t j = 0; j < kColumns; ++j)
-      from[i * kColumns + j] = images.has(y[i], x[j]) ? data + images.at(n, y[i], x[j], 0) : zeros;
+      from[i * kColumns + j] = has_row & images.has(0, x[j]) ? row + columns[j] : zeros;
   }
 }
 
