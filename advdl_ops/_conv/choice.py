@@ -364,7 +364,7 @@ def winograd_pixels(p: Problem, t: Thresholds) -> int | None:
     if p.direction == FOLDED:
         return t.winograd_pixels_kept
     if p.direction == WEIGHT_GRADIENT:
-        least = least_lengths(p.direction, p.dtype, channels, p.is_channels_last)
+        least = least_lengths(p.direction, p.dtype, channels, p.is_channels_last, max(p.dilation))
         return max(t.winograd_pixels_dweight, least[0])
     return t.winograd_pixels if p.is_channels_last else t.winograd_pixels_contiguous
 

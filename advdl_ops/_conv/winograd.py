@@ -49,6 +49,12 @@ _LEAST_PIXELS_AVX512_LAST = {
 }
 # Grids of a dilation whose tiles are counted. With more, each output has its own.
 _MOST_GRIDS = 1 << 16
+# With a dilation of 3 or more (gradient of the weight: of 2) torch sums in another order, mostly a more exact one, and
+# leaves out the taps outside of the image: sums count with the share of their taps inside, which must not be small.
+_EXACT_DILATION, _LEAST_INSIDE, _NEVER = 3, 0.45, 1 << 30
+_LEAST_CHANNELS_DILATED = 40, 320, 1400
+_LEAST_PIXELS_DILATED_AVX512 = 400, 784, 3136
+_LEAST_PIXELS_DILATED = 2560, _NEVER, _NEVER
 # torch computes one image of up to so many numbers by its own matrix product, which is more exact than oneDNN.
 _SMALL_IMAGE = 20480
 # Tiles whose work the transform of the weight takes. For a kept weight there is no such work. The number then bounds
@@ -72,11 +78,12 @@ def tile_for(
 ) -> Tile | None:
     """As :func:`tile_of`. ``is_last``: of x."""
     channels = min(weight[1], weight[0] // conv.groups)
-    return _tile(direction, x, weight, conv, least_lengths(direction, dtype, channels, is_last))
+    least = least_lengths(direction, dtype, channels, is_last, max(conv.dilation))
+    return _tile(direction, x, weight, conv, least)
 
 
 def least_lengths(
-    direction: str, dtype: torch.dtype, channels: int, is_last: bool
+    direction: str, dtype: torch.dtype, channels: int, is_last: bool, dilation: int
 ) -> tuple[int, ...]:
     """For each tile, from how long a sum on it is exact enough.
 
@@ -86,11 +93,14 @@ def least_lengths(
             larger error.
         channels: of a group, the fewer of input and output.
         is_last: of x.
+        dilation: the larger one.
     """
     if dtype != torch.float32:
         return _ANY_LENGTH
     if direction != WEIGHT_GRADIENT:
-        return _LEAST_CHANNELS
+        return _LEAST_CHANNELS if dilation < _EXACT_DILATION else _LEAST_CHANNELS_DILATED
+    if dilation > 1:
+        return _LEAST_PIXELS_DILATED_AVX512 if _torch_has_avx512() else _LEAST_PIXELS_DILATED
     if not (is_last and _torch_has_avx512()):
         return _LEAST_PIXELS
     return next(least for of, least in _LEAST_PIXELS_AVX512_LAST.items() if channels >= of)
@@ -114,10 +124,16 @@ def _tile(
         return None
     covered = _covered(direction, x, weight, conv)
     images = x[0]
+    length: float
     if direction == WEIGHT_GRADIENT:
         length = images * math.prod(size for size, _, _ in covered)
     else:
         length = weight[0] // conv.groups if direction == INPUT_GRADIENT else weight[1]
+    if max(conv.dilation) >= (2 if direction == WEIGHT_GRADIENT else _EXACT_DILATION):
+        inside = _taps_inside(x, weight, conv)
+        if inside < _LEAST_INSIDE:
+            return None
+        length *= inside
     further = _PACKING
     if direction == FOLDED:
         images, further = min(images, _IMAGES_COUNTED), _KEEPING
@@ -126,6 +142,19 @@ def _tile(
         key=lambda tile: (images * _count(tile, covered) + further) * tile.points,
         default=None,
     )
+
+
+def _taps_inside(x: tuple[int, ...], weight: tuple[int, ...], conv: Conv) -> float:
+    """The share of the products of taps and outputs whose input lies in the image."""
+    outputs = conv2d_shape(x, weight, *conv[:3])[2:]
+    share = 1.0
+    for size, out, rate, padding in zip(x[2:], outputs, conv.dilation, conv.padding, strict=True):
+        # Of each tap the outputs that reach the image.
+        ranges = (
+            range(max(0, padding - k * rate), min(out, size + padding - k * rate)) for k in range(3)
+        )
+        share *= sum(map(len, ranges)) / (3 * out)
+    return share
 
 
 def packed_numel(tile: Tile, weight: Sequence[int], groups: int) -> int:

@@ -178,7 +178,7 @@ EDGES: dict[str, tuple[str, str, str, Any]] = {
     # Of each of n phases the tiles compute two rows, for 200 in all.
     "winograd_waste": (
         FOLDED, "winograd", "onednn, prepacked",
-        lambda n: {"x": (2, 64, 200, 4), "dilation": (n, 1), "padding": (n, 1), **LAST},
+        lambda n: {"x": (2, 256, 200, 16), "dilation": (n, 1), "padding": (n, 1), **LAST},
     ),
 }  # fmt: skip
 
@@ -195,7 +195,7 @@ def test_an_edge(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     value = {
         "few_channels": 40, "many_channels": 200, "short_row": 9, "short_row_dweight": 9, "short_row_large": 6,
         "depthwise_strided_bytes": 1 << 26, "depthwise_strided_dx_bytes": 1 << 26,
-        "depthwise_strided_dweight_bytes": 1 << 26,
+        "depthwise_strided_dweight_bytes": 1 << 26, "winograd_waste": 150,
     }.get(name)  # fmt: skip
     value = value or getattr(THRESHOLDS, name)
     monkeypatch.setattr(choice, "thresholds", lambda: THRESHOLDS._replace(**{name: value}))

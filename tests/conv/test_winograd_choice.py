@@ -213,8 +213,45 @@ def test_tiles_of_a_dilated_axis(
 def test_outputs_computed_of_a_dilated_convolution(dilation: int, computed: int) -> None:
     """Each grid of pixels has edges of its own."""
     for direction in (FORWARD, INPUT_GRADIENT):
-        p = problem(direction, (8, 64, 56, 56), padding=(dilation,) * 2, dilation=(dilation,) * 2)
+        p = problem(
+            direction, (8, 512, 56, 56), 512, padding=(dilation,) * 2, dilation=(dilation,) * 2
+        )
         assert outputs_computed(p) == (8 * computed, 8 * 56 * 56)
+
+
+# direction, x, dilation, the tile with AVX-512 and without: torch's sums are more exact than without dilation.
+DILATED: list[tuple[str, tuple[int, int, int, int], int, str, str]] = [
+    (FORWARD, (2, 64, 56, 56), 2, "2x4", "2x4"),
+    (FORWARD, (2, 64, 56, 56), 3, "2x2", "2x2"),
+    (FORWARD, (2, 40, 56, 56), 3, "None", "None"),
+    # 365 and 366 channels, of whose taps (1 - 2 / 3 * 7 / 72)^2 = 0.874 lie inside: 319.1 and 320.0.
+    (FORWARD, (2, 365, 72, 72), 7, "2x2", "2x2"),
+    (FORWARD, (2, 366, 72, 72), 7, "2x4", "2x4"),
+    (INPUT_GRADIENT, (2, 365, 72, 72), 7, "2x2", "2x2"),
+    (INPUT_GRADIENT, (2, 366, 72, 72), 7, "2x4", "2x4"),
+    (FOLDED, (2, 2048, 72, 72), 7, "4x4", "4x4"),
+    (WEIGHT_GRADIENT, (8, 64, 56, 56), 2, "4x4", "2x2"),
+    (WEIGHT_GRADIENT, (1, 64, 56, 56), 2, "2x4", "2x2"),
+    (WEIGHT_GRADIENT, (1, 64, 50, 50), 2, "2x4", "None"),
+    # Of a dilation of 15 at 28x28 a share of 0.413 lies inside, of 13 0.477.
+    (FORWARD, (2, 512, 28, 28), 15, "None", "None"),
+    (FORWARD, (2, 512, 28, 28), 13, "2x2", "2x2"),
+]
+
+
+@pytest.mark.parametrize(("direction", "x", "dilation", "with_avx512", "without"), DILATED)
+def test_the_tile_of_a_dilated_convolution(
+    direction: str,
+    x: tuple[int, int, int, int],
+    dilation: int,
+    with_avx512: str,
+    without: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    p = problem(direction, x, x[1], padding=(dilation,) * 2, dilation=(dilation,) * 2)
+    for has, tile in ((True, with_avx512), (False, without)):
+        monkeypatch.setattr(winograd, "_torch_has_avx512", lambda has=has: has)
+        assert str(tile_of(p)) == tile
 
 
 def test_codes_are_those_of_the_kernels() -> None:
