@@ -8,6 +8,7 @@ its rows to `CASES`.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import sys
@@ -34,7 +35,6 @@ from advdl_ops._conv.problem import (  # noqa: E402
 from benchmarks import convergence_report, environment  # noqa: E402
 
 SHAPE = (8, 64, 28, 28)
-CONV = Conv(padding=(1, 1))
 WINOGRAD_DIRECTIONS = FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -169,20 +169,23 @@ def conv_rows() -> Iterator[str]:
                 ).strip()  # fmt: skip
 
 
-# Shape of x with as many output channels, its mean and deviation. Inputs of mean 0.4 are as after ReLU.
+# Shape of x with as many output channels, its mean and deviation, the dilation. Inputs of mean 0.4 are as after ReLU.
 WINOGRAD = (
-    *((shape, 0.4, 0.58) for shape in (
+    *((shape, 0.4, 0.58, 1) for shape in (
         (8, 32, 28, 28), (8, 64, 56, 56), (8, 128, 28, 28), (8, 192, 14, 14), (8, 256, 14, 14), (8, 512, 14, 14),
         (8, 512, 7, 7),
     )),
-    ((8, 64, 56, 56), 100.0, 1.0),
-    ((8, 256, 14, 14), 100.0, 1.0),
+    *(((8, 64, 56, 56), 0.4, 0.58, dilation) for dilation in (2, 4, 12)),
+    ((2, 512, 33, 33), 0.4, 0.58, 4),
+    ((8, 64, 56, 56), 100.0, 1.0, 1),
+    ((8, 256, 14, 14), 100.0, 1.0, 1),
 )  # fmt: skip
 
 
 def winograd_rows() -> Iterator[str]:
     """Errors over the deviation of the exact values, rms and largest, of the convolution alone."""
-    for shape, mean, deviation in WINOGRAD:
+    for shape, mean, deviation, dilation in WINOGRAD:
+        conv = Conv(padding=(dilation, dilation), dilation=(dilation, dilation))
         generator = torch.Generator().manual_seed(0)
         channels = shape[1]
         x = torch.randn(*shape, generator=generator) * deviation + mean
@@ -190,16 +193,12 @@ def winograd_rows() -> Iterator[str]:
         values = [x, weight * (9 * channels) ** -0.5]
         grad = torch.randn(*shape, generator=generator)
 
-        def stock(x: Tensor, w: Tensor) -> Tensor:
-            return F.conv2d(x, w, padding=1)
-
-        def ours(x: Tensor, w: Tensor) -> Tensor:
-            return functional.conv2d(x, w, padding=1)
-
+        stock = functools.partial(F.conv2d, padding=dilation, dilation=dilation)
+        ours = functools.partial(functional.conv2d, padding=dilation, dilation=dilation)
         exact = results(stock, [t.double() for t in values], grad.double())
         for layout, memory_format in LAYOUTS.items():
             *inputs, dz = (t.contiguous(memory_format=memory_format) for t in (*values, grad))
-            problems = (problem_of(d, inputs[0], inputs[1], CONV) for d in WINOGRAD_DIRECTIONS)
+            problems = (problem_of(d, inputs[0], inputs[1], conv) for d in WINOGRAD_DIRECTIONS)
             names = [choice.expected(p).name for p in problems]
             cells = []
             for name, own, plain, truth in zip(
@@ -213,7 +212,13 @@ def winograd_rows() -> Iterator[str]:
                 ]
                 mark = "" if name == choice.WINOGRAD else " (" + name + ")"
                 cells.append("{:.1f} / {:.0f}, {:.1f} / {:.0f}".format(*numbers) + mark)
-            row = "x".join(map(str, shape)), f"{mean:g}, {deviation:g}", layout, *cells
+            row = (
+                "x".join(map(str, shape)),
+                str(dilation),
+                f"{mean:g}, {deviation:g}",
+                layout,
+                *cells,
+            )
             yield f"| {' | '.join(row)} |"
 
 
@@ -289,8 +294,8 @@ def main() -> None:
         "that serves in its place. With AVX-512, stock is more exact for contiguous images than in channels_last;",
         "there the larger of the two errors is the limit.",
         "",
-        "| shape of x | mean, deviation of x | layout | output | gradient of x | of weight |",
-        "|---|---|---|---|---|---|",
+        "| shape of x | dilation | mean, deviation of x | layout | output | gradient of x | of weight |",
+        "|---|---|---|---|---|---|---|",
         *winograd_rows(),
         "",
         "LSTM, one layer; steps, sequences, features and units:",

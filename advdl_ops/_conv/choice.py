@@ -73,7 +73,8 @@ class Thresholds(NamedTuple):
         winograd_pixels_contiguous: the same for x that is not in channels_last, which is transposed on the way.
         winograd_pixels_kept: the same for a weight that is kept transformed.
         winograd_pixels_dweight: the same for the gradient of the weight.
-        winograd_waste: most outputs that the tiles compute, in percent of those that are needed.
+        winograd_waste: most outputs that the tiles compute, in percent of those that are needed; an output needs the
+            products of its taps inside the image.
     """
 
     small: int
@@ -136,7 +137,7 @@ _AVX2 = Thresholds(
     winograd_pixels_contiguous=100,
     winograd_pixels_kept=49,
     winograd_pixels_dweight=392,
-    winograd_waste=180,
+    winograd_waste=200,
 )
 THRESHOLDS: Mapping[str, Thresholds] = {
     "avx512": Thresholds(
@@ -168,7 +169,7 @@ THRESHOLDS: Mapping[str, Thresholds] = {
         winograd_pixels_contiguous=100,
         winograd_pixels_kept=49,
         winograd_pixels_dweight=0,
-        winograd_waste=150,
+        winograd_waste=200,
     ),
     "avx2": _AVX2,
     "default": _AVX2,

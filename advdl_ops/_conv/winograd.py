@@ -130,10 +130,10 @@ def _tile(
     else:
         length = weight[0] // conv.groups if direction == INPUT_GRADIENT else weight[1]
     if max(conv.dilation) >= (2 if direction == WEIGHT_GRADIENT else _EXACT_DILATION):
-        inside = _taps_inside(x, weight, conv)
-        if inside < _LEAST_INSIDE:
+        inside, pairs = _taps_inside(x, weight, conv)
+        if inside < _LEAST_INSIDE * pairs:
             return None
-        length *= inside
+        length *= inside / pairs
     further = _PACKING
     if direction == FOLDED:
         images, further = min(images, _IMAGES_COUNTED), _KEEPING
@@ -144,17 +144,17 @@ def _tile(
     )
 
 
-def _taps_inside(x: tuple[int, ...], weight: tuple[int, ...], conv: Conv) -> float:
-    """The share of the products of taps and outputs whose input lies in the image."""
+def _taps_inside(x: tuple[int, ...], weight: tuple[int, ...], conv: Conv) -> tuple[int, int]:
+    """Pairs of an output and a tap of one image and channel whose input lies in the image; and all pairs."""
     outputs = conv2d_shape(x, weight, *conv[:3])[2:]
-    share = 1.0
+    inside = 1
     for size, out, rate, padding in zip(x[2:], outputs, conv.dilation, conv.padding, strict=True):
         # Of each tap the outputs that reach the image.
-        ranges = (
-            range(max(0, padding - k * rate), min(out, size + padding - k * rate)) for k in range(3)
+        inside *= sum(
+            len(range(max(0, padding - k * rate), min(out, size + padding - k * rate)))
+            for k in range(3)
         )
-        share *= sum(map(len, ranges)) / (3 * out)
-    return share
+    return inside, 9 * math.prod(outputs)
 
 
 def packed_numel(tile: Tile, weight: Sequence[int], groups: int) -> int:
@@ -164,14 +164,17 @@ def packed_numel(tile: Tile, weight: Sequence[int], groups: int) -> int:
     return groups * tile.points * panel * panels * (weight[1] + 1)
 
 
-def outputs_computed(problem: Problem) -> tuple[int, int]:
-    """Outputs per channel that the tiles compute, and those that are needed: tiles overhang the edges."""
+def outputs_computed(problem: Problem) -> tuple[int, float]:
+    """Outputs per channel that the tiles compute; and those of a direct convolution of as many products as are needed.
+
+    Tiles overhang the edges, and multiply the zeros outside of the image.
+    """
     images = problem.x[0]
-    covered = _covered(problem.direction, problem.x, problem.weight, problem.conv)
     tile = tile_of(problem)
     assert tile is not None
-    count = images * _count(tile, covered)
-    return count * tile.rows * tile.columns, images * math.prod(size for size, _, _ in covered)
+    covered = _covered(problem.direction, problem.x, problem.weight, problem.conv)
+    inside, _ = _taps_inside(problem.x, problem.weight, problem.conv)
+    return images * _count(tile, covered) * tile.rows * tile.columns, images * inside / 9
 
 
 def _covered(

@@ -207,7 +207,7 @@ SWEEPS = (
     Sweep(
         "winograd_waste",
         (FORWARD, DX, DWEIGHT, FOLDED),
-        (100, 110, 120, 130, 140, 150, 160, 180, 200, 250),
+        (100, 120, 140, 160, 180, 200, 220, 250, 300),
         _OVERHANGS,
     ),
     Sweep(

@@ -262,7 +262,7 @@ THRESHOLDS = Thresholds(
     short_row_dweight=6, short_row_large=5, depthwise_cached_bytes=4 << 20, depthwise_strided_bytes=16 << 20,
     depthwise_strided_dx_bytes=16 << 20, depthwise_strided_dweight_bytes=16 << 20, winograd_channels=48,
     winograd_pixels=1200, winograd_pixels_contiguous=1600, winograd_pixels_kept=900, winograd_pixels_dweight=1521,
-    winograd_waste=150,
+    winograd_waste=200,
 )  # fmt: skip
 
 
