@@ -131,7 +131,8 @@ _MANY = (*_FEW, 2048, 3136)
 _DILATION_VALUES = (2, 3, 4, 6, 8, 12, 16, 24)
 _DILATED = tuple(
     Point(x, x[1], dilation=dilation)
-    for x in ((16, 64, 56, 56), (4, 128, 28, 28), (2, 256, 33, 33))
+    # With 32 channels Winograd does not serve.
+    for x in ((16, 32, 56, 56), (16, 64, 56, 56), (4, 128, 28, 28), (2, 256, 33, 33))
     for dilation in (2, 3, 4, 6, 8, 12, 16)
 )
 _SIZES = tuple(int(2 ** (n / 2)) for n in range(38, 56))
