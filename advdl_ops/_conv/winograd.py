@@ -51,7 +51,7 @@ _LEAST_PIXELS_AVX512_LAST = {
 _MOST_GRIDS = 1 << 16
 # With a dilation of 3 or more (gradient of the weight: of 2) torch sums in another order, mostly a more exact one, and
 # leaves out the taps outside of the image: sums count with the share of their taps inside, which must not be small.
-_EXACT_DILATION, _LEAST_INSIDE, _NEVER = 3, 0.45, 1 << 30
+_LEAST_INSIDE, _NEVER = 0.45, 1 << 30
 _LEAST_CHANNELS_DILATED = 40, 320, 1400
 _LEAST_PIXELS_DILATED_AVX512 = 400, 784, 3136
 _LEAST_PIXELS_DILATED = 2560, _NEVER, _NEVER
@@ -97,13 +97,19 @@ def least_lengths(
     """
     if dtype != torch.float32:
         return _ANY_LENGTH
+    dilates = _dilates(direction, dilation)
     if direction != WEIGHT_GRADIENT:
-        return _LEAST_CHANNELS if dilation < _EXACT_DILATION else _LEAST_CHANNELS_DILATED
-    if dilation > 1:
+        return _LEAST_CHANNELS_DILATED if dilates else _LEAST_CHANNELS
+    if dilates:
         return _LEAST_PIXELS_DILATED_AVX512 if _torch_has_avx512() else _LEAST_PIXELS_DILATED
     if not (is_last and _torch_has_avx512()):
         return _LEAST_PIXELS
     return next(least for of, least in _LEAST_PIXELS_AVX512_LAST.items() if channels >= of)
+
+
+def _dilates(direction: str, dilation: int) -> bool:
+    """Whether torch sums otherwise than without dilation."""
+    return dilation >= (2 if direction == WEIGHT_GRADIENT else 3)
 
 
 @functools.cache
@@ -129,7 +135,7 @@ def _tile(
         length = images * math.prod(size for size, _, _ in covered)
     else:
         length = weight[0] // conv.groups if direction == INPUT_GRADIENT else weight[1]
-    if max(conv.dilation) >= (2 if direction == WEIGHT_GRADIENT else _EXACT_DILATION):
+    if _dilates(direction, max(conv.dilation)):
         inside, pairs = _taps_inside(x, weight, conv)
         if inside < _LEAST_INSIDE * pairs:
             return None

@@ -184,13 +184,8 @@ def test_the_tile_in_half_precision(dtype: torch.dtype) -> None:
     [
         (2, 7, 1, 1, 4),
         (2, 7, 3, 3, 4),  # 3, 2 and 2 outputs: two tiles and one each
-        (
-            4,
-            7,
-            3,
-            3,
-            3,
-        ),  # the tile of the second grid has one output of the third, which needs one more
+        # The tile of the second grid has one output of the third, which needs one more.
+        (4, 7, 3, 3, 3),
         (4, 7, 3, 0, 3),  # with two outputs between the grids none shares a tile
         (4, 29, 5, 5, 8),
         (4, 29, 5, 0, 10),
