@@ -135,7 +135,7 @@ def _tile(
         length = images * math.prod(size for size, _, _ in covered)
     else:
         length = weight[0] // conv.groups if direction == INPUT_GRADIENT else weight[1]
-    if _dilates(direction, max(conv.dilation)):
+    if least != _ANY_LENGTH and _dilates(direction, max(conv.dilation)):
         inside, pairs = _taps_inside(x, weight, conv)
         if inside < _LEAST_INSIDE * pairs:
             return None

@@ -42,9 +42,8 @@ struct ForwardSpace {
       : grid(p.shape),
         tiles(grid.tiles()),
         panels(ceil_div(p.shape.c_out, kPanel<float>)),
-        together(p.shape.layout == Layout::channels_last || p.shape.w.dilation == 1
-                     ? kTileRows
-                     : grid.columns.count),
+        together(p.shape.layout != Layout::channels_last && grid.stages_rows() ? grid.columns.count
+                                                                               : kTileRows),
         packs(p.packed == nullptr),
         stride(min_of(kChunk, round_up(p.shape.c_in, kLanes))) {
     const int64_t threads = max_of(1, p.threads), all_packed = packed_size_of<T>(p.shape);
@@ -83,10 +82,11 @@ struct ForwardSpace {
 template <class T>
 class Forward {
  public:
-  Forward(const WinogradConv2dForward& p, int64_t group, void* memory)
+  // memory: of `space`, whose grid is filled
+  Forward(const WinogradConv2dForward& p, const ForwardSpace<T>& space, int64_t group, void* memory)
       : p_(p),
         s_(p.shape),
-        space_(p),
+        space_(space),
         x_(s_, p.x, s_.h.in, s_.w.in, s_.c_in, group),
         out_(s_, p.out, s_.h.out, s_.w.out, s_.c_out, group),
         residual_(s_, p.residual, s_.h.out, s_.w.out, s_.c_out, group),
@@ -94,9 +94,7 @@ class Forward {
         packed_(p.packed == nullptr ? nullptr : p.packed + group * packed_size_of<T>(s_)),
         scale_(p.scale == nullptr ? nullptr : p.scale + group * s_.c_out),
         shift_(p.shift == nullptr ? nullptr : p.shift + group * s_.c_out),
-        shared_(reinterpret_cast<float*>(static_cast<char*>(memory) + space_.grid.bytes())) {
-    space_.grid.fill(memory);
-  }
+        shared_(reinterpret_cast<float*>(static_cast<char*>(memory) + space_.grid.bytes())) {}
 
   void run() {
     if (space_.by_panels)
@@ -164,7 +162,7 @@ class Forward {
 
   // Weights and rows of V come from the last-level cache, in pieces too short for its own prefetches.
   static void fetch(const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLine) prefetch(from + i);
+    for (int64_t i = 0; i < count; i += kLineFloats) prefetch(from + i);
   }
 
   // products[tile][panel] (+)= the products of `count` tiles at one point with the channels of a chunk, whose first is
@@ -174,7 +172,8 @@ class Forward {
     constexpr int64_t panel = kPanel<float>;
     const float* from = v + point * space_.of_v + c / kChunk * space_.of_chunk;
     const int64_t depth = min_of(kChunk, s_.c_in - c);
-    const int64_t share = round_up(ceil_div(depth * panel, ceil_div(count, kTileRows)), kLine);
+    const int64_t share =
+        round_up(ceil_div(depth * panel, ceil_div(count, kTileRows)), kLineFloats);
     for (int64_t t = 0; t < count; t += kTileRows) {
       const int64_t rows = min_of(kTileRows, count - t);
       const float* row[kTileRows];
@@ -333,7 +332,7 @@ class Forward {
 
   const WinogradConv2dForward& p_;
   const WinogradConv2dShape& s_;
-  ForwardSpace<T> space_;
+  const ForwardSpace<T>& space_;
   const Images x_, out_, residual_;
   const WinogradWeight weight_;
   const float *const packed_, *const scale_, *const shift_;
@@ -343,8 +342,10 @@ class Forward {
 void run_forward(const WinogradConv2dForward& p, void* workspace) {
   if (p.shape.n == 0) return;
   with_tile(p.shape.tile, [&](auto tile) {
+    ForwardSpace<decltype(tile)> space(p);
+    space.grid.fill(workspace);
     for (int64_t group = 0; group < p.shape.groups; ++group)
-      Forward<decltype(tile)>(p, group, workspace).run();
+      Forward<decltype(tile)>(p, space, group, workspace).run();
   });
 }
 size_t forward_workspace(const WinogradConv2dForward& p) {

@@ -42,8 +42,8 @@ struct WeightSpace {
     const int64_t of_tile = T::points * (in + out) * int64_t{4};
     most =
         by_ranges ? kBlockTiles : max_of(kPart, min_of(tiles, kStaged / of_tile) / kPart * kPart);
-    of_v = most * in + kLine;
-    of_z = most * out + kLine;
+    of_v = most * in + kLineFloats;  // no power of two
+    of_z = most * out + kLineFloats;
     v_size = T::points * of_v;
     slot_size = v_size + T::points * of_z;
   }
@@ -56,16 +56,16 @@ struct WeightSpace {
 template <class T>
 class Backward {
  public:
-  Backward(const WinogradConv2dBackward& p, int64_t group, void* memory)
+  // memory: of `space`, whose grid is filled
+  Backward(const WinogradConv2dBackward& p, const WeightSpace<T>& space, int64_t group,
+           void* memory)
       : s_(p.shape),
-        space_(p),
+        space_(space),
         x_(s_, p.x, s_.h.in, s_.w.in, s_.c_in, group),
         dz_(s_, p.dz, s_.h.out, s_.w.out, s_.c_out, group),
         is_last_(p.weight_layout == Layout::channels_last),
         dweight_(p.dweight + group * s_.c_out * s_.c_in * kTaps),
-        sums_(reinterpret_cast<float*>(static_cast<char*>(memory) + space_.grid.bytes())) {
-    space_.grid.fill(memory);
-  }
+        sums_(reinterpret_cast<float*>(static_cast<char*>(memory) + space_.grid.bytes())) {}
 
   void run() {
     if (space_.by_ranges)
@@ -198,7 +198,7 @@ class Backward {
   }
 
   const WinogradConv2dShape& s_;
-  WeightSpace<T> space_;
+  const WeightSpace<T>& space_;
   const Images x_, dz_;
   const bool is_last_;
   float* const dweight_;
@@ -212,8 +212,10 @@ void run_backward(const WinogradConv2dBackward& p, void* workspace) {
     return;
   }
   with_tile(p.shape.tile, [&](auto tile) {
+    WeightSpace<decltype(tile)> space(p);
+    space.grid.fill(workspace);
     for (int64_t group = 0; group < p.shape.groups; ++group)
-      Backward<decltype(tile)>(p, group, workspace).run();
+      Backward<decltype(tile)>(p, space, group, workspace).run();
   });
 }
 size_t backward_workspace(const WinogradConv2dBackward& p) {

@@ -6,6 +6,9 @@
 namespace advdl_ops {
 namespace ADVDL_CAPABILITY_NAMESPACE {
 
+inline constexpr int64_t kCacheLine = 64;  // bytes
+inline constexpr int64_t kLineFloats = kCacheLine / int64_t{sizeof(float)};
+
 // The M outputs of a tile along one axis and its M + 2 inputs, by coordinates in the image. Inputs at -1 and at the
 // size of the image are zeros; outputs at the size of the image are none.
 template <int M>
@@ -90,6 +93,8 @@ class Grid {
 
   explicit Grid(const WinogradConv2dShape& shape) : s(shape), rows(shape.h), columns(shape.w) {}
   int64_t tiles() const { return s.n * rows.count * columns.count; }
+  // Tiles of a dilated row interleave, so that its pixels are staged as a whole.
+  bool stages_rows() const { return s.w.dilation > 1; }
 
   // Makes the strips and the zeros. memory: bytes(), aligned to a line of the cache.
   void fill(void* memory) {
@@ -117,7 +122,6 @@ class Grid {
   }
 
  private:
-  static constexpr int64_t kCacheLine = 64;
   int64_t zeros_size() const {
     return round_up(max_of(s.c_in, s.c_out) * int64_t{sizeof(float)}, kCacheLine);
   }

@@ -11,7 +11,6 @@ namespace ADVDL_CAPABILITY_NAMESPACE {
 inline constexpr int64_t kPart = 16;
 // Channels (tiles) whose panel stays in the first-level cache. A multiple of kPart.
 inline constexpr int64_t kChunk = 64;
-inline constexpr int64_t kLine = 16;  // floats of a line of a cache
 
 // f(slot) for each slot, in parallel if there are more than one: each has work for a thread.
 template <class F>
@@ -74,14 +73,13 @@ struct TileRectangle {
   const Strip<T::MH>& row(int64_t i) const { return *grid.rows.at(place.row + i); }
   const Strip<T::MW>& column(int64_t i) const { return *grid.columns.at(place.column + i); }
   int64_t tile(int64_t i, int64_t j) const { return first + i * grid.columns.count + j; }
-  bool holds_rows() const { return grid.s.w.dilation > 1; }
 
   // Rows of a strip are kept once: the first row of strip i is at i * MH.
   Rectangle inputs() const {
     Rectangle r;
     r.n = place.n;
-    r.x = holds_rows() ? -1 : column(0).in[0];
-    r.columns = holds_rows() ? grid.s.w.in + 2 : column(columns - 1).in[T::MW + 1] + 1 - r.x;
+    r.x = grid.stages_rows() ? -1 : column(0).in[0];
+    r.columns = grid.stages_rows() ? grid.s.w.in + 2 : column(columns - 1).in[T::MW + 1] + 1 - r.x;
     r.rows = 0;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t k = i == 0 ? 0 : 2; k < T::TH; ++k) r.y[r.rows++] = row(i).in[k];
@@ -90,8 +88,8 @@ struct TileRectangle {
   Rectangle outputs() const {
     Rectangle r;
     r.n = place.n;
-    r.x = holds_rows() ? 0 : column(0).out[0];
-    r.columns = holds_rows() ? grid.s.w.out + 1 : columns * T::MW;
+    r.x = grid.stages_rows() ? 0 : column(0).out[0];
+    r.columns = grid.stages_rows() ? grid.s.w.out + 1 : columns * T::MW;
     r.rows = 0;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t k = 0; k < T::MH; ++k) r.y[r.rows++] = row(i).out[k];
@@ -108,11 +106,12 @@ void for_rectangles(const Grid<T>& grid, int64_t first, int64_t count, F&& f) {
   while (first < end) {
     const auto place = grid.place(first);
     int64_t columns = min_of(end - first, grid.columns.count - place.column);
-    const bool holds_rows = grid.s.w.dilation > 1;
-    if (!holds_rows) columns = min_of(columns, kColumns);
+    const bool stages_rows = grid.stages_rows();
+    if (!stages_rows) columns = min_of(columns, kColumns);
     TileRectangle<T> tiles{grid, first, 1, columns, place};
     if (columns == grid.columns.count) {
-      const int64_t pixels = (holds_rows ? max_of(grid.s.w.in, grid.s.w.out) : columns * T::MW) + 2;
+      const int64_t pixels =
+          (stages_rows ? max_of(grid.s.w.in, grid.s.w.out) : columns * T::MW) + 2;
       const int64_t most = min_of(min_of((end - first) / columns, grid.rows.count - place.row),
                                   (min_of(kStageRows, kStagePixels / pixels) - 2) / T::MH);
       while (tiles.rows < most && tiles.row(tiles.rows).follows) ++tiles.rows;
