@@ -8,8 +8,10 @@ from . import _schemas as _schemas
 
 _library.load()
 
-from . import functional, nn  # noqa: E402
+from . import _flops, functional, nn  # noqa: E402
 from .backend import get_backend, get_convolution, use_backend, use_convolution  # noqa: E402
+
+_flops.register_when_needed()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -151,6 +151,15 @@ def one_thread(threads: None) -> None:
 
 
 @pytest.fixture
+def formats_unwatched() -> Iterator[None]:
+    """Lets hooks tell which memory format would serve without them: normally, they prevent channels_last."""
+    from advdl_ops import _watch
+
+    with _watch.formats_unwatched():
+        yield
+
+
+@pytest.fixture
 def fresh_compile() -> Iterator[None]:
     """No compiled graphs of earlier tests, and none left for later ones."""
     torch.compiler.reset()

@@ -14,8 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from .._watch import is_observed
+from .reads import CALLED
+from .record import RECORD, Record
 from .trace import Variant, children_of, default_name
 
 _Module = torch.nn.Module
@@ -34,6 +37,11 @@ def source_of(
             used for every call.
     """
     called = "inside" if through else "forward"
+    parameters = list(inspect.signature(type(owner).forward).parameters.values())
+    head, passed = _head_of(parameters), _passed_on(parameters)
+    seen_by = ", ".join(_stars(p) + p.name for p in parameters[1:] if p.kind is not p.VAR_KEYWORD)
+    # The previous forward may have been replaced in its class since. Whoever observes the call sees that forward.
+    always = "original.forward is before", f"not is_observed({seen_by})"
     texts: list[str] = []
     names: dict[str, Any] = {}
     tests: list[str] = []
@@ -43,36 +51,45 @@ def source_of(
         used = set(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", code.src))
         names.update({name: value for name, value in code.globals.items() if name in used})
         call = f"return variant_{number}(self, {', '.join(variant.arguments)})"
-        tests.append(f"    if {' and '.join(variant.guards) or 'True'}:\n        {call}\n")
-    stars: dict[Any, str] = {
-        inspect.Parameter.VAR_POSITIONAL: "*",
-        inspect.Parameter.VAR_KEYWORD: "**",
-    }
-    heads: list[str] = []
-    positional: list[str] = []
-    by_name: list[str] = []
-    for p in inspect.signature(type(owner).forward).parameters.values():
-        if p.kind is p.KEYWORD_ONLY and not any("*" in head for head in heads):
-            heads.append("*")
-        star = stars.get(p.kind, "")
-        heads.append(star + p.name + ("" if p.default is p.empty else f"={default_name(p)}"))
-        if p.kind is p.KEYWORD_ONLY:
-            by_name.append(f"{p.name}={p.name}")
-        else:
-            (by_name if star == "**" else positional).append(star + p.name)
-    head, passed = ", ".join(heads), ", ".join(positional + by_name)
-    texts.append(f"def {called}({head}):\n{''.join(tests)}    return before({passed})\n")
+        tests.append(f"    if {' and '.join((*always, *variant.guards))}:\n        {call}\n")
+    previous = f"original.forward({', '.join(passed)})"
+    texts.append(f"def {called}({head}):\n{''.join(tests)}    return {previous}\n")
     if through:
-        args, kwargs = ", ".join(positional[1:]), ", ".join(by_name)
+        args = ", ".join(p for p in passed[1:] if "=" not in p and not p.startswith("**"))
+        kwargs = ", ".join(p for p in passed if "=" in p or p.startswith("**"))
         conditions = (" and ".join(v.guards) or "True" for v in seen)
         condition = " or ".join(f"({text})" for text in dict.fromkeys(conditions)) or "True"
         texts.append(
             f"def forward({head}):\n"
             f"    if {condition}:\n"
             f"        return {through}(self, {called}, [{args}], dict({kwargs}))\n"
-            f"    return {called}({passed})\n"
+            f"    return {called}({', '.join(passed)})\n"
         )
     return "\n".join(texts), names
+
+
+def _head_of(parameters: Sequence[inspect.Parameter]) -> str:
+    """The parameters of a function, with their defaults by :func:`default_name`."""
+    heads: list[str] = []
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY and not any("*" in head for head in heads):
+            heads.append("*")
+        default = "" if p.default is p.empty else f"={default_name(p)}"
+        heads.append(_stars(p) + p.name + default)
+    return ", ".join(heads)
+
+
+def _passed_on(parameters: Sequence[inspect.Parameter]) -> list[str]:
+    """The arguments of a call that passes them all on: those by position, then those by name."""
+    by_name = [f"{p.name}={p.name}" for p in parameters if p.kind is p.KEYWORD_ONLY]
+    further = [f"**{p.name}" for p in parameters if p.kind is p.VAR_KEYWORD]
+    named = {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+    return [*(_stars(p) + p.name for p in parameters if p.kind not in named), *by_name, *further]
+
+
+def _stars(parameter: inspect.Parameter) -> str:
+    stars: dict[Any, str] = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
+    return stars.get(parameter.kind, "")
 
 
 _classes: dict[tuple[type, str], type[_Module]] = {}
@@ -88,7 +105,8 @@ def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> 
         default_name(p): p.default for p in inspect.signature(original.forward).parameters.values()
     }
     scope = {
-        **names, **defaults, "before": original.forward, "children_of": children_of, "Tensor": Tensor,
+        **names, **defaults, **CALLED, "original": original, "before": original.forward,
+        "children_of": children_of, "is_observed": is_observed, "Tensor": Tensor,
     }  # fmt: skip
     exec(compile(source, file, "exec"), scope)
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)
@@ -104,9 +122,35 @@ def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> 
         "forward": scope["forward"], "__reduce_ex__": reduce, "__module__": original.__module__,
         "__qualname__": original.__qualname__, "__doc__": original.__doc__, "_advdl_made": True,
     }  # fmt: skip
+    if issubclass(original, fx.GraphModule):
+        attributes |= {
+            "recompile": _recompile,
+            "__reduce_ex__": _reduce_graph_module,
+            "_advdl_original": original,
+        }
     made = type(original.__name__, (original,), attributes)
     _classes[original, source] = made
     return made
+
+
+# A GraphModule has a class of its own, in which it replaces the forward when its graph changes, and is pickled as its
+# graph.
+
+
+def _recompile(self: Any) -> Any:
+    """The graph may have changed: the new forward of ``optimize`` is dropped, and the layers remain."""
+    object.__setattr__(self, "__class__", type(self)._advdl_original)
+    self.__dict__[RECORD] = Record(notes=("not fused any more: its graph has changed",))
+    return self.recompile()
+
+
+def _reduce_graph_module(self: Any, protocol: Any) -> Any:
+    # In a class of its own, because a GraphModule sets its class's forward when it is pickled.
+    original = type(self)._advdl_original
+    plain: Any = object.__new__(type(original.__name__, (original,), {}))
+    plain.__dict__.update(self.__dict__)
+    plain.__dict__.pop(RECORD, None)
+    return plain.__reduce__()
 
 
 def _rebuilt(

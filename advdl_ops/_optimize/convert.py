@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from .._watch import is_watched
 from ..activation import qualified_name, resolve_activation
+from ..nn._one_by_one import layer_of
 from .aliasing import find_effects
 from .codegen import fused_class, source_of
 from .copies import copies_of
 from .fuse import has_parts, plan_fusions
-from .fused_call import is_watched
-from .layers import OURS, Counterpart, Left, counterpart_of
+from .layers import OURS, Counterpart, Left, converted_class, counterpart_of
 from .memory_format import evaluated_in_fast_format, in_fast_format, plan_channels_last
 from .plan import LayerPlan, Plan
 from .proxies import Untraceable
@@ -131,9 +132,10 @@ def _find_graphs(layer: LayerPlan) -> None:
 
 
 def _convert(layer: torch.nn.Module, counterpart: Counterpart) -> None:
-    update_record(layer, original=type(layer), added=tuple(counterpart.attributes))
+    kind = type(layer)
+    update_record(layer, original=kind, converted=True, added=tuple(counterpart.attributes))
     layer.__dict__.update(counterpart.attributes)
-    object.__setattr__(layer, "__class__", counterpart.layer)
+    object.__setattr__(layer, "__class__", converted_class(kind, counterpart.layer))
 
 
 def _set_forward(owner: torch.nn.Module, planned: LayerPlan, channels_last: str) -> None:
@@ -163,7 +165,9 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         raise TypeError(f"restore: model ({type(model).__name__}) must be a torch.nn.Module")
     for name, layer in model.named_modules():
         record = record_of(layer)
-        made = type(layer) in OURS or "_advdl_made" in vars(type(layer))
+        made = layer_of(layer) in OURS or "_advdl_made" in vars(type(layer))
+        # A GraphModule goes back to its class by itself when its graph changes.
+        made = made or (record is not None and type(layer) is record.original)
         if record is not None and record.original is not None and not made:
             raise ValueError(
                 f"restore: model ({name or 'itself'}) must be of the class that optimize gave it, "

@@ -1,7 +1,7 @@
 """Finds the layers that a module's own forward calls one after another, and rewrites its graphs to run them as one op.
 
 `convert.py` calls :func:`plan_fusions`; `codegen.py` makes the new forward of the rewritten graphs, which call
-:func:`.fused_call.run_as_one`.
+:func:`.run_as_one`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from torch import fx
 
 from .. import nn
 from ..activation import IDENTITY
+from ..nn.run_as_one import CONVOLUTIONS, NORMS, run_as_one
 from .aliasing import NEW_RESULTS, writes
-from .fused_call import CONVOLUTIONS, NORMS, run_as_one
-from .layers import own_activation
 from .plan import Group, LayerPlan, Plan
 from .trace import is_torchs
 
@@ -135,7 +134,7 @@ class _Search:
         """The class that a layer becomes, and the name of the activation that it applies by itself."""
         counterpart = self.plan[self.modules[node]].counterpart
         assert counterpart is not None
-        act = own_activation(counterpart)
+        act = counterpart.act
         return counterpart.layer, None if act == IDENTITY else act.name
 
     def added(self, node: fx.Node, term: fx.Node) -> fx.Node | None:
@@ -251,7 +250,9 @@ def _rewrite(graph: fx.Graph, group: Group, made: dict[fx.Node, fx.Node]) -> Non
         act = group.act
         if isinstance(act, fx.Node):
             act = graph.get_attr(str(act.target))
-        call = graph.call_function(run_as_one, (x, residual, group.in_place, act, *modules))
+        call = graph.call_function(
+            run_as_one, (tuple(modules), x, residual, act), {"in_place": group.in_place}
+        )
     made[last] = call
     last.replace_all_uses_with(call)
     for node in reversed(group.nodes):

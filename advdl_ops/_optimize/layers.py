@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 
 from .. import nn
 from ..activation import IDENTITY, Activation, qualified_name, resolve_activation
+from ..nn._one_by_one import LAYER, has_own_parts
 
 
 class Left(Exception):
@@ -22,12 +24,14 @@ class Counterpart(NamedTuple):
     """What a layer becomes.
 
     Attributes:
-        layer: its new class.
-        attributes: those that the new class needs and the old one does not have, by name.
+        layer: the class of this package.
+        attributes: those that it needs and the old class does not have, by name.
+        act: the activation that the layer applies by itself.
     """
 
     layer: type[torch.nn.Module]
     attributes: dict[str, Any]
+    act: Activation = IDENTITY
 
 
 def counterpart_of(layer: torch.nn.Module) -> Counterpart | None:
@@ -58,11 +62,6 @@ def counterpart_of(layer: torch.nn.Module) -> Counterpart | None:
     return make(layer)
 
 
-def own_activation(counterpart: Counterpart) -> Activation:
-    """The activation that the new layer applies by itself."""
-    return counterpart.attributes.get("act", IDENTITY)
-
-
 def _plain(layer: type[torch.nn.Module], **attributes: Any) -> Callable[..., Counterpart]:
     counterpart = Counterpart(layer, attributes)
     return lambda _: counterpart
@@ -82,7 +81,8 @@ def _timm_norm(layer: type[torch.nn.Module], **attributes: Any) -> Callable[...,
             raise Left(
                 f"its activation ({type(norm.act).__name__}) is none of the kernels'"
             ) from None
-        return Counterpart(layer, {**attributes, "act": act})
+        own = {} if hasattr(norm, "act") else _ACT
+        return Counterpart(layer, {**attributes, **own}, act)
 
     return make
 
@@ -113,11 +113,46 @@ _OTHERS: dict[str, Callable[..., Counterpart]] = {
     "timm.layers.norm_act.GroupNorm1Act": _timm_norm(nn.GroupNorm),
     "timm.layers.norm_act.LayerNormAct2d": _timm_norm(nn.LayerNorm2d),
 }
-# The classes that a layer may get.
+# What computes a converted layer.
 OURS = (
     nn.Conv2d, nn.ConvTranspose2d, nn.BatchNormAct2d, nn.GroupNorm, nn.LayerNorm2d, nn.InstanceNorm1d,
     nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LSTM, nn.LSTMCell,
 )  # fmt: skip
+
+
+def converted_class(original: Any, layer: Any) -> type:
+    """The class of a layer of class ``original`` that is computed by this package's ``layer``.
+
+    A layer remains an instance of its class before, so that everybody who looks for that class finds it.
+    """
+    if issubclass(layer, original) or original is torch.nn.LSTM:
+        return layer
+    return _mixed_class(original, layer)
+
+
+@functools.cache
+def _mixed_class(original: Any, layer: Any) -> type:
+    """For layers of timm and torchvision. timm's have their dropout and activation as children, and keep them."""
+
+    def forward(self: Any, input: Any, residual: Any = None, *, act: Any = None) -> Any:
+        if residual is None and act is None and not has_own_parts(self):
+            return original.forward(self, input)
+        return layer.forward(self, input, residual, act=act)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _instance_of, (original, layer), self.__getstate__()
+
+    attributes = {
+        "forward": forward, "__reduce_ex__": reduce, "__module__": original.__module__,
+        "__qualname__": original.__qualname__, "__doc__": original.__doc__, LAYER: layer,
+    }  # fmt: skip
+    return type(original.__name__, (layer, original), attributes)
+
+
+def _instance_of(original: Any, layer: Any) -> Any:
+    return object.__new__(_mixed_class(original, layer))
+
+
 _WEIGHTS: dict[type[torch.nn.Module], tuple[str, ...]] = {
     torch.nn.LSTMCell: ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 }

@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from .._memory_format import in_channels_last, runs_in_channels_last
 from .._stock_faults import layer_may_fail
+from .._watch import has_hooks
+from ..nn.run_as_one import CONVOLUTIONS
 from .aliasing import NEW_RESULTS, effect_of, writes, written_by
 from .bytecode import is_function, why_format_may_matter
-from .fused_call import CONVOLUTIONS, has_hooks
 from .plan import LayerPlan, Plan
 from .trace import has_graph_for, has_optional_arguments, is_torchs
 

@@ -20,6 +20,7 @@ class Record(NamedTuple):
 
     Attributes:
         original: its previous class; ``None`` if that was not changed.
+        converted: whether it became a layer of this package.
         added: names of the attributes that it got.
         fused: for each group that its new forward runs as one op, the names of the layers and of the fused addition and
             activation.
@@ -28,6 +29,7 @@ class Record(NamedTuple):
     """
 
     original: type | None = None
+    converted: bool = False
     added: tuple[str, ...] = ()
     fused: tuple[tuple[str, ...], ...] = ()
     part: bool = False
@@ -57,7 +59,7 @@ def summary(model: torch.nn.Module) -> dict[str, Any]:
         elif record.fused:
             prefix = f"{name}." if name else ""
             fused += [prefix + " + ".join(names) for names in record.fused]
-        elif record.added and not record.part:
+        elif record.converted and not record.part:
             replaced.append(name)
     return {"fused": fused, "replaced": replaced, "left": left}
 
@@ -72,7 +74,7 @@ def notes(model: torch.nn.Module) -> dict[str, list[str]]:
             found[name] = [] if why is None else [f"left as it was: {why}"]
             continue
         found[name] = [f"one op: {' + '.join(names)}" for names in record.fused]
-        if record.original is not None and record.added:
+        if record.original is not None and record.converted:
             found[name].append(f"was {qualified_name(record.original)}")
         found[name] += record.notes
     return found

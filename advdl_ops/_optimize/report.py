@@ -19,8 +19,10 @@ from .._conv import choice
 from .._conv.choice import APART, WINOGRAD
 from .._conv.problem import FOLDED, WITH_NORM, Problem
 from .._conv.winograd import packed_numel, tile_of
+from .._watch import formats_unwatched
 from ..backend import get_backend
 from ..nn.group_norm import _InstanceNorm
+from ..nn.run_as_one import run_as_one
 from . import served as _served
 from .copies import copy_without_hooks
 from .record import notes, record_of, summary
@@ -240,10 +242,10 @@ def _run(
             text, problems = of(*args, **kwargs)
             if key == name:
                 met.setdefault(name, {}).update(dict.fromkeys(problems))
-            norm, residual = _joined_norm(on)
+            norm, residual, act = _joined_norm(on)
             if text is not None and key == name and norm is not None and args:
                 behind, bn = originals[id(norm)]
-                pair = _served.of_pair(originals[id(on)][1], bn, args[0], residual).text
+                pair = _served.of_pair(originals[id(on)][1], bn, args[0], residual, act).text
                 text += "" if pair == _served.TWO_LAYERS else f"; with {behind} {pair}"
             if text is not None:
                 found.setdefault(key, {})[text] = None
@@ -260,24 +262,37 @@ def _run(
             if _device(conv) == torch.device("cpu"):
                 tell((owner, at), functools.partial(_served.of_pair, conv, bn), names[id(conv)])
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(devices), torch.no_grad(), formats_unwatched():
         ran(*inputs)
     return {key: "; in another call ".join(texts) for key, texts in found.items()}, met
 
 
-def _joined_norm(conv: torch.nn.Module) -> tuple[torch.nn.Module | None, Tensor | None]:
-    """Norm and residual of the :func:`.nn.conv_bn_act` that is calling this layer; ``None`` if there is none.
+def _joined_norm(conv: torch.nn.Module) -> tuple[torch.nn.Module | None, Tensor | None, Any]:
+    """Norm, residual and activation of the call of a model's own code that joins this layer with them, or ``None``.
 
-    Without the hook of :func:`_run` it might not have called the layer. A ``ConvBNAct`` has its own row instead.
+    Without the hook of :func:`_run` it might not have called the layer. A ``ConvBNAct``, and a pair that ``optimize``
+    fused, have a row of their own.
     """
+    record = record_of(conv)
+    if record is not None and record.part:
+        return None, None, None
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code is nn.conv_bn_act.__code__ and frame.f_locals["conv"] is conv:
-            if frame.f_back is not None and frame.f_back.f_code is nn.ConvBNAct.forward.__code__:
-                break
-            return frame.f_locals["bn"], frame.f_locals["residual"]
-    return None, None
+        if frame.f_code is nn.ConvBNAct.forward.__code__:
+            break
+        found = frame.f_locals
+        if frame.f_code is nn.conv_bn_act.__code__ and found["conv"] is conv:
+            pair = conv, found["bn"]
+        elif frame.f_code is run_as_one.__code__ and found["layers"][0] is conv:
+            pair = found["layers"]
+        else:
+            continue
+        if len(pair) == 2 and isinstance(pair[1], nn.BatchNormAct2d):
+            outer = frame.f_back
+            if outer is None or outer.f_code is not nn.ConvBNAct.forward.__code__:
+                return pair[1], found["residual"], found["act"]
+    return None, None, None
 
 
 def _is_compiled(layer: torch.nn.Module) -> bool:

@@ -29,11 +29,12 @@ from .._conv.problem import (
     pair,
     problem_of,
 )
-from ..activation import resolve_activation
+from ..activation import IDENTITY
 from ..functional.conv2d import _torch_derives_as_well, prepared
 from ..functional.conv_bn_act import result_dtype
 from ..functional.conv_transpose2d import Options, _has_own_operators, _is_gradient
 from ..functional.conv_transpose2d import _problem as _problem_of_transposed
+from ..nn._one_by_one import Act, unobserved
 from ..nn.conv2d import padded_input
 from ..nn.conv_bn_act import _padded, evaluates_as_one, problem_of_kept
 
@@ -63,7 +64,7 @@ def own() -> str:
 def of_layer(layer: torch.nn.Module) -> str:
     """What serves the layer. If that depends on the input, with the conditions."""
     if isinstance(layer, nn.ConvBNAct):
-        return of_pair_in_general(layer.conv, layer.bn)
+        return of_pair_in_general(layer.conv, layer.bn) if _folds_by_order(layer) else TWO_LAYERS
     if isinstance(layer, nn.ConvTranspose2d):
         if _is_depthwise_transposed(layer) and is_gradient(layer):
             return own()
@@ -89,9 +90,15 @@ def of_call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Told:
         return Told(None)
     residual = others[0] if others else kwargs.get("residual")
     if isinstance(layer, nn.ConvBNAct):
-        return of_pair(layer.conv, layer.bn, x, residual)
+        if not _folds_by_order(layer):
+            return Told(TWO_LAYERS, _call_of(x, layer.conv, None, act=layer.act).problems)
+        return of_pair(layer.conv, layer.bn, x, residual, layer.act)
     call = _call_of(x, layer, residual)
     return Told(_parts(call).text(), call.problems)
+
+
+def _folds_by_order(layer: nn.ConvBNAct) -> bool:
+    return layer.order == "conv-bn-act"
 
 
 def of_pair_in_general(conv: torch.nn.Conv2d, bn: nn.BatchNormAct2d) -> str:
@@ -100,7 +107,11 @@ def of_pair_in_general(conv: torch.nn.Conv2d, bn: nn.BatchNormAct2d) -> str:
 
 
 def of_pair(
-    conv: torch.nn.Conv2d, bn: nn.BatchNormAct2d, x: Tensor, residual: Tensor | None = None
+    conv: torch.nn.Conv2d,
+    bn: nn.BatchNormAct2d,
+    x: Tensor,
+    residual: Tensor | None = None,
+    act: Act = None,
 ) -> Told:
     """What serves a call of :func:`.nn.conv_bn_act`."""
     if not _folds(conv, bn, x, residual):
@@ -113,9 +124,9 @@ def of_pair(
             call = _call_of(x, conv, None, options.padding)
             by = _parts(call).forward if _library.native("cpu") else _without_kernels()
             return Told(_of_folding(by), call.problems)
-        act = resolve_activation("explain", bn.act)
+        behind = unobserved(bn.act if act is None else act) or IDENTITY
         # The folded convolution has a shift even if neither of the two layers has a bias.
-        epilogue = Epilogue(None, conv.weight, residual, act)
+        epilogue = Epilogue(None, conv.weight, residual, behind)
         problem = problem._replace(epilogue=epilogue.name())
         by = _by(choice.expected(problem), x, conv.weight, problem.conv)
         return Told(_of_folding(by), (problem,))
@@ -199,9 +210,9 @@ class _Call(NamedTuple):
 
 
 def _call_of(
-    x: Tensor, layer: torch.nn.Conv2d, residual: Tensor | None, padding: Any = None
+    x: Tensor, layer: torch.nn.Conv2d, residual: Tensor | None, padding: Any = None, act: Act = None
 ) -> _Call:
-    """``padding``: the padding that is left to do, if ``x`` was already padded."""
+    """``padding``: the padding that is left to do, if ``x`` was already padded. ``act``: given to the layer."""
     if padding is None:
         x, padding = padded_input(layer, x)
     stride: Any = layer.stride
@@ -210,8 +221,8 @@ def _call_of(
         x if x.dim() == 4 else x.unsqueeze(0), layer.weight, layer.bias,
         Conv(stride, padding, dilation, layer.groups),
     )  # fmt: skip
-    act = layer.act if isinstance(layer, nn.Conv2d) else Epilogue().act
-    epilogue = Epilogue(None, bias, residual, act)
+    own = layer.act if isinstance(layer, nn.Conv2d) and act is None else act
+    epilogue = Epilogue(None, bias, residual, unobserved(own) or IDENTITY)
     # Assumes that the output's gradient has the input's memory format, as is usual.
     names = {FORWARD: epilogue.name(), **dict.fromkeys(_GRADIENTS, layout_of(x))}
     forward, dx, dweight = (problem_of(of, x, weight, conv, name) for of, name in names.items())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dis
 import inspect
-import math
 import random
 import threading
 import warnings
@@ -25,6 +24,7 @@ from torch import Tensor, fx
 
 from .copies import CONTAINERS, copies_of
 from .proxies import OwnCodeTracer, Untraceable, current_modes, names_in, with_own_isinstance
+from .reads import CALLED, guards_of, record_reads
 
 _Module = torch.nn.Module
 
@@ -215,7 +215,8 @@ def has_optional_arguments(module: _Module) -> bool:
 
 # Names that the source of a new forward uses besides its arguments.
 _NAMES = {
-    "before", "children_of", "evaluated_in_fast_format", "inside", "in_fast_format", "Tensor",
+    "before", "children_of", "evaluated_in_fast_format", "inside", "in_fast_format", "is_observed", "original",
+    "Tensor", *CALLED,
 }  # fmt: skip
 
 
@@ -231,7 +232,8 @@ class _Traced(NamedTuple):
 def _by_mode(traced: list[_Traced], guards: list[str], given: tuple[str, ...]) -> list[Variant]:
     """One variant for training and evaluation, or one for each if they differ."""
     found = [Variant(t.graph, (*guards, *t.guards), given) for t in traced]
-    if _same(found[0].graph, found[1].graph):
+    asks_for_mode = any("'training'" in guard for t in traced for guard in t.guards)
+    if _same(found[0].graph, found[1].graph) and not asks_for_mode:
         # The guards may differ: one mode may read an attribute that the other does not.
         return [found[0]._replace(guards=tuple(dict.fromkeys(found[0].guards + found[1].guards)))]
     modes = "self.training", "not self.training"
@@ -273,12 +275,14 @@ def _trace(owner: _Module, call: _Call, training: bool, recording: bool) -> _Tra
                     own[name] = value.copy()
                 elif isinstance(value, Tensor):  # neither parameter nor buffer
                     own[name] = value.detach().clone()
-        root, seen = _watched(owner, call, copies[id(owner)], tracer)
+        reads = record_reads(owner, copies)
+        root = _root(owner, call, copies[id(owner)], tracer)
         before = [_items(copied) for copied in copies.values()]
         with warnings.catch_warnings(), _gradients_and_autocast(recording), _no_random_numbers():
             warnings.simplefilter("ignore")
             tracer.modes = current_modes()
             graph = tracer.trace(root)
+        guards = guards_of(reads)
         # A graph would not repeat these assignments, and cannot contain a tensor that belongs to no module.
         for earlier, copied in zip(before, copies.values(), strict=True):
             later = _items(copied)
@@ -292,50 +296,18 @@ def _trace(owner: _Module, call: _Call, training: bool, recording: bool) -> _Tra
         failure = Untraceable(f"its forward cannot be traced: {text}")
         failure.asked = tracer.asked
         raise failure from error
-    return _Traced(graph, tuple(_guard(name, seen[name]) for name in sorted(seen)), tracer.asked)
+    return _Traced(graph, guards, tracer.asked)
 
 
-_MISSING = object()
+def _root(owner: _Module, call: _Call, copied: _Module, tracer: OwnCodeTracer) -> _Module:
+    """The copy of ``owner`` with a forward of the given arguments alone."""
 
+    class Root(type(copied)):  # type: ignore[misc]
+        forward = _of_arguments(with_own_isinstance(type(owner).forward, tracer), call)
 
-def _watched(
-    owner: _Module, call: _Call, copied: _Module, tracer: OwnCodeTracer
-) -> tuple[_Module, dict[str, Any]]:
-    """The copy, with a class that records which plain attributes are read, and this record by name."""
-    seen: dict[str, Any] = {}
-    cls = type(owner)
-
-    def recorded(name: str, value: Any) -> Any:
-        own = name != "training" and not name.startswith("__") and not hasattr(_Module, name)
-        if own and _is_plain(value):
-            seen[name] = value
-        return value
-
-    class Watched(cls):  # type: ignore[misc, valid-type]
-        def __getattribute__(self, name: str) -> Any:
-            return recorded(name, super().__getattribute__(name))
-
-        def __getattr__(self, name: str) -> Any:
-            try:
-                return recorded(name, super().__getattr__(name))
-            except AttributeError:
-                if not name.startswith("__"):
-                    seen[name] = _MISSING
-                raise
-
-    Watched.__name__, Watched.__qualname__ = cls.__name__, cls.__qualname__
-    Watched.forward = _of_arguments(with_own_isinstance(cls.forward, tracer), call)
-    object.__setattr__(copied, "__class__", Watched)
-    return copied, seen
-
-
-def _guard(name: str, value: Any) -> str:
-    if value is _MISSING:
-        return f"not hasattr(self, {name!r})"
-    if value is None:
-        return f"self.{name} is None"
-    # The type is compared too, because a parameter or an array may equal a number.
-    return f"type(self.{name}) is {type(value).__name__} and self.{name} == {value!r}"
+    Root.__name__, Root.__qualname__ = type(owner).__name__, type(owner).__qualname__
+    object.__setattr__(copied, "__class__", Root)
+    return copied
 
 
 @contextlib.contextmanager
@@ -380,17 +352,6 @@ def _items(module: _Module) -> dict[str, Any]:
         return [id(part) for part in value]
 
     return {name: item(value) for name, value in module.__dict__.items()}
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether the value's ``repr`` is source code for it."""
-    if type(value) is float:
-        return math.isfinite(value)
-    if type(value) in (tuple, list):
-        return all(_is_plain(item) for item in value)
-    if type(value) is dict:
-        return all(_is_plain(item) for pair in value.items() for item in pair)
-    return value is None or type(value) in (bool, int, str)
 
 
 def _of_arguments(forward: Callable[..., Any], call: _Call) -> Any:

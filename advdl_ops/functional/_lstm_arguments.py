@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -104,21 +105,32 @@ def unstacked(hx: Any, count: int) -> tuple[Sequence[OptionalTensor], Sequence[O
 
 
 def as_lengths(function: str, lengths: Any) -> OptionalTensor:
-    """``lengths`` as a tensor of int64; a tensor or ``None`` stays as it is.
+    """``lengths`` as a tensor of int64, from whatever ``pack_padded_sequence`` takes; ``None`` stays.
 
     Raises:
-        TypeError: ``lengths`` is neither a tensor nor a list of integers.
+        TypeError: ``lengths`` is neither a tensor nor a sequence of integers.
     """
-    if lengths is None or isinstance(lengths, Tensor):
-        return lengths
-    if not isinstance(lengths, list | tuple):
+    if lengths is None:
+        return None
+    if isinstance(lengths, Tensor):
+        # Other dtypes are refused later, with a name.
+        return lengths.to(torch.int64) if lengths.dtype in _INTEGERS else lengths
+    if isinstance(lengths, str) or not hasattr(lengths, "__iter__"):
         raise TypeError(
             f"{function}: lengths ({type(lengths).__name__}) must be a Tensor or a list of integers"
         )
+    values = []
     for i, n in enumerate(lengths):
-        if isinstance(n, bool) or not isinstance(n, int | torch.SymInt):
+        if isinstance(n, bool) or not hasattr(n, "__index__"):
             raise TypeError(f"{function}: lengths[{i}] ({n!r}) must be an integer")
-    return torch.tensor(lengths, dtype=torch.int64)
+        try:
+            values.append(operator.index(n))
+        except TypeError:  # a tensor, but not an integer
+            raise TypeError(f"{function}: lengths[{i}] ({n!r}) must be an integer") from None
+    return torch.tensor(values, dtype=torch.int64)
+
+
+_INTEGERS = torch.int8, torch.int16, torch.int32, torch.uint8, torch.int64
 
 
 def pair_of_rates(zoneout: Any) -> tuple[float, float]:

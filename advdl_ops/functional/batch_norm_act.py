@@ -273,7 +273,13 @@ class BatchNormActFunction(torch.autograd.Function):
         else:
             out, stats = _forward_in_place(*tensors, options)
         saved, z_source = saved_for(options[3], residual, out)
-        ctx.save_for_backward(x, saved, weight, bias, stats)
+        # The statistics of an evaluation are saved only so that writing them before backward is an error, as in stock.
+        used: list[Tensor] = []
+        if not options[0] and not traced:
+            used = [
+                t for t in (running_mean, running_var) if t is not None and not t.is_inference()
+            ]
+        ctx.save_for_backward(x, saved, weight, bias, stats, *used)
         ctx.options, ctx.z_source = options, z_source
         if traced:
             # A traced Function must not write its inputs, so the caller writes the running statistics.
@@ -286,8 +292,8 @@ class BatchNormActFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dout is None:
             return (None,) * 7
-        tensors = ctx.saved_tensors
-        stats = tensors[-1]
+        tensors = ctx.saved_tensors[:5]
+        stats = tensors[4]
         training, _momentum, eps, (_, code, param) = ctx.options
 
         def forward(x, residual, weight, bias, act):

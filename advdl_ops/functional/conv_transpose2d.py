@@ -205,20 +205,20 @@ def _is_depthwise(weight: Tensor, options: Options) -> bool:
     return options.groups == weight.shape[0] and weight.shape[1] == 1
 
 
-def _derivative_from_output(act: Activation) -> bool:
-    """Whether the derivative from the output is as exact as from the pre-activation (not for elu: a difference)."""
-    return act.name in ("relu", "relu6", "sigmoid", "tanh") or (
-        act.name == "leaky_relu" and act.param >= 0
-    )
+# From the output, as stock: it must not be written before backward.
+_FROM_OUTPUT = ("relu", "sigmoid", "tanh")
+# From where the pre-activation is: a byte for each element. Stock keeps the pre-activation, so the output may be
+# written.
+_MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "leaky_relu": lambda z: z > 0,
+    "relu6": lambda z: ((z <= 0) | (z >= 6)).logical_not_(),  # NaN is within, as in torch
+}
 
 
 # (gradient of the output, what forward saved, the activation's parameter) -> the gradient of the pre-activation.
 _DERIVATIVES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "relu": lambda dout, out, _: torch.ops.aten.threshold_backward(dout, out, 0),
-    # Only the sign of what was saved matters.
-    "leaky_relu": lambda dout, saved, slope: torch.ops.aten.leaky_relu_backward(
-        dout, saved, slope, False
-    ),
+    "leaky_relu": lambda dout, mask, slope: torch.where(mask, dout, dout * slope),
     "elu": lambda dout, z, alpha: torch.ops.aten.elu_backward(dout, alpha, 1, 1, False, z),
     "silu": lambda dout, z, _: torch.ops.aten.silu_backward(dout, z),
     "gelu": lambda dout, z, _: torch.ops.aten.gelu_backward(dout, z),
@@ -226,12 +226,12 @@ _DERIVATIVES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "sigmoid": lambda dout, out, _: torch.ops.aten.sigmoid_backward(dout, out),
     "tanh": lambda dout, out, _: torch.ops.aten.tanh_backward(dout, out),
     "hardswish": lambda dout, z, _: torch.ops.aten.hardswish_backward(dout, z),
-    "relu6": lambda dout, out, _: torch.ops.aten.hardtanh_backward(dout, out, 0, 6),
+    "relu6": lambda dout, mask, _: torch.where(mask, dout, 0),
 }
 
 
 class ConvTranspose2dFunction(torch.autograd.Function):
-    """Gradients of ``conv_transpose2d``. Saved: ``x``, ``weight``, ``bias``, and the output or the pre-activation."""
+    """Gradients of ``conv_transpose2d``. Saved: ``x``, ``weight``, ``bias``, and what the activation needs."""
 
     @staticmethod
     def forward(
@@ -243,11 +243,13 @@ class ConvTranspose2dFunction(torch.autograd.Function):
         act: Activation,
         own: bool,
     ) -> Tensor:
-        from_output = _derivative_from_output(act)
-        z = _convolve_transposed(x, weight, bias, options, own)
-        out = activated(z, act, in_place=from_output)
-        saved = None if act.code == 0 else out if from_output else z
-        ctx.save_for_backward(x, weight, bias, saved)
+        saved = z = _convolve_transposed(x, weight, bias, options, own)
+        if act.name in _MASKS:
+            saved = _MASKS[act.name](z)
+        out = activated(z, act, in_place=saved is not z or act.name in _FROM_OUTPUT)
+        if act.name in _FROM_OUTPUT:
+            saved = out
+        ctx.save_for_backward(x, weight, bias, None if act.code == 0 else saved)
         ctx.options, ctx.act, ctx.own = options, act, own
         return out
 

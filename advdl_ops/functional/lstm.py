@@ -155,6 +155,9 @@ def _layers(
         x = outputs[0] if options.directions == 1 else torch.cat(outputs, -1)
         if options.train and options.dropout > 0 and layer < options.num_layers - 1:
             x = F.dropout(x, options.dropout, True)
+    if options.directions == 1 and weights[0].w_hr is not None and x.requires_grad:
+        # Backward needs the output. Stock's does not with a projection, so the output may be written.
+        x = x.clone()
     # Stacked even if there is only one, because a view could not be detached in place.
     return x, torch.stack(final_h), torch.stack(final_c)
 

@@ -1,4 +1,4 @@
-"""What the models share: convolution with norm as one step, and the checks that name the model."""
+"""What the models share: layers that run as one op, and the checks that name the model."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from torch import Tensor
 from advdl_ops import nn
 from advdl_ops._memory_format import in_channels_last, runs_in_channels_last, trains
 from advdl_ops._schemas import conv2d_format
+from advdl_ops._watch import is_proxy
 from advdl_ops.models._registry import register_model
 from advdl_ops.models._weights import load_weights
+from advdl_ops.nn._one_by_one import unobserved
+from advdl_ops.nn.run_as_one import CONVOLUTIONS, NORMS, run_as_one
 
-NormFactory = Callable[[int, str | None], torch.nn.Module]
-
-
-def _batch_norm(channels: int, act: str | None) -> torch.nn.Module:
-    return nn.BatchNormAct2d(channels, act=act)
+NormFactory = Callable[[int], torch.nn.Module]
 
 
-def _group_norm(channels: int, act: str | None) -> torch.nn.Module:
+def _batch_norm(channels: int) -> torch.nn.Module:
+    return nn.BatchNormAct2d(channels)
+
+
+def _group_norm(channels: int) -> torch.nn.Module:
     # 32 groups as in Wu and He 2018 (https://arxiv.org/abs/1803.08494), fewer if 32 does not divide the width.
-    return nn.GroupNorm(math.gcd(32, channels), channels, act=act)
+    return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
 def norm_factory(name: str, norm: str) -> NormFactory:
-    """(channels, act) -> layer, for the option `norm` of the model `name`."""
+    """channels -> layer, for the option `norm` of the model `name`."""
     if norm == "batch":
         return _batch_norm
     if norm != "group":
@@ -46,36 +49,34 @@ def conv(
     return nn.Conv2d(channels, out_channels, size, stride, padding, dilation, groups, bias=False)
 
 
-def conv_norm(
-    conv: torch.nn.Module, norm: torch.nn.Module, x: Tensor, residual: Tensor | None = None
-) -> Tensor:
-    """act(norm(conv(x)) + residual), where act is the norm's own."""
-    if isinstance(norm, nn.BatchNormAct2d) and isinstance(conv, torch.nn.Conv2d):
-        return nn.conv_bn_act(conv, norm, x, residual)
-    # `residual` is passed even if it is None. So a replacement that takes neither residual nor activation, such as that
-    # of SyncBatchNorm.convert_sync_batchnorm, fails instead of dropping the ReLU.
-    return norm(conv(x), residual)
+class Layers(torch.nn.Sequential):
+    """`torch.nn.Sequential` that runs a convolution, the norm and the activation behind it as one op."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, rest = input, list(self)
+        while rest:
+            first, *following = rest
+            group = [first]
+            if isinstance(first, torch.nn.Conv2d) and following and isinstance(following[0], NORMS):
+                group.append(following.pop(0))
+            fuses = isinstance(group[-1], (*CONVOLUTIONS, *NORMS))
+            if fuses and following and unobserved(following[0]) is not None:
+                x = run_as_one(tuple(group), x, act=following.pop(0))
+            else:
+                x = run_as_one(tuple(group), x)
+            rest = following
+        return x
 
 
-class ConvNorm(torch.nn.Sequential):
-    """`conv`, then a norm with an activation. Its keys are `0` and `1`."""
-
-    def __init__(
-        self,
-        channels: int,
-        out_channels: int,
-        size: int,
-        norm: NormFactory,
-        act: str | None = "relu",
-        stride: int = 1,
-        dilation: int = 1,
-    ) -> None:
-        super().__init__(
-            conv(channels, out_channels, size, stride, dilation=dilation), norm(out_channels, act)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv_norm(self[0], self[1], x)
+def conv_norm_relu(
+    channels: int, out_channels: int, size: int, norm: NormFactory, dilation: int = 1
+) -> Layers:
+    """Convolution, norm and ReLU, with the keys `0`, `1` and `2`."""
+    return Layers(
+        conv(channels, out_channels, size, dilation=dilation),
+        norm(out_channels),
+        torch.nn.ReLU(inplace=True),
+    )
 
 
 def to_fast_format(model: torch.nn.Module, x: Tensor, also_trains: bool = True) -> Tensor:
@@ -87,14 +88,16 @@ def to_fast_format(model: torch.nn.Module, x: Tensor, also_trains: bool = True) 
     An image of one channel has both formats, and convolutions treat it as contiguous. So call this again after the
     first convolution.
     """
-    if runs_in_channels_last(model, x) and (also_trains or not trains(model, x)):
+    if is_proxy(x) or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    if (also_trains or not trains(model, x)) and runs_in_channels_last(model, x):
         return in_channels_last(x)
     return x
 
 
 def from_fast_format(out: Tensor, x: Tensor) -> Tensor:
     """`out` [N, C, H, W] in the memory format of the model's input `x`, whatever format was used in between."""
-    return out.contiguous(memory_format=conv2d_format(x))
+    return out if is_proxy(x) else out.contiguous(memory_format=conv2d_format(x))
 
 
 def init_convolutions(model: torch.nn.Module) -> None:
@@ -139,15 +142,24 @@ def check_entries(
         check(name, **{f"{label}[{index}]": value for index, value in enumerate(values)})
 
 
-def check_image(name: str, x: Tensor, in_channels: int) -> None:
-    """Raises unless `x` is floating point and [N, in_channels, H, W] with at least one pixel."""
+def check_image(name: str, x: Tensor, first: torch.nn.Module) -> None:
+    """Raises unless `x` is floating point and [N, C, H, W] with at least one pixel.
+
+    Args:
+        first: the layer that takes `x`. Its weight tells C, as somebody may have replaced it.
+    """
+    if is_proxy(x):
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: input ({type(x).__name__}) must be a Tensor")
+    channels = None
+    if isinstance(first, torch.nn.Conv2d) and "weight" in first._parameters:  # not parametrized
+        channels = first.weight.shape[1] * first.groups
     # The exception types are those of torch's own layers.
-    shape = f"{name}: input shape {list(x.shape)} must be [N, {in_channels}, H, W]"
+    shape = f"{name}: input shape {list(x.shape)} must be [N, {channels or 'C'}, H, W]"
     if x.dim() != 4:
         raise ValueError(shape)
-    if x.shape[1] != in_channels:
+    if channels is not None and x.shape[1] != channels:
         raise RuntimeError(shape)
     if 0 in x.shape[2:]:
         raise ValueError(f"{name}: input shape {list(x.shape)} must have a pixel at least")
@@ -156,22 +168,27 @@ def check_image(name: str, x: Tensor, in_channels: int) -> None:
 
 
 def check_values_per_channel(
-    name: str, x: Tensor, stage: torch.nn.Module, largest: int | None
+    name: str,
+    x: Tensor,
+    stage: torch.nn.Module,
+    largest: Callable[[], int] | None,
 ) -> None:
     """Raises ValueError if a batch norm of `stage` would get one value per channel in training.
 
     The norm itself would raise too, but only after earlier norms have updated their statistics.
 
     Args:
-        largest: the largest side of `x` that becomes one pixel there; None if any side does.
+        largest: tells the largest side of `x` that becomes one pixel there; None if any side does.
     """
-    if x.shape[0] != 1:
+    if is_proxy(x) or x.shape[0] != 1:
         return
     # The mode of each norm counts: a part of a model in eval mode may train, and the other way round. This test comes
     # before that of the sides, so that a compiled model in eval mode has no guard on them.
-    norms = (m for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d))
-    if any(norm.training for norm in norms) and (largest is None or max(x.shape[2:]) <= largest):
-        side = "" if largest is None else f" or a side over {largest}"
+    if not any(m.training for m in stage.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        return
+    most = None if largest is None else largest()
+    if most is None or max(x.shape[2:]) <= most:
+        side = "" if most is None else f" or a side over {most}"
         raise ValueError(
             f"{name}: input shape {list(x.shape)} leaves one value per channel in training; "
             f"it must have a batch over 1{side}"

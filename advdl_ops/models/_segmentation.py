@@ -12,33 +12,29 @@ from torch import Tensor
 
 from advdl_ops import nn
 from advdl_ops.models._layers import (
+    Layers,
     NormFactory,
     check_counts,
     check_flags,
     conv,
-    conv_norm,
     from_fast_format,
     norm_factory,
 )
 from advdl_ops.models.resnet import Bottleneck, ResNetEncoder
 
 
-class FCNHead(torch.nn.Sequential):
+class FCNHead(Layers):
     """3x3 convolution with norm and ReLU, dropout, 1x1 convolution: [N, channels, h, w] -> [N, num_classes, h, w]."""
 
     def __init__(self, channels: int, num_classes: int, norm: NormFactory) -> None:
         inner = channels // 4
         super().__init__(
             conv(channels, inner, 3),
-            norm(inner, "relu"),
-            torch.nn.Identity(),  # torchvision's ReLU: the last layer stays number 4
+            norm(inner),
+            torch.nn.ReLU(),
             torch.nn.Dropout(0.1),
             nn.Conv2d(inner, num_classes, 1),
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, norm, _, dropout, last = self
-        return last(dropout(conv_norm(first, norm, x)))
 
 
 class SegmentationModel(torch.nn.Module):
@@ -85,7 +81,6 @@ class SegmentationModel(torch.nn.Module):
         check_counts(name, num_classes=num_classes)
         check_flags(name, aux_loss=aux_loss)
         self.name = name
-        self.in_channels = in_channels
         make_norm = norm_factory(name, norm)
         self.backbone = ResNetEncoder(
             Bottleneck,

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from advdl_ops.models._layers import (
-    ConvNorm,
+    Layers,
     build,
     check_counts,
     check_entries,
     check_image,
     check_values_per_channel,
+    conv,
+    conv_norm_relu,
     init_convolutions,
     norm_factory,
     to_fast_format,
@@ -65,9 +67,8 @@ class ConvNet(torch.nn.Module):
         super().__init__()
         check_counts(self.name, num_classes=num_classes, in_channels=in_channels, blocks=blocks)
         check_entries(self.name, widths=widths)
-        self.in_channels = in_channels
         make_norm = norm_factory(self.name, norm)
-        self.stem = ConvNorm(in_channels, widths[0], 3, make_norm)
+        self.stem = conv_norm_relu(in_channels, widths[0], 3, make_norm)
         self.stages = torch.nn.Sequential()
         channels = widths[0]
         for index, width in enumerate(widths):
@@ -76,7 +77,7 @@ class ConvNet(torch.nn.Module):
                 stride = 2 if index > 0 and block == 0 else 1
                 downsample = None
                 if stride != 1 or channels != width:
-                    downsample = ConvNorm(channels, width, 1, make_norm, None, stride)
+                    downsample = Layers(conv(channels, width, 1, stride), make_norm(width))
                 stage.append(BasicBlock(channels, width, stride, downsample, 1, 64, 1, make_norm))
                 channels = width
             self.stages.append(stage)
@@ -85,9 +86,9 @@ class ConvNet(torch.nn.Module):
         init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_image(self.name, x, self.in_channels)
+        check_image(self.name, x, self.stem[0])
         last = len(self.stages) - 1
-        check_values_per_channel(self.name, x, self.stages[last], 1 << last)
+        check_values_per_channel(self.name, x, self.stages[last], lambda: 1 << last)
         x = to_fast_format(self, self.stem(to_fast_format(self, x)))
         return self.fc(torch.flatten(self.pool(self.stages(x)), 1))
 

@@ -15,19 +15,20 @@ from torch import Tensor
 
 from advdl_ops import nn
 from advdl_ops._schemas import conv2d_format
+from advdl_ops._watch import is_proxy
 from advdl_ops.models._layers import (
-    ConvNorm,
+    Layers,
     NormFactory,
     check_image,
     check_values_per_channel,
     conv,
-    conv_norm,
+    conv_norm_relu,
     variant,
 )
 from advdl_ops.models._segmentation import SegmentationModel
 
 
-class ImagePooling(torch.nn.Sequential):
+class ImagePooling(Layers):
     """Mean over the image, 1x1 convolution with norm and ReLU: [N, channels, h, w] -> [N, out_channels, h, w].
 
     Each channel of the output is one number.
@@ -37,14 +38,14 @@ class ImagePooling(torch.nn.Sequential):
         super().__init__(
             torch.nn.AdaptiveAvgPool2d(1),
             conv(channels, out_channels, 1),
-            norm(out_channels, "relu"),
+            norm(out_channels),
+            torch.nn.ReLU(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        pool, convolution, norm = self
-        out = conv_norm(convolution, norm, pool(x)).expand(-1, -1, *x.shape[2:])
+    def forward(self, input: Tensor) -> Tensor:
+        out = super().forward(input).expand(-1, -1, input.shape[2], input.shape[3])
         # A concatenation is in channels_last only if all its parts are.
-        return out.contiguous(memory_format=conv2d_format(x))
+        return out if is_proxy(out) else out.contiguous(memory_format=conv2d_format(input))
 
 
 class ASPP(torch.nn.Module):
@@ -58,38 +59,32 @@ class ASPP(torch.nn.Module):
         self, channels: int, rates: Sequence[int], norm: NormFactory, out_channels: int = 256
     ) -> None:
         super().__init__()
-        self.convs = torch.nn.ModuleList([ConvNorm(channels, out_channels, 1, norm)])
+        self.convs = torch.nn.ModuleList([conv_norm_relu(channels, out_channels, 1, norm)])
         for rate in rates:
-            self.convs.append(ConvNorm(channels, out_channels, 3, norm, dilation=rate))
+            self.convs.append(conv_norm_relu(channels, out_channels, 3, norm, dilation=rate))
         self.convs.append(ImagePooling(channels, out_channels, norm))
-        self.project = torch.nn.Sequential(
+        self.project = Layers(
             conv(len(self.convs) * out_channels, out_channels, 1),
-            norm(out_channels, "relu"),
-            torch.nn.Identity(),  # torchvision's ReLU
+            norm(out_channels),
+            torch.nn.ReLU(),
             torch.nn.Dropout(0.5),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        convolution, norm, _, dropout = self.project
-        joined = torch.cat([branch(x) for branch in self.convs], 1)
-        return dropout(conv_norm(convolution, norm, joined))
+        return self.project(torch.cat([branch(x) for branch in self.convs], 1))
 
 
-class DeepLabHead(torch.nn.Sequential):
+class DeepLabHead(Layers):
     """`ASPP`, 3x3 convolution with norm and ReLU, 1x1 convolution: [N, channels, h, w] -> [N, num_classes, h, w]."""
 
     def __init__(self, channels: int, num_classes: int, norm: NormFactory) -> None:
         super().__init__(
             ASPP(channels, (12, 24, 36), norm),
             conv(256, 256, 3),
-            norm(256, "relu"),
-            torch.nn.Identity(),  # torchvision's ReLU: the last layer stays number 4
+            norm(256),
+            torch.nn.ReLU(),
             nn.Conv2d(256, num_classes, 1),
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        aspp, convolution, norm, _, last = self
-        return last(conv_norm(convolution, norm, aspp(x)))
 
 
 class DeepLabV3(SegmentationModel):
@@ -97,10 +92,9 @@ class DeepLabV3(SegmentationModel):
     head = DeepLabHead
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        check_image(
-            self.name, x, self.in_channels
-        )  # the backbone's, too, but what follows reads the shape
-        if x.shape[0] == 1:
+        # As in the backbone, but what follows reads the shape.
+        check_image(self.name, x, self.backbone.conv1)
+        if not is_proxy(x) and x.shape[0] == 1:
             for part in self.classifier.modules():
                 if isinstance(part, ImagePooling):
                     check_values_per_channel(self.name, x, part, None)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from advdl_ops import nn
 from advdl_ops.models._layers import (
-    ConvNorm,
     build,
     check_counts,
     check_entries,
     check_image,
     check_values_per_channel,
+    conv_norm_relu,
     from_fast_format,
     init_convolutions,
     norm_factory,
@@ -67,11 +67,10 @@ class FCNDilated(torch.nn.Module):
         super().__init__()
         check_counts(self.name, num_classes=num_classes, in_channels=in_channels, width=width)
         check_entries(self.name, rates=rates)
-        self.in_channels = in_channels
         make_norm = norm_factory(self.name, norm)
         self.layers = torch.nn.Sequential(
             *(
-                ConvNorm(width if index else in_channels, width, 3, make_norm, dilation=rate)
+                conv_norm_relu(width if index else in_channels, width, 3, make_norm, dilation=rate)
                 for index, rate in enumerate(rates)
             )
         )
@@ -79,9 +78,10 @@ class FCNDilated(torch.nn.Module):
         init_convolutions(self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_image(self.name, x, self.in_channels)
-        check_values_per_channel(self.name, x, self.layers, 1)
+        first: Any
         first, *others = self.layers
+        check_image(self.name, x, first[0])
+        check_values_per_channel(self.name, x, self.layers, lambda: 1)
         out = to_fast_format(self, first(to_fast_format(self, x)))
         for layer in others:
             out = layer(out)

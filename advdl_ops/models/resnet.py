@@ -7,9 +7,9 @@
 - dilation in place of stride: Yu et al. 2017, Dilated Residual Networks, https://arxiv.org/abs/1705.09914
 - `zero_init_residual`: Goyal et al. 2017, https://arxiv.org/abs/1706.02677
 
-As in torchvision, a bottleneck has its stride in the 3x3 convolution, not in the first 1x1 ("ResNet v1.5"). Each norm
-applies its ReLU in one pass over memory, and the last one of a block also the addition before it. In eval mode the norm
-is folded into its convolution.
+As in torchvision, a bottleneck has its stride in the 3x3 convolution, not in the first 1x1 ("ResNet v1.5"). The modules
+are torchvision's, and each can be replaced. A norm, the addition and the ReLU behind it are one pass over memory. In
+eval mode the norm is folded into its convolution.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from advdl_ops._conv.problem import pair
 from advdl_ops.models._layers import (
-    ConvNorm,
+    Layers,
     NormFactory,
     check_counts,
     check_entries,
@@ -29,12 +30,12 @@ from advdl_ops.models._layers import (
     check_image,
     check_values_per_channel,
     conv,
-    conv_norm,
     init_convolutions,
     norm_factory,
     to_fast_format,
     variant,
 )
+from advdl_ops.nn.run_as_one import run_as_one
 
 
 class BasicBlock(torch.nn.Module):
@@ -61,15 +62,16 @@ class BasicBlock(torch.nn.Module):
         if dilation != 1:
             raise NotImplementedError(f"BasicBlock: dilation ({dilation}) must be 1")
         self.conv1 = conv(channels, width, 3, stride)
-        self.bn1 = norm(width, "relu")
+        self.bn1 = norm(width)
+        self.relu = torch.nn.ReLU(inplace=True)
         self.conv2 = conv(width, width, 3)
-        self.bn2 = norm(width, "relu")
+        self.bn2 = norm(width)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
+        out = run_as_one((self.conv1, self.bn1), x, act=self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = conv_norm(self.conv1, self.bn1, x)
-        return conv_norm(self.conv2, self.bn2, out, shortcut)
+        return run_as_one((self.conv2, self.bn2), out, shortcut, self.relu, in_place=True)
 
     @property
     def last_norm(self) -> torch.nn.Module:
@@ -96,18 +98,19 @@ class Bottleneck(torch.nn.Module):
         inner = int(width * (width_per_group / 64.0)) * groups
         out_channels = width * self.expansion
         self.conv1 = conv(channels, inner, 1)
-        self.bn1 = norm(inner, "relu")
+        self.bn1 = norm(inner)
         self.conv2 = conv(inner, inner, 3, stride, groups, dilation)
-        self.bn2 = norm(inner, "relu")
+        self.bn2 = norm(inner)
         self.conv3 = conv(inner, out_channels, 1)
-        self.bn3 = norm(out_channels, "relu")
+        self.bn3 = norm(out_channels)
+        self.relu = torch.nn.ReLU(inplace=True)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
+        out = run_as_one((self.conv1, self.bn1), x, act=self.relu)
+        out = run_as_one((self.conv2, self.bn2), out, act=self.relu)
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = conv_norm(self.conv1, self.bn1, x)
-        out = conv_norm(self.conv2, self.bn2, out)
-        return conv_norm(self.conv3, self.bn3, out, shortcut)
+        return run_as_one((self.conv3, self.bn3), out, shortcut, self.relu, in_place=True)
 
     @property
     def last_norm(self) -> torch.nn.Module:
@@ -175,17 +178,16 @@ class ResNet(torch.nn.Module):
         if stem not in ("imagenet", "small"):
             raise ValueError(f'{name}: stem ({stem!r}) must be "imagenet" or "small"')
         self.name = name
-        self.in_channels = in_channels
         small = stem == "small"
         make_norm = norm_factory(name, norm)
         self.conv1 = conv(in_channels, 64, 3) if small else conv(in_channels, 64, 7, 2)
-        self.bn1 = make_norm(64, "relu")
+        self.bn1 = make_norm(64)
+        self.relu = torch.nn.ReLU(inplace=True)
         self.maxpool = torch.nn.Identity() if small else torch.nn.MaxPool2d(3, 2, 1)
 
         # With dilated stages, training keeps the input's format: convolutions gain nothing (deeplabv3_resnet50: 620
         # against 645 ms), and dropout on images, as in the heads, draws its numbers in memory order.
         self._is_dilated = any(replace_stride_with_dilation)
-        self._stride = 1 if small else 4  # input pixels per pixel of the last stage
         stages: list[torch.nn.Sequential] = []
         channels, dilation = 64, 1
         for stage in range(4):
@@ -194,7 +196,6 @@ class ResNet(torch.nn.Module):
             if stage > 0 and replace_stride_with_dilation[stage - 1]:
                 # The first block still has the old dilation. It grows from the next block on.
                 dilation, stride = dilation * stride, 1
-            self._stride *= stride
             blocks: list[torch.nn.Module] = []
             for index in range(layers[stage]):
                 first = index == 0
@@ -202,7 +203,9 @@ class ResNet(torch.nn.Module):
                 downsample = None
                 if first and (stride != 1 or channels != out_channels):
                     # Built before its block, although its keys come later, for torchvision's order of random numbers.
-                    downsample = ConvNorm(channels, out_channels, 1, make_norm, None, stride)
+                    downsample = Layers(
+                        conv(channels, out_channels, 1, stride), make_norm(out_channels)
+                    )
                 blocks.append(
                     block(
                         channels,
@@ -230,15 +233,30 @@ class ResNet(torch.nn.Module):
                     torch.nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
 
     def _check_input(self, x: Tensor) -> None:
-        check_image(self.name, x, self.in_channels)
-        # Each stride of 2 halves a size, rounded up, so that at most _stride pixels become one.
-        check_values_per_channel(self.name, x, self.layer4, self._stride)
+        check_image(self.name, x, self.conv1)
+        check_values_per_channel(self.name, x, self.layer4, self._pixels_of_one)
+
+    def _pixels_of_one(self) -> int:
+        """The largest side of an image that becomes one pixel in the last stage.
+
+        A stride halves a size, rounded up. It is asked of the layers as they are.
+        """
+        modules = (self.conv1, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4)
+        strides = 1
+        for stage in modules:
+            for name, layer in stage.named_modules():
+                if "downsample" not in name and isinstance(
+                    layer, torch.nn.Conv2d | torch.nn.MaxPool2d
+                ):
+                    strides *= pair(layer.stride)[0]
+        return strides
 
     def _stem(self, x: Tensor) -> Tensor:
         """Checks the input and returns the input of `maxpool`, in the memory format of all later layers."""
         self._check_input(x)
         x = to_fast_format(self, x, not self._is_dilated)
-        return to_fast_format(self, conv_norm(self.conv1, self.bn1, x), not self._is_dilated)
+        x = run_as_one((self.conv1, self.bn1), x, act=self.relu)
+        return to_fast_format(self, x, not self._is_dilated)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self._stem(x))

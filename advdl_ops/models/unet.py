@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advdl_ops import nn
+from advdl_ops._watch import is_proxy
 from advdl_ops.backend import is_traced
 from advdl_ops.models._layers import (
+    Layers,
     NormFactory,
     build,
     check_counts,
@@ -29,7 +31,6 @@ from advdl_ops.models._layers import (
     check_image,
     check_values_per_channel,
     conv,
-    conv_norm,
     from_fast_format,
     norm_factory,
     to_fast_format,
@@ -51,21 +52,17 @@ class DoubleConv(torch.nn.Module):
     ) -> None:
         super().__init__()
         mid_channels = out_channels if mid_channels is None else mid_channels
-        # The original has ReLUs at 2 and 5. Here the norms contain them.
-        self.double_conv = torch.nn.Sequential(
-            OrderedDict(
-                [
-                    ("0", conv(channels, mid_channels, 3)),
-                    ("1", norm(mid_channels, "relu")),
-                    ("3", conv(mid_channels, out_channels, 3)),
-                    ("4", norm(out_channels, "relu")),
-                ]
-            )
+        self.double_conv = Layers(
+            conv(channels, mid_channels, 3),
+            norm(mid_channels),
+            torch.nn.ReLU(inplace=True),
+            conv(mid_channels, out_channels, 3),
+            norm(out_channels),
+            torch.nn.ReLU(inplace=True),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        conv1, norm1, conv2, norm2 = self.double_conv
-        return conv_norm(conv2, norm2, conv_norm(conv1, norm1, x))
+        return self.double_conv(x)
 
 
 class Down(torch.nn.Module):
@@ -115,7 +112,7 @@ def _padded(x: Tensor, skip: Tensor) -> Tensor:
     rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
     # Padding by zero pixels makes a copy in eager mode. In a graph it costs nothing, and the comparison would make
     # sizes static.
-    if not is_traced() and rows == 0 and columns == 0:
+    if not (is_traced() or is_proxy(x)) and rows == 0 and columns == 0:
         return x
     return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
@@ -174,7 +171,6 @@ class UNet(torch.nn.Module):
         check_flags(name, bilinear=bilinear, dilated_bottleneck=dilated_bottleneck)
         check_entries(name, rates=rates)
         self.name = name
-        self.in_channels = in_channels
         self.depth = depth
         make_norm = norm_factory(name, norm)
         widths = [base_channels << stage for stage in range(depth + 1)]
@@ -193,15 +189,15 @@ class UNet(torch.nn.Module):
         self.outc = torch.nn.Sequential(OrderedDict(conv=nn.Conv2d(widths[0], num_classes, 1)))
 
     def _check_input(self, x: Tensor) -> None:
-        check_image(self.name, x, self.in_channels)
+        check_image(self.name, x, self.inc.double_conv[0])
         stride = 1 << self.depth
-        if min(x.shape[2:]) < stride:
+        if not is_proxy(x) and min(x.shape[2:]) < stride:
             raise ValueError(
                 f"{self.name}: input shape {list(x.shape)} must have sides of at least {stride}, which depth "
                 f"({self.depth}) halves to 1"
             )
         last = self.get_submodule(f"down{self.depth}")
-        check_values_per_channel(self.name, x, last, 2 * stride - 1)
+        check_values_per_channel(self.name, x, last, lambda: 2 * stride - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)

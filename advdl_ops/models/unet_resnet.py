@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advdl_ops import nn
+from advdl_ops._watch import is_proxy
 from advdl_ops.models._layers import (
-    ConvNorm,
     NormFactory,
     check_counts,
     check_entries,
+    conv_norm_relu,
     from_fast_format,
     norm_factory,
     variant,
@@ -39,12 +40,12 @@ class DecoderBlock(torch.nn.Module):
         self, channels: int, skip_channels: int, out_channels: int, norm: NormFactory
     ) -> None:
         super().__init__()
-        self.conv1 = ConvNorm(channels + skip_channels, out_channels, 3, norm)
-        self.conv2 = ConvNorm(out_channels, out_channels, 3, norm)
+        self.conv1 = conv_norm_relu(channels + skip_channels, out_channels, 3, norm)
+        self.conv2 = conv_norm_relu(out_channels, out_channels, 3, norm)
 
     def forward(self, x: Tensor, skip: Tensor | None, size: Sequence[int]) -> Tensor:
         """`x` [N, channels, h, w], `skip` [N, skip_channels, *size] -> [N, out_channels, *size]."""
-        x = F.interpolate(x, size=tuple(size), mode="nearest")
+        x = F.interpolate(x, size=size if is_proxy(x) else tuple(size), mode="nearest")
         if skip is not None:
             x = torch.cat([x, skip], 1)
         return self.conv2(self.conv1(x))

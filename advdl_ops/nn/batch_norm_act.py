@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -9,11 +10,44 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._schemas import acc_dtype
+from .._watch import given, is_proxy, recorded
 from ..activation import Activation, act_repr, resolve_activation
 from ..functional._norm import check_writable
 from ..functional.batch_norm_act import batch_norm_act, batch_norm_act_by
+from ..reference.activation import activate
 
 _Act = str | Activation | torch.nn.Module | None
+
+
+class _Activate:
+    """A forward hook that applies an activation."""
+
+    def __init__(self, act: Activation) -> None:
+        self.act = act
+
+    def __call__(self, layer: torch.nn.Module, args: Any, out: Tensor) -> Tensor:
+        return activate(out, self.act)
+
+
+class _ActivationKeeper:
+    """Keeps the activation when ``SyncBatchNorm.convert_sync_batchnorm`` replaces a layer, which would lose it.
+
+    That function asks the layer for this attribute, which torch's quantization sets, and copies it. Nothing else tells
+    a layer that it is being replaced.
+    """
+
+    def __get__(self, layer: Any, kind: Any = None) -> Any:
+        if layer is None:
+            return self
+        caller = sys._getframe(1)
+        if caller.f_code is _CONVERT.__code__:
+            act = resolve_activation("BatchNormAct2d", layer.act)
+            if act.code != 0:
+                caller.f_locals["module_output"].register_forward_hook(_Activate(act))
+        raise AttributeError(f"{type(layer).__name__} has no attribute 'qconfig'")
+
+
+_CONVERT: Any = torch.nn.SyncBatchNorm.convert_sync_batchnorm
 
 
 class BatchNormAct2d(torch.nn.BatchNorm2d):
@@ -26,9 +60,11 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             ``"tanh"``, ``"hardswish"``, ``"relu6"``) or the matching ``torch.nn`` module, whose parameters are
             taken over.
 
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` replaces this layer by one without the activation. Use it
-    before the activation is fused, or not at all.
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` gives a ``SyncBatchNorm`` with a forward hook that applies the
+    activation. That layer takes no residual.
     """
+
+    qconfig = _ActivationKeeper()
 
     def __init__(
         self,
@@ -40,10 +76,13 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         act: _Act = None,
     ) -> None:
         self.act = resolve_activation(type(self).__name__, act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # an argument of torch from 2.13 on
+            self.register_parameter("bias", None)
         # A cache of nn.conv_bn_act: the convolution with this norm folded in. Dropped whenever its source may have
         # changed.
         self.folded: Any = None
@@ -69,6 +108,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         Args:
             act: overrides the layer's own activation.
         """
+        if is_proxy(input):
+            return recorded(self, input, **given(residual=residual, act=act))
         return self.normalized(input, residual, self.act if act is None else act)
 
     def normalized(
@@ -83,7 +124,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         momentum = self.momentum
         training = self.training
         tracks = training and self.track_running_stats
-        # The counter is written last and must not fail then, so it is checked here.
+        # Must not fail half way, so it is checked here.
         if tracks and counter is not None and not is_compiling() and counter.is_inference():
             check_writable(type(self).__name__, num_batches_tracked=counter)
         if tracks and momentum is None and mean is not None and counter is not None:
@@ -94,21 +135,33 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         momentum = 0.0 if momentum is None else momentum
-        if statistics is None:
-            training = training or (mean is None and var is None)
-            out = batch_norm_act(
-                x, mean, var, weight, bias, training, momentum, self.eps, residual=residual, act=act
-            )
-        else:
+        # Before the op, as in stock: a checkpoint ends its second forward within the op.
+        if tracks and counter is not None:
+            counter.add_(1)
+        try:
+            if statistics is None:
+                training = training or (mean is None and var is None)
+                return batch_norm_act(
+                    x,
+                    mean,
+                    var,
+                    weight,
+                    bias,
+                    training,
+                    momentum,
+                    self.eps,
+                    residual=residual,
+                    act=act,
+                )
             assert isinstance(act, Activation)
-            out = batch_norm_act_by(
+            return batch_norm_act_by(
                 statistics, x, mean, var, weight, bias, momentum, self.eps,
                 residual=residual, act=act,
             )  # fmt: skip
-        if tracks and counter is not None:
-            # Counted after the op, so that an error leaves the module as it was.
-            counter.add_(1)
-        return out
+        except (RuntimeError, TypeError, ValueError):  # the op was refused
+            if tracks and counter is not None:
+                counter.sub_(1)
+            raise
 
     def _forward_cumulative(
         self, x: Tensor, residual: Tensor | None, act: _Act, statistics: Tensor | None

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from .._conv.folded import FoldedConv, Source, problem_of_folded
 from .._conv.problem import Conv, Problem
 from .._schemas import conv2d_shape
-from ..activation import IDENTITY, Activation, resolve_activation
+from .._watch import has_global_hooks, is_observed, is_watched
+from ..activation import IDENTITY, Activation, act_repr, resolve_activation
 from ..functional._norm import check_per_channel, check_residual
 from ..functional.conv_bn_act import (
     ORDERS,
@@ -23,7 +23,7 @@ from ..functional.conv_bn_act import (
     scale_and_shift,
 )
 from ..functional.conv_bn_act import conv_bn_act as functional_conv_bn_act
-from ..reference.activation import activate
+from ._one_by_one import Act, has_own_parts, layer_of, one_by_one, unobserved
 from .batch_norm_act import BatchNormAct2d
 from .conv2d import Conv2d, padded_input, same_padding
 
@@ -31,13 +31,15 @@ from .conv2d import Conv2d, padded_input, same_padding
 class ConvBNAct(torch.nn.Module):
     """``act(bn(conv(x)) + residual)`` over ``[N, C, H, W]``.
 
-    ``.conv`` is a :class:`Conv2d`, ``.bn`` a :class:`BatchNormAct2d` (timm's names and ``state_dict`` keys).
+    ``.conv`` is a :class:`Conv2d`, ``.bn`` a :class:`BatchNormAct2d` (timm's names and ``state_dict`` keys). The
+    activation is this module's, in ``.act``: what takes the place of ``.conv`` or ``.bn`` is called with one argument,
+    and addition and activation still happen.
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, padding_mode: as :class:`torch.nn.Conv2d`.
         padding: ``None`` keeps height and width at stride 1 (odd kernels): ``dilation * (kernel_size - 1) // 2``.
         bias: the convolution's own. Off by default, because the norm subtracts it again.
-        act: see :class:`BatchNormAct2d`.
+        act: see :class:`BatchNormAct2d`. A module that is assigned to ``.act`` later may be any.
         order: ``"conv-bn-act"``, or ``"conv-act-bn"`` for ``bn(act(conv(x))) + residual``.
         eps, momentum, affine, track_running_stats: as :class:`torch.nn.BatchNorm2d`.
     """
@@ -68,10 +70,8 @@ class ConvBNAct(torch.nn.Module):
         if order not in ORDERS:
             raise ValueError(f"{name}: order ({order!r}) must be one of {', '.join(ORDERS)}")
         super().__init__()
-        inside, outside = (
-            (IDENTITY, activation) if order == "conv-bn-act" else (activation, IDENTITY)
-        )
-        self._act = outside
+        self.act: Act = activation
+        self.order = order
         self.conv = Conv2d(
             in_channels,
             out_channels,
@@ -84,7 +84,6 @@ class ConvBNAct(torch.nn.Module):
             padding_mode,
             device,
             dtype,
-            act=inside,
         )
         self.bn = BatchNormAct2d(
             out_channels,
@@ -94,18 +93,28 @@ class ConvBNAct(torch.nn.Module):
             track_running_stats,
             device,
             dtype,
-            act=outside,
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` ``[N, C_in, H, W]``, ``residual`` of the output's shape -> ``[N, C_out, H_out, W_out]``."""
-        bn = self.bn
-        # A norm of this package has its own activation. A layer of another class that replaced it may have none.
-        act = None if isinstance(getattr(bn, "act", None), Activation) else self._act
-        return conv_bn_act(self.conv, bn, x, residual, act=act)
+        if self.order == "conv-bn-act":
+            return conv_bn_act(self.conv, self.bn, x, residual, act=self.act)
+        return self._activated_first(x, residual)
+
+    def _activated_first(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        conv, bn, act = self.conv, self.bn, unobserved(self.act)
+        if is_observed(x) or act is None:
+            return one_by_one((bn,), one_by_one((conv,), x, act=self.act), residual)
+        own = type(conv) is Conv2d and not is_watched(conv) and conv.act.code == 0
+        out = conv(x, act=act) if own else one_by_one((conv,), x, act=act)
+        own = type(bn) is BatchNormAct2d and not is_watched(bn) and bn.act.code == 0
+        return bn(out, residual) if own else one_by_one((bn,), out, residual)
 
     def extra_repr(self) -> str:
-        return "" if self.conv.act.code == 0 else "order='conv-act-bn'"
+        act = "" if isinstance(self.act, torch.nn.Module) else act_repr(self.act).removeprefix(", ")
+        return (
+            act if self.order == "conv-bn-act" else f"{act}, order='conv-act-bn'".removeprefix(", ")
+        )
 
 
 class ConvBNReLU(ConvBNAct):
@@ -119,26 +128,31 @@ class ConvBNReLU(ConvBNAct):
 
 def conv_bn_act(
     conv: torch.nn.Conv2d,
-    bn: BatchNormAct2d,
+    bn: torch.nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
     *,
-    act: str | Activation | torch.nn.Module | None = None,
+    act: Act = None,
 ) -> Tensor:
-    """``bn(conv(x), residual)`` for two layers; in evaluation without gradients, one convolution.
+    """``act(bn(conv(x)) + residual)`` for two layers; in evaluation without gradients, one convolution.
 
     Args:
-        conv, bn: not modified. If either has hooks, or ``conv`` has an activation, the two are called one after the
-            other. ``bn`` may be any layer. If it takes no residual and no activation, both are applied to its output.
+        conv, bn: not modified. They may be any layers. Those with hooks, and those of another class, are called one
+            after the other, with one argument; addition and activation follow.
         x: ``[N, C_in, H, W]``.
         residual: of the output's shape, or ``None``.
-        act: overrides ``bn``'s own activation.
+        act: an activation behind the addition. ``None``: the activation that a :class:`BatchNormAct2d` has by itself is
+            behind the addition too.
     """
     # `explain` finds a call of this function by its code, and reads the arguments by these names.
-    given = None if act is None else resolve_activation("conv_bn_act", act)
-    if not isinstance(bn, BatchNormAct2d):
-        return _by_another_norm(conv, bn, x, residual, given)
-    activation = resolve_activation("conv_bn_act", bn.act) if given is None else given
+    own = unobserved(bn.act) if isinstance(bn, BatchNormAct2d) and has_own_parts(bn) else None
+    activation = own if act is None else unobserved(act)
+    is_plain = layer_of(bn) is BatchNormAct2d and not (is_watched(bn) or is_observed(x))
+    if own is None or activation is None or not (is_plain and (act is None or own == IDENTITY)):
+        if act is None and residual is not None and own not in (None, IDENTITY):
+            return bn(conv(x), residual)  # its activation is behind the addition
+        return one_by_one((conv, bn), x, residual, act)
+    assert isinstance(bn, BatchNormAct2d)
     if not bn.training:
         source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
         if evaluates_as_one(conv, bn, x, residual, source):
@@ -156,22 +170,6 @@ def conv_bn_act(
     # The forward of a subclass may take no activation, so it is passed only if one was given.
     further = {} if act is None else {"act": activation}
     return bn(conv(x), residual, **further)
-
-
-def _by_another_norm(
-    conv: torch.nn.Module,
-    norm: torch.nn.Module,
-    x: Tensor,
-    residual: Tensor | None,
-    act: Activation | None,
-) -> Tensor:
-    """For a layer in the norm's place that may take neither a residual nor an activation (Identity, SyncBatchNorm)."""
-    if isinstance(getattr(norm, "act", None), Activation):  # a norm of this package
-        return norm(conv(x), residual) if act is None else norm(conv(x), residual, act=act)
-    out = norm(conv(x))
-    if residual is not None:
-        out = out + residual
-    return out if act is None else activate(out, act)
 
 
 def evaluates_as_one(
@@ -245,15 +243,11 @@ def _plain(conv: torch.nn.Conv2d, bn: BatchNormAct2d) -> bool:
     """Whether calling ``conv`` and ``bn`` does nothing but their own arithmetic: no hook, no other ``forward``."""
     return (
         _is_convolution_alone(conv)
-        and type(bn).forward is BatchNormAct2d.forward
-        and not {"forward", "_conv_forward"} & conv.__dict__.keys()
-        and "forward" not in bn.__dict__
+        and layer_of(bn) is BatchNormAct2d
+        and not (is_watched(conv) or is_watched(bn) or has_global_hooks())
         # Parametrized weights are recomputed in every call.
         and "weight" in conv._parameters
         and "weight" in bn._parameters
-        and not (conv._forward_hooks or conv._forward_pre_hooks)
-        and not (bn._forward_hooks or bn._forward_pre_hooks)
-        and not (_global_forward_hooks or _global_forward_pre_hooks)
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .._watch import given, is_proxy, recorded
 from ..functional._lstm_checks import check_rate
 from ..functional.lstm import lstm
 from ..functional.lstm_cell import lstm_cell
@@ -53,6 +55,8 @@ class LSTMCell(torch.nn.LSTMCell):
         Raises:
             ValueError: ``input`` or a state has neither one nor two dimensions.
         """
+        if is_proxy(input):
+            return recorded(self, input, **given(hx=hx))
         x = input
         # Read from the dict, because Module.__getattr__ would add to the time of a small step.
         own = self._parameters
@@ -81,8 +85,9 @@ class LSTMCell(torch.nn.LSTMCell):
 class LSTM(torch.nn.RNNBase):
     """Layers and directions of an LSTM over whole sequences. :func:`.functional.lstm` has the formula.
 
-    It has the arguments, defaults, ``state_dict`` keys and outputs of :class:`torch.nn.LSTM`. It is not a subclass of
-    that, because ``torch.compile`` refuses every instance of :class:`torch.nn.LSTM`. Further arguments, off by default:
+    It has the arguments, defaults, ``state_dict`` keys and outputs of :class:`torch.nn.LSTM`. ``isinstance`` takes it
+    for one, but it is no subclass of that, because ``torch.compile`` refuses every instance. Further arguments, off by
+    default:
 
     Args:
         layer_norm: Ba et al. 2016 (arXiv:1607.06450): normalizes ``w_ih x``, ``w_hh h`` and the cell before its tanh.
@@ -147,6 +152,24 @@ class LSTM(torch.nn.RNNBase):
             self._add_layer_norms(device, dtype)
         self.layer_norm = layer_norm
 
+    @property
+    def __class__(self) -> Any:
+        """What ``isinstance`` asks beside the type: ``torch.nn.LSTM``, but for the compiler.
+
+        Code that reads this attribute by its name gets the type.
+        """
+        asker = sys._getframe(1)
+        compiles = asker.f_globals.get("__name__", "").startswith("torch._dynamo")
+        return type(self) if compiles or "__class__" in asker.f_code.co_names else torch.nn.LSTM
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        object.__dict__["__class__"].__set__(self, kind)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # pickle refuses a __class__ that is not the type.
+        return object.__new__, (type(self),), self.__getstate__()
+
     def _add_layer_norms(self, device: Any, dtype: torch.dtype | None) -> None:
         """Parameters for each layer and direction, after torch's own, in the order that functional.lstm takes."""
         sizes = {"ih": 4 * self.hidden_size, "hh": 4 * self.hidden_size, "c": self.hidden_size}
@@ -207,6 +230,8 @@ class LSTM(torch.nn.RNNBase):
             ValueError: ``input`` has neither two nor three dimensions, or outside of autocast another dtype than the
                 weights; ``lengths`` together with a ``PackedSequence``.
         """
+        if is_proxy(input):
+            return recorded(self, input, **given(hx=hx, lengths=lengths))
         x = input
         if isinstance(x, PackedSequence):
             return self._forward_packed(x, hx, lengths)

@@ -244,8 +244,8 @@ def ema(layer, x):
 
 def assign(name, value):
     def change(layer, x):
-        owner, attribute = name.split(".")
-        setattr(getattr(layer, owner), attribute, value(layer))
+        owner, _, attribute = name.rpartition(".")
+        setattr(layer.get_submodule(owner), attribute, value(layer))
 
     return change
 
@@ -312,7 +312,8 @@ CHANGES = {
     "eps": assign("bn.eps", lambda layer: 0.5),
     "stride": assign("conv.stride", lambda layer: (2, 2)),
     "padding_mode": assign("conv.padding_mode", lambda layer: "circular"),
-    "act": assign("bn.act", lambda layer: BatchNormAct2d(1, act="relu").act),
+    "act": assign("act", lambda layer: BatchNormAct2d(1, act="tanh").act),
+    "act of the norm": assign("bn.act", lambda layer: BatchNormAct2d(1, act="relu").act),
     "training steps between": lambda layer, x: (layer.train()(x), layer.eval()),
     "init": lambda layer, x: torch.nn.init.uniform_(layer.conv.weight),
     "reset_running_stats": lambda layer, x: layer.bn.reset_running_stats(),

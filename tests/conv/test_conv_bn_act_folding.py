@@ -12,6 +12,7 @@ from advdl_ops import backend, functional, nn, tuning
 from advdl_ops._conv import problem
 from advdl_ops.activation import ACTIVATIONS
 from advdl_ops.functional.conv_bn_act import ORDERS
+from advdl_ops.reference.activation import activate
 
 X = (2, 3, 9, 9)
 SILU = ACTIVATIONS["silu"].code
@@ -26,7 +27,7 @@ def block(**options):
 
 
 def unfolded(layer, x):
-    return layer.bn(layer.conv(x))
+    return activate(layer.bn(layer.conv(x)), layer.act)
 
 
 @pytest.fixture
@@ -212,7 +213,11 @@ def test_training_and_gradients_use_our_convolution(order, inside, training, gro
 @pytest.mark.parametrize("training", [True, False])
 def test_conv_act_bn_has_its_activation_in_the_convolution(training):
     layer = nn.ConvBNAct(4, 4, 3, act="silu", order="conv-act-bn", groups=4).train(training)
-    assert (layer.conv.act.name, layer.bn.act.name) == ("silu", "identity")
+    assert (layer.conv.act.name, layer.act.name, layer.bn.act.name) == (
+        "identity",
+        "silu",
+        "identity",
+    )
     with torch.no_grad():
         found = called(layer, torch.randn(2, 4, 9, 9))
     assert names(found) == [("conv2d", SILU), ("batch_norm_act", 0)]

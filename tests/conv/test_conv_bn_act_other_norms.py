@@ -74,12 +74,14 @@ def test_activation_first():
 
 
 @pytest.mark.parametrize("act", [None, "gelu"])
-def test_a_norm_of_this_package_has_an_activation_of_its_own(act):
+def test_the_activation_of_another_norm_comes_first(act):
+    """Whatever takes the place of the norm is called with one argument."""
     layer = nn.ConvBNAct(4, 6, 3, act="relu", dtype=f64)
     layer.bn = nn.GroupNorm(2, 6, act=act, dtype=f64)
     x, residual = torch.randn(2, 4, 9, 8, dtype=f64), torch.randn(2, 6, 9, 8, dtype=f64)
-    z = F.group_norm(F.conv2d(x, layer.conv.weight, None, 1, 1), 2) + residual
-    torch.testing.assert_close(layer(x, residual), z if act is None else F.gelu(z))
+    z = F.group_norm(F.conv2d(x, layer.conv.weight, None, 1, 1), 2)
+    z = z if act is None else F.gelu(z)
+    torch.testing.assert_close(layer(x, residual), F.relu(z + residual))
 
 
 def test_siblings_and_another_norm():

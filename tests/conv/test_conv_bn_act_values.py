@@ -351,7 +351,7 @@ def test_constructor():
     assert (own.conv.stride, own.conv.groups, own.conv.bias.dtype) == ((1, 2), 2, f64)
     assert ConvBNAct(4, 4, 3).conv.bias is None
     relu = ConvBNReLU(4, CHANNELS, 3, padding=0)
-    assert relu.bn.act.name == "relu"
+    assert (relu.act.name, relu.bn.act.name) == ("relu", "identity")
     assert relu.conv.padding == (0, 0)
     with pytest.raises(TypeError, match="act is fixed"):
         ConvBNReLU(4, CHANNELS, 3, act="silu")

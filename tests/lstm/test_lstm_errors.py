@@ -216,7 +216,6 @@ SEQUENCE_CASES = {
         r"lengths\[0\] \(5\) must be at most the 3 steps of x$",
         RuntimeError,
     ),
-    "lengths of int32": ({"lengths": LENGTHS.int()}, r"lengths \(dtype torch.int32\) must be of int64", RuntimeError),
     "lengths of floats": ({"lengths": LENGTHS.float()}, r"lengths \(dtype", RuntimeError),
     "a float among lengths": ({"lengths": [5, 3.0, 1]}, r"lengths\[1\] \(3.0\) must be an integer", TypeError),
     "booleans as lengths": ({"lengths": [True] * 3}, r"lengths\[0\] \(True\) must be an integer", TypeError),

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from support.accuracy import f64, stock_or_none
@@ -474,3 +475,24 @@ def test_other_names_of_the_argument_are_not_taken_over_by_position():
     """lengths by keyword alone."""
     with pytest.raises(TypeError):
         nn.LSTM(I, H)(torch.randn(3, 2, I), None, [3, 2])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        torch.tensor,
+        lambda n: torch.tensor(n, dtype=torch.int32),
+        lambda n: torch.tensor(n, dtype=torch.uint8),
+        np.array,
+        lambda n: np.array(n, dtype=np.int32),
+        tuple,
+        lambda n: [np.int64(i) for i in n],
+        lambda n: [torch.tensor(i) for i in n],
+    ],
+)
+def test_lengths_as_pack_padded_sequence_takes_them(kind):
+    layer, x, lengths = nn.LSTM(3, 4), torch.randn(5, 3, 3), [5, 3, 1]
+    y, (h, _) = layer(x, lengths=lengths)
+    found, (h_found, _) = layer(x, lengths=kind(lengths))
+    assert torch.equal(found, y) and torch.equal(h_found, h)
+    torch.nn.utils.rnn.pack_padded_sequence(x, kind(lengths))

@@ -531,7 +531,7 @@ def test_bad_input(name, batch_first):
         (RuntimeError, "lengths[1] (0) must be at least 1", tokens, [1, 0, 1]),
         (RuntimeError, "lengths[2] (4) must be at most the 3 steps of tokens", tokens, [1, 1, 4]),
         (RuntimeError, "lengths (2 values) must have one for each of the 3 ", tokens, [1, 1]),
-        (RuntimeError, "lengths (dtype torch.int32) must be of", tokens, torch.ones(3).int()),
+        (RuntimeError, "lengths (dtype torch.float32) must be of", tokens, torch.ones(3)),
         (TypeError, "lengths[0] (1.0) must be an integer", tokens, [1.0, 1, 1]),
         (TypeError, "lengths (str) must be a Tensor or a list", tokens, "abc"),
     ):

@@ -9,6 +9,9 @@ from advdl_ops.backend import use_backend
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 # A convolution behind which nothing but the output comes.
+
+pytestmark = pytest.mark.usefixtures("formats_unwatched")
+
 CASES = {
     "unet": (lambda **o: models.UNet(2, base_channels=4, depth=2, **o), "outc.conv"),
     "unet_bilinear": (lambda **o: models.UNet(2, True, base_channels=4, depth=2, **o), "outc.conv"),

@@ -14,6 +14,7 @@ from support.models import (
     check_no_images,
     random_input,
     randomize,
+    recorded_calls,
     relative_error,
 )
 from support.torchvision_stub import torchvision_models
@@ -193,26 +194,12 @@ def tiny(kind=models.FCN, num_classes=2, **options):
 
 
 @pytest.mark.parametrize("kind", [models.FCN, models.DeepLabV3])
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_norms_have_their_relu(kind, norm):
-    model = tiny(kind, norm=norm, aux_loss=True)
-    kinds = {"batch": nn.BatchNormAct2d, "group": nn.GroupNorm}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.GroupNorm):
-            assert type(module) is kinds[norm], name
-            assert module.act.name == ("identity" if "downsample" in name else "relu"), name
-        assert not isinstance(module, torch.nn.ReLU), name
-
-
-@pytest.mark.parametrize("kind", [models.FCN, models.DeepLabV3])
 def test_convolution_and_norm_are_one_call(monkeypatch, kind):
     model = tiny(kind, aux_loss=True)
-    calls = []
-    recorded = nn.conv_bn_act
-    monkeypatch.setattr(nn, "conv_bn_act", lambda *a: calls.append(a[1]) or recorded(*a))
+    calls = recorded_calls(monkeypatch)
     model(torch.randn(2, 3, 16, 16))
     norms = {m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
-    assert set(calls) == norms
+    assert {bn for _, bn, *_ in calls} == norms
     assert len(calls) == len(norms)
 
 

@@ -129,7 +129,7 @@ def test_other_stems(options):
     randomize(reference).double()
     model = models.create_model("resnet18", num_classes=CLASSES, **options).double()
     model.load_state_dict(reference.state_dict(), strict=True)
-    x = random_input((2, model.in_channels, 20, 20))
+    x = random_input((2, model.conv1.in_channels, 20, 20))
     check_eval(model, reference, x)
     check_training(model, reference, x, steps=1)
 

@@ -16,10 +16,11 @@ from support.models import (
     group_norms,
     random_input,
     randomize,
+    recorded_calls,
     relative_error,
 )
 
-from advdl_ops import models, nn
+from advdl_ops import models
 
 
 class TestUNet(ImageTester):
@@ -182,26 +183,11 @@ def test_group_norm_equals_torchs(bilinear):
 # ---------------------------------------------------------------- structure and options
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_no_separate_relu(norm):
-    model = models.unet(num_classes=2, base_channels=4, norm=norm)
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d | torch.nn.GroupNorm)]
-    assert len(norms) == 18
-    assert {m.act.name for m in norms} == {"relu"}
-    assert not any(isinstance(m, torch.nn.ReLU) for m in model.modules())
-
-
 def test_convolution_and_norm_are_one_call(monkeypatch):
-    calls = []
-    original = nn.conv_bn_act
-
-    def recorded(conv, bn, x, residual=None):
-        calls.append(conv)
-        return original(conv, bn, x, residual)
-
-    monkeypatch.setattr(nn, "conv_bn_act", recorded)
+    calls = recorded_calls(monkeypatch)
     models.unet(num_classes=2, base_channels=4)(torch.randn(2, 3, 32, 32))
-    assert len(set(calls)) == 18
+    assert len({conv for conv, *_ in calls}) == 18
+    assert all(type(act) is torch.nn.ReLU for *_, act in calls)
 
 
 def test_bottleneck_keys_come_besides():

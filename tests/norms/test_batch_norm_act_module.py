@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from support.accuracy import ACTIVATIONS, ULPS, error, in_layout, largest
 from support.checks import check_functional_call, copies_of
 
@@ -227,3 +228,34 @@ def test_gradient_checkpointing_and_inference_mode():
     with torch.inference_mode():
         inside = own(x)
     assert torch.equal(inside, own(x))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_counter_under_checkpointing(reentrant):
+    """A checkpoint runs the forward twice, and torch counts both."""
+    counted = []
+    for kind in (torch.nn.BatchNorm2d, BatchNormAct2d):
+        layer = kind(4)
+        x = torch.randn(2, 4, 3, 3, requires_grad=True)
+        checkpoint = torch.utils.checkpoint.checkpoint
+        checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+        counted.append(int(layer.num_batches_tracked))
+    assert counted[0] == counted[1] == 2
+
+
+def test_a_refused_batch_is_not_counted():
+    layer = BatchNormAct2d(4)
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(torch.randn(2, 5, 3, 3))
+    assert int(layer.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_written_between_forward_and_backward(name):
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    for layer in (torch.nn.BatchNorm2d(4).eval(), BatchNormAct2d(4, act="relu").eval()):
+        out = layer(x)
+        getattr(layer, name).mul_(4)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+        layer(x).sum().backward()

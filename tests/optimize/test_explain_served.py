@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 import advdl_ops
 from advdl_ops import _library, nn
 from advdl_ops._conv import problem
-from advdl_ops.models._layers import ConvNorm
+from advdl_ops.models._layers import conv_norm_relu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -303,10 +303,7 @@ def test_what_a_model_joins_itself(
 ) -> None:
     monkeypatch.setattr(problem, "_INSTRUCTIONS", {})  # as if the CPU had those for bf16
 
-    def norm(channels: int, act: Any) -> torch.nn.Module:
-        return nn.BatchNormAct2d(channels, act=act)
-
-    model = ConvNorm(64, 64, 3, norm).to(dtype).eval()
+    model = conv_norm_relu(64, 64, 3, nn.BatchNormAct2d).to(dtype).eval()
     x = torch.randn(1, 64, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
     names = recorder.operators(no_gradients(model, x))
     found = recorder.convolution(no_gradients(model, x))

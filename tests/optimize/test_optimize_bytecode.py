@@ -12,7 +12,7 @@ from torch import nn as stock
 import advdl_ops
 from advdl_ops._optimize import bytecode
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "formats_unwatched")
 
 KNOWN = bytecode.HARMLESS | bytecode.LOADS | set(bytecode.HARMLESS_ARGUMENTS)
 # All other instructions of Python 3.10 to 3.14, by what forbids them.

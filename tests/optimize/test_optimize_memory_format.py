@@ -9,7 +9,7 @@ from torch import nn as stock
 
 import advdl_ops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "formats_unwatched")
 
 
 class Views(stock.Module):

@@ -10,6 +10,7 @@ class TestUNet(ModelTester):
 """
 
 import copy
+import importlib
 import io
 import pickle
 import warnings
@@ -21,6 +22,20 @@ import pytest
 import torch
 
 from advdl_ops import models
+
+
+def recorded_calls(monkeypatch):
+    """Convolution, norm, residual and activation of every pair that a model runs as one op from now on."""
+    calls = []
+    module = importlib.import_module("advdl_ops.nn.run_as_one")
+    original = module.conv_bn_act
+
+    def recorded(conv, bn, x, residual=None, *, act=None):
+        calls.append((conv, bn, residual, act))
+        return original(conv, bn, x, residual, act=act)
+
+    monkeypatch.setattr(module, "conv_bn_act", recorded)
+    return calls
 
 
 def randomize(model, seed=0):

@@ -1,0 +1,96 @@
+"""Whether somebody watches a module: by hooks, by a forward of their own, or by recording its calls.
+
+Whatever PyTorch lets one observe must be as without this package. So a call that runs several layers as one op, or an
+image in another memory format, steps aside where somebody watches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn.modules import module as _registries
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered for every module, as by ``register_module_forward_hook``."""
+    return bool(
+        _registries._global_forward_hooks
+        or _registries._global_forward_pre_hooks
+        or _registries._global_backward_hooks
+        or _registries._global_backward_pre_hooks
+    )
+
+
+def has_hooks(layer: torch.nn.Module) -> bool:
+    """Whether hooks are registered for this module."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
+def is_watched(layer: torch.nn.Module) -> bool:
+    """Whether the layer has hooks, or its forward was replaced."""
+    own = layer.__dict__
+    return "forward" in own or "_conv_forward" in own or has_hooks(layer)
+
+
+_looks = True
+
+
+@contextlib.contextmanager
+def formats_unwatched() -> Iterator[None]:
+    """In it hooks do not count for :func:`sees_formats`: those of ``explain`` and ``tune``, which measure what runs."""
+    global _looks
+    before, _looks = _looks, False
+    try:
+        yield
+    finally:
+        _looks = before
+
+
+def sees_formats(model: torch.nn.Module) -> bool:
+    """Whether somebody would see the memory format of a tensor inside of ``model``.
+
+    Hooks of ``model`` itself do not count: they see its input and output alone.
+    """
+    if not _looks:
+        return False
+    if has_global_hooks():
+        return True
+    # Not by `modules()`, which takes several times as long.
+    rest = list(model._modules.values())
+    while rest:
+        layer = rest.pop()
+        if layer is not None:
+            if has_hooks(layer):
+                return True
+            rest += layer._modules.values()
+    return False
+
+
+def is_proxy(x: Any) -> bool:
+    """Whether ``torch.fx`` traces the call: ``x`` stands for a tensor."""
+    return isinstance(x, fx.Proxy)
+
+
+def is_observed(*values: Any) -> bool:
+    """Whether hooks for every module are registered, or ``torch.fx`` records a call with these arguments."""
+    return has_global_hooks() or any(isinstance(value, fx.Proxy) for value in values)
+
+
+def recorded(layer: torch.nn.Module, x: Any, **kwargs: Any) -> Any:
+    """The call of ``layer`` as one node of the graph that ``torch.fx`` is tracing, as of a layer of ``torch.nn``."""
+    tracer = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), kwargs)
+
+
+def given(**arguments: Any) -> dict[str, Any]:
+    """The arguments that are not ``None``."""
+    return {name: value for name, value in arguments.items() if value is not None}

@@ -1,0 +1,159 @@
+"""A parent's forward reads what its children have, or looks up methods, and these change after ``optimize``."""
+
+import copy
+import pickle
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import advdl_ops
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.on, self.function = 2.0, True, F.relu
+
+    def gated(self, x):
+        return x * self.scale
+
+    def forward(self, x):
+        return x
+
+
+class Reads(nn.Module):
+    """Each reading is of a child, or of a method."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.bn = nn.BatchNorm2d(4)
+        self.gate = Gate()
+        self.drop = nn.Dropout(0.0)
+        self.stages = nn.ModuleList([Gate(), Gate()])
+        self.function = F.leaky_relu
+        with torch.no_grad():
+            self.bn.running_mean.normal_()
+
+    def helper(self, x):
+        return x + 1
+
+    def forward(self, x):
+        x = self.act(self.norm(self.conv(x)))
+        bn = self.bn
+        x = F.batch_norm(
+            x, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, 0.1, bn.eps
+        )
+        x = self.gate.gated(x)
+        if self.gate.on:
+            x = self.gate.function(x)
+        x = F.dropout(x, self.drop.p, self.drop.training) if self.drop.p else x
+        for stage in self.stages:
+            if stage.on:
+                x = x * stage.scale
+        return self.function(self.helper(x) - 2)
+
+
+def edit_method_of_class(model):
+    kind = type(model.gate)
+    patched = types.MethodType(lambda self, x: x * 7, model.gate)
+    assert kind is Gate
+    model.gate.gated = patched
+
+
+EDITS = {
+    "child.training": lambda m: m.bn.eval(),
+    "child.eps": lambda m: setattr(m.bn, "eps", 0.7),
+    "child's number": lambda m: setattr(m.gate, "scale", -3.0),
+    "child's flag": lambda m: setattr(m.gate, "on", False),
+    "child's function": lambda m: setattr(m.gate, "function", torch.tanh),
+    "in a list": lambda m: setattr(m.stages[1], "on", False),
+    "in a list, number": lambda m: setattr(m.stages[0], "scale", 5),
+    "child's method": edit_method_of_class,
+    "own function": lambda m: setattr(m, "function", F.gelu),
+    "own lambda": lambda m: setattr(m, "function", lambda x: x * 3),
+    "own method": lambda m: setattr(m, "helper", types.MethodType(lambda self, x: x - 5, m)),
+    "child replaced": lambda m: setattr(m, "gate", Other()),
+}
+
+
+class Other(nn.Module):
+    scale, on, function = 4, True, torch.sigmoid
+
+    def gated(self, x):
+        return x - self.scale
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_change_after_optimize(edit, training):
+    torch.manual_seed(0)
+    model = Reads().double().train(training)
+    fast = advdl_ops.optimize(copy.deepcopy(model))
+    assert advdl_ops.explain(fast, as_dict=True)["fused"] == ["conv + norm + act"]
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(fast(x), model(x))
+    before = model(x)
+    fast(x)
+    for each in (model, fast):
+        EDITS[edit](each)
+    after = model(x)
+    if edit != "child.training" or training:
+        assert not torch.equal(before, after)
+    torch.testing.assert_close(fast(x), after)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(fast.get_buffer(name), buffer)
+
+
+def test_frozen_statistics_are_not_written():
+    model = Reads()
+    fast = advdl_ops.optimize(model).train()
+    fast.bn.eval()
+    mean = fast.bn.running_mean.clone()
+    fast(torch.randn(2, 3, 8, 8))
+    assert torch.equal(fast.bn.running_mean, mean)
+
+
+def test_a_class_is_patched(monkeypatch):
+    model = Reads().eval()
+    fast = advdl_ops.optimize(model)
+    x = torch.randn(2, 3, 8, 8)
+    before = fast(x)
+    monkeypatch.setattr(Reads, "helper", lambda self, x: x * 9)
+    torch.testing.assert_close(fast(x), model(x))
+    assert not torch.equal(before, fast(x))
+    monkeypatch.setattr(Reads, "forward", lambda self, x: self.conv(x))
+    torch.testing.assert_close(fast(x), model.conv(x))
+
+
+def test_the_class_of_a_child_is_patched(monkeypatch):
+    model = Reads().eval()
+    fast = advdl_ops.optimize(model)
+    x = torch.randn(2, 3, 8, 8)
+    before = fast(x)
+    monkeypatch.setattr(Gate, "gated", lambda self, x: x * 9)
+    assert not torch.equal(before, fast(x))
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_guards_survive_pickling():
+    fast = advdl_ops.optimize(Reads().double()).eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    again = pickle.loads(pickle.dumps(fast))
+    torch.testing.assert_close(again(x), fast(x))
+    again.gate.scale = 11.0
+    fast.gate.scale = 11.0
+    torch.testing.assert_close(again(x), fast(x))
+
+
+def test_compiles():
+    torch._dynamo.reset()
+    fast = advdl_ops.optimize(Reads()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), fast(x))
+    fast.gate.scale = 5.0
+    torch.testing.assert_close(compiled(x), fast(x))
