@@ -34,21 +34,24 @@ def register_when_needed() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the counter once, as Python would, with a loader that registers the formulas behind it."""
+    """Finds the counter as Python would, with a loader that registers the formulas behind it."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname != _COUNTER:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(Loader):
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
+    def __init__(self, loader: Any, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -56,6 +59,8 @@ class _Loader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
         _register(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
 
     def __getattr__(self, name: str) -> Any:  # get_source and others
         return getattr(self.loader, name)
@@ -86,7 +91,8 @@ def _register(counter: Any) -> None:
         (_sequence, [ops.lstm]),
         (_sequence_gradients, [ops.lstm_backward]),
     ):
-        counter.register_flop_formula(operators)(formula)
+        new = [operator for operator in operators if operator not in counter.flop_registry]
+        counter.register_flop_formula(new)(formula)
 
 
 def _cell(x: _Shape, h: _Shape, c: _Shape, w_ih: _Shape, w_hh: _Shape, *_: Any, **__: Any) -> int:

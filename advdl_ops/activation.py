@@ -126,5 +126,8 @@ def resolve_activation(function: str, act: str | Activation | torch.nn.Module | 
 
 def act_repr(act: str | Activation | torch.nn.Module | None) -> str:
     """The end of a module's ``extra_repr``. ``act`` may have any form that :func:`resolve_activation` takes."""
-    name = resolve_activation("act", act).name
+    try:
+        name = resolve_activation("act", act).name
+    except TypeError:  # a module that is called
+        name = type(act).__name__
     return "" if name == "identity" else f", act={name!r}"

@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch import fx
 
 # Only these classes: a copy of a subclass, such as the frozen dict of diffusers' configurations, may lose something.
 CONTAINERS = dict, OrderedDict, list, set
@@ -22,7 +23,7 @@ def copies_of(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
     """A new module with the same attributes for each module of ``model``, by its id. The children are new ones too."""
     copies: dict[int, torch.nn.Module] = {}
     for layer in model.modules():
-        copied = object.__new__(type(layer))  # fully_shard replaces __new__
+        copied: Any = object.__new__(_class_of_copy(layer))  # fully_shard replaces __new__
         # Registries are copied, so that a later registration with one module does not reach the other.
         own = {
             name: value.copy() if name.startswith("_") and type(value) in CONTAINERS else value
@@ -34,7 +35,25 @@ def copies_of(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
         own = copied.__dict__
         for name, value in own.items():
             own[name] = _with_copies(value, copies)
+        if isinstance(copied, fx.GraphModule):
+            graphs: dict[int, Any] = {}  # by id: two attributes may be the same graph
+            for name, value in own.items():
+                if isinstance(value, fx.Graph):
+                    own[name] = graphs.setdefault(id(value), copy.deepcopy(value))
+            copied.graph = own["_graph"]  # and its code
     return copies
+
+
+def _class_of_copy(layer: torch.nn.Module) -> type:
+    """Its class. Each GraphModule has one of its own, in which it sets its forward."""
+    kind = type(layer)
+    if not isinstance(layer, fx.GraphModule):
+        return kind
+    # torch finds the class below it by this name, too.
+    base = next(k for k in kind.__mro__ if not k.__qualname__.endswith("GraphModuleImpl"))
+    return type(
+        kind.__name__, (base,), {"__qualname__": kind.__qualname__, "__module__": kind.__module__}
+    )
 
 
 def _with_copies(value: Any, copies: dict[int, torch.nn.Module]) -> Any:

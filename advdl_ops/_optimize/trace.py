@@ -245,6 +245,10 @@ def _trace_both_modes(owner: _Module, call: _Call) -> list[_Traced]:
     # The second trace sets gradients and autocast the other way around, so that one of the two notices if the code
     # enters such a context.
     training, evaluation = _trace(owner, call, True, True), _trace(owner, call, False, False)
+    if _asks_for_classes(type(owner)):
+        for traced, mode in ((training, True), (evaluation, False)):
+            if not _same(traced.graph, _trace(owner, call, mode, mode, records=False).graph):
+                raise Untraceable("it asks for the class of a layer")
     if not _same(training.graph, evaluation.graph) and not _same(
         training.graph, _trace(owner, call, True, False).graph
     ):
@@ -252,17 +256,27 @@ def _trace_both_modes(owner: _Module, call: _Call) -> list[_Traced]:
     return [training, evaluation]
 
 
+def _asks_for_classes(kind: type) -> bool:
+    """Whether the code of a module may ask for the class of another, which differs where reads are recorded."""
+    own = (k for k in kind.__mro__ if not k.__module__.startswith("torch.nn."))
+    codes = (getattr(value, "__code__", None) for k in own for value in vars(k).values())
+    return any(code is not None and names_in(code) & {"type", "__class__"} for code in codes)
+
+
 def _same(a: fx.Graph, b: fx.Graph) -> bool:
     return a.python_code("self").src == b.python_code("self").src
 
 
-def _trace(owner: _Module, call: _Call, training: bool, recording: bool) -> _Traced:
+def _trace(
+    owner: _Module, call: _Call, training: bool, recording: bool, records: bool = True
+) -> _Traced:
     """One trace of the forward, on copies of the module and its children, so that its assignments do not reach the
     originals.
 
     Args:
         training: the mode of all of them.
         recording: gradients on and autocast off; otherwise the other way around.
+        records: what is read of the modules, for which they get other classes.
     """
     tracer = OwnCodeTracer(call.tensors)
     try:
@@ -275,7 +289,7 @@ def _trace(owner: _Module, call: _Call, training: bool, recording: bool) -> _Tra
                     own[name] = value.copy()
                 elif isinstance(value, Tensor):  # neither parameter nor buffer
                     own[name] = value.detach().clone()
-        reads = record_reads(owner, copies)
+        reads = record_reads(owner, copies) if records else []
         root = _root(owner, call, copies[id(owner)], tracer)
         before = [_items(copied) for copied in copies.values()]
         with warnings.catch_warnings(), _gradients_and_autocast(recording), _no_random_numbers():

@@ -121,11 +121,14 @@ def as_lengths(function: str, lengths: Any) -> OptionalTensor:
         )
     values = []
     for i, n in enumerate(lengths):
-        if isinstance(n, bool) or not hasattr(n, "__index__"):
+        if isinstance(n, bool):
             raise TypeError(f"{function}: lengths[{i}] ({n!r}) must be an integer")
+        if isinstance(n, (int, torch.SymInt)):
+            values.append(n)
+            continue
         try:
             values.append(operator.index(n))
-        except TypeError:  # a tensor, but not an integer
+        except TypeError:
             raise TypeError(f"{function}: lengths[{i}] ({n!r}) must be an integer") from None
     return torch.tensor(values, dtype=torch.int64)
 

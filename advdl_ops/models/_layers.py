@@ -88,11 +88,9 @@ def to_fast_format(model: torch.nn.Module, x: Tensor, also_trains: bool = True) 
     An image of one channel has both formats, and convolutions treat it as contiguous. So call this again after the
     first convolution.
     """
-    if is_proxy(x) or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+    if is_proxy(x) or (not also_trains and trains(model, x)) or not runs_in_channels_last(model, x):
         return x
-    if (also_trains or not trains(model, x)) and runs_in_channels_last(model, x):
-        return in_channels_last(x)
-    return x
+    return in_channels_last(x)
 
 
 def from_fast_format(out: Tensor, x: Tensor) -> Tensor:
@@ -146,15 +144,18 @@ def check_image(name: str, x: Tensor, first: torch.nn.Module) -> None:
     """Raises unless `x` is floating point and [N, C, H, W] with at least one pixel.
 
     Args:
-        first: the layer that takes `x`. Its weight tells C, as somebody may have replaced it.
+        first: the part that takes `x`. The weight of its first layer tells C, as somebody may have replaced it.
     """
     if is_proxy(x):
         return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: input ({type(x).__name__}) must be a Tensor")
     channels = None
-    if isinstance(first, torch.nn.Conv2d) and "weight" in first._parameters:  # not parametrized
-        channels = first.weight.shape[1] * first.groups
+    while first._modules:  # to the first layer of a container
+        first = next(iter(first.children()))
+    weight = first._parameters.get("weight")  # not if it is parametrized
+    if isinstance(first, torch.nn.Conv2d) and weight is not None and weight.dim() == 4:
+        channels = weight.shape[1] * first.groups
     # The exception types are those of torch's own layers.
     shape = f"{name}: input shape {list(x.shape)} must be [N, {channels or 'C'}, H, W]"
     if x.dim() != 4:

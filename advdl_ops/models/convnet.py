@@ -86,7 +86,7 @@ class ConvNet(torch.nn.Module):
         init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_image(self.name, x, self.stem[0])
+        check_image(self.name, x, self.stem)
         last = len(self.stages) - 1
         check_values_per_channel(self.name, x, self.stages[last], lambda: 1 << last)
         x = to_fast_format(self, self.stem(to_fast_format(self, x)))

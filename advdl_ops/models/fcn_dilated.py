@@ -80,7 +80,7 @@ class FCNDilated(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first: Any
         first, *others = self.layers
-        check_image(self.name, x, first[0])
+        check_image(self.name, x, first)
         check_values_per_channel(self.name, x, self.layers, lambda: 1)
         out = to_fast_format(self, first(to_fast_format(self, x)))
         for layer in others:

@@ -189,7 +189,7 @@ class UNet(torch.nn.Module):
         self.outc = torch.nn.Sequential(OrderedDict(conv=nn.Conv2d(widths[0], num_classes, 1)))
 
     def _check_input(self, x: Tensor) -> None:
-        check_image(self.name, x, self.inc.double_conv[0])
+        check_image(self.name, x, self.inc)
         stride = 1 << self.depth
         if not is_proxy(x) and min(x.shape[2:]) < stride:
             raise ValueError(

@@ -60,8 +60,11 @@ def layer_of(layer: torch.nn.Module) -> type:
 
 
 def has_own_parts(layer: Any) -> bool:
-    """Whether the parts of a layer (timm's norms have dropout and an activation) are what this package computes.
+    """Whether the parts of a norm of timm, dropout and activation, are what this package computes.
 
-    Somebody may have replaced them, or watch them.
+    Somebody may have replaced them, or watch them. Other layers have no parts.
     """
-    return all(unobserved(part) is not None for part in layer._modules.values())
+    if layer_of(layer) is type(layer):
+        return True
+    parts = ((name, unobserved(part)) for name, part in layer._modules.items())
+    return all(act is not None and (name == "act" or act == IDENTITY) for name, act in parts)

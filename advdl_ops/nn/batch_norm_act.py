@@ -11,10 +11,10 @@ from torch.compiler import is_compiling
 
 from .._schemas import acc_dtype
 from .._watch import given, is_proxy, recorded
-from ..activation import Activation, act_repr, resolve_activation
+from ..activation import IDENTITY, Activation, act_repr, resolve_activation
 from ..functional._norm import check_writable
 from ..functional.batch_norm_act import batch_norm_act, batch_norm_act_by
-from ..reference.activation import activate
+from ._one_by_one import layer_of, one_by_one
 
 _Act = str | Activation | torch.nn.Module | None
 
@@ -22,11 +22,11 @@ _Act = str | Activation | torch.nn.Module | None
 class _Activate:
     """A forward hook that applies an activation."""
 
-    def __init__(self, act: Activation) -> None:
+    def __init__(self, act: Any) -> None:
         self.act = act
 
     def __call__(self, layer: torch.nn.Module, args: Any, out: Tensor) -> Tensor:
-        return activate(out, self.act)
+        return one_by_one((), out, act=self.act)
 
 
 class _ActivationKeeper:
@@ -39,12 +39,21 @@ class _ActivationKeeper:
     def __get__(self, layer: Any, kind: Any = None) -> Any:
         if layer is None:
             return self
+        own: Any = layer.act
         caller = sys._getframe(1)
-        if caller.f_code is _CONVERT.__code__:
-            act = resolve_activation("BatchNormAct2d", layer.act)
-            if act.code != 0:
-                caller.f_locals["module_output"].register_forward_hook(_Activate(act))
+        if caller.f_code is _CONVERT.__code__ and layer_of(layer) is type(layer):
+            made = caller.f_locals["module_output"]
+            if own != IDENTITY and not made._forward_hooks:  # it is asked twice if it is set
+                made.register_forward_hook(_Activate(own))
+        if "qconfig" in layer.__dict__:
+            return layer.__dict__["qconfig"]
         raise AttributeError(f"{type(layer).__name__} has no attribute 'qconfig'")
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        layer.__dict__["qconfig"] = value
+
+    def __delete__(self, layer: Any) -> None:
+        del layer.__dict__["qconfig"]
 
 
 _CONVERT: Any = torch.nn.SyncBatchNorm.convert_sync_batchnorm
@@ -181,12 +190,18 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         mean = torch.zeros_like(running_mean, dtype=acc)
         var = torch.zeros_like(mean)
         tensors = x, mean, var, self.weight, self.bias
-        if statistics is None:
-            out = batch_norm_act(*tensors, True, 1.0, self.eps, residual=residual, act=act)
-        else:
-            assert isinstance(act, Activation)
-            out = batch_norm_act_by(statistics, *tensors, 1.0, self.eps, residual=residual, act=act)
         counter.add_(1)
+        try:
+            if statistics is None:
+                out = batch_norm_act(*tensors, True, 1.0, self.eps, residual=residual, act=act)
+            else:
+                assert isinstance(act, Activation)
+                out = batch_norm_act_by(
+                    statistics, *tensors, 1.0, self.eps, residual=residual, act=act
+                )
+        except (RuntimeError, TypeError, ValueError):  # the op was refused
+            counter.sub_(1)
+            raise
         if x.numel() > 0:
             share = counter.to(acc).reciprocal()
             running_mean.copy_(running_mean.to(acc).lerp(mean, share))

@@ -97,17 +97,17 @@ class ConvBNAct(torch.nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` ``[N, C_in, H, W]``, ``residual`` of the output's shape -> ``[N, C_out, H_out, W_out]``."""
-        if self.order == "conv-bn-act":
-            return conv_bn_act(self.conv, self.bn, x, residual, act=self.act)
-        return self._activated_first(x, residual)
+        if self.order == "conv-act-bn" and unobserved(self.act) != IDENTITY:
+            return self._activated_first(x, residual)
+        return conv_bn_act(self.conv, self.bn, x, residual, act=self.act)
 
     def _activated_first(self, x: Tensor, residual: Tensor | None) -> Tensor:
         conv, bn, act = self.conv, self.bn, unobserved(self.act)
         if is_observed(x) or act is None:
             return one_by_one((bn,), one_by_one((conv,), x, act=self.act), residual)
-        own = type(conv) is Conv2d and not is_watched(conv) and conv.act.code == 0
+        own = type(conv) is Conv2d and not is_watched(conv) and unobserved(conv.act) == IDENTITY
         out = conv(x, act=act) if own else one_by_one((conv,), x, act=act)
-        own = type(bn) is BatchNormAct2d and not is_watched(bn) and bn.act.code == 0
+        own = type(bn) is BatchNormAct2d and not is_watched(bn) and unobserved(bn.act) == IDENTITY
         return bn(out, residual) if own else one_by_one((bn,), out, residual)
 
     def extra_repr(self) -> str:
@@ -153,7 +153,7 @@ def conv_bn_act(
             return bn(conv(x), residual)  # its activation is behind the addition
         return one_by_one((conv, bn), x, residual, act)
     assert isinstance(bn, BatchNormAct2d)
-    if not bn.training:
+    if not bn.training and _is_convolution_alone(conv):
         source = (conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
         if evaluates_as_one(conv, bn, x, residual, source):
             return _folded(conv, bn, x, residual, activation, source)
@@ -245,16 +245,17 @@ def _plain(conv: torch.nn.Conv2d, bn: BatchNormAct2d) -> bool:
         _is_convolution_alone(conv)
         and layer_of(bn) is BatchNormAct2d
         and not (is_watched(conv) or is_watched(bn) or has_global_hooks())
-        # Parametrized weights are recomputed in every call.
-        and "weight" in conv._parameters
-        and "weight" in bn._parameters
+        and "weight" in bn._parameters  # parametrized ones are computed in each call
     )
 
 
-def _is_convolution_alone(conv: torch.nn.Conv2d) -> bool:
+def _is_convolution_alone(conv: torch.nn.Module) -> bool:
+    """Whether its call is a convolution by its own weight, which is not computed in each call."""
+    if not isinstance(conv, torch.nn.Conv2d) or "weight" not in conv._parameters:
+        return False
     if type(conv).forward is Conv2d.forward:
         own = type(conv)._conv_forward is Conv2d._conv_forward
-        return own and isinstance(conv, Conv2d) and conv.act.code == 0
+        return own and isinstance(conv, Conv2d) and unobserved(conv.act) == IDENTITY
     return (
         type(conv).forward is torch.nn.Conv2d.forward
         and type(conv)._conv_forward is torch.nn.Conv2d._conv_forward

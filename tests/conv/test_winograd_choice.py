@@ -417,7 +417,7 @@ def direct(layer: nn.ConvBNAct, x: torch.Tensor, residual: torch.Tensor | None, 
     conv, bn = copy.deepcopy(layer).to(x.dtype).conv, copy.deepcopy(layer).to(x.dtype).bn
     activate = ACTIVATIONS[act][1]
     z = torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
-    inside = conv.act.code != 0
+    inside = layer.order == "conv-act-bn"
     z = activate(z) if inside else z
     z = torch.nn.functional.batch_norm(
         z, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps

@@ -157,3 +157,54 @@ def test_compiles():
     torch.testing.assert_close(compiled(x), fast(x))
     fast.gate.scale = 5.0
     torch.testing.assert_close(compiled(x), fast(x))
+
+
+def test_a_function_that_refers_to_itself():
+    def make():
+        def doubled(x):
+            return x * 2 if doubled else x
+
+        return doubled
+
+    model = Reads().eval()
+    fast = advdl_ops.optimize(model)
+    fast.function = model.function = make()
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(fast(x), model(x))
+
+
+class ByClass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return self.act(x) if type(self.act) is nn.ReLU else x - 100
+
+
+def test_a_forward_that_asks_for_a_class():
+    model = ByClass().eval()
+    fast = advdl_ops.optimize(model)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(fast(x), model(x))
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.a = self.b = Gate()
+
+    def forward(self, x):
+        return self.act(self.norm(self.conv(x))) * self.b.scale
+
+
+def test_a_child_in_two_places():
+    model = Twice().eval()
+    fast = advdl_ops.optimize(model)
+    for each in (model, fast):
+        each.b = Gate()
+        each.b.scale = 7.0
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(fast(x), model(x))

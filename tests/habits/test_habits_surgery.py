@@ -193,12 +193,19 @@ def test_conv_bn_act_owns_its_activation():
     torch.testing.assert_close(first(x), first.bn(first.conv(x).relu()))
 
 
-timm = pytest.importorskip("timm")
+@pytest.fixture
+def timm():
+    return pytest.importorskip("timm")
 
 
 def made_by_timm(kind):
     torch.manual_seed(0)
-    model = timm.create_model(kind, num_classes=5, pretrained=False).to(f64).eval()
+    model = (
+        importlib.import_module("timm")
+        .create_model(kind, num_classes=5, pretrained=False)
+        .to(f64)
+        .eval()
+    )
     for layer in model.modules():
         if isinstance(layer, stock.BatchNorm2d):
             layer.running_mean.normal_()
@@ -206,7 +213,7 @@ def made_by_timm(kind):
 
 
 @pytest.mark.parametrize("kind", ["efficientnet_b0", "resnetv2_50x1_bit", "convnext_atto"])
-def test_timms_layers_remain_instances_of_their_classes(kind):
+def test_timms_layers_remain_instances_of_their_classes(timm, kind):
     model = made_by_timm(kind)
     fast = advdl_ops.optimize(model)
     changed = 0
@@ -228,7 +235,7 @@ def test_timms_layers_remain_instances_of_their_classes(kind):
 
 @pytest.mark.parametrize("converter", ["convert_sync_batchnorm", "freeze_batch_norm_2d"])
 @pytest.mark.parametrize("order", ["after", "before"])
-def test_timms_own_converters(converter, order):
+def test_timms_own_converters(timm, converter, order):
     convert = getattr(timm.layers, converter)
     model = made_by_timm("efficientnet_b0")
     x = torch.randn(1, 3, 64, 64, dtype=f64)
@@ -241,7 +248,7 @@ def test_timms_own_converters(converter, order):
 
 
 @pytest.mark.parametrize("edit", ["act", "drop", "hook"])
-def test_parts_of_timms_norms(edit):
+def test_parts_of_timms_norms(timm, edit):
     norm = timm.layers.BatchNormAct2d(4, act_layer=stock.SiLU).to(f64)
     model = stock.Sequential(stock.Conv2d(3, 4, 3, dtype=f64), norm).eval()
     fast = advdl_ops.optimize(copy.deepcopy(model))
@@ -257,3 +264,48 @@ def test_parts_of_timms_norms(edit):
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x))
     assert len(seen) == (2 if edit == "hook" else 0)
+
+
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_a_parametrized_norm_adds_before_its_activation(act):
+    bn = nn.BatchNormAct2d(4, act=act).eval()
+    torch.nn.utils.parametrize.register_parametrization(bn, "weight", stock.Softplus())
+    conv, x, residual = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 6, 6), torch.randn(2, 4, 4, 4)
+    found = nn.conv_bn_act(conv, bn, x, residual)
+    expected = bn(conv(x), residual)
+    torch.testing.assert_close(found, expected)
+
+
+def test_any_layer_in_place_of_a_convolution():
+    layer = nn.ConvBNAct(3, 4, 3, act="relu").eval()
+    layer.conv = stock.Sequential(stock.Conv2d(3, 4, 3), stock.Tanh())
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.bn(layer.conv(x)).relu())
+    assert str(advdl_ops.explain(layer, x))
+
+
+@pytest.mark.parametrize("part", ["inc", "stem"])
+def test_the_first_part_is_replaced(part):
+    name = {"inc": "unet", "stem": "convnet"}[part]
+    model = models.create_model(name, num_classes=2).eval()
+    channels = 64 if part == "inc" else 16
+    setattr(model, part, stock.Conv2d(5, channels, 3, padding=1))
+    assert model(torch.randn(2, 5, 32, 32)).shape[1] == 2
+    with pytest.raises(RuntimeError, match=r"must be \[N, 5, H, W\]"):
+        model(torch.randn(2, 3, 32, 32))
+
+
+def test_vmap_over_the_zoo():
+    model = models.resnet18(num_classes=2).eval()
+    x = torch.randn(2, 1, 3, 32, 32)
+    with torch.no_grad(), advdl_ops.use_backend("reference"):
+        torch.testing.assert_close(
+            torch.func.vmap(model)(x), torch.stack([model(y) for y in x]), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_an_activation_that_is_no_kernels_is_shown(timm):
+    fast = advdl_ops.optimize(made_by_timm("efficientnet_b0"))
+    fast.bn1.act = stock.PReLU()
+    assert "PReLU" in repr(fast.bn1)
