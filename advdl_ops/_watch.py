@@ -38,7 +38,14 @@ def has_hooks(layer: torch.nn.Module) -> bool:
 def is_watched(layer: torch.nn.Module) -> bool:
     """Whether the layer has hooks, or its forward was replaced."""
     own = layer.__dict__
-    return "forward" in own or "_conv_forward" in own or has_hooks(layer)
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in own
+        or "_conv_forward" in own
+    )
 
 
 _looks = True
@@ -66,12 +73,12 @@ def sees_formats(model: torch.nn.Module) -> bool:
         return True
     # Not by `modules()`, which takes several times as long.
     rest = list(model._modules.values())
-    while rest:
-        layer = rest.pop()
+    for layer in rest:  # it grows meanwhile
         if layer is not None:
             if has_hooks(layer):
                 return True
-            rest += layer._modules.values()
+            if layer._modules:
+                rest += layer._modules.values()
     return False
 
 
@@ -82,7 +89,12 @@ def is_proxy(x: Any) -> bool:
 
 def is_observed(*values: Any) -> bool:
     """Whether hooks for every module are registered, or ``torch.fx`` records a call with these arguments."""
-    return has_global_hooks() or any(isinstance(value, fx.Proxy) for value in values)
+    if has_global_hooks():
+        return True
+    for value in values:  # noqa: SIM110 - a generator would take longer than the look
+        if isinstance(value, fx.Proxy):
+            return True
+    return False
 
 
 def recorded(layer: torch.nn.Module, x: Any, **kwargs: Any) -> Any:
