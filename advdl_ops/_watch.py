@@ -38,14 +38,7 @@ def has_hooks(layer: torch.nn.Module) -> bool:
 def is_watched(layer: torch.nn.Module) -> bool:
     """Whether the layer has hooks, or its forward was replaced."""
     own = layer.__dict__
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or "forward" in own
-        or "_conv_forward" in own
-    )
+    return "forward" in own or "_conv_forward" in own or has_hooks(layer)
 
 
 _looks = True
@@ -53,7 +46,7 @@ _looks = True
 
 @contextlib.contextmanager
 def formats_unwatched() -> Iterator[None]:
-    """In it hooks do not count for :func:`sees_formats`: those of ``explain`` and ``tune``, which measure what runs."""
+    """In it hooks do not count for :func:`sees_formats`: those of ``explain``, which tells what runs."""
     global _looks
     before, _looks = _looks, False
     try:
@@ -98,11 +91,11 @@ def is_observed(*values: Any) -> bool:
 
 
 def recorded(layer: torch.nn.Module, x: Any, **kwargs: Any) -> Any:
-    """The call of ``layer`` as one node of the graph that ``torch.fx`` is tracing, as of a layer of ``torch.nn``."""
-    tracer = x.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), kwargs)
+    """The call of ``layer`` as one node of the graph that ``torch.fx`` is tracing, as of a layer of ``torch.nn``.
 
-
-def given(**arguments: Any) -> dict[str, Any]:
-    """The arguments that are not ``None``."""
-    return {name: value for name, value in arguments.items() if value is not None}
+    Args:
+        kwargs: of the call. Those that are ``None`` are left out.
+    """
+    tracer, path = x.tracer, x.tracer.path_of_module(layer)
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    return tracer.create_proxy("call_module", path, (x,), given)

@@ -38,7 +38,8 @@ def source_of(
     """
     called = "inside" if through else "forward"
     parameters = list(inspect.signature(type(owner).forward).parameters.values())
-    head, passed = _head_of(parameters), _passed_on(parameters)
+    head, (by_position, by_name) = _head_of(parameters), _passed_on(parameters)
+    passed = ", ".join(by_position + by_name)
     seen_by = ", ".join(_stars(p) + p.name for p in parameters[1:] if p.kind is not p.VAR_KEYWORD)
     # The previous forward may have been replaced in its class since. Whoever observes the call sees that forward.
     always = "original.forward is before", f"not is_observed({seen_by})"
@@ -52,18 +53,17 @@ def source_of(
         names.update({name: value for name, value in code.globals.items() if name in used})
         call = f"return variant_{number}(self, {', '.join(variant.arguments)})"
         tests.append(f"    if {' and '.join((*always, *variant.guards))}:\n        {call}\n")
-    previous = f"original.forward({', '.join(passed)})"
+    previous = f"original.forward({passed})"
     texts.append(f"def {called}({head}):\n{''.join(tests)}    return {previous}\n")
     if through:
-        args = ", ".join(p for p in passed[1:] if "=" not in p and not p.startswith("**"))
-        kwargs = ", ".join(p for p in passed if "=" in p or p.startswith("**"))
+        args, kwargs = ", ".join(by_position[1:]), ", ".join(by_name)
         conditions = (" and ".join(v.guards) or "True" for v in seen)
         condition = " or ".join(f"({text})" for text in dict.fromkeys(conditions)) or "True"
         texts.append(
             f"def forward({head}):\n"
             f"    if {condition}:\n"
             f"        return {through}(self, {called}, [{args}], dict({kwargs}))\n"
-            f"    return {called}({', '.join(passed)})\n"
+            f"    return {called}({passed})\n"
         )
     return "\n".join(texts), names
 
@@ -79,12 +79,13 @@ def _head_of(parameters: Sequence[inspect.Parameter]) -> str:
     return ", ".join(heads)
 
 
-def _passed_on(parameters: Sequence[inspect.Parameter]) -> list[str]:
-    """The arguments of a call that passes them all on: those by position, then those by name."""
+def _passed_on(parameters: Sequence[inspect.Parameter]) -> tuple[list[str], list[str]]:
+    """The arguments of a call that passes them all on: those by position, and those by name."""
     by_name = [f"{p.name}={p.name}" for p in parameters if p.kind is p.KEYWORD_ONLY]
     further = [f"**{p.name}" for p in parameters if p.kind is p.VAR_KEYWORD]
     named = {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
-    return [*(_stars(p) + p.name for p in parameters if p.kind not in named), *by_name, *further]
+    by_position = [_stars(p) + p.name for p in parameters if p.kind not in named]
+    return by_position, [*by_name, *further]
 
 
 def _stars(parameter: inspect.Parameter) -> str:

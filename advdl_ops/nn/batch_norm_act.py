@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._schemas import acc_dtype
-from .._watch import given, is_proxy, recorded
+from .._watch import is_proxy, recorded
 from ..activation import IDENTITY, Activation, act_repr, resolve_activation
 from ..functional._norm import check_writable
 from ..functional.batch_norm_act import batch_norm_act, batch_norm_act_by
@@ -118,7 +118,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             act: overrides the layer's own activation.
         """
         if is_proxy(input):
-            return recorded(self, input, **given(residual=residual, act=act))
+            return recorded(self, input, residual=residual, act=act)
         return self.normalized(input, residual, self.act if act is None else act)
 
     def normalized(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._conv.problem import pair
 from .._schemas import conv2d_format
-from .._watch import given, is_proxy, recorded
+from .._watch import is_proxy, recorded
 from ..activation import Activation, act_repr, resolve_activation
 from ..functional.conv2d import conv2d
 
@@ -60,7 +60,7 @@ class Conv2d(torch.nn.Conv2d):
             act: overrides the layer's own activation.
         """
         if is_proxy(input):
-            return recorded(self, input, **given(residual=residual, act=act))
+            return recorded(self, input, residual=residual, act=act)
         # Calls torch's _conv_forward, which subclasses override, possibly without these two arguments.
         further = () if residual is None and act is None else (residual, act)
         return self._conv_forward(input, self.weight, self.bias, *further)

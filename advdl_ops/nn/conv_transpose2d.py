@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._watch import given, is_proxy, recorded
+from .._watch import is_proxy, recorded
 from ..activation import Activation, act_repr, resolve_activation
 from ..functional.conv_transpose2d import conv_transpose2d, unpadded_size
 
@@ -80,8 +80,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         And as :func:`.conv_transpose2d`.
         """
         if is_proxy(input):
-            further = given(output_size=output_size, match=match, act=act)
-            return recorded(self, input, **further)
+            return recorded(self, input, output_size=output_size, match=match, act=act)
         output_padding, more = self.padding_of(input, output_size, match)
         out = conv_transpose2d(
             input,

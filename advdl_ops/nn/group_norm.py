@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._watch import given, is_proxy, recorded
+from .._watch import is_proxy, recorded
 from ..activation import Activation, act_repr, resolve_activation
 from ..functional.group_norm import group_norm, instance_norm, layer_norm_2d
 
@@ -50,7 +50,7 @@ class GroupNorm(torch.nn.GroupNorm):
             act: overrides the layer's own activation.
         """
         if is_proxy(input):
-            return recorded(self, input, **given(residual=residual, act=act))
+            return recorded(self, input, residual=residual, act=act)
         # Through the dict: Module.__getattr__ costs as much as the kernel of a small input.
         parameters = self._parameters
         return group_norm(
@@ -107,7 +107,7 @@ class LayerNorm2d(torch.nn.LayerNorm):
             act: overrides the layer's own activation.
         """
         if is_proxy(input):
-            return recorded(self, input, **given(residual=residual, act=act))
+            return recorded(self, input, residual=residual, act=act)
         x = input
         if x.dim() > 1 and x.shape[1] != self.normalized_shape[0]:
             raise RuntimeError(
@@ -154,7 +154,7 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
             act: overrides the layer's own activation.
         """
         if is_proxy(input):
-            return recorded(self, input, **given(residual=residual, act=act))
+            return recorded(self, input, residual=residual, act=act)
         x = input
         self._check_input_dim(x)
         unbatched = x.dim() == self._get_no_batch_dim()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .._watch import given, is_proxy, recorded
+from .._watch import is_proxy, recorded
 from ..functional._lstm_checks import check_rate
 from ..functional.lstm import lstm
 from ..functional.lstm_cell import lstm_cell
@@ -56,7 +56,7 @@ class LSTMCell(torch.nn.LSTMCell):
             ValueError: ``input`` or a state has neither one nor two dimensions.
         """
         if is_proxy(input):
-            return recorded(self, input, **given(hx=hx))
+            return recorded(self, input, hx=hx)
         x = input
         # Read from the dict, because Module.__getattr__ would add to the time of a small step.
         own = self._parameters
@@ -231,7 +231,7 @@ class LSTM(torch.nn.RNNBase):
                 weights; ``lengths`` together with a ``PackedSequence``.
         """
         if is_proxy(input):
-            return recorded(self, input, **given(hx=hx, lengths=lengths))
+            return recorded(self, input, hx=hx, lengths=lengths)
         x = input
         if isinstance(x, PackedSequence):
             return self._forward_packed(x, hx, lengths)

@@ -173,11 +173,13 @@ def test_a_function_that_refers_to_itself():
     torch.testing.assert_close(fast(x), model(x))
 
 
-class ByClass(nn.Module):
+class Unit(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
 
+
+class ByClass(Unit):
     def forward(self, x):
         x = self.norm(self.conv(x))
         return self.act(x) if type(self.act) is nn.ReLU else x - 100
@@ -190,10 +192,9 @@ def test_a_forward_that_asks_for_a_class():
     torch.testing.assert_close(fast(x), model(x))
 
 
-class Twice(nn.Module):
+class Twice(Unit):
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
         self.a = self.b = Gate()
 
     def forward(self, x):
