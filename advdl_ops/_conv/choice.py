@@ -219,8 +219,13 @@ class Candidate(NamedTuple):
 # ---- CPU ----
 
 
+# The kernels compute with sums of these (csrc/bindings/conv2d.h).
+_LARGEST = 1 << 40
+
+
 def _accepts_depthwise(p: Problem) -> bool:
-    return p.is_depthwise and native("cpu")
+    reach = (d * k for d, k in zip(p.dilation, p.weight[2:], strict=True))
+    return p.is_depthwise and max(*p.stride, *p.padding, *reach) < _LARGEST and native("cpu")
 
 
 def _accepts_dense(p: Problem) -> bool:

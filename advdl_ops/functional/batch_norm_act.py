@@ -27,7 +27,7 @@ _NAME = "batch_norm_act"
 
 
 def batch_norm_act(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -44,7 +44,7 @@ def batch_norm_act(
     .. math:: y = \mathrm{act}\Big(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}}\,\gamma + \beta + r\Big)
 
     Args:
-        x: ``[N, C]`` or ``[N, C, ...]`` with up to three spatial dimensions; fp32, fp64, bf16 or fp16;
+        input: x, ``[N, C]`` or ``[N, C, ...]`` with up to three spatial dimensions; fp32, fp64, bf16 or fp16;
             contiguous or channels_last (kept).
         running_mean, running_var: ``[C]``, written in training (``running_var`` with the unbiased variance);
             both may be ``None`` in training.
@@ -66,6 +66,7 @@ def batch_norm_act(
 
     Nothing is written when an argument is refused.
     """
+    x = input
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
     if residual is not None and residual.dtype != x.dtype:
         _check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)

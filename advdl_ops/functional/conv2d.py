@@ -49,7 +49,7 @@ _NO_EPILOGUE = Epilogue()
 
 
 def conv2d(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -70,8 +70,8 @@ def conv2d(
     with stride s, dilation d and padding q by zeros; c runs over the channels of the group of o.
 
     Args:
-        x: ``[N, C_in, H, W]`` or ``[C_in, H, W]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept; other
-            strides give a contiguous result).
+        input: x, ``[N, C_in, H, W]`` or ``[C_in, H, W]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept;
+            other strides give a contiguous result).
         weight: ``[C_out, C_in / groups, kH, kW]`` in ``x``'s dtype.
         bias: ``[C_out]`` or ``None``; in ``x``'s dtype, or fp32 with a half-precision ``x``, as scale and shift.
         stride, dilation: >= 1, one number or (height, width).
@@ -96,6 +96,7 @@ def conv2d(
     Saved for backward are ``x`` and the weight; for relu the output; for the other activations, and if ``scale``
     needs a gradient, the result of the convolution alone and the residual.
     """
+    x = input
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
     x, weight, bias, epilogue = _in_autocast_dtype(
         x, weight, bias, Epilogue(scale, shift, residual, activation)

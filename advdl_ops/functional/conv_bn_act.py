@@ -27,7 +27,7 @@ ORDERS = ("conv-bn-act", "conv-act-bn")
 
 
 def conv_bn_act(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -49,7 +49,7 @@ def conv_bn_act(
     """``act(batch_norm(conv2d(x)) + residual)``, or ``batch_norm(act(conv2d(x))) + residual``.
 
     Args:
-        x: ``[N, C_in, H, W]``.
+        input: x, ``[N, C_in, H, W]``.
         weight: ``[C_out, C_in / groups, kH, kW]``.
         running_mean, running_var, bn_weight, bn_bias: ``[C_out]``, see :func:`batch_norm_act`.
         bias: ``[C_out]``, the convolution's own.
@@ -66,6 +66,7 @@ def conv_bn_act(
         ValueError: an unknown ``order`` or ``act``, unbatched ``x``; else what :func:`conv2d` and
             :func:`batch_norm_act` raise. Nothing is written when an error is raised.
     """
+    x = input
     activation = resolve_activation(_NAME, act)
     if order not in ORDERS:
         raise ValueError(f"{_NAME}: order ({order!r}) must be one of {', '.join(ORDERS)}")

@@ -76,7 +76,7 @@ class Options(NamedTuple):
 
 
 def conv_transpose2d(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -95,8 +95,8 @@ def conv_transpose2d(
               + \mathrm{dilation} \cdot (\mathrm{kernel} - 1) + \mathrm{output\_padding} + 1
 
     Args:
-        x: ``[N, C_in, H, W]`` or ``[C_in, H, W]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept; other
-            strides give a contiguous result).
+        input: x, ``[N, C_in, H, W]`` or ``[C_in, H, W]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept;
+            other strides give a contiguous result).
         weight: ``[C_in, C_out / groups, kH, kW]``, in ``x``'s dtype.
         bias: ``[C_out]`` or ``None``, in ``x``'s dtype.
         stride, padding, output_padding, dilation: one integer, or one for each of height and width;
@@ -117,6 +117,7 @@ def conv_transpose2d(
             class.
         ValueError: an unknown ``act``.
     """
+    x = input
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
     options = Options(
         pair_of(_NAME, "stride", stride, 1),

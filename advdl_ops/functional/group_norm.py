@@ -35,7 +35,7 @@ _Act = str | Activation | torch.nn.Module | None
 
 
 def group_norm(
-    x: Tensor,
+    input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -51,7 +51,7 @@ def group_norm(
     with mean and variance of each group of ``C / num_groups`` neighbouring channels of each sample.
 
     Args:
-        x: ``[N, C]`` or ``[N, C, ...]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept; other
+        input: x, ``[N, C]`` or ``[N, C, ...]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept; other
             strides give a contiguous result).
         num_groups: divides ``C``; 1 normalizes each sample, ``C`` each channel of each sample.
         weight, bias: ``[C]`` or ``None``; in ``x``'s dtype, or fp32 with a half-precision ``x``.
@@ -67,10 +67,11 @@ def group_norm(
         RuntimeError: fewer than two dimensions, groups that do not divide the channels, ``weight`` or ``bias`` of
             another length, mixed devices, a dtype that does not go with ``x``'s; for a non-floating ``x`` its
             subclass ``NotImplementedError``.
-        ValueError: no position (an empty spatial size), one value per group in the whole of ``x``, a negative
-            ``eps``, an unknown ``act``, ``residual`` of another shape.
+        ValueError: one value per group in the whole of ``x``, a negative ``eps``, an unknown ``act``, ``residual`` of
+            another shape.
         TypeError: ``num_groups`` is not an integer, or an argument that must be a tensor is not.
     """
+    x = input
     if num_groups < 1:
         raise RuntimeError(f"group_norm: num_groups ({num_groups}) must be at least 1")
     options = num_groups, eps, _resolve("group_norm", act)
@@ -78,7 +79,7 @@ def group_norm(
 
 
 def layer_norm_2d(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -89,14 +90,15 @@ def layer_norm_2d(
     """``act(layer_norm(x) + residual)`` over the channels of each position of ``x`` ``[N, C, ...]``.
 
     As :func:`torch.nn.functional.layer_norm` of ``x.movedim(1, -1)``, without the two copies.
-    Arguments, returns and errors as :func:`group_norm`; an empty spatial size gives an empty result.
+    Arguments, returns and errors as :func:`group_norm`.
     """
+    x = input
     options = _EACH_POSITION, eps, _resolve("layer_norm_2d", act)
     return _normalize("layer_norm_2d", x, residual, weight, bias, options)
 
 
 def instance_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -111,18 +113,19 @@ def instance_norm(
     """``act(instance_norm(x) + residual)``; arguments in the order of :func:`torch.nn.functional.instance_norm`.
 
     Args:
-        x: ``[N, C, ...]``, as :func:`group_norm`.
+        input: x, ``[N, C, ...]``, as :func:`group_norm`.
         running_mean, running_var: ``[C]``, both or neither, in ``x``'s dtype or fp32 with a half-precision ``x``.
             Written with ``use_input_stats``: the mean over the batch of each sample's mean and unbiased variance,
             with weight ``momentum``. An empty batch does not change them.
         use_input_stats: normalize each channel of each sample by its own statistics, else by the running ones.
 
     Raises:
-        ValueError: with ``use_input_stats`` fewer than two positions, only one of the running statistics.
+        ValueError: with ``use_input_stats`` one position, only one of the running statistics.
         RuntimeError: no running statistics without ``use_input_stats``.
 
     And as :func:`group_norm`. Nothing is written when an argument is refused.
     """
+    x = input
     function = "instance_norm"
     activation = _resolve(function, act)
     check_tensors(function, x=x, running_mean=running_mean, running_var=running_var)
@@ -146,7 +149,7 @@ def instance_norm(
             raise
     shape = x.shape
     positions = math.prod(shape[2:])
-    if positions < 2 or len(shape) < 3:
+    if positions == 1 or len(shape) < 3:
         raise ValueError(
             f"{function}: x (shape {tuple(shape)}) must have more than 1 spatial element when "
             "normalized by its own statistics"
@@ -249,8 +252,9 @@ def _normalize_with_stats(
         x = x.to(dtype)
         residual, weight, bias = (t if t is None else t.to(dtype) for t in (residual, weight, bias))
     tensors = x, residual, weight, bias
-    if not serves_native(function, x):
-        groups, eps, act = options
+    groups, eps, act = options
+    is_empty = x.numel() == 0 and groups != _EACH_POSITION  # its sets have no mean
+    if is_empty or not serves_native(function, x):
         out, mean, var = reference.group_norm(x, groups, weight, bias, eps, residual, act)
         return out, (mean.detach().flatten(), var.detach().flatten())
     if needs_grad(*tensors):
@@ -346,8 +350,6 @@ def _check(
             raise ValueError(
                 f"{function}: x (shape {tuple(shape)}) must have more than 1 value per group"
             )
-        if shape[0] > 0 and channels > 0 and x.numel() == 0:
-            raise ValueError(f"{function}: x (shape {tuple(shape)}) must have a position at least")
     if not eps >= 0:
         raise ValueError(f"{function}: eps ({eps}) must not be negative")
     if residual is not None:

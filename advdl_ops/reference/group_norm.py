@@ -36,8 +36,11 @@ def group_norm(
         sets = math.prod(x.shape[2:])
     else:
         grouped = wide.reshape(n, groups, math.prod(x.shape[1:]) // groups)
-        mean = grouped.mean(2)
-        var = (grouped - mean.unsqueeze(2)).square().mean(2)
+        if x.numel() == 0:  # a mean would be NaN, which would reach the gradient of the weight
+            mean = var = grouped.sum(2)
+        else:
+            mean = grouped.mean(2)
+            var = (grouped - mean.unsqueeze(2)).square().mean(2)
         # One value for each channel, so that the arithmetic runs in x's own shape and keeps its memory format.
         spread_mean, spread_var = (
             v.unsqueeze(2)

@@ -16,8 +16,9 @@ constexpr const char *kName = "depthwise_conv2d", *kBackwardName = "depthwise_co
 // used.
 bool reaches_far(const DepthwiseConv2dShape& s) {
   constexpr int64_t kLargeReach = 1 << 18;
+  const int64_t columns = s.w.out < kDepthwiseTileColumns ? s.w.out : kDepthwiseTileColumns;
   return s.h.reach() > 4 * s.h.in || s.w.reach() > 4 * s.w.in ||
-         s.h.reach() + 4 > kLargeReach / (s.w.reach() + s.w.out);
+         s.h.reach() + 4 > kLargeReach / (s.w.reach() + columns);
 }
 
 DepthwiseConv2dShape shape_of(const Tensor& x, const Tensor& weight,

@@ -14,6 +14,9 @@
 
 namespace advdl_ops {
 
+// Outputs of a row that the kernel for channels_first computes at once, at most.
+inline constexpr int64_t kDepthwiseTileColumns = 16384;
+
 struct DepthwiseConv2dShape {
   int64_t n = 0, c = 0;
   Conv2dAxis h, w;

@@ -18,17 +18,20 @@ constexpr int64_t kStripBytes = 192 * 1024;
 constexpr int kRows = 4;
 constexpr int kVectors = 2;
 
-// A strip of a padded image: rows of `phases` runs, each `pitch` long and zero beyond its columns.
+// A strip of a padded image, for out_rows x out_columns outputs: rows of `phases` runs, each `pitch` long and zero beyond
+// its columns. Only very long rows are cut into several tiles of columns.
 template <class Acc>
 struct Strip {
   static constexpr int64_t lanes = Simd<Acc>::lanes;
-  int64_t phases, pitch, row, halo, out_rows;  // row = phases * pitch elements; halo rows
+  int64_t out_columns, phases, pitch, row, halo,
+      out_rows;  // row = phases * pitch elements; halo rows
 
-  // For `columns` outputs from taps that reach `reach` columns on; `stride` of the rows read.
+  // For rows of `columns` outputs from taps that reach `reach` columns on; `stride` of the rows read.
   Strip(int64_t columns, int64_t reach, int64_t phases_, int64_t row_reach, int64_t row_stride,
         int64_t rows)
-      : phases(phases_),
-        pitch(round_up(round_up(columns, lanes) + reach / phases_ + 1, lanes)),
+      : out_columns(columns < kDepthwiseTileColumns ? columns : kDepthwiseTileColumns),
+        phases(phases_),
+        pitch(round_up(round_up(out_columns, lanes) + reach / phases_ + 1, lanes)),
         row(phases_ * pitch),
         halo(row_reach + 1) {
     const int64_t fitting = kStripBytes / static_cast<int64_t>(row * sizeof(Acc)) - halo;
@@ -43,6 +46,31 @@ struct Strip {
   int64_t size(int64_t row_stride) const {
     return rows(out_rows, row_stride) * row + kVectors * lanes;
   }
+};
+
+// The parts of rows x columns outputs that strips compute one by one.
+class Cuts {
+ public:
+  struct Part {
+    int64_t row, rows, column, columns;
+  };
+  template <class Acc>
+  Cuts(int64_t rows, int64_t columns, const Strip<Acc>& strip)
+      : rows_(rows), columns_(columns), height_(strip.out_rows), width_(strip.out_columns) {}
+  int64_t across() const { return ceil_div(columns_, width_); }
+  int64_t count() const { return ceil_div(rows_, height_) * across(); }
+  Part part(int64_t i) const {
+    const int64_t row = i / across() * height_, column = i % across() * width_;
+    return {row, rows_ - row < height_ ? rows_ - row : height_, column,
+            columns_ - column < width_ ? columns_ - column : width_};
+  }
+  // How far on in an image the next part begins, mostly: `row` and `column` elements of it to an output.
+  int64_t ahead(int64_t row, int64_t column) const {
+    return across() == 1 ? height_ * row : width_ * column;
+  }
+
+ private:
+  int64_t rows_, columns_, height_, width_;
 };
 
 // Rows first .. first + count of an image [rows, columns], into a strip whose column 0 is the image's column `left`.
@@ -62,7 +90,7 @@ void fill(const Strip<acc_t<T>>& strip, acc_t<T>* to, const T* image, int64_t ro
     const T* from = image + (first + i) * columns;
     if (ahead != 0) {
       constexpr int64_t line = 64 / sizeof(T);
-      for (int64_t j = 0; j < columns; j += line) prefetch(from + ahead + j);
+      for (int64_t j = begin; j < end; j += line) prefetch(from + ahead + j);
     }
     if (strip.phases == 1) {
       // Zeros at both ends, in whole vectors; the image's own columns come over them.
@@ -94,10 +122,10 @@ void fill(const Strip<acc_t<T>>& strip, acc_t<T>* to, const T* image, int64_t ro
 // The same of an image with stride - 1 zeros between its elements, of which row and column 0 stand at (first, left).
 template <class T>
 void fill_spread(const Strip<acc_t<T>>& strip, acc_t<T>* to, const T* image, const Conv2dAxis& h,
-                 const Conv2dAxis& w, int64_t first, int64_t count, int64_t left) {
+                 const Conv2dAxis& w, int64_t first, int64_t count, int64_t left, int64_t ahead) {
   using Acc = acc_t<T>;
   if (h.stride == 1 && w.stride == 1) {
-    return fill(strip, to, image, h.out, w.out, first, count, left, strip.out_rows * w.out);
+    return fill(strip, to, image, h.out, w.out, first, count, left, ahead);
   }
   for (int64_t i = 0; i < count; ++i, to += strip.row) {
     std::memset(to, 0, strip.row * sizeof(Acc));
@@ -196,9 +224,9 @@ ADVDL_INLINE void correlate_block(const acc_t<T>* in, const Filter<acc_t<T>>& fi
 
 template <int kHeight, int kSize, class T>
 void correlate_rows(const acc_t<T>* in, const Filter<acc_t<T>>& filter, const Epilogue<T>& epilogue,
-                    int64_t at, int64_t columns) {
+                    int64_t at, int64_t out_row, int64_t columns) {
   constexpr int64_t lanes = Simd<acc_t<T>>::lanes, width = kVectors * lanes;
-  const int64_t row_at = filter.dilation * columns;
+  const int64_t row_at = filter.dilation * out_row;
   int64_t j = 0;
   for (; j + width <= columns; j += width) {
     correlate_block<kHeight, kVectors, kSize, T>(in + j, filter, epilogue, at + j, row_at, width);
@@ -211,10 +239,11 @@ void correlate_rows(const acc_t<T>* in, const Filter<acc_t<T>>& filter, const Ep
   }
 }
 
-// `rows` rows of outputs from a strip; the first of them stands at out[at].
+// rows x columns outputs from a strip, the first of them at out[at], rows `out_row` apart.
 template <class T>
 void correlate_strip(const acc_t<T>* in, const Filter<acc_t<T>>& filter,
-                     const Epilogue<T>& epilogue, int64_t at, int64_t rows, int64_t columns) {
+                     const Epilogue<T>& epilogue, int64_t at, int64_t out_row, int64_t rows,
+                     int64_t columns) {
   const int64_t apart = filter.shares ? filter.dilation : rows;
   for (int64_t first = 0; first < rows; first += filter.shares ? kRows * apart : 1) {
     for (int64_t q = 0; q < (filter.shares ? apart : 1) && first + q < rows; ++q) {
@@ -224,7 +253,8 @@ void correlate_strip(const acc_t<T>* in, const Filter<acc_t<T>>& filter,
         const auto rows_from = filter.height == 3 && filter.width == 3
                                    ? correlate_rows<kHeight, 3, T>
                                    : correlate_rows<kHeight, 0, T>;
-        rows_from(in + i * filter.out_row_step, filter, epilogue, at + i * columns, columns);
+        rows_from(in + i * filter.out_row_step, filter, epilogue, at + i * out_row, out_row,
+                  columns);
         i += kHeight * apart;
       };
       if (i + (kRows - 1) * apart < rows) {
@@ -278,37 +308,38 @@ void forward(const DepthwiseConv2dForward& p, void* workspace) {
   const int64_t outputs = s.h.out * s.w.out;
   const Strip<Acc> strip(s.w.out, s.w.reach(), s.w.stride, s.h.reach(), s.h.stride, s.h.out);
   // Images alone may be too few to share out.
-  const int64_t strips = ceil_div(s.h.out, strip.out_rows);
-  cpu::parallel_ranges(s.n * s.c * strips, outputs / strips, [&](int64_t begin, int64_t end) {
-    Buffer<Acc> buffer(strip.size(s.h.stride));
-    Taps<Acc> taps(s.taps());
-    for (int64_t b = 0; b < s.w.kernel; ++b) {
-      taps.offsets[b] = column_offset(b, s.w, strip.phases, strip.pitch);
-    }
-    Filter<Acc> filter{s.h.kernel,
-                       s.w.kernel,
-                       s.h.dilation * strip.row,
-                       s.h.stride * strip.row,
-                       s.h.dilation,
-                       s.h.stride == 1,
-                       taps.offsets,
-                       taps.weights,
-                       1,
-                       0};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / strips, o = task % strips * strip.out_rows, c = image % s.c;
-      const int64_t rows = s.h.out - o < strip.out_rows ? s.h.out - o : strip.out_rows;
-      widen(s.dtype, static_cast<const T*>(p.weight) + c * taps.count, Acc(0), taps.weights,
-            taps.count);
-      fill(strip, buffer.data(), static_cast<const T*>(p.x) + image * s.h.in * s.w.in, s.h.in,
-           s.w.in, o * s.h.stride - s.h.padding, strip.rows(rows, s.h.stride), -s.w.padding,
-           strip.out_rows * s.h.stride * s.w.in);
-      filter.scale = scale[c];
-      filter.shift = shift[c];
-      correlate_strip<T>(buffer.data(), filter, epilogue, image * outputs + o * s.w.out, rows,
-                         s.w.out);
-    }
-  });
+  const Cuts cuts(s.h.out, s.w.out, strip);
+  cpu::parallel_ranges(
+      s.n * s.c * cuts.count(), outputs / cuts.count(), [&](int64_t begin, int64_t end) {
+        Buffer<Acc> buffer(strip.size(s.h.stride));
+        Taps<Acc> taps(s.taps());
+        for (int64_t b = 0; b < s.w.kernel; ++b) {
+          taps.offsets[b] = column_offset(b, s.w, strip.phases, strip.pitch);
+        }
+        Filter<Acc> filter{s.h.kernel,
+                           s.w.kernel,
+                           s.h.dilation * strip.row,
+                           s.h.stride * strip.row,
+                           s.h.dilation,
+                           s.h.stride == 1,
+                           taps.offsets,
+                           taps.weights,
+                           1,
+                           0};
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t image = task / cuts.count(), c = image % s.c;
+          const auto [o, rows, j, columns] = cuts.part(task % cuts.count());
+          widen(s.dtype, static_cast<const T*>(p.weight) + c * taps.count, Acc(0), taps.weights,
+                taps.count);
+          fill(strip, buffer.data(), static_cast<const T*>(p.x) + image * s.h.in * s.w.in, s.h.in,
+               s.w.in, o * s.h.stride - s.h.padding, strip.rows(rows, s.h.stride),
+               j * s.w.stride - s.w.padding, cuts.ahead(s.h.stride * s.w.in, s.w.stride));
+          filter.scale = scale[c];
+          filter.shift = shift[c];
+          correlate_strip<T>(buffer.data(), filter, epilogue, image * outputs + o * s.w.out + j,
+                             s.w.out, rows, columns);
+        }
+      });
 }
 
 template <class T>
@@ -319,34 +350,35 @@ void input_gradient(const DepthwiseConv2dBackward& p) {
                              0,       false};
   const int64_t inputs = s.h.in * s.w.in;
   const Strip<Acc> strip(s.w.in, s.w.reach(), 1, s.h.reach(), 1, s.h.in);
-  const int64_t strips = ceil_div(s.h.in, strip.out_rows);
-  cpu::parallel_ranges(s.n * s.c * strips, inputs / strips, [&](int64_t begin, int64_t end) {
-    Buffer<Acc> buffer(strip.size(1));
-    Taps<Acc> taps(s.taps());
-    for (int64_t b = 0; b < s.w.kernel; ++b) taps.offsets[b] = b * s.w.dilation;
-    const Filter<Acc> filter{s.h.kernel,
-                             s.w.kernel,
-                             s.h.dilation * strip.row,
-                             strip.row,
-                             s.h.dilation,
-                             true,
-                             taps.offsets,
-                             taps.weights,
-                             1,
-                             0};
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / strips, o = task % strips * strip.out_rows, c = image % s.c;
-      const int64_t rows = s.h.in - o < strip.out_rows ? s.h.in - o : strip.out_rows;
-      // Backwards.
-      widen(s.dtype, static_cast<const T*>(p.weight) + c * taps.count, Acc(0),
-            taps.weights + taps.count - 1, taps.count, -1);
-      fill_spread(strip, buffer.data(), static_cast<const T*>(p.dz) + image * s.h.out * s.w.out,
-                  s.h, s.w, o + s.h.padding - s.h.reach(), strip.rows(rows, 1),
-                  s.w.padding - s.w.reach());
-      correlate_strip<T>(buffer.data(), filter, epilogue, image * inputs + o * s.w.in, rows,
-                         s.w.in);
-    }
-  });
+  const Cuts cuts(s.h.in, s.w.in, strip);
+  cpu::parallel_ranges(
+      s.n * s.c * cuts.count(), inputs / cuts.count(), [&](int64_t begin, int64_t end) {
+        Buffer<Acc> buffer(strip.size(1));
+        Taps<Acc> taps(s.taps());
+        for (int64_t b = 0; b < s.w.kernel; ++b) taps.offsets[b] = b * s.w.dilation;
+        const Filter<Acc> filter{s.h.kernel,
+                                 s.w.kernel,
+                                 s.h.dilation * strip.row,
+                                 strip.row,
+                                 s.h.dilation,
+                                 true,
+                                 taps.offsets,
+                                 taps.weights,
+                                 1,
+                                 0};
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t image = task / cuts.count(), c = image % s.c;
+          const auto [o, rows, j, columns] = cuts.part(task % cuts.count());
+          // Backwards.
+          widen(s.dtype, static_cast<const T*>(p.weight) + c * taps.count, Acc(0),
+                taps.weights + taps.count - 1, taps.count, -1);
+          fill_spread(strip, buffer.data(), static_cast<const T*>(p.dz) + image * s.h.out * s.w.out,
+                      s.h, s.w, o + s.h.padding - s.h.reach(), strip.rows(rows, 1),
+                      j + s.w.padding - s.w.reach(), cuts.ahead(s.w.out, 1));
+          correlate_strip<T>(buffer.data(), filter, epilogue, image * inputs + o * s.w.in + j,
+                             s.w.in, rows, columns);
+        }
+      });
 }
 
 // Where tap (a, b) reads in a strip, from the first row of an output row on.
@@ -358,7 +390,8 @@ ADVDL_INLINE int64_t tap_offset(int64_t t, const DepthwiseConv2dShape& s, int64_
 // sums[k] += sum over the rows of a strip of dz * x, for kTaps taps.
 template <int kTaps, class T>
 ADVDL_INLINE void add_products(const acc_t<T>* strip, int64_t strip_step, const int64_t* offsets,
-                               const T* dz, int64_t rows, int64_t columns, double* sums) {
+                               const T* dz, int64_t dz_row, int64_t rows, int64_t columns,
+                               double* sums) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   constexpr int64_t lanes = Simd<Acc>::lanes;
@@ -366,7 +399,7 @@ ADVDL_INLINE void add_products(const acc_t<T>* strip, int64_t strip_step, const 
   const Acc* from[kTaps];
 #pragma GCC unroll 16
   for (int k = 0; k < kTaps; ++k) from[k] = strip + offsets[k];
-  for (int64_t i = 0; i < rows; ++i, dz += columns) {
+  for (int64_t i = 0; i < rows; ++i, dz += dz_row) {
     const int64_t row = i * strip_step;
     int64_t j = 0;
     for (; j + lanes <= columns; j += lanes) {
@@ -395,17 +428,18 @@ ADVDL_INLINE void add_products(const acc_t<T>* strip, int64_t strip_step, const 
 template <int kHeight, int kWidth, class T>
 void add_products_sliding(const acc_t<T>* strip, const DepthwiseConv2dShape& s,
                           const Strip<acc_t<T>>& form, int64_t a, int64_t b, const T* dz,
-                          int64_t rows, double* sums, const T* next_dz, const T* next_x) {
+                          int64_t rows, int64_t columns, double* sums, const T* next_dz,
+                          const T* next_x) {
   using Acc = acc_t<T>;
   using Vec = typename Simd<Acc>::Vec;
   Vec acc[kHeight][kWidth] = {};
-  int64_t columns[kWidth];
+  int64_t of_tap[kWidth];
 #pragma GCC unroll 8
-  for (int i = 0; i < kWidth; ++i) columns[i] = column_offset(b + i, s.w, 1, form.pitch);
+  for (int i = 0; i < kWidth; ++i) of_tap[i] = column_offset(b + i, s.w, 1, form.pitch);
   const int64_t apart = s.h.dilation, step = apart * form.row, dz_step = apart * s.w.out;
   for (int64_t q = 0; q < apart && q < rows; ++q) {
     const int64_t count = (rows - q - 1) / apart + 1;  // rows of dz that are `apart`
-    for_vectors<Acc, 1, false>(s.w.out, [&](int64_t j, const auto& lanes, auto) {
+    for_vectors<Acc, 1, false>(columns, [&](int64_t j, const auto& lanes, auto) {
       const Acc* in = strip + q * form.row + a * step + j;
       const T* gradient = dz + q * s.w.out + j;
       Vec met[kHeight] = {};
@@ -420,7 +454,7 @@ void add_products_sliding(const acc_t<T>* strip, const DepthwiseConv2dShape& s,
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kWidth; ++i) {
-          const Vec x = lanes.counted(load(in + u * step + columns[i]));
+          const Vec x = lanes.counted(load(in + u * step + of_tap[i]));
 #pragma GCC unroll 8
           for (int k = 0; k < kHeight; ++k) {
             if (decltype(is_border)::value && (u < k || u - k >= count)) continue;
@@ -444,8 +478,8 @@ void add_products_sliding(const acc_t<T>* strip, const DepthwiseConv2dShape& s,
 // All taps, in blocks of 3 x 3.
 template <class T>
 void add_all_products_sliding(const acc_t<T>* strip, const DepthwiseConv2dShape& s,
-                              const Strip<acc_t<T>>& form, const T* dz, int64_t rows, double* sums,
-                              const T* next_dz, const T* next_x) {
+                              const Strip<acc_t<T>>& form, const T* dz, int64_t rows,
+                              int64_t columns, double* sums, const T* next_dz, const T* next_x) {
   for (int64_t a = 0; a < s.h.kernel;) {
     const bool is_tall = a + 3 <= s.h.kernel;
     for (int64_t b = 0; b < s.w.kernel;) {
@@ -454,7 +488,7 @@ void add_all_products_sliding(const acc_t<T>* strip, const DepthwiseConv2dShape&
           is_tall ? (is_wide ? add_products_sliding<3, 3, T> : add_products_sliding<3, 1, T>)
                   : (is_wide ? add_products_sliding<1, 3, T> : add_products_sliding<1, 1, T>);
       const bool is_first = a == 0 && b == 0;
-      add(strip, s, form, a, b, dz, rows, sums, is_first ? next_dz : nullptr,
+      add(strip, s, form, a, b, dz, rows, columns, sums, is_first ? next_dz : nullptr,
           is_first ? next_x : nullptr);
       b += is_wide ? 3 : 1;
     }
@@ -485,6 +519,7 @@ void weight_gradient(const DepthwiseConv2dBackward& p, double* partial) {
   const DepthwiseConv2dShape& s = p.shape;
   const int64_t parts = parts_of(s), per_channel = s.taps() + 1, outputs = s.h.out * s.w.out;
   const Strip<Acc> strip(s.w.out, s.w.reach(), s.w.stride, s.h.reach(), s.h.stride, s.h.out);
+  const Cuts cuts(s.h.out, s.w.out, strip);
   const bool wants_weight = p.dweight != nullptr;
   cpu::parallel_ranges(
       s.c * parts, s.n / (parts > 0 ? parts : 1) * outputs, [&](int64_t begin, int64_t end) {
@@ -501,34 +536,34 @@ void weight_gradient(const DepthwiseConv2dBackward& p, double* partial) {
             const int64_t image = n * s.c + c;
             const T* dz = static_cast<const T*>(p.dz) + image * outputs;
             if (p.dbias != nullptr) sums[s.taps()] += sum_of(dz, outputs);
-            for (int64_t o = 0; wants_weight && o < s.h.out; o += strip.out_rows) {
-              const int64_t rows = s.h.out - o < strip.out_rows ? s.h.out - o : strip.out_rows;
-              fill(strip, buffer.data(), static_cast<const T*>(p.x) + image * s.h.in * s.w.in,
-                   s.h.in, s.w.in, o * s.h.stride - s.h.padding, strip.rows(rows, s.h.stride),
-                   -s.w.padding, 0);
+            const T* x = static_cast<const T*>(p.x) + image * s.h.in * s.w.in;
+            for (int64_t i = 0; wants_weight && i < cuts.count(); ++i) {
+              const auto [o, rows, j, columns] = cuts.part(i);
+              fill(strip, buffer.data(), x, s.h.in, s.w.in, o * s.h.stride - s.h.padding,
+                   strip.rows(rows, s.h.stride), j * s.w.stride - s.w.padding, 0);
               const int64_t step = s.h.stride * strip.row;
-              const T* from = dz + o * s.w.out;
+              const T* from = dz + o * s.w.out + j;
               if (s.h.stride == 1 && s.w.stride == 1) {
-                // Next come the first rows of the channel's next image, or the next strip of this one.
-                const bool is_last = o + strip.out_rows >= s.h.out;
-                const int64_t next = image + (is_last ? s.c : 0), row = is_last ? 0 : o + rows;
-                add_all_products_sliding<T>(
-                    buffer.data(), s, strip, from, rows, sums,
-                    static_cast<const T*>(p.dz) + next * outputs + row * s.w.out,
-                    static_cast<const T*>(p.x) + (next * s.h.in + row) * s.w.in);
+                // Next comes the next part of this image, or the first of the channel's next image.
+                const bool is_last = i + 1 == cuts.count();
+                const int64_t next = is_last ? s.c : 0;
+                const Cuts::Part at = is_last ? Cuts::Part{} : cuts.part(i + 1);
+                add_all_products_sliding<T>(buffer.data(), s, strip, from, rows, columns, sums,
+                                            dz + next * outputs + at.row * s.w.out + at.column,
+                                            x + (next * s.h.in + at.row) * s.w.in + at.column);
                 continue;
               }
               int64_t t = 0;
               for (; t + 9 <= taps.count; t += 9) {
-                add_products<9>(buffer.data(), step, taps.offsets + t, from, rows, s.w.out,
+                add_products<9>(buffer.data(), step, taps.offsets + t, from, s.w.out, rows, columns,
                                 sums + t);
               }
               for (; t + 3 <= taps.count; t += 3) {
-                add_products<3>(buffer.data(), step, taps.offsets + t, from, rows, s.w.out,
+                add_products<3>(buffer.data(), step, taps.offsets + t, from, s.w.out, rows, columns,
                                 sums + t);
               }
               for (; t < taps.count; ++t) {
-                add_products<1>(buffer.data(), step, taps.offsets + t, from, rows, s.w.out,
+                add_products<1>(buffer.data(), step, taps.offsets + t, from, s.w.out, rows, columns,
                                 sums + t);
               }
             }

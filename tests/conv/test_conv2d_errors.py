@@ -13,15 +13,15 @@ from advdl_ops.nn import Conv2d, DepthwiseConv2d, DilatedConv2d, HybridDilatedCo
 X = (2, 4, 6, 6)
 # What torch's own function refuses: the arguments that differ, and the one that the message names.
 CASES = {
-    "rank 2": ({"x": torch.randn(6, 6)}, "x"),
-    "rank 5": ({"x": torch.randn(2, 4, 3, 6, 6)}, "x"),
-    "channels of x": ({"x": torch.randn(2, 5, 6, 6)}, "x"),
-    "channels of an image": ({"x": torch.randn(5, 6, 6)}, "x"),
-    "x too small": ({"x": torch.randn(2, 4, 2, 6)}, "weight"),
+    "rank 2": ({"input": torch.randn(6, 6)}, "x"),
+    "rank 5": ({"input": torch.randn(2, 4, 3, 6, 6)}, "x"),
+    "channels of x": ({"input": torch.randn(2, 5, 6, 6)}, "x"),
+    "channels of an image": ({"input": torch.randn(5, 6, 6)}, "x"),
+    "x too small": ({"input": torch.randn(2, 4, 2, 6)}, "weight"),
     "too small for the dilation": ({"dilation": (1, 3)}, "weight"),
-    "x of fp64": ({"x": torch.randn(X).double()}, "weight"),
-    "x of bf16": ({"x": torch.randn(X).bfloat16()}, "weight"),
-    "x of integers": ({"x": torch.ones(X, dtype=torch.int64)}, "x"),
+    "x of fp64": ({"input": torch.randn(X).double()}, "weight"),
+    "x of bf16": ({"input": torch.randn(X).bfloat16()}, "weight"),
+    "x of integers": ({"input": torch.ones(X, dtype=torch.int64)}, "x"),
     "weight of bf16": ({"weight": torch.randn(6, 4, 3, 3).bfloat16()}, "weight"),
     "weight of rank 3": ({"weight": torch.randn(6, 4, 3)}, "weight"),
     "no output channel": ({"weight": torch.randn(0, 4, 3, 3)}, "weight"),
@@ -50,9 +50,9 @@ CASES = {
     "unknown padding": ({"padding": "full"}, "padding"),
     "no padding": ({"padding": None}, "padding"),
     "same with a stride": ({"padding": "same", "stride": 2}, "stride"),
-    "no x": ({"x": None}, "x"),
+    "no x": ({"input": None}, "x"),
     "no weight": ({"weight": None}, "weight"),
-    "a list for x": ({"x": [1.0]}, "x"),
+    "a list for x": ({"input": [1.0]}, "x"),
     "a number for bias": ({"bias": 1.0}, "bias"),
 }
 OUT = (2, 6, 4, 4)
@@ -71,7 +71,7 @@ OWN = {
     "residual elsewhere": ({"residual": torch.randn(OUT, device="meta")}, RuntimeError, "residual"),
     "residual as a number": ({"residual": 1.0}, TypeError, "residual"),
     "residual of a batch": (
-        {"x": torch.randn(X[1:]), "residual": torch.randn(1, *OUT[1:])},
+        {"input": torch.randn(X[1:]), "residual": torch.randn(1, *OUT[1:])},
         ValueError,
         "residual",
     ),
@@ -91,7 +91,7 @@ OWN = {
 
 
 def arguments(changed):
-    given = {"x": torch.randn(X), "weight": torch.randn(6, 4, 3, 3), "bias": torch.zeros(6)}
+    given = {"input": torch.randn(X), "weight": torch.randn(6, 4, 3, 3), "bias": torch.zeros(6)}
     return given | changed
 
 
@@ -121,8 +121,8 @@ def test_as_torch_refuses(name):
     changed, argument = CASES[name]
     given = arguments(changed)
     with pytest.raises(Exception) as expected:  # noqa: PT011
-        F.conv2d(given["x"], given["weight"], given["bias"], **{
-            n: v for n, v in given.items() if n not in ("x", "weight", "bias")
+        F.conv2d(given["input"], given["weight"], given["bias"], **{
+            n: v for n, v in given.items() if n not in ("input", "weight", "bias")
         })  # fmt: skip
     with pytest.raises(Exception) as found:  # noqa: PT011
         conv2d(**given)
@@ -154,7 +154,7 @@ def test_of_a_depthwise_convolution():
         {"residual": torch.zeros(2, 4, 5, 5)},
     ):
         with pytest.raises((RuntimeError, ValueError), match=r"conv2d: \w+ \(.*\) must "):
-            conv2d(**({"x": x, "weight": weight, "groups": 4} | bad))
+            conv2d(**({"input": x, "weight": weight, "groups": 4} | bad))
 
 
 def test_the_message():

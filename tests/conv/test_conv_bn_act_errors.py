@@ -18,7 +18,7 @@ X = (2, 4, 6, 6)
 
 def arguments(**changed):
     found = {
-        "x": torch.randn(X),
+        "input": torch.randn(X),
         "weight": torch.randn(6, 4, 3, 3),
         "running_mean": torch.zeros(6),
         "running_var": torch.ones(6),
@@ -30,12 +30,12 @@ def arguments(**changed):
 
 
 CASES = {
-    "rank 2": {"x": torch.randn(6, 6)},
-    "rank 5": {"x": torch.randn(2, 4, 3, 6, 6)},
-    "channels of x": {"x": torch.randn(2, 5, 6, 6)},
-    "too small": {"x": torch.randn(2, 4, 2, 6)},
-    "x of fp64": {"x": torch.randn(X).double()},
-    "x of integers": {"x": torch.ones(X, dtype=torch.int64)},
+    "rank 2": {"input": torch.randn(6, 6)},
+    "rank 5": {"input": torch.randn(2, 4, 3, 6, 6)},
+    "channels of x": {"input": torch.randn(2, 5, 6, 6)},
+    "too small": {"input": torch.randn(2, 4, 2, 6)},
+    "x of fp64": {"input": torch.randn(X).double()},
+    "x of integers": {"input": torch.ones(X, dtype=torch.int64)},
     "weight of bf16": {"weight": torch.randn(6, 4, 3, 3).bfloat16()},
     "channels of weight": {"weight": torch.randn(7, 4, 3, 3), "bias": None},
     "length of bias": {"bias": torch.zeros(5)},
@@ -52,7 +52,7 @@ CASES = {
     "negative eps": {"eps": -1.0},
     "no running_mean": {"running_mean": None, "training": False},
     "no running statistics": {"running_mean": None, "running_var": None, "training": False},
-    "one value per channel": {"x": torch.randn(1, 4, 3, 3), "training": True},
+    "one value per channel": {"input": torch.randn(1, 4, 3, 3), "training": True},
 }
 OWN_CASES = {
     "order": ({"order": "bn-conv-act"}, ValueError, "order"),
@@ -84,7 +84,7 @@ def _path(request):
 def by_torch(given):
     g = {n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in given.items()}
     conv = {k: g.pop(k) for k in ("stride", "padding", "dilation", "groups") if k in g}
-    y = F.conv2d(g.pop("x"), g.pop("weight"), g.pop("bias"), **conv)
+    y = F.conv2d(g.pop("input"), g.pop("weight"), g.pop("bias"), **conv)
     g["weight"], g["bias"] = g.pop("bn_weight"), g.pop("bn_bias")
     return F.batch_norm(y, **g)
 
@@ -101,7 +101,7 @@ def test_as_torch_refuses(name, training):
         conv_bn_act(**given)
     # Integers are a NotImplementedError: one kind of torch's RuntimeError.
     assert issubclass(found.type, expected.type), repr(found.value)
-    for key in ("running_mean", "running_var", "x", "weight"):
+    for key in ("running_mean", "running_var", "input", "weight"):
         if kept[key] is not None:
             assert torch.equal(kept[key], given[key])
 

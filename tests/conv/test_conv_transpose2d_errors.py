@@ -16,7 +16,7 @@ X = (2, 4, 5, 6)
 
 def arguments(**changed):
     found = {
-        "x": torch.randn(X),
+        "input": torch.randn(X),
         "weight": torch.randn(4, 6, 3, 3),
         "bias": torch.zeros(6),
         "stride": 2,
@@ -26,15 +26,15 @@ def arguments(**changed):
 
 # id -> (what is changed, the argument that the message names)
 CASES = {
-    "rank 2": ({"x": torch.randn(4, 6)}, "x"),
-    "rank 5": ({"x": torch.randn(2, 4, 1, 5, 6)}, "x"),
+    "rank 2": ({"input": torch.randn(4, 6)}, "x"),
+    "rank 5": ({"input": torch.randn(2, 4, 1, 5, 6)}, "x"),
     "rank of weight": ({"weight": torch.randn(4, 6, 3)}, "weight"),
-    "channels of x": ({"x": torch.randn(2, 5, 5, 6)}, "x"),
-    "channels of an unbatched x": ({"x": torch.randn(5, 5, 6)}, "x"),
-    "x of no height": ({"x": torch.randn(2, 4, 0, 6)}, "x"),
+    "channels of x": ({"input": torch.randn(2, 5, 5, 6)}, "x"),
+    "channels of an unbatched x": ({"input": torch.randn(5, 5, 6)}, "x"),
+    "x of no height": ({"input": torch.randn(2, 4, 0, 6)}, "x"),
     "no output": ({"padding": 8}, "x"),
-    "x of fp64": ({"x": torch.randn(X).double()}, "weight"),
-    "x of integers": ({"x": torch.ones(X, dtype=torch.int64)}, "x"),
+    "x of fp64": ({"input": torch.randn(X).double()}, "weight"),
+    "x of integers": ({"input": torch.ones(X, dtype=torch.int64)}, "x"),
     "weight of bf16": ({"weight": torch.randn(4, 6, 3, 3).bfloat16()}, "weight"),
     "bias of fp64": ({"bias": torch.zeros(6).double()}, "bias"),
     "empty kernel": ({"weight": torch.randn(4, 6, 0, 3)}, "weight"),
@@ -59,7 +59,7 @@ CASES = {
     "output_padding of stride": ({"output_padding": 2}, "output_padding"),
     "output_padding of one axis": ({"stride": (3, 1), "output_padding": 1}, "output_padding"),
     "output_padding of dilation": ({"dilation": (4, 3), "output_padding": 3}, "output_padding"),
-    "array for x": ({"x": torch.randn(X).numpy()}, "x"),
+    "array for x": ({"input": torch.randn(X).numpy()}, "x"),
     "None for weight": ({"weight": None}, "weight"),
     "list for bias": ({"bias": [0.0] * 6}, "bias"),
 }
@@ -102,8 +102,8 @@ def test_as_torch_refuses(name):
     changed, argument = CASES[name]
     given = arguments(**changed)
     with pytest.raises(Exception) as stock:  # noqa: PT011
-        F.conv_transpose2d(given["x"], given["weight"], given["bias"], **{
-            key: value for key, value in given.items() if key not in ("x", "weight", "bias")
+        F.conv_transpose2d(given["input"], given["weight"], given["bias"], **{
+            key: value for key, value in given.items() if key not in ("input", "weight", "bias")
         })  # fmt: skip
     pattern = rf"conv_transpose2d: {argument} \(.+\) must "
     found = refused(lambda: conv_transpose2d(**given, act="relu"), Exception, pattern)

@@ -86,6 +86,9 @@ OTHERS = {
     "stride, by way of channels_last": depthwise(2, 20, 21, 22, (5, 3), (2, 2)),
     "stride 3, by way of channels_last": depthwise(2, 33, 21, 22, (3, 3), (3, 2)),
     "stride beyond the image": depthwise(2, 4, 8, 8, stride=(2**31, 2**33)),
+    "stride and dilation of any size": depthwise(
+        2, 4, 8, 8, (1, 3), (2**62, 2**40), dilation=(2**62, 1)
+    ),
     "stride as large as the padding": depthwise(1, 2, 4, 5, (1, 1), (5000, 7000), (5000, 7000)),
     "a large stride": depthwise(2, 3, 17, 16, (3, 3), (5, 4)),
     **{
@@ -97,6 +100,21 @@ OTHERS = {
             2, 20, width, width, (size, size), (width, width), (padding, padding)
         )
         for width, size, padding in ((4, 3, 0), (6, 3, 0), (9, 5, 1), (9, 7, 2))
+    },
+    **{
+        # Contiguous rows of more than 16,384 outputs are cut.
+        f"long rows, {width} wide, stride {stride}, dilation {dilation}, {height} high": depthwise(
+            2, 2, height, width, (size, 5), (1, stride), (size // 2, 2 * dilation), (1, dilation)
+        )
+        for width, stride, dilation, height, size in (
+            (16383, 1, 1, 1, 1),
+            (16384, 1, 1, 5, 3),
+            (16385, 1, 1, 2, 3),
+            (50001, 1, 3, 1, 1),
+            (50001, 1, 1, 7, 3),
+            (50001, 2, 1, 6, 3),
+            (70003, 3, 2, 1, 1),
+        )
     },
     "many images, few channels": depthwise(70, 1, 3, 4),
     "parts by channels": depthwise(1, 160, 3, 3),

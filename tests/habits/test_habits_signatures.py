@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from advdl_ops import nn
+from advdl_ops import functional, nn
 
 CLASSES = {
     nn.Conv2d: torch.nn.Conv2d,
@@ -53,3 +53,26 @@ def test_forwards(ours):
     own = list(inspect.signature(ours.forward).parameters)
     stock = list(inspect.signature(CLASSES[ours].forward).parameters)
     assert own[: len(stock)] == stock
+
+
+# torch's own function for each, or the operator below it; the order of the arguments is that of torch.
+FUNCTIONS = {
+    "conv2d": torch.ops.aten.conv2d.default,
+    "conv_transpose2d": torch.ops.aten.conv_transpose2d.input,
+    "batch_norm_act": torch.nn.functional.batch_norm,
+    "group_norm": torch.nn.functional.group_norm,
+    "instance_norm": torch.nn.functional.instance_norm,
+    "lstm_cell": torch.ops.aten.lstm_cell.default,
+    "lstm": torch.ops.aten.lstm.input,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name):
+    own = list(inspect.signature(getattr(functional, name)).parameters)
+    stock = FUNCTIONS[name]
+    if isinstance(stock, torch._ops.OpOverload):
+        names = [argument.name for argument in stock._schema.arguments]
+    else:
+        names = list(inspect.signature(stock).parameters)
+    assert own[: len(names)] == names

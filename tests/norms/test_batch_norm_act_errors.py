@@ -21,7 +21,7 @@ X = (4, 3, 5, 5)
 
 def arguments(**changed):
     found = {
-        "x": torch.randn(X),
+        "input": torch.randn(X),
         "running_mean": torch.zeros(3),
         "running_var": torch.ones(3),
         "weight": torch.ones(3),
@@ -33,17 +33,17 @@ def arguments(**changed):
 
 # name -> (what is wrong, the argument that the message must name); torch is asked for its own exception.
 CASES = {
-    "rank 1": ({"x": torch.randn(3)}, "x"),
-    "rank 0": ({"x": torch.tensor(1.0)}, "x"),
-    "channels of x": ({"x": torch.randn(4, 5, 2, 2)}, "running_mean"),
+    "rank 1": ({"input": torch.randn(3)}, "x"),
+    "rank 0": ({"input": torch.tensor(1.0)}, "x"),
+    "channels of x": ({"input": torch.randn(4, 5, 2, 2)}, "running_mean"),
     "channels of running_mean": ({"running_mean": torch.zeros(4)}, "running_mean"),
     "channels of running_var": ({"running_var": torch.ones(2)}, "running_var"),
     "channels of weight": ({"weight": torch.ones(4)}, "weight"),
     "channels of bias": ({"bias": torch.ones(1)}, "bias"),
-    "x of integers": ({"x": torch.ones(X, dtype=torch.int64)}, "x"),
-    "x of int8": ({"x": torch.ones(X, dtype=torch.int8)}, "x"),
-    "x of booleans": ({"x": torch.ones(X, dtype=torch.bool)}, "x"),
-    "x of complex numbers": ({"x": torch.ones(X, dtype=torch.complex64)}, "x"),
+    "x of integers": ({"input": torch.ones(X, dtype=torch.int64)}, "x"),
+    "x of int8": ({"input": torch.ones(X, dtype=torch.int8)}, "x"),
+    "x of booleans": ({"input": torch.ones(X, dtype=torch.bool)}, "x"),
+    "x of complex numbers": ({"input": torch.ones(X, dtype=torch.complex64)}, "x"),
     "running_mean of fp64": (
         {"running_mean": c3.double() * 0, "running_var": c3.double()},
         "running_mean",
@@ -54,9 +54,9 @@ CASES = {
     ),
     "weight of fp64": ({"weight": c3.double(), "bias": c3.double()}, "weight"),
     "weight of bf16 beside fp32": ({"weight": c3.bfloat16(), "bias": c3.bfloat16()}, "weight"),
-    "weight of fp32 beside fp64": ({"x": torch.randn(X).double()}, "running_mean"),
-    "one value per channel": ({"x": torch.randn(1, 3, 1, 1)}, "x"),
-    "one value per channel, 2-D": ({"x": torch.randn(1, 3)}, "x"),
+    "weight of fp32 beside fp64": ({"input": torch.randn(X).double()}, "running_mean"),
+    "one value per channel": ({"input": torch.randn(1, 3, 1, 1)}, "x"),
+    "one value per channel, 2-D": ({"input": torch.randn(1, 3)}, "x"),
     "negative eps": ({"eps": -1e-5}, "eps"),
     "zero eps in training": ({"eps": 0.0}, "eps"),
     "negative eps in eval": ({"eps": -1e-5, "training": False}, "eps"),
@@ -73,11 +73,11 @@ CASES = {
         "running_mean",
     ),
     "meta weight": ({"weight": c3.to("meta"), "bias": c3.to("meta")}, "weight"),
-    "meta x": ({"x": torch.randn(X, device="meta")}, "running_mean"),
+    "meta x": ({"input": torch.randn(X, device="meta")}, "running_mean"),
 }
 # What torch has no argument for.
 OWN_CASES = {
-    "rank 6": ({"x": torch.randn(2, 3, 1, 1, 1, 2)}, "x", ValueError),
+    "rank 6": ({"input": torch.randn(2, 3, 1, 1, 1, 2)}, "x", ValueError),
     "weight of rank 2": ({"weight": torch.ones(3, 1)}, "weight", RuntimeError),
     "unknown act": ({"act": "rellu"}, "act", ValueError),
     "act of another module": ({"act": torch.nn.Softmax()}, "act", TypeError),
@@ -120,7 +120,7 @@ def test_as_torch_refuses(backend, name):
     kept = {n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in given.items()}
     stock = {n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in given.items()}
     with pytest.raises(Exception) as by_torch:  # noqa: PT011
-        F.batch_norm(stock.pop("x"), **stock)
+        F.batch_norm(stock.pop("input"), **stock)
     # Wrong rank: torch reads channels from whatever is there; the module's own check raises a ValueError.
     expected = ValueError if name.startswith("rank") else by_torch.type
     assert_refused(lambda: batch_norm_act(**given), expected, argument)
