@@ -9,14 +9,21 @@ from . import _schemas as _schemas
 _library.load()
 
 from . import _flops, functional, nn  # noqa: E402
-from .backend import get_backend, get_convolution, use_backend, use_convolution  # noqa: E402
+from .backend import (  # noqa: E402
+    get_backend,
+    get_convolution,
+    get_weight_check,
+    use_backend,
+    use_convolution,
+    use_weight_check,
+)
 
 _flops.register_when_needed()
 
 __version__ = "0.1.0"
 __all__ = [
-    "explain", "functional", "get_backend", "get_convolution", "models", "nn", "optimize", "restore", "tune",
-    "use_backend", "use_convolution",
+    "explain", "functional", "get_backend", "get_convolution", "get_weight_check", "models", "nn", "optimize",
+    "restore", "tune", "use_backend", "use_convolution", "use_weight_check",
 ]  # fmt: skip
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import fx
 from torch.nn.modules import module as _registries
 
+from .backend import is_exported
+
 
 def has_global_hooks() -> bool:
     """Whether hooks are registered for every module, as by ``register_module_forward_hook``."""
@@ -55,20 +57,24 @@ def formats_unwatched() -> Iterator[None]:
         _looks = before
 
 
+# Torch's layers that draw a random number for each element, in memory order.
+_RANDOM = torch.nn.Dropout, torch.nn.AlphaDropout, torch.nn.RReLU
+
+
 def sees_formats(model: torch.nn.Module) -> bool:
-    """Whether somebody would see the memory format of a tensor inside of ``model``.
+    """Whether the memory format of a tensor inside of ``model`` would be seen: by a hook, or in the random numbers.
 
     Hooks of ``model`` itself do not count: they see its input and output alone.
     """
-    if not _looks:
-        return False
-    if has_global_hooks():
+    if _looks and has_global_hooks():
         return True
     # Not by `modules()`, which takes several times as long.
     rest = list(model._modules.values())
     for layer in rest:  # it grows meanwhile
         if layer is not None:
-            if has_hooks(layer):
+            if _looks and has_hooks(layer):
+                return True
+            if layer.training and isinstance(layer, _RANDOM) and getattr(layer, "p", 1) > 0:
                 return True
             if layer._modules:
                 rest += layer._modules.values()
@@ -81,8 +87,10 @@ def is_proxy(x: Any) -> bool:
 
 
 def is_observed(*values: Any) -> bool:
-    """Whether hooks for every module are registered, or ``torch.fx`` records a call with these arguments."""
-    if has_global_hooks():
+    """Whether hooks for every module are registered, or ``torch.fx``, ``torch.export`` or ``torch.jit.trace`` records
+    a call with these arguments.
+    """
+    if has_global_hooks() or is_exported():
         return True
     for value in values:  # noqa: SIM110 - a generator would take longer than the look
         if isinstance(value, fx.Proxy):

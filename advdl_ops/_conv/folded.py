@@ -13,12 +13,20 @@ from torch import Tensor
 
 from .._schemas import conv2d_format
 from ..activation import Activation
-from ..backend import is_traced
+from ..backend import get_weight_check, is_traced
 from . import choice, cpu
 from .choice import PREPACKED, WINOGRAD, Candidate
 from .cpu import Transformed
 from .operators import output
-from .problem import FOLDED, Conv, Epilogue, Problem, computes_in_float32, problem_of
+from .problem import (
+    FOLDED,
+    Conv,
+    Epilogue,
+    Problem,
+    computes_in_float32,
+    has_format,
+    problem_of,
+)
 from .winograd import Tile, tile_of
 
 # Weight and bias of the convolution, running mean and variance, weight and bias of the norm.
@@ -36,8 +44,8 @@ class FoldedConv:
     is kept.
 
     Fused optimizers and writes through ``.data`` change neither version counters nor pointers. So the key also contains
-    values: all of the ``[C_out]`` tensors, and one value per output channel of the convolution's weight. A write
-    through ``.data`` to other elements of that weight is not noticed: call ``eval()`` after it.
+    values: all of the ``[C_out]`` tensors, and of the convolution's weight one value per output channel, and the sum of
+    all where :func:`sums_weight` says so. Other writes through ``.data`` are not noticed: call ``eval()`` after them.
 
     Args:
         source: see :data:`Source`.
@@ -55,15 +63,18 @@ class FoldedConv:
         self.conv = conv
         self.identity = _identity(source, eps, conv)
         self.sample = _sample(source)
+        self.sum = _sum_of(source)
         # The form of the last call alone, unless one is asked for again after another: then all that are asked for.
         self.kept: dict[Form, Tensor] = {}
         self.keeps_all = False
         self._met: set[Form] = set()
 
-    def serves(self, source: Source, eps: float, conv: Conv) -> bool:
+    def serves(self, problem: Problem, source: Source, eps: float, conv: Conv) -> bool:
         """Whether this is still valid for ``source``."""
-        return self.identity == _identity(source, eps, conv) and torch.equal(
-            self.sample, _sample(source)
+        return (
+            self.identity == _identity(source, eps, conv)
+            and torch.equal(self.sample, _sample(source))
+            and (not sums_weight(problem) or self.sum == _sum_of(source))
         )
 
     def __call__(
@@ -143,6 +154,20 @@ def problem_of_folded(x: Tensor, weight: Tensor, conv: Conv) -> Problem | None:
     return problem if problem.library and problem.x_numel > 0 else None
 
 
+# From so many output pixels and products on, the sum of the weight takes less than 3 % of the layer's time
+# (docs/performance.md).
+_SUMMED_PIXELS = 1024
+_SUMMED_PRODUCTS = 8 << 20
+
+
+def sums_weight(problem: Problem) -> bool:
+    """Whether every call compares the sum of the weight."""
+    return get_weight_check() == "full" or (
+        problem.pixels >= _SUMMED_PIXELS
+        and problem.pixels * problem.weight_numel >= _SUMMED_PRODUCTS
+    )
+
+
 def _identity(source: Source, eps: float, conv: Conv) -> tuple[Any, ...]:
     return eps, conv, *(None if t is None else (t.data_ptr(), _version(t)) for t in source)
 
@@ -159,3 +184,16 @@ def _sample(source: Source) -> Tensor:
     channel, row, column = (size // 2 for size in weight.shape[1:])
     middle = weight[:, channel, row, column]
     return torch.cat([middle, *(t for t in source[1:] if t is not None)])
+
+
+def _sum_of(source: Source) -> int:
+    """Of the weight's bits as integers, modulo 2**64, so that no change of a value is lost in rounding."""
+    weight = source[0]
+    assert weight is not None
+    dense = weight if has_format(weight, torch.channels_last) else weight.contiguous()
+    flat = dense.detach().as_strided((dense.numel(),), (1,))
+    for dtype in (torch.int64, torch.int32, torch.int16):  # the widest that fits
+        ratio = dtype.itemsize // weight.element_size()
+        if flat.numel() % ratio == 0 and flat.storage_offset() % ratio == 0:
+            return int(flat.view(dtype).sum())
+    raise AssertionError(weight.dtype)

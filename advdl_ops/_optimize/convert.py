@@ -78,7 +78,8 @@ def optimize(
 def plan_of(model: torch.nn.Module, fuse: bool = True) -> Plan:
     """What :func:`optimize` would do to ``model``, which is not changed. ``print`` shows it."""
     plan = Plan(model)
-    places = Counter(id(layer) for _, layer in model.named_modules(remove_duplicate=False))
+    # Two paths of a nested tree may lead to one place.
+    places = Counter(id(layer) for owner in model.modules() for layer in owner._modules.values())
     for layer in plan:
         _plan_layer(layer, places[id(layer.module)])
     if fuse:

@@ -20,6 +20,7 @@ from ..activation import IDENTITY
 from ..nn.run_as_one import CONVOLUTIONS, NORMS, run_as_one
 from .aliasing import NEW_RESULTS, writes
 from .plan import Group, LayerPlan, Plan
+from .reads import passes
 from .trace import is_torchs
 
 _ADDITIONS_IN_PLACE = {operator.iadd, "add_"}
@@ -58,16 +59,49 @@ def _may_be_fused(layer: LayerPlan) -> bool:
 
 def _plan_owner(plan: Plan, owner: LayerPlan) -> None:
     found: dict[tuple[str, ...], Group] = {}
+    reasons: dict[torch.nn.Module, str] = {}
     for variant in owner.graphs:
-        groups = _Search(plan, variant.graph, owner.module).groups()
+        guards = _without_passing(plan, variant.graph, owner.module)
+        search = _Search(plan, variant.graph, owner.module)
+        groups = search.groups()
+        for node in search.layers:
+            if node not in search.taken:
+                reasons.setdefault(search.modules[node], search.why_alone(node))
         made: dict[fx.Node, fx.Node] = {}
         for group in groups:
             _rewrite(variant.graph, group, made)
             found.setdefault(tuple(group.names), group)
         if groups:
             variant.graph.lint()
-            owner.forward.append(variant)
+            owner.forward.append(variant._replace(guards=(*variant.guards, *guards)))
     owner.groups = list(found.values())
+    fused = {id(layer) for group in owner.groups for layer in group.layers}
+    for layer, reason in reasons.items():
+        if id(layer) not in fused:
+            plan[layer].notes.append(f"not fused: {reason}")
+
+
+def _without_passing(plan: Plan, graph: fx.Graph, owner: torch.nn.Module) -> list[str]:
+    """Removes calls behind a layer that return what they are given, such as dropout with probability 0.
+
+    Returns:
+        The guards under which they do.
+    """
+    guards = []
+    for node in list(graph.nodes):
+        if node.op != "call_module" or not _one_argument(node):
+            continue
+        path, source = tuple(str(node.target).split(".")), node.args[0]
+        behind = source.op == "call_module" and len(source.users) == 1
+        if (
+            behind
+            and _may_be_fused(plan[owner.get_submodule(str(source.target))])
+            and passes(owner, path)
+        ):
+            guards.append(f"passes(self, {path})")
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+    return guards
 
 
 class _Search:
@@ -129,6 +163,21 @@ class _Search:
                 nodes.append(following)
                 names.append(act if isinstance(act, str) else str(following.target))
         return Group(members, names, nodes, residual, in_place, act)
+
+    def why_alone(self, node: fx.Node) -> str:
+        """Why no group begins with ``node``."""
+        readers = len(node.users)
+        following = next(iter(node.users), None)
+        if following is None or readers > 1:
+            return f"{readers} places read its result"
+        if following.op == "output":
+            return "its result is returned"
+        layer = self.modules.get(following)
+        name = getattr(following.target, "__name__", str(following.target))
+        what = f"{name} ({type(layer).__name__})" if layer is not None else name
+        if self.next_of([node]) is None and following not in self.taken:
+            return f"before {what} something is written that it may read"
+        return f"{what} follows"
 
     def class_and_activation(self, node: fx.Node) -> tuple[type[torch.nn.Module], str | None]:
         """The class that a layer becomes, and the name of the activation that it applies by itself."""

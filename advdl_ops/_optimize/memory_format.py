@@ -34,8 +34,7 @@ _PACKAGES = {"torch", "advdl_ops", "operator", "_operator", "builtins", "math"}
 # Functions outside of torch that are traced as one call.
 _FUNCTIONS = {"torchvision.ops.stochastic_depth"}
 
-# Torch's layers and functions that draw a random number for each element, in memory order.
-_RANDOM_LAYERS = torch.nn.Dropout, torch.nn.AlphaDropout, torch.nn.RReLU
+# Torch's functions that draw a random number for each element, in memory order. `_watch.py` knows its layers.
 _RANDOM = {"alpha_dropout", "dropout", "feature_alpha_dropout", "gumbel_softmax", "rrelu"}
 
 
@@ -246,14 +245,6 @@ def _training(node: fx.Node) -> Any:
     return node.kwargs.get("training", node.args[2] if len(node.args) > 2 else None)
 
 
-def _layers_draw(model: torch.nn.Module) -> bool:
-    """Whether one of the layers draws random numbers in its current mode."""
-    return any(
-        isinstance(layer, _RANDOM_LAYERS) and layer.training and getattr(layer, "p", 1) > 0
-        for layer in model.modules()
-    )
-
-
 def in_fast_format(
     model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
 ) -> Any:
@@ -266,11 +257,7 @@ def in_fast_format(
     given: dict[int, Tensor] = {}  # by the id of the converted tensor
 
     def convert(value: Any) -> Any:
-        if (
-            not _is_contiguous_image(value)
-            or not runs_in_channels_last(model, value)
-            or _layers_draw(model)
-        ):
+        if not _is_contiguous_image(value) or not runs_in_channels_last(model, value):
             return value
         converted = in_channels_last(value)
         given[id(converted)] = value
@@ -291,8 +278,8 @@ def in_fast_format(
 def evaluated_in_fast_format(
     model: torch.nn.Module, call: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """As :func:`in_fast_format` in evaluation. In training, ``call(model, ...)`` without conversion."""
-    if model.training:
+    """As :func:`in_fast_format` in evaluation of the whole model, else ``call(model, ...)`` without conversion."""
+    if any(module.training for module in model.modules()):
         return call(model, *args, **kwargs)
     return in_fast_format(model, call, args, kwargs)
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.compiler import is_compiling
 
+from .._watch import is_watched
+
 _Module = torch.nn.Module
 _Path = tuple[str, ...]
 
@@ -203,4 +205,20 @@ def lacks(module: _Module, path: _Path, name: str) -> bool:
     return _value_at(module, path, name) is _MISSING
 
 
-CALLED: dict[str, Callable[..., bool]] = {"holds": holds, "lacks": lacks, "refers": refers}
+_DROPOUTS = torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d
+
+
+def passes(module: _Module, path: _Path) -> bool:
+    """Whether the module at ``path`` returns what it is given, and nobody watches it."""
+    found: Any = module
+    for key in path:
+        found = found._modules.get(key)
+        if found is None:
+            return False
+    idle = type(found) is torch.nn.Identity or (type(found) in _DROPOUTS and found.p == 0)
+    return idle and not is_watched(found)
+
+
+CALLED: dict[str, Callable[..., bool]] = {
+    "holds": holds, "lacks": lacks, "passes": passes, "refers": refers,
+}  # fmt: skip

@@ -10,7 +10,7 @@ from torch.autograd.graph import increment_version
 
 from .. import reference
 from ..activation import Activation, resolve_activation
-from ..backend import fixed, needs_grad, serves_native
+from ..backend import fixed, is_exported, needs_grad, serves_native
 from ..reference.batch_norm_act import batch_stats, normalize_act
 from ._norm import (
     check_floating,
@@ -68,6 +68,11 @@ def batch_norm_act(
     """
     x = input
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
+    if is_exported():
+        _check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
+        return reference.stock.batch_norm_act(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
+        )  # fmt: skip
     if residual is not None and residual.dtype != x.dtype:
         _check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
         return _promoted(

@@ -27,9 +27,17 @@ from .._conv.problem import (
     problem_of,
 )
 from .._schemas import acc_dtype, conv2d_shape
-from .._stock_faults import sees_nothing
+from .._stock_faults import convolution, sees_nothing
 from ..activation import IDENTITY, Activation, resolve_activation
-from ..backend import autocast_dtype, cast, fixed, needs_grad, serves_native, unwatched
+from ..backend import (
+    autocast_dtype,
+    cast,
+    fixed,
+    is_exported,
+    needs_grad,
+    serves_native,
+    unwatched,
+)
 from ._norm import (
     HALF,
     Z_INPUT,
@@ -125,6 +133,8 @@ def convolved(
 ) -> Tensor:
     """:func:`conv2d` with the arguments that :func:`prepared` returns."""
     scale, shift, residual, act = epilogue
+    if is_exported() and scale is None and shift is None:
+        return reference.stock.finished(convolution(x, weight, bias, *conv), residual, act)
     if not serves_native(_NAME, x):
         return reference.conv2d(x, weight, bias, *conv, scale, shift, residual, act)
     scale, shift = _with_bias(x, bias, scale, shift)

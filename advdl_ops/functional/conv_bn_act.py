@@ -18,7 +18,15 @@ from .._conv.choice import APART, Candidate
 from .._conv.problem import WITH_NORM, Conv, computes_in_float32, problem_of
 from .._schemas import acc_dtype
 from ..activation import IDENTITY, Activation, resolve_activation
-from ..backend import autocast_dtype, get_backend, needs_grad, serves_native, transformed, unwatched
+from ..backend import (
+    autocast_dtype,
+    get_backend,
+    is_exported,
+    needs_grad,
+    serves_native,
+    transformed,
+    unwatched,
+)
 from .batch_norm_act import batch_norm_act, batch_norm_act_by, check_norm
 from .conv2d import conv2d, convolved, convolved_with_statistics, prepared
 
@@ -196,7 +204,9 @@ def folds(
 
 
 def _evaluates(x: Tensor, *others: Tensor | None) -> bool:
-    return not needs_grad(x, *others) and get_backend() == "fused" and not transformed()
+    return (
+        not (needs_grad(x, *others) or transformed() or is_exported()) and get_backend() == "fused"
+    )
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

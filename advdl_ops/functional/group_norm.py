@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..activation import Activation, resolve_activation
-from ..backend import fixed, needs_grad, serves_native
+from ..backend import fixed, is_exported, needs_grad, serves_native
 from ._norm import (
     check_floating,
     check_per_channel,
@@ -155,7 +155,7 @@ def instance_norm(
             "normalized by its own statistics"
         )
     options = shape[1], eps, activation
-    if running_mean is None and running_var is None:
+    if running_mean is None and running_var is None and not is_exported():
         return _normalize(function, x, residual, weight, bias, options)
     if running_mean is None or running_var is None:
         missing = "running_mean" if running_mean is None else "running_var"
@@ -171,6 +171,10 @@ def instance_norm(
         if torch.is_grad_enabled() and running.requires_grad:
             raise RuntimeError(f"{function}: {name} must not require a gradient in training")
         check_writable(function, **{name: running})
+    if is_exported():
+        return reference.stock.instance_norm(
+            x, running_mean, running_var, weight, bias, momentum, eps, residual, activation
+        )
     out, (mean, var) = _normalize_with_stats(function, x, residual, weight, bias, options)
     if x.numel() > 0:
         with torch.no_grad():
@@ -245,6 +249,9 @@ def _normalize_with_stats(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and mean and variance of each set, ``[N * groups]`` or ``[N * S]``."""
     _check(function, x, residual, weight, bias, options)
+    groups, eps, act = options
+    if is_exported():
+        return reference.stock.group_norm(x, groups, weight, bias, eps, residual, act), ()
     if _changes_dtype(x, residual):
         dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         if x.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -252,7 +259,6 @@ def _normalize_with_stats(
         x = x.to(dtype)
         residual, weight, bias = (t if t is None else t.to(dtype) for t in (residual, weight, bias))
     tensors = x, residual, weight, bias
-    groups, eps, act = options
     is_empty = x.numel() == 0 and groups != _EACH_POSITION  # its sets have no mean
     if is_empty or not serves_native(function, x):
         out, mean, var = reference.group_norm(x, groups, weight, bias, eps, residual, act)

@@ -15,6 +15,7 @@ from advdl_ops import nn
 from advdl_ops._memory_format import in_channels_last, runs_in_channels_last, trains
 from advdl_ops._schemas import conv2d_format
 from advdl_ops._watch import is_proxy
+from advdl_ops.backend import is_exported
 from advdl_ops.models._registry import register_model
 from advdl_ops.models._weights import load_weights
 from advdl_ops.nn._one_by_one import unobserved
@@ -79,23 +80,36 @@ def conv_norm_relu(
     )
 
 
-def to_fast_format(model: torch.nn.Module, x: Tensor, also_trains: bool = True) -> Tensor:
-    """`x` [N, C, H, W], in channels_last if the convolutions of `model` are faster then.
+def uses_fast_format(model: torch.nn.Module, x: Tensor, also_trains: bool = True) -> bool:
+    """Whether `model`, the outermost one, should run `x` [N, C, H, W] in channels_last, where convolutions are faster.
 
     Args:
         also_trains: whether they are faster in training too.
-
-    An image of one channel has both formats, and convolutions treat it as contiguous. So call this again after the
-    first convolution.
     """
-    if is_proxy(x) or (not also_trains and trains(model, x)) or not runs_in_channels_last(model, x):
-        return x
-    return in_channels_last(x)
+    if is_proxy(x) or (not also_trains and trains(model, x)):
+        return False
+    return runs_in_channels_last(model, x)
+
+
+def first_features(first: Callable[[Tensor], Tensor], x: Tensor, is_fast: bool) -> Tensor:
+    """`first(x)`, in the memory format of all later layers.
+
+    Args:
+        first: the first layers of a network, which convolve.
+        x: [N, C, H, W], the input of the network.
+        is_fast: `uses_fast_format` of the network.
+    """
+    if not is_fast:
+        return first(x)
+    # Converted twice, because an image of one channel has both formats, and convolutions treat it as contiguous.
+    return in_channels_last(first(in_channels_last(x)))
 
 
 def from_fast_format(out: Tensor, x: Tensor) -> Tensor:
     """`out` [N, C, H, W] in the memory format of the model's input `x`, whatever format was used in between."""
-    return out if is_proxy(x) else out.contiguous(memory_format=conv2d_format(x))
+    if is_proxy(x) or is_exported():
+        return out
+    return out.contiguous(memory_format=conv2d_format(x))
 
 
 def init_convolutions(model: torch.nn.Module) -> None:
@@ -237,7 +251,9 @@ def variant(name: str, title: str, model: type[_Model], **fixed: Any) -> Callabl
     """
 
     def create(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> _Model:
-        return build(name, model, weights, options, name=name, **fixed)
+        features_only = hasattr(model, "feature_extractor") and options.pop("features_only", False)
+        kind = model.feature_extractor if features_only else model  # type: ignore[attr-defined]
+        return build(name, kind, weights, options, name=name, **fixed)
 
     create.__name__ = create.__qualname__ = name
     create.__module__ = model.__module__

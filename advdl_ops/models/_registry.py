@@ -63,7 +63,8 @@ def create_model(
         num_classes: outputs of the last layer (in a language model the vocabulary). Default: the model's own.
         in_channels: channels of images. Default: the model's own (3, for RGB). Models of tokens have no such option.
         weights: a local `.pth`, `.pt` or `.safetensors` file; see `load_weights`. Nothing is downloaded.
-        options: the model's own keywords, such as `zero_init_residual` of `ResNet`.
+        options: the model's own keywords, such as `zero_init_residual` of `ResNet`. ResNets also take timm's
+            `features_only=True`, with which they return a list of features, `out_indices`, and have `feature_info`.
 
     Returns:
         The model in train mode, fp32, on torch's default device.

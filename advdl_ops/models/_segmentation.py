@@ -20,7 +20,7 @@ from advdl_ops.models._layers import (
     from_fast_format,
     norm_factory,
 )
-from advdl_ops.models.resnet import Bottleneck, ResNetEncoder
+from advdl_ops.models.resnet import Bottleneck, ResNetEncoder, encoded
 
 
 class FCNHead(Layers):
@@ -97,7 +97,7 @@ class SegmentationModel(torch.nn.Module):
         self.aux_classifier = aux_classifier
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        *_, stage3, stage4 = self.backbone(x)
+        *_, stage3, stage4 = encoded(self, self.backbone, x)
         scores = OrderedDict(out=self.classifier(stage4))
         if self.aux_classifier is not None:
             scores["aux"] = self.aux_classifier(stage3)

@@ -24,9 +24,10 @@ from advdl_ops.models._layers import (
     check_values_per_channel,
     conv,
     conv_norm_relu,
+    first_features,
     init_convolutions,
     norm_factory,
-    to_fast_format,
+    uses_fast_format,
 )
 from advdl_ops.models._registry import register_model
 from advdl_ops.models.resnet import BasicBlock
@@ -89,7 +90,7 @@ class ConvNet(torch.nn.Module):
         check_image(self.name, x, self.stem)
         last = len(self.stages) - 1
         check_values_per_channel(self.name, x, self.stages[last], lambda: 1 << last)
-        x = to_fast_format(self, self.stem(to_fast_format(self, x)))
+        x = first_features(self.stem, x, uses_fast_format(self, x))
         return self.fc(torch.flatten(self.pool(self.stages(x)), 1))
 
 

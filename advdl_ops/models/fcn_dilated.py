@@ -22,10 +22,11 @@ from advdl_ops.models._layers import (
     check_image,
     check_values_per_channel,
     conv_norm_relu,
+    first_features,
     from_fast_format,
     init_convolutions,
     norm_factory,
-    to_fast_format,
+    uses_fast_format,
 )
 from advdl_ops.models._registry import register_model
 
@@ -82,7 +83,7 @@ class FCNDilated(torch.nn.Module):
         first, *others = self.layers
         check_image(self.name, x, first)
         check_values_per_channel(self.name, x, self.layers, lambda: 1)
-        out = to_fast_format(self, first(to_fast_format(self, x)))
+        out = first_features(first, x, uses_fast_format(self, x))
         for layer in others:
             out = layer(out)
         return from_fast_format(self.head(out), x)

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from advdl_ops._conv.problem import pair
+from advdl_ops._watch import is_proxy
+from advdl_ops.models._feature_info import FeatureInfo, checked_indices
 from advdl_ops.models._layers import (
     Layers,
     NormFactory,
@@ -30,9 +32,10 @@ from advdl_ops.models._layers import (
     check_image,
     check_values_per_channel,
     conv,
+    first_features,
     init_convolutions,
     norm_factory,
-    to_fast_format,
+    uses_fast_format,
     variant,
 )
 from advdl_ops.nn.run_as_one import run_as_one
@@ -144,6 +147,7 @@ class ResNet(torch.nn.Module):
     """
 
     last_layers: ClassVar[tuple[str, ...]] = ("fc",)  # read by load_weights
+    feature_extractor: ClassVar[type[ResNetEncoder]]  # for `features_only=True` of `create_model`
 
     def __init__(
         self,
@@ -187,7 +191,7 @@ class ResNet(torch.nn.Module):
 
         # With dilated stages, training keeps the input's format: convolutions gain nothing (deeplabv3_resnet50: 620
         # against 645 ms), and dropout on images, as in the heads, draws its numbers in memory order.
-        self._is_dilated = any(replace_stride_with_dilation)
+        self.is_dilated = any(replace_stride_with_dilation)
         stages: list[torch.nn.Sequential] = []
         channels, dilation = 64, 1
         for stage in range(4):
@@ -234,32 +238,24 @@ class ResNet(torch.nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         check_image(self.name, x, self.conv1)
-        check_values_per_channel(self.name, x, self.layer4, self._pixels_of_one)
+        last = [self.bn1, *self._stages()][-1]
+        check_values_per_channel(self.name, x, last, self._pixels_of_one)
 
     def _pixels_of_one(self) -> int:
-        """The largest side of an image that becomes one pixel in the last stage.
+        """The largest side of an image that becomes one pixel in the last stage."""
+        return _reduction((self.conv1, self.maxpool, *self._stages()))
 
-        A stride halves a size, rounded up. It is asked of the layers as they are.
-        """
-        modules = (self.conv1, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4)
-        strides = 1
-        for stage in modules:
-            for name, layer in stage.named_modules():
-                if "downsample" not in name and isinstance(
-                    layer, torch.nn.Conv2d | torch.nn.MaxPool2d
-                ):
-                    strides *= pair(layer.stride)[0]
-        return strides
+    def _stages(self) -> list[torch.nn.Module]:
+        names = [f"layer{stage}" for stage in range(1, 5)]
+        return [self._modules[name] for name in names if name in self._modules]  # type: ignore[misc]
 
     def _stem(self, x: Tensor) -> Tensor:
-        """Checks the input and returns the input of `maxpool`, in the memory format of all later layers."""
-        self._check_input(x)
-        x = to_fast_format(self, x, not self._is_dilated)
-        x = run_as_one((self.conv1, self.bn1), x, act=self.relu)
-        return to_fast_format(self, x, not self._is_dilated)
+        return run_as_one((self.conv1, self.bn1), x, act=self.relu)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self._stem(x))
+        self._check_input(x)
+        is_fast = uses_fast_format(self, x, not self.is_dilated)
+        x = self.maxpool(first_features(self._stem, x, is_fast))
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
@@ -268,29 +264,90 @@ class ResNet(torch.nn.Module):
 
 
 class ResNetEncoder(ResNet):
-    """`ResNet` without its classifier, with the same arguments.
+    """`ResNet` without its classifier, with the same arguments: a list of features, as timm's `features_only=True`.
 
     `load_weights(model.encoder, "resnet34.pth")` accepts torchvision's file of a classifier.
+
+    Args:
+        out_indices: which features, 0 (the stem's) to 4 (the last stage's); negative ones count from the end. Stages
+            behind the last of them are left out.
+
+    Attributes:
+        feature_info: channels, reduction and module of each feature, see `FeatureInfo`.
     """
 
     last_layers: ClassVar[tuple[str, ...]] = ()  # read by load_weights: there is none
-    not_weights: ClassVar[frozenset[str]] = frozenset({"fc.weight", "fc.bias"})  # read there, too
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, out_indices: Sequence[int] = (0, 1, 2, 3, 4), **options: Any
+    ) -> None:
         super().__init__(*args, **options)
+        self.feature_info = FeatureInfo(self._describe(), checked_indices(self.name, out_indices))
+        every_key = set(self.state_dict())
         del self.avgpool, self.fc
+        for stage in range(self.feature_info.out_indices[-1] + 1, 5):
+            delattr(self, f"layer{stage}")
+        # Read by load_weights: a file may have what was left out.
+        self.not_weights = frozenset(every_key - set(self.state_dict()))
 
-    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
-        """[N, in_channels, H, W] -> the feature at 1/2, 1/4, 1/8, 1/16 and 1/32 of H and W, rounded up.
+    def _describe(self) -> list[dict[str, Any]]:
+        parts: dict[str, tuple[torch.nn.Module, ...]] = {
+            "relu": (self.conv1,),
+            "layer1": (self.maxpool, self.layer1),
+        }
+        parts |= {f"layer{stage}": (self.get_submodule(f"layer{stage}"),) for stage in (2, 3, 4)}
+        reduction, found = 1, []
+        for name, stages in parts.items():
+            reduction *= _reduction(stages)
+            channels = [
+                layer.out_channels
+                for layer in stages[-1].modules()
+                if isinstance(layer, torch.nn.Conv2d)
+            ]
+            # A block's shortcut comes last among its modules, and has as many.
+            found.append({"module": name, "num_chs": channels[-1], "reduction": reduction})
+        return found
 
-        On CPU they are mostly channels_last, whatever the format of `x`.
+    def forward(self, x: Tensor, is_fast: bool | None = None) -> list[Tensor]:  # type: ignore[override]
+        """[N, in_channels, H, W] -> features at 1/2, 1/4, 1/8, 1/16 and 1/32 of H and W, rounded up.
+
+        Args:
+            is_fast: whether they are in channels_last; None: where that is faster, whatever the format of `x`.
         """
-        features = [self._stem(x)]
-        x = self.maxpool(features[0])
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+        self._check_input(x)
+        if is_fast is None or is_proxy(x):
+            is_fast = uses_fast_format(self, x, not self.is_dilated)
+        wanted = self.feature_info.out_indices
+        x = first_features(self._stem, x, is_fast)
+        features = [x]
+        x = self.maxpool(x)
+        for stage in range(1, wanted[-1] + 1):
+            x = getattr(self, f"layer{stage}")(x)
             features.append(x)
-        return features
+        return [features[index] for index in wanted]
+
+
+def _reduction(stages: Sequence[torch.nn.Module]) -> int:
+    """By how much the strides of these modules, as they are, reduce height and width."""
+    strides = 1
+    for stage in stages:
+        for name, layer in stage.named_modules():
+            if "downsample" not in name and isinstance(layer, torch.nn.Conv2d | torch.nn.MaxPool2d):
+                strides *= pair(layer.stride)[0]
+    return strides
+
+
+def encoded(model: torch.nn.Module, encoder: torch.nn.Module, x: Tensor) -> list[Tensor]:
+    """The features of `x` by `encoder`, a part of `model`.
+
+    The memory format is the model's to choose, because somebody may look at what is behind the encoder.
+    """
+    if not (isinstance(encoder, ResNetEncoder) and isinstance(x, Tensor)):
+        return encoder(x)
+    return encoder(x, is_fast=uses_fast_format(model, x, not encoder.is_dilated))
+
+
+ResNet.feature_extractor = ResNetEncoder
 
 
 _RESNET50: dict[str, Any] = {"block": Bottleneck, "layers": (3, 4, 6, 3)}

@@ -31,9 +31,10 @@ from advdl_ops.models._layers import (
     check_image,
     check_values_per_channel,
     conv,
+    first_features,
     from_fast_format,
     norm_factory,
-    to_fast_format,
+    uses_fast_format,
 )
 from advdl_ops.models._registry import register_model
 
@@ -201,7 +202,7 @@ class UNet(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        out = to_fast_format(self, self.inc(to_fast_format(self, x)))
+        out = first_features(self.inc, x, uses_fast_format(self, x))
         skips = []
         for stage in range(1, self.depth + 1):
             skips.append(out)

@@ -25,7 +25,7 @@ from advdl_ops.models._layers import (
     norm_factory,
     variant,
 )
-from advdl_ops.models.resnet import BasicBlock, Bottleneck, ResNetEncoder
+from advdl_ops.models.resnet import BasicBlock, Bottleneck, ResNetEncoder, encoded
 
 
 class DecoderBlock(torch.nn.Module):
@@ -124,7 +124,7 @@ class UNetResNet(torch.nn.Module):
         torch.nn.init.zeros_(head.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.segmentation_head(self.decoder(self.encoder(x), x.shape[2:]))
+        out = self.segmentation_head(self.decoder(encoded(self, self.encoder, x), x.shape[2:]))
         return from_fast_format(out, x)
 
 

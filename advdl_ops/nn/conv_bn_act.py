@@ -208,7 +208,7 @@ def _folded(
         check_residual("conv_bn_act", residual, shape, x.device)
     # Read once, because another thread may set it to None in between.
     folded = bn.folded
-    if folded is None or not folded.serves(source, bn.eps, options):
+    if folded is None or not folded.serves(problem, source, bn.eps, options):
         check_per_channel("conv_bn_act", x, conv.out_channels, bias=conv.bias)
         scale, shift = scale_and_shift(
             x, conv.out_channels, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps

@@ -1,5 +1,6 @@
 """Every op in plain PyTorch: fp64-capable, twice differentiable, exportable."""
 
+from . import stock
 from .batch_norm_act import batch_norm_act
 from .conv2d import conv2d
 from .conv_transpose2d import conv_transpose2d
@@ -13,4 +14,5 @@ __all__ = [
     "group_norm",
     "lstm",
     "lstm_cell",
+    "stock",
 ]
