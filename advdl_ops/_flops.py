@@ -6,64 +6,20 @@ Norms and activations count nothing there.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from ._schemas import LSTMArguments
+from ._when_imported import when_imported
 
-_COUNTER = "torch.utils.flop_counter"
 _Shape = Any  # of a tensor: the counter gives sizes in place of tensors
 
 
 def register_when_needed() -> None:
-    """Registers the formulas, now or when the counter is imported.
-
-    Not by importing it, which takes longer than the import of this package.
-    """
-    if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER])
-    else:
-        sys.meta_path.insert(0, _Finder())
-
-
-class _Finder(MetaPathFinder):
-    """Finds the counter as Python would, with a loader that registers the formulas behind it."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            sys.meta_path.insert(0, self)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self)
-        return spec
-
-
-class _Loader(Loader):
-    def __init__(self, loader: Any, finder: _Finder) -> None:
-        self.loader, self.finder = loader, finder
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _register(module)
-        if self.finder in sys.meta_path:
-            sys.meta_path.remove(self.finder)
-
-    def __getattr__(self, name: str) -> Any:  # get_source and others
-        return getattr(self.loader, name)
+    """Registers the formulas, now or when the counter is imported, which takes longer than this package's import."""
+    when_imported("torch.utils.flop_counter", _register)
 
 
 def _register(counter: Any) -> None:

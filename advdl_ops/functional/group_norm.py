@@ -129,6 +129,11 @@ def instance_norm(
     function = "instance_norm"
     activation = _resolve(function, act)
     check_tensors(function, x=x, running_mean=running_mean, running_var=running_var)
+    if is_exported() and x.dim() > 1:
+        _check(function, x, residual, weight, bias, (x.shape[1], eps, activation))
+        return reference.stock.instance_norm(
+            x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, residual, activation
+        )  # fmt: skip
     if not use_input_stats:
         if running_mean is None or running_var is None:
             raise RuntimeError(
@@ -155,7 +160,7 @@ def instance_norm(
             "normalized by its own statistics"
         )
     options = shape[1], eps, activation
-    if running_mean is None and running_var is None and not is_exported():
+    if running_mean is None and running_var is None:
         return _normalize(function, x, residual, weight, bias, options)
     if running_mean is None or running_var is None:
         missing = "running_mean" if running_mean is None else "running_var"
@@ -171,10 +176,6 @@ def instance_norm(
         if torch.is_grad_enabled() and running.requires_grad:
             raise RuntimeError(f"{function}: {name} must not require a gradient in training")
         check_writable(function, **{name: running})
-    if is_exported():
-        return reference.stock.instance_norm(
-            x, running_mean, running_var, weight, bias, momentum, eps, residual, activation
-        )
     out, (mean, var) = _normalize_with_stats(function, x, residual, weight, bias, options)
     if x.numel() > 0:
         with torch.no_grad():

@@ -15,6 +15,8 @@ from ..activation import IDENTITY, Activation, act_repr, resolve_activation
 from ..functional._norm import check_writable
 from ..functional.batch_norm_act import batch_norm_act, batch_norm_act_by
 from ._one_by_one import layer_of, one_by_one
+from ._quantization import Configuration
+from ._script import refuse_script
 
 _Act = str | Activation | torch.nn.Module | None
 
@@ -29,7 +31,7 @@ class _Activate:
         return one_by_one((), out, act=self.act)
 
 
-class _ActivationKeeper:
+class _ActivationKeeper(Configuration):
     """Keeps the activation when ``SyncBatchNorm.convert_sync_batchnorm`` replaces a layer, which would lose it.
 
     That function asks the layer for this attribute, which torch's quantization sets, and copies it. Nothing else tells
@@ -45,15 +47,7 @@ class _ActivationKeeper:
             made = caller.f_locals["module_output"]
             if own != IDENTITY and not made._forward_hooks:  # it is asked twice if it is set
                 made.register_forward_hook(_Activate(own))
-        if "qconfig" in layer.__dict__:
-            return layer.__dict__["qconfig"]
-        raise AttributeError(f"{type(layer).__name__} has no attribute 'qconfig'")
-
-    def __set__(self, layer: Any, value: Any) -> None:
-        layer.__dict__["qconfig"] = value
-
-    def __delete__(self, layer: Any) -> None:
-        del layer.__dict__["qconfig"]
+        return super().__get__(layer, kind)
 
 
 _CONVERT: Any = torch.nn.SyncBatchNorm.convert_sync_batchnorm
@@ -74,6 +68,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
     """
 
     qconfig = _ActivationKeeper()
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from .._conv.problem import pair
 from .._schemas import conv2d_format
 from .._watch import is_proxy, recorded
 from ..activation import Activation, act_repr, resolve_activation
+from ..backend import is_exported
 from ..functional.conv2d import conv2d
+from ._quantization import Configuration
+from ._script import refuse_script
 
 _Act = str | Activation | torch.nn.Module | None
 _Size = int | tuple[int, int]
@@ -30,6 +34,9 @@ class Conv2d(torch.nn.Conv2d):
             ``"tanh"``, ``"hardswish"``, ``"relu6"``) or the matching ``torch.nn`` module, whose parameters are
             taken over.
     """
+
+    qconfig = Configuration()
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -73,6 +80,10 @@ class Conv2d(torch.nn.Conv2d):
         residual: Tensor | None = None,
         act: _Act = None,
     ) -> Tensor:
+        if isinstance(self.padding, str) and is_exported():  # torch's operator is told "same"
+            z = super()._conv_forward(input, weight, bias)
+            own = self.act if act is None else resolve_activation("conv2d", act)
+            return reference.stock.finished(z, residual, own)
         x, padding = padded_input(self, input)
         return conv2d(
             x, weight, bias, self.stride, padding, self.dilation, self.groups,

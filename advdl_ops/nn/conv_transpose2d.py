@@ -12,6 +12,8 @@ from torch import Tensor
 from .._watch import is_proxy, recorded
 from ..activation import Activation, act_repr, resolve_activation
 from ..functional.conv_transpose2d import conv_transpose2d, unpadded_size
+from ._quantization import Configuration
+from ._script import refuse_script
 
 _NAME = "ConvTranspose2d"
 
@@ -26,6 +28,9 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             ``"tanh"``, ``"hardswish"``, ``"relu6"``) or the matching ``torch.nn`` module, whose parameters are
             taken over.
     """
+
+    qconfig = Configuration()
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -11,6 +11,8 @@ from torch import Tensor
 from .._watch import is_proxy, recorded
 from ..activation import Activation, act_repr, resolve_activation
 from ..functional.group_norm import group_norm, instance_norm, layer_norm_2d
+from ._quantization import Configuration
+from ._script import refuse_script
 
 _Act = str | Activation | torch.nn.Module | None
 
@@ -25,6 +27,9 @@ class GroupNorm(torch.nn.GroupNorm):
             ``"tanh"``, ``"hardswish"``, ``"relu6"``) or the matching ``torch.nn`` module, whose parameters are
             taken over.
     """
+
+    qconfig = Configuration()
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -82,6 +87,8 @@ class LayerNorm2d(torch.nn.LayerNorm):
         ValueError: more than one normalized dimension.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         normalized_shape: int | list[int] | torch.Size,
@@ -128,6 +135,9 @@ class LayerNorm2d(torch.nn.LayerNorm):
 
 class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
     """The forward pass of the three instance norms (Ulyanov et al. 2016, arXiv:1607.08022)."""
+
+    qconfig = Configuration()
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -58,11 +58,12 @@ def instance_norm(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    use_input_stats: bool,
     momentum: float,
     eps: float,
     residual: Tensor | None,
     act: Activation,
 ) -> Tensor:
-    """See :func:`advdl_ops.functional.instance_norm`, by the statistics of each sample."""
-    z = F.instance_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+    """See :func:`advdl_ops.functional.instance_norm`."""
+    z = F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return finished(z, residual, act)
