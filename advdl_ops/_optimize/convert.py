@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .._watch import is_watched
-from ..activation import qualified_name, resolve_activation
+from ..activation import IDENTITY, qualified_name, resolve_activation
 from ..nn._one_by_one import layer_of
 from .aliasing import find_effects
 from .codegen import fused_class, source_of
@@ -72,6 +72,9 @@ def optimize(
             update_record(copies.get(id(part), part), part=True)
         if layer.notes:
             update_record(made, notes=tuple(layer.notes))
+        converted = _converted_children(plan, layer.module)
+        if converted:
+            update_record(made, layers=converted)
     return copies.get(id(model), model)
 
 
@@ -130,6 +133,16 @@ def _find_graphs(layer: LayerPlan) -> None:
         layer.graphs = variants_of(module)
     except Untraceable as error:
         layer.untraceable = str(error)
+
+
+def _converted_children(plan: Plan, owner: torch.nn.Module) -> tuple[tuple[str, str | None], ...]:
+    found = []
+    for name, child in owner._modules.items():
+        counterpart = None if child is None else plan[child].counterpart
+        if counterpart is not None:
+            act = counterpart.act
+            found.append((name, None if act == IDENTITY else act.name))
+    return tuple(found)
 
 
 def _convert(layer: torch.nn.Module, counterpart: Counterpart) -> None:

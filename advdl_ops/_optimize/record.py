@@ -25,6 +25,7 @@ class Record(NamedTuple):
         fused: for each group that its new forward runs as one op, the names of the layers and of the fused addition and
             activation.
         part: whether its parent runs it in such a group.
+        layers: the names of its children that became layers of this package, with the activation of their own.
         notes: further remarks, such as why it is not fused.
     """
 
@@ -33,6 +34,7 @@ class Record(NamedTuple):
     added: tuple[str, ...] = ()
     fused: tuple[tuple[str, ...], ...] = ()
     part: bool = False
+    layers: tuple[tuple[str, str | None], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -76,7 +78,27 @@ def notes(model: torch.nn.Module) -> dict[str, list[str]]:
         found[name] = [f"one op: {' + '.join(names)}" for names in record.fused]
         if record.original is not None and record.converted:
             found[name].append(f"was {qualified_name(record.original)}")
-        found[name] += record.notes
+        found[name] += [*record.notes, *_exchanged(layer, record)]
+    return found
+
+
+def _exchanged(owner: torch.nn.Module, record: Record) -> list[str]:
+    """Warnings about children that somebody has put in the place of converted ones."""
+    found = []
+    for name, act in record.layers:
+        layer = owner._modules.get(name)
+        if layer is not None and RECORD in layer.__dict__:
+            continue
+        kind = "nothing" if layer is None else type(layer).__name__
+        lost = (
+            act is not None
+            and not hasattr(layer, "act")
+            and not getattr(layer, "_forward_hooks", ())
+        )
+        found.append(
+            f"warning: {name} was exchanged since; it is {kind} now, and runs by itself"
+            + (f". The activation of the layer before it ({act}) is lost" if lost else "")
+        )
     return found
 
 

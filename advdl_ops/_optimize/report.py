@@ -208,7 +208,7 @@ def _fused_pairs(
     for name, owner in module.named_modules():
         record = record_of(owner)
         for at, names in enumerate(() if record is None else record.fused):
-            conv, bn = (owner.get_submodule(names[0]), _child(owner, names[1]))
+            conv, bn = _child(owner, names[0]), _child(owner, names[1])
             if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNormAct2d):
                 yield name, at, conv, bn
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.conv2d import fixed_thresholds
+from support.torchvision_stub import torchvision_models
 
 import advdl_ops
 from advdl_ops import _library, nn, tuning
@@ -277,3 +278,36 @@ def test_kernels_of_ours_on_cuda(gpu: None) -> None:
 def test_a_gpu_that_the_kernels_do_not_serve(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "unsupported_gpu", lambda index: "GPU 0 is too old")
     assert on_gpu(nn.Conv2d(3, 4, 3)).served_by.endswith("GPU 0 is too old")
+
+
+def test_exchanged_layers_are_told():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.act = (
+                torch.nn.Conv2d(3, 4, 1),
+                torch.nn.BatchNorm2d(4),
+                torch.nn.ReLU(),
+            )
+
+        def forward(self, x):
+            return self.act(self.bn(self.conv(x)))
+
+    fast = advdl_ops.optimize(torch.nn.Sequential(Net()))
+    assert "warning" not in str(advdl_ops.explain(fast))
+    fast[0].bn = torch.nn.GroupNorm(2, 4)
+    text = str(advdl_ops.explain(fast))
+    assert "warning: bn was exchanged since; it is GroupNorm now, and runs by itself" in text
+    assert "lost" not in text
+    del fast[0].conv
+    assert "warning: conv was exchanged since; it is nothing now" in str(advdl_ops.explain(fast))
+
+
+def test_a_lost_activation_is_told():
+    torchvision_models()  # before timm, which imports it
+    norm_act = pytest.importorskip("timm.layers.norm_act")
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), norm_act.BatchNormAct2d(4))
+    fast = advdl_ops.optimize(model)
+    fast[1] = torch.nn.BatchNorm2d(4)  # a converter that knows torch's class alone
+    text = str(advdl_ops.explain(fast))
+    assert "The activation of the layer before it (relu) is lost" in text
