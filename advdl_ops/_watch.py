@@ -98,12 +98,24 @@ def is_observed(*values: Any) -> bool:
     return False
 
 
+def check_root(layer: torch.nn.Module, x: Any) -> None:
+    """Raises where ``torch.fx`` traces the layer by itself, as most of torch's layers do."""
+    if getattr(x.tracer, "root", None) is layer:
+        raise fx.proxy.TraceError(
+            f"{type(layer).__name__}: torch.fx cannot trace this layer by itself; trace a module that holds it"
+        )
+
+
 def recorded(layer: torch.nn.Module, x: Any, **kwargs: Any) -> Any:
     """The call of ``layer`` as one node of the graph that ``torch.fx`` is tracing, as of a layer of ``torch.nn``.
 
     Args:
         kwargs: of the call. Those that are ``None`` are left out.
+
+    Raises:
+        TraceError: ``layer`` itself is traced.
     """
+    check_root(layer, x)
     tracer, path = x.tracer, x.tracer.path_of_module(layer)
     given = {name: value for name, value in kwargs.items() if value is not None}
     return tracer.create_proxy("call_module", path, (x,), given)

@@ -135,7 +135,7 @@ def converted_class(original: Any, layer: Any) -> type:
 def _mixed_class(original: Any, layer: Any) -> type:
     """For layers of timm and torchvision. timm's have their dropout and activation as children, and keep them."""
 
-    def forward(self: Any, input: Any, residual: Any = None, *, act: Any = None) -> Any:
+    def forward(self: Any, input: Any, residual: Any = None, act: Any = None) -> Any:
         if residual is None and act is None and (is_observed(input) or not has_own_parts(self)):
             return original.forward(self, input)
         return layer.forward(self, input, residual, act=act)

@@ -158,6 +158,45 @@ def cast_dtype(x: Tensor) -> torch.dtype | None:
     return dtype if x.dtype in AUTOCAST_FROM else None
 
 
+class Dtypes(NamedTuple):
+    """The dtypes of a call: of the arithmetic and ``c_n``, and of ``y`` and ``h_n``."""
+
+    cell: torch.dtype
+    hidden: torch.dtype
+
+
+def sequence_dtypes(x: Tensor, hx: Any, *, whole: bool, projects: bool) -> Dtypes:
+    """The dtypes of torch's LSTM, also under autocast.
+
+    cuDNN and oneDNN get all tensors in the autocast dtype. Elsewhere torch multiplies in it, and adds the product to a
+    cell that may be wider; here everything is then computed in the wider dtype.
+
+    Args:
+        whole: all sequences have the length of ``x``: it is not packed, and no ``lengths`` are given.
+    """
+    dtype = cast_dtype(x)
+    if dtype is None:
+        return Dtypes(x.dtype, x.dtype)
+    if not x.is_cpu or (whole and not projects and _onednn_takes(x)):
+        return Dtypes(dtype, dtype)
+    cell = hx[1] if is_pair(hx) and isinstance(hx[1], Tensor) else x
+    wider = torch.promote_types(dtype, cell.dtype)
+    return Dtypes(wider, dtype if projects else wider)
+
+
+def _onednn_takes(x: Tensor) -> bool:
+    if x.dtype == torch.float16:
+        return _ONEDNN_FP16 and not torch.is_grad_enabled()
+    return x.dtype == torch.float32 or _ONEDNN_BF16
+
+
+# Not asked at a call, which a compiler could not trace.
+_ONEDNN_BF16, _ONEDNN_FP16 = (
+    torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
+)
+
+
 def cast_all(tensors: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
     """The same list, with its tensors cast to ``dtype`` if one is given."""
     return [t if dtype is None or not isinstance(t, Tensor) else cast(t, dtype) for t in tensors]

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .. import reference
 from .._schemas import LSTMArguments
-from ..backend import fixed, serves_native
+from ..backend import fixed, is_traced, serves_native, transformed
 from ._lstm_arguments import (
     SEQUENCE,
     OptionalTensor,
@@ -33,9 +34,11 @@ from ._lstm_arguments import (
     cast_pair,
     grouped,
     pair_of_rates,
+    sequence_dtypes,
     unstacked,
 )
 from ._lstm_checks import REFUSALS, check_rates, check_sequence, raise_named
+from ._lstm_export import exported, exports_as_torchs
 from ._lstm_gradients import reference_gradients
 from ._norm import gradient_like
 
@@ -44,7 +47,7 @@ _sequence_backward_op = torch.ops.advdl_ops.lstm_backward.default
 
 
 def lstm(
-    x: Tensor,
+    input: Tensor,
     hx: States | None,
     params: Sequence[Tensor],
     has_biases: bool,
@@ -70,8 +73,8 @@ def lstm(
         c_t = f c_{t-1} + i g, \quad h_t = W_{hr}\, o \tanh(c_t)
 
     Args:
-        x: ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``; with ``batch_sizes`` ``[rows, I]``. T >= 1. fp32, fp64,
-            bf16 or fp16.
+        input: x, ``[T, B, I]``, with ``batch_first`` ``[B, T, I]``; with ``batch_sizes`` ``[rows, I]``. T >= 1. fp32,
+            fp64, bf16 or fp16.
         hx: ``(h_0, c_0)``, ``[num_layers * D, B, R]`` and ``[num_layers * D, B, H]``; ``None`` for zeros.
         params: for each layer, and in it for each direction: ``w_ih`` ``[4H, I]`` (``I`` is ``D * R`` after the first
             layer), ``w_hh`` ``[4H, R]``, with ``has_biases`` ``b_ih`` and ``b_hh`` ``[4H]``, with a projection
@@ -92,7 +95,9 @@ def lstm(
 
     Returns:
         ``y`` ``[T, B, D * R]`` (``batch_first`` or packed as ``x`` is), and ``h_n``, ``c_n`` of the shapes of ``hx``.
-        All in ``x``'s dtype, under autocast in the autocast dtype.
+        All in ``x``'s dtype. Under autocast the dtypes are those of torch's own LSTM: on CUDA the autocast dtype; on
+        CPU too for whole sequences of fp32 or bf16 without a projection; otherwise the wider of the autocast dtype and
+        of ``c_0``'s dtype (``x``'s without ``hx``), but with a projection ``y`` and ``h_n`` in the autocast dtype.
 
     Raises:
         RuntimeError: shapes that do not fit together, mixed dtypes or devices, T = 0, bad ``lengths`` or
@@ -100,16 +105,25 @@ def lstm(
         ValueError: a rate outside of 0..1, ``lengths`` together with ``batch_sizes``, a negative ``eps``.
         TypeError: ``hx`` is not a tuple, ``lengths`` are not integers, or a value that must be a tensor is not one.
     """
+    x = input
     options = Options(
         has_biases, num_layers, 2 if bidirectional else 1, batch_first, layer_norm, train, dropout,
         *pair_of_rates(zoneout), recurrent_dropout, eps,
     )  # fmt: skip
     check_rates(options)
     try:
-        dtype = cast_dtype(x)
-        if dtype is not None:
-            (x, *params), hx = cast_all([x, *params], dtype), cast_pair(hx, dtype)
         sequences = Sequences(as_lengths(SEQUENCE, lengths), batch_sizes)
+        if exports_as_torchs(params, options):
+            # A check in a trace would fix the sizes. Under autocast torch's operator casts.
+            if not torch.jit.is_tracing() and cast_dtype(x) is None and batch_sizes is None:
+                check_sequence(x, hx, params, sequences, options)
+            return exported(x, hx, params, sequences, options)
+        dtypes = None
+        if cast_dtype(x) is not None:
+            whole = lengths is None and batch_sizes is None
+            projects = grouped(params, options)[0].w_hr is not None
+            dtypes = sequence_dtypes(x, hx, whole=whole, projects=projects)
+            (x, *params), hx = cast_all([x, *params], dtypes.cell), cast_pair(hx, dtypes.cell)
         # Usually the operator checks the arguments. But no mask may be drawn for a call that it will refuse.
         if (
             options.draw_masks()
@@ -121,9 +135,12 @@ def lstm(
             or not serves_native(SEQUENCE, x)
         ):
             check_sequence(x, hx, params, sequences, options)
-        return _layers(x, hx, params, sequences, options)
+        y, h_n, c_n = _layers(x, hx, params, sequences, options)
+        if dtypes is not None:
+            y, h_n = y.to(dtypes.hidden), h_n.to(dtypes.hidden)
+        return y, h_n, c_n
     except REFUSALS:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             raise_named(
                 lambda: check_sequence(
                     x, hx, params, Sequences(as_lengths(SEQUENCE, lengths), batch_sizes), options
@@ -154,12 +171,28 @@ def _layers(
             final_c.append(c_n)
         x = outputs[0] if options.directions == 1 else torch.cat(outputs, -1)
         if options.train and options.dropout > 0 and layer < options.num_layers - 1:
-            x = F.dropout(x, options.dropout, True)
+            x = _between_layers(x, sequences, options)
     if options.directions == 1 and weights[0].w_hr is not None and x.requires_grad:
         # Backward needs the output. Stock's does not with a projection, so the output may be written.
         x = x.clone()
     # Stacked even if there is only one, because a view could not be detached in place.
     return x, torch.stack(final_h), torch.stack(final_c)
+
+
+def _between_layers(x: Tensor, sequences: Sequences, options: Options) -> Tensor:
+    """Dropout, by the random numbers that torch's LSTM would draw, which has the time first and no padding."""
+    rate, lengths = options.dropout, sequences.lengths
+    if sequences.batch_sizes is not None or not x.is_cpu or is_traced() or transformed():
+        return F.dropout(x, rate, True)
+    if lengths is None:
+        if not options.batch_first:
+            return F.dropout(x, rate, True)
+        mask = F.dropout(x.new_ones(x.shape[1], x.shape[0], x.shape[2]), rate, True)
+        return x * mask.transpose(0, 1)
+    steps = x.shape[1 if options.batch_first else 0]
+    packed = pack_padded_sequence(x, lengths, options.batch_first, enforce_sorted=False)
+    dropped = packed._replace(data=F.dropout(packed.data, rate, True))
+    return pad_packed_sequence(dropped, options.batch_first, total_length=steps)[0]
 
 
 def _direction(

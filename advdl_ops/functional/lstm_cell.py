@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import needs_grad, serves_native
+from ..backend import is_exported, needs_grad, serves_native
 from ._lstm_arguments import (
     CELL,
     OptionalTensor,
@@ -22,6 +22,7 @@ from ._lstm_arguments import (
     is_pair,
 )
 from ._lstm_checks import REFUSALS, check_cell, check_given, raise_named
+from ._lstm_export import exported_cell
 from ._lstm_gradients import reference_gradients
 from ._norm import gradient_like
 
@@ -30,7 +31,7 @@ _cell_backward_op = torch.ops.advdl_ops.lstm_cell_backward.default
 
 
 def lstm_cell(
-    x: Tensor,
+    input: Tensor,
     hx: States | None,
     w_ih: Tensor,
     w_hh: Tensor,
@@ -44,7 +45,7 @@ def lstm_cell(
         c' = f c + i g, \quad h' = o \tanh(c')
 
     Args:
-        x: ``[N, I]``; fp32, fp64, bf16 or fp16.
+        input: x, ``[N, I]``; fp32, fp64, bf16 or fp16.
         hx: ``(h, c)``, each ``[N, H]``; ``None`` for zeros.
         w_ih, w_hh: ``[4H, I]`` and ``[4H, H]``, the gates in the order i, f, g, o.
         b_ih, b_hh: ``[4H]`` or ``None``.
@@ -59,6 +60,7 @@ def lstm_cell(
             its subclass ``NotImplementedError``.
         TypeError: ``hx`` is not a tuple, or a value that must be a tensor is not one.
     """
+    x = input
     try:
         if (
             type(x) is Tensor
@@ -98,6 +100,11 @@ def _general_cell(x: Tensor, hx: Any, *weights: Any) -> States:
     """
     check_given(CELL, x=x)
     dtype = cast_dtype(x)
+    if is_exported():
+        # A check in a trace would fix the sizes. Under autocast torch's operator casts.
+        if not torch.jit.is_tracing() and dtype is None:
+            check_cell(x, hx, *weights)
+        return exported_cell(x, hx, *weights)
     if dtype is not None and not x.is_cuda:
         # torch multiplies in half precision, and adds the result to a c that may be wider.
         added = hx[1] if is_pair(hx) and isinstance(hx[1], Tensor) else x

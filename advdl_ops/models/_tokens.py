@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from advdl_ops import nn
+from advdl_ops._watch import is_proxy
 from advdl_ops.functional._lstm_arguments import as_lengths
 from advdl_ops.functional._lstm_checks import check_lengths, check_rate
 from advdl_ops.models._layers import check_counts, check_flags
@@ -123,10 +125,22 @@ class TokenModel(torch.nn.Module):
             IndexError: a token outside of the vocabulary (on CPU; on CUDA a device-side assertion).
         """
         lengths = self._checked_lengths(tokens, lengths)
-        return self.lstm(self.dropout(self.embedding(tokens)), hx, lengths=lengths)
+        x = self.dropout(self.embedding(tokens))
+        if lengths is None:
+            return self.lstm(x, hx)
+        if isinstance(self.lstm, nn.LSTM):
+            return self.lstm(x, hx, lengths=lengths)
+        # Another layer in its place is called as torch's.
+        batch_first = self.lstm.batch_first
+        packed = pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False)
+        y, states = self.lstm(packed, hx)
+        steps = x.shape[1 if batch_first else 0]
+        return pad_packed_sequence(y, batch_first, total_length=steps)[0], states
 
-    def _checked_lengths(self, tokens: Tensor, lengths: Lengths) -> Tensor | None:
-        """`lengths` as a tensor, after checks of them and of the tokens."""
+    def _checked_lengths(self, tokens: Tensor, lengths: Lengths) -> Any:
+        """`lengths` as a tensor, after checks of them and of the tokens, but for a trace."""
+        if is_proxy(tokens) or torch.jit.is_tracing():
+            return lengths if is_proxy(lengths) else as_lengths(self.name, lengths)
         if not isinstance(tokens, Tensor):
             raise TypeError(f"{self.name}: tokens ({type(tokens).__name__}) must be a Tensor")
         batch_first = self.lstm.batch_first

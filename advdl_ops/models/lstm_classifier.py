@@ -12,7 +12,7 @@ import os
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from advdl_ops.models._layers import build
 from advdl_ops.models._registry import register_model
@@ -47,19 +47,21 @@ class LSTMClassifier(TokenModel):
             directions = 1 + self.lstm.bidirectional
             pooled = h_n[-directions:].transpose(0, 1).flatten(1)
         else:
-            pooled = self._pooled(y, lengths)
+            pooled = _pooled(y, lengths, self.pool, self.lstm.batch_first)
         return self.linear(self.dropout(pooled))
 
-    def _pooled(self, y: Tensor, lengths: Lengths) -> Tensor:
-        """Maximum or mean over the times of each sequence: `[N, D * hidden_size]`."""
-        y = y.transpose(0, 1) if self.lstm.batch_first else y
-        if lengths is None:
-            return y.amax(0) if self.pool == "max" else y.mean(0)
-        ends = torch.as_tensor(lengths, device=y.device).unsqueeze(1)
-        if self.pool == "mean":
-            return y.sum(0) / ends  # y is zero past a sequence's end
-        times = torch.arange(len(y), device=y.device).view(-1, 1, 1)
-        return y.masked_fill(times >= ends, -math.inf).amax(0)
+
+@fx.wrap  # lengths may be None for a call of a traced model, and not for another
+def _pooled(y: Tensor, lengths: Lengths, pool: str, batch_first: bool) -> Tensor:
+    """Maximum or mean over the times of each sequence: `[N, D * hidden_size]`."""
+    y = y.transpose(0, 1) if batch_first else y
+    if lengths is None:
+        return y.amax(0) if pool == "max" else y.mean(0)
+    ends = torch.as_tensor(lengths, device=y.device).unsqueeze(1)
+    if pool == "mean":
+        return y.sum(0) / ends  # y is zero past a sequence's end
+    times = torch.arange(y.shape[0], device=y.device).view(-1, 1, 1)
+    return y.masked_fill(times >= ends, -math.inf).amax(0)
 
 
 @register_model

@@ -67,7 +67,7 @@ class LSTMLM(TokenModel):
             self.linear.register_parameter("weight", None)
 
     def forward(
-        self, tokens: Tensor, hx: States | None = None, *, lengths: Lengths = None
+        self, tokens: Tensor, hx: States | None = None, lengths: Lengths = None
     ) -> tuple[Tensor, States]:
         """As `torch.nn.LSTM`; errors as in `features`.
 

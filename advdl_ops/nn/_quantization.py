@@ -7,6 +7,8 @@ A layer gets torch's class when it is fused with its neighbours (``fuse_modules`
 from __future__ import annotations
 
 import itertools
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,35 +17,29 @@ from ..activation import IDENTITY
 from ._one_by_one import layer_of
 
 
-def torchs_class(layer: torch.nn.Module) -> type[torch.nn.Module]:
-    return next(k for k in type(layer).__mro__ if k.__module__.startswith("torch.nn.modules."))
-
-
-def become_torchs(layer: torch.nn.Module) -> None:
-    """Gives a layer torch's class. Subclasses, and layers of other packages, keep theirs.
-
-    Raises:
-        RuntimeError: the layer has an activation of its own.
-    """
-    kind = type(layer)
-    if layer_of(layer) is not kind or not kind.__module__.startswith("advdl_ops.nn."):
-        return
-    if getattr(layer, "act", IDENTITY) != IDENTITY:
-        raise RuntimeError(
-            f"torch.ao.quantization: {kind.__name__} has an activation of its own, which torch's layer does not have; "
-            "put the activation behind the layer"
-        )
-    object.__setattr__(layer, "__class__", torchs_class(layer))
-
-
 class Configuration:
-    """The attribute ``qconfig``, by which ``torch.ao.quantization`` says how a layer is to be quantized."""
+    """The attribute ``qconfig``, by which ``torch.ao.quantization`` says how a layer is to be quantized.
+
+    Args:
+        original: torch's class, which the layer gets with a configuration.
+    """
+
+    def __init__(self, original: type[torch.nn.Module]) -> None:
+        self.original = original
 
     def __get__(self, layer: Any, kind: Any = None) -> Any:
         if layer is None:
             return self
         if "qconfig" in layer.__dict__:
             return layer.__dict__["qconfig"]
+        caller: Any = sys._getframe(1)
+        if caller.f_code.co_name == "__get__":  # of a subclass
+            caller = caller.f_back
+        if caller.f_code.co_name == "_propagate_qconfig_helper":
+            # It has looked for type(layer) and asks for the layer's own. A layer's name comes before its class.
+            asked, name = caller.f_locals["qconfig_dict"], caller.f_locals["prefix"]
+            if self.original in asked and name not in asked:
+                return asked[self.original]
         raise AttributeError(f"{type(layer).__name__} has no attribute 'qconfig'")
 
     def __set__(self, layer: Any, value: Any) -> None:
@@ -55,7 +51,38 @@ class Configuration:
         del layer.__dict__["qconfig"]
 
 
-def register_fusions(ours: dict[type[torch.nn.Module], type[torch.nn.Module]]) -> None:
+def become_torchs(layer: Any) -> None:
+    """Gives a layer torch's class. Layers of other packages, and subclasses outside of this package, keep theirs.
+
+    Raises:
+        RuntimeError: the layer computes what torch's does not.
+    """
+    kind = type(layer)
+    if layer_of(layer) is not kind or not kind.__module__.startswith("advdl_ops.nn."):
+        return
+    beyond = _beyond_torch(layer)
+    if beyond:
+        raise RuntimeError(
+            f"torch.ao.quantization: {kind.__name__} has {beyond}, which torch's layer does not have; set its qconfig "
+            "to None to leave it as it is"
+        )
+    original = kind.qconfig.original
+    object.__setattr__(layer, "__class__", original)
+    if original is torch.nn.LSTM:
+        layer._init_flat_weights()  # this package's layer does not maintain them
+
+
+def _beyond_torch(layer: Any) -> str:
+    """The options in use that torch's layer does not have."""
+    own = {
+        "an activation of its own": getattr(layer, "act", IDENTITY) != IDENTITY,
+        "layer_norm": getattr(layer, "layer_norm", False),
+        "zoneout": getattr(layer, "zoneout", 0) not in (0, (0, 0), [0, 0]),
+    }
+    return " and ".join(name for name, used in own.items() if used)
+
+
+def register_fusions(ours: Mapping[type[torch.nn.Module], type[torch.nn.Module]]) -> None:
     """Lets ``fuse_modules`` take this package's layers where it takes torch's.
 
     Args:

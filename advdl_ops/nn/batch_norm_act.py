@@ -67,7 +67,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
     activation. That layer takes no residual.
     """
 
-    qconfig = _ActivationKeeper()
+    qconfig = _ActivationKeeper(torch.nn.BatchNorm2d)
     __prepare_scriptable__ = refuse_script
 
     def __init__(
@@ -106,7 +106,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "folded": None}
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, act: _Act = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, act: _Act = None) -> Tensor:
         """``input``, ``residual`` ``[N, C, H, W]`` -> ``[N, C, H, W]``; errors as :func:`.batch_norm_act`.
 
         Args:

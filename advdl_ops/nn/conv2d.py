@@ -35,7 +35,7 @@ class Conv2d(torch.nn.Conv2d):
             taken over.
     """
 
-    qconfig = Configuration()
+    qconfig = Configuration(torch.nn.Conv2d)
     __prepare_scriptable__ = refuse_script
 
     def __init__(
@@ -60,7 +60,7 @@ class Conv2d(torch.nn.Conv2d):
             padding_mode, device, dtype,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, act: _Act = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, act: _Act = None) -> Tensor:
         """``input``, ``residual`` (of the output's shape) -> ``[N, C_out, H_out, W_out]``; errors as :func:`.conv2d`.
 
         Args:

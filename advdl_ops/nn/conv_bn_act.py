@@ -10,7 +10,7 @@ from torch import Tensor
 from .._conv.folded import FoldedConv, Source, problem_of_folded
 from .._conv.problem import Conv, Problem
 from .._schemas import conv2d_shape
-from .._watch import has_global_hooks, is_observed, is_watched
+from .._watch import check_root, has_global_hooks, is_observed, is_proxy, is_watched
 from ..activation import IDENTITY, Activation, act_repr, resolve_activation
 from ..functional._norm import check_per_channel, check_residual
 from ..functional.conv_bn_act import (
@@ -97,6 +97,8 @@ class ConvBNAct(torch.nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x`` ``[N, C_in, H, W]``, ``residual`` of the output's shape -> ``[N, C_out, H_out, W_out]``."""
+        if is_proxy(x):
+            check_root(self, x)
         if self.order == "conv-act-bn" and unobserved(self.act) != IDENTITY:
             return self._activated_first(x, residual)
         return conv_bn_act(self.conv, self.bn, x, residual, act=self.act)

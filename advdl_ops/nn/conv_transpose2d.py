@@ -29,7 +29,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             taken over.
     """
 
-    qconfig = Configuration()
+    qconfig = Configuration(torch.nn.ConvTranspose2d)
     __prepare_scriptable__ = refuse_script
 
     def __init__(
@@ -59,7 +59,6 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         self,
         input: Tensor,
         output_size: Sequence[int] | None = None,
-        *,
         match: Tensor | Sequence[int] | None = None,
         act: str | Activation | torch.nn.Module | None = None,
     ) -> Tensor:

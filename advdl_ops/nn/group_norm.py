@@ -28,7 +28,7 @@ class GroupNorm(torch.nn.GroupNorm):
             taken over.
     """
 
-    qconfig = Configuration()
+    qconfig = Configuration(torch.nn.GroupNorm)
     __prepare_scriptable__ = refuse_script
 
     def __init__(
@@ -48,7 +48,7 @@ class GroupNorm(torch.nn.GroupNorm):
         if not bias:  # an argument of torch from 2.13 on
             self.register_parameter("bias", None)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, act: _Act = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, act: _Act = None) -> Tensor:
         """``input``, ``residual`` ``[N, C, ...]`` -> ``[N, C, ...]``; errors as :func:`.group_norm`.
 
         Args:
@@ -107,7 +107,7 @@ class LayerNorm2d(torch.nn.LayerNorm):
                 f"LayerNorm2d: normalized_shape ({tuple(self.normalized_shape)}) must be the number of channels"
             )
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, act: _Act = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, act: _Act = None) -> Tensor:
         """``input``, ``residual`` ``[N, C, ...]`` -> ``[N, C, ...]``; errors as :func:`.layer_norm_2d`.
 
         Args:
@@ -136,7 +136,6 @@ class LayerNorm2d(torch.nn.LayerNorm):
 class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
     """The forward pass of the three instance norms (Ulyanov et al. 2016, arXiv:1607.08022)."""
 
-    qconfig = Configuration()
     __prepare_scriptable__ = refuse_script
 
     def __init__(
@@ -157,7 +156,7 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
         if not bias:  # an argument of torch from 2.13 on
             self.register_parameter("bias", None)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, act: _Act = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, act: _Act = None) -> Tensor:
         """``input``, ``residual`` ``[N, C, ...]`` or ``[C, ...]`` -> the same; errors as :func:`.instance_norm`.
 
         Args:
@@ -209,6 +208,8 @@ class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
     :class:`GroupNorm`.
     """
 
+    qconfig = Configuration(torch.nn.InstanceNorm1d)
+
 
 class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
     """``act(instance_norm(x) + residual)`` over ``[N, C, H, W]`` or ``[C, H, W]``.
@@ -217,6 +218,8 @@ class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
     :class:`GroupNorm`.
     """
 
+    qconfig = Configuration(torch.nn.InstanceNorm2d)
+
 
 class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     """``act(instance_norm(x) + residual)`` over ``[N, C, D, H, W]`` or ``[C, D, H, W]``.
@@ -224,3 +227,5 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     Arguments, defaults, buffers and ``state_dict`` keys of :class:`torch.nn.InstanceNorm3d`, and ``act`` as
     :class:`GroupNorm`.
     """
+
+    qconfig = Configuration(torch.nn.InstanceNorm3d)

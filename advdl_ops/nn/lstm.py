@@ -13,6 +13,8 @@ from .._watch import is_proxy, recorded
 from ..functional._lstm_checks import check_rate
 from ..functional.lstm import lstm
 from ..functional.lstm_cell import lstm_cell
+from ._quantization import Configuration
+from ._script import refuse_script
 
 _States = tuple[Tensor, Tensor]
 
@@ -29,6 +31,9 @@ class LSTMCell(torch.nn.LSTMCell):
     Raises:
         ValueError: ``forget_bias`` with ``bias=False``.
     """
+
+    qconfig = Configuration(torch.nn.LSTMCell)
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -104,7 +109,18 @@ class LSTM(torch.nn.RNNBase):
         ValueError: ``proj_size`` not below ``hidden_size``, a rate outside of 0..1, ``forget_bias`` with
             ``bias=False``; and what torch raises.
         TypeError: a rate that is not a number; and what torch raises.
+
+    ``torch.export``, ``torch.onnx.export`` and ``torch.jit.trace`` record one ``aten.lstm`` as of torch's layer, for
+    any number of steps and sequences, and with ``lengths`` one for each layer and direction. In strict mode and after
+    ``run_decompositions`` the number of steps is fixed, as torch's layer has it. ``layer_norm``, ``zoneout`` and, in
+    training, ``recurrent_dropout`` are recorded step by step, for the given number of steps; so is ``proj_size`` in
+    ONNX. A ``PackedSequence`` can be traced, not exported: give ``lengths``.
+
+    Under ``torch.ao.quantization`` it becomes torch's layer, and ``layer_norm`` and ``zoneout`` raise an error.
     """
+
+    qconfig = Configuration(torch.nn.LSTM)
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -213,7 +229,7 @@ class LSTM(torch.nn.RNNBase):
         """Does nothing: no kernel needs the weights in one block of memory."""
 
     def forward(
-        self, input: Any, hx: _States | None = None, *, lengths: Tensor | list[int] | None = None
+        self, input: Any, hx: _States | None = None, lengths: Tensor | list[int] | None = None
     ) -> tuple[Any, _States]:
         """As :class:`torch.nn.LSTM`; with ``lengths`` also over padded sequences. Errors are those of :func:`.lstm`.
 

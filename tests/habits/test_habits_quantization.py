@@ -77,20 +77,24 @@ def test_static_quantization(pair):
     torch.testing.assert_close(outs[1], outs[0])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_activation_would_be_lost():
     model = torch.nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNormAct2d(4, act="relu")).eval()
     with pytest.raises(RuntimeError, match="BatchNormAct2d has an activation of its own"):
         quantization.fuse_modules(model, [["0", "1"]])
     model.qconfig = quantization.default_qconfig
-    with pytest.raises(RuntimeError, match="has an activation of its own"):
+    with pytest.raises(RuntimeError, match=r"has an activation of its own.* qconfig to None"):
         quantization.prepare(model)
+    model[1].qconfig = None
+    prepared = quantization.prepare(model)
+    assert type(prepared[0]) is torch.nn.Conv2d and type(prepared[1]) is nn.BatchNormAct2d
 
 
 @pytest.mark.parametrize(
     "layer",
     [
         nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(3, 4, 2), nn.BatchNormAct2d(3), nn.GroupNorm(1, 3),
-        nn.LayerNorm2d(3), nn.InstanceNorm2d(3), nn.ConvBNReLU(3, 4, 1),
+        nn.LayerNorm2d(3), nn.InstanceNorm2d(3), nn.ConvBNReLU(3, 4, 1), nn.LSTM(3, 4), nn.LSTMCell(3, 4),
     ],
     ids=lambda layer: type(layer).__name__,
 )  # fmt: skip

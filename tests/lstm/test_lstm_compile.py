@@ -240,7 +240,7 @@ def test_refused_while_compiling():
 
 @NAMES
 def test_export(name):
-    """A sequence length is static there; the batch need not be."""
+    """The batch may vary; tests/habits has the number of steps."""
     module = module_of(name)
     dim = 0 if module.batch_first else 1
     batch = torch.export.Dim("batch", min=2, max=64)

@@ -34,7 +34,7 @@ def type_by_torch(call):
 # ---- one step ----
 
 CELL = {
-    "x": torch.randn(B, I),
+    "input": torch.randn(B, I),
     "hx": (torch.randn(B, H), torch.randn(B, H)),
     "w_ih": torch.randn(4 * H, I),
     "w_hh": torch.randn(4 * H, H),
@@ -43,13 +43,13 @@ CELL = {
 }
 # What is wrong -> (the change, the argument that the message names, the exception where it is not torch's)
 CELL_CASES = {
-    "features": ({"x": zeros(B, I + 1)}, "x", BY_TORCH),
-    "rank 1": ({"x": zeros(I)}, "x", RuntimeError),
-    "rank 3": ({"x": zeros(1, B, I)}, "x", RuntimeError),
-    "x of fp64": ({"x": zeros(B, I, dtype=torch.float64)}, "x", BY_TORCH),
-    "x of integers": ({"x": zeros(B, I, dtype=torch.int64)}, "x", BY_TORCH),
-    "x no tensor": ({"x": [[1.0]]}, "x", BY_TORCH),
-    "x on meta": ({"x": zeros(B, I, device="meta")}, "w_ih", BY_TORCH),
+    "features": ({"input": zeros(B, I + 1)}, "x", BY_TORCH),
+    "rank 1": ({"input": zeros(I)}, "x", RuntimeError),
+    "rank 3": ({"input": zeros(1, B, I)}, "x", RuntimeError),
+    "x of fp64": ({"input": zeros(B, I, dtype=torch.float64)}, "x", BY_TORCH),
+    "x of integers": ({"input": zeros(B, I, dtype=torch.int64)}, "x", BY_TORCH),
+    "x no tensor": ({"input": [[1.0]]}, "x", BY_TORCH),
+    "x on meta": ({"input": zeros(B, I, device="meta")}, "w_ih", BY_TORCH),
     "hx a tensor": ({"hx": zeros(2, B, H)}, "hx", BY_TORCH),
     "hx of one": ({"hx": (zeros(B, H),)}, "hx", BY_TORCH),
     "hx of three": ({"hx": (zeros(B, H),) * 3}, "hx", BY_TORCH),
@@ -129,7 +129,7 @@ def test_cell_module_refuses_as_torchs(backend, name):
 def sequence_arguments(**changed):
     module = torch.nn.LSTM(I, H)
     given = {
-        "x": torch.randn(T, B, I),
+        "input": torch.randn(T, B, I),
         "hx": (torch.randn(1, B, H), torch.randn(1, B, H)),
         "params": [t.detach() for t in module.parameters()],
         "has_biases": True,
@@ -148,18 +148,18 @@ def with_parameter(i, t):
     return {"params": params}
 
 
-PACKED = {"x": zeros(9, I), "batch_sizes": torch.tensor([3, 3, 2, 1])}
+PACKED = {"input": zeros(9, I), "batch_sizes": torch.tensor([3, 3, 2, 1])}
 LENGTHS = torch.tensor([5, 3, 1])
 # What is wrong -> (the change, what the message says after "lstm: ", the exception)
 SEQUENCE_CASES = {
-    "features": ({"x": zeros(T, B, I + 1)}, r"x \(shape \(5, 3, 5\)\) must have 4 features", RuntimeError),
-    "rank 2": ({"x": zeros(T, I)}, r"x \(.+must be \[T, B, I\]", RuntimeError),
-    "rank 4": ({"x": zeros(1, T, B, I)}, r"x \(.+must be \[T, B, I\]", RuntimeError),
-    "no step": ({"x": zeros(0, B, I)}, r"x \(shape \(0, 3, 4\)\) must have a step", RuntimeError),
-    "x of integers": ({"x": zeros(T, B, I).long()}, r"x \(dtype", RuntimeError),
-    "x of fp64": ({"x": zeros(T, B, I).double()}, r"x \(dtype", RuntimeError),
-    "x no tensor": ({"x": [1.0]}, r"x \(list\) must be a Tensor", TypeError),
-    "x on meta": ({"x": zeros(T, B, I, device="meta")}, r"weight_ih_l0 \(device", RuntimeError),
+    "features": ({"input": zeros(T, B, I + 1)}, r"x \(shape \(5, 3, 5\)\) must have 4 features", RuntimeError),
+    "rank 2": ({"input": zeros(T, I)}, r"x \(.+must be \[T, B, I\]", RuntimeError),
+    "rank 4": ({"input": zeros(1, T, B, I)}, r"x \(.+must be \[T, B, I\]", RuntimeError),
+    "no step": ({"input": zeros(0, B, I)}, r"x \(shape \(0, 3, 4\)\) must have a step", RuntimeError),
+    "x of integers": ({"input": zeros(T, B, I).long()}, r"x \(dtype", RuntimeError),
+    "x of fp64": ({"input": zeros(T, B, I).double()}, r"x \(dtype", RuntimeError),
+    "x no tensor": ({"input": [1.0]}, r"x \(list\) must be a Tensor", TypeError),
+    "x on meta": ({"input": zeros(T, B, I, device="meta")}, r"weight_ih_l0 \(device", RuntimeError),
     "hx a tensor": ({"hx": zeros(2, 1, B, H)}, r"hx \(\w*Tensor\) must be a tuple", TypeError),
     "hx of one": ({"hx": (zeros(1, B, H),)}, r"hx \(1 values\) must be a tuple", RuntimeError),
     "hx of three": ({"hx": (zeros(1, B, H),) * 3}, r"hx \(3 values\)", RuntimeError),
@@ -242,7 +242,7 @@ SEQUENCE_CASES = {
     ),
     "batch size 0": ({**PACKED, "batch_sizes": torch.tensor([3, 3, 3, 0])}, r"batch_sizes\[3\] \(0\)", RuntimeError),
     "no batch_sizes": (
-        {"x": zeros(0, I), "batch_sizes": LENGTHS[:0]},
+        {"input": zeros(0, I), "batch_sizes": LENGTHS[:0]},
         r"batch_sizes \(shape \(0,\)\) must",
         RuntimeError,
     ),
@@ -271,7 +271,7 @@ def test_missing_bias_is_no_mistake(backend):
     """torch's cell takes one bias of the two; the sequence does here."""
     given = sequence_arguments(**with_parameter(3, None))
     zeroed = sequence_arguments(params=[*given["params"][:3], zeros(4 * H)])
-    zeroed |= {"x": given["x"], "hx": given["hx"]}
+    zeroed |= {"input": given["input"], "hx": given["hx"]}
     torch.testing.assert_close(lstm(**given), lstm(**zeroed))
 
 
@@ -472,7 +472,7 @@ def test_what_is_no_mistake(backend):
 def test_two_devices():
     given = sequence_arguments()
     for name, value in {
-        "x": given["x"].cuda(),
+        "input": given["input"].cuda(),
         "hx": tuple(t.cuda() for t in given["hx"]),
         "lengths": LENGTHS.cuda(),
     }.items():
