@@ -33,6 +33,7 @@ from advdl_ops.models._layers import (
     check_values_per_channel,
     conv,
     first_features,
+    from_fast_format,
     init_convolutions,
     norm_factory,
     uses_fast_format,
@@ -312,19 +313,21 @@ class ResNetEncoder(ResNet):
         """[N, in_channels, H, W] -> features at 1/2, 1/4, 1/8, 1/16 and 1/32 of H and W, rounded up.
 
         Args:
-            is_fast: whether they are in channels_last; None: where that is faster, whatever the format of `x`.
+            is_fast: of a part of another model: whether they are in channels_last. None: they have the format of `x`.
         """
         self._check_input(x)
-        if is_fast is None or is_proxy(x):
+        is_part = not (is_fast is None or is_proxy(x))
+        if not is_part:
             is_fast = uses_fast_format(self, x, not self.is_dilated)
         wanted = self.feature_info.out_indices
-        x = first_features(self._stem, x, is_fast)
-        features = [x]
-        x = self.maxpool(x)
+        out = first_features(self._stem, x, bool(is_fast))
+        features = [out]
+        out = self.maxpool(out)
         for stage in range(1, wanted[-1] + 1):
-            x = getattr(self, f"layer{stage}")(x)
-            features.append(x)
-        return [features[index] for index in wanted]
+            out = getattr(self, f"layer{stage}")(out)
+            features.append(out)
+        found = [features[index] for index in wanted]
+        return found if is_part else [from_fast_format(feature, x) for feature in found]
 
 
 def _reduction(stages: Sequence[torch.nn.Module]) -> int:

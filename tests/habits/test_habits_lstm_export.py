@@ -67,7 +67,7 @@ def count(program, name="aten.lstm.input"):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, f64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.extra), f64])
 def test_exports_as_torchs_for_any_sizes(options, dtype):
     own, stock = pair(dtype, **options)
     x, hx, _ = sequences(own, dtype)
@@ -349,6 +349,7 @@ def test_onnx_as_torchs(evaluated, tmp_path, options):
         assert nodes[0].count("LSTM") == own.num_layers
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("options", WITHOUT_PROJECTION, ids=str)
 def test_onnx_for_any_sizes(evaluated, tmp_path, options):
     own, stock = pair(torch.float32, **options)
@@ -371,6 +372,7 @@ def test_onnx_for_any_sizes(evaluated, tmp_path, options):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("options", WITHOUT_PROJECTION, ids=str)
 def test_onnx_by_a_trace_for_any_sizes(evaluated, tmp_path, options):
     own, stock = pair(torch.float32, **options)
@@ -417,6 +419,7 @@ def test_onnx_of_a_cell(evaluated, tmp_path):
         assert nodes[0] == nodes[1]
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(("name", "options"), ZOO, ids=str)
 def test_onnx_of_the_zoo(evaluated, tmp_path, name, options):
     model, path = zoo_model(name, options), tmp_path / "model.onnx"

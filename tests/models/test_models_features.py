@@ -94,6 +94,15 @@ def test_the_outermost_model_chooses_the_memory_format(name):
         assert t.is_contiguous()
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_features_have_the_format_of_the_image(memory_format):
+    model = models.create_model("resnet18", features_only=True).eval()
+    x = torch.randn(2, 3, 64, 64).to(memory_format=memory_format)
+    with torch.no_grad():
+        for feature in model(x):
+            assert feature.is_contiguous(memory_format=memory_format)
+
+
 def test_traced_by_fx():
     model = models.create_model("resnet18", features_only=True, out_indices=(1, 2)).eval()
     graph = torch.fx.symbolic_trace(model)
