@@ -101,7 +101,7 @@ def test_inference_mode_parameters_are_never_stale():
     ],
 )
 def test_folding_refuses_what_a_convolution_refuses(change, message):
-    arguments = {"x": torch.randn(X), "weight": torch.randn(8, 3, 3, 3), **change}
+    arguments = {"input": torch.randn(X), "weight": torch.randn(8, 3, 3, 3), **change}
     with pytest.raises((RuntimeError, ValueError), match=rf"^(conv_bn_act|conv2d): {message} \("):
         functional.conv_bn_act(
             running_mean=torch.zeros(8), running_var=torch.ones(8), act="relu", **arguments

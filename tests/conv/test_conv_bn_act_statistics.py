@@ -74,7 +74,7 @@ def make(dtype: torch.dtype = f64, groups: int = 1, **_: Any) -> dict[str, Tenso
     wide = f64 if dtype == f64 else f32
     channels = groups if 4 % groups else 4
     return {
-        "x": torch.randn(3, channels, 9, 8).to(dtype),
+        "input": torch.randn(3, channels, 9, 8).to(dtype),
         "weight": (torch.randn(CHANNELS, channels // groups, 3, 3) / 3).to(dtype),
         "running_mean": torch.randn(CHANNELS).to(wide),
         "running_var": (torch.rand(CHANNELS) + 0.5).to(wide),
@@ -85,7 +85,7 @@ def make(dtype: torch.dtype = f64, groups: int = 1, **_: Any) -> dict[str, Tenso
 
 
 def stock(t: dict[str, Tensor], act: str, residual: Tensor | None, **options: Any) -> Tensor:
-    z = F.conv2d(t["x"], t["weight"], t["bias"].to(t["x"].dtype), **options)
+    z = F.conv2d(t["input"], t["weight"], t["bias"].to(t["input"].dtype), **options)
     running = t["running_mean"], t["running_var"]
     y = F.batch_norm(z, *running, t["bn_weight"], t["bn_bias"], True, 0.3, 1e-3)
     return ACTIVATIONS[act][1](y if residual is None else y + residual)
@@ -102,13 +102,13 @@ def results(
     """Output, gradients and running statistics, of the same values in ``dtype``."""
     generator = torch.Generator().manual_seed(1)
     own = {
-        n: v.detach().clone().to(dtype if n in ("x", "weight") or dtype == f64 else f32)
+        n: v.detach().clone().to(dtype if n in ("input", "weight") or dtype == f64 else f32)
         for n, v in t.items()
     }
     with torch.no_grad():
         like = stock({n: v.clone() for n, v in own.items()}, act, None, **options)
-    r = torch.randn(like.shape, generator=generator).to(t["x"].dtype).to(dtype)
-    dout = torch.randn(like.shape, generator=generator).to(t["x"].dtype).to(dtype)
+    r = torch.randn(like.shape, generator=generator).to(t["input"].dtype).to(dtype)
+    dout = torch.randn(like.shape, generator=generator).to(t["input"].dtype).to(dtype)
     leaves = {n: v.requires_grad_() for n, v in own.items() if "running" not in n}
     if residual:
         leaves["residual"] = r = r.requires_grad_()
@@ -130,11 +130,11 @@ def test_values_in_fp64(name: str, layout: str, way: str, gpu: Gpu) -> None:
     for act in ("relu", "silu", "none"):
         for residual in (True, False):
             t = make(**options)
-            t["x"] = in_layout(t["x"], layout)
+            t["input"] = in_layout(t["input"], layout)
             expected = results(stock, t, f64, act, residual, **options)
             found = results(ours, t, f64, act, residual, **options)
             assert gpu.last_forward() == ("forward with statistics" if way == JOINED else "forward")
-            like = torch.empty_like(found["out"], memory_format=conv2d_format(t["x"]))
+            like = torch.empty_like(found["out"], memory_format=conv2d_format(t["input"]))
             assert found["out"].stride() == like.stride()
             for what, e in expected.items():
                 message = f"{what}, {act}"
@@ -161,7 +161,7 @@ def test_in_half_precision_the_statistics_are_those_of_what_is_stored(
     gpu.wish = JOINED
     t = make(dtype)
     options = (1, 1), (0, 0), (1, 1), 1
-    z = reference.conv2d(t["x"], t["weight"], None, *options, None, t["bias"], None, IDENTITY)
+    z = reference.conv2d(t["input"], t["weight"], None, *options, None, t["bias"], None, IDENTITY)
     names = "running_mean", "running_var", "bn_weight", "bn_bias"
 
     def stock_norm(dtype_of_z: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
@@ -179,9 +179,9 @@ def test_in_half_precision_the_statistics_are_those_of_what_is_stored(
 def test_gradgradcheck(way: str, gpu: Gpu) -> None:
     gpu.wish = way
     t = {n: v[:2].double() for n, v in make().items()}
-    t["x"] = t["x"][:, :, :4, :3].clone()
+    t["input"] = t["input"][:, :, :4, :3].clone()
     residual = torch.randn(2, 2, 2, 1, dtype=f64)
-    names = ["x", "weight", "bn_weight", "bn_bias", "bias"]
+    names = ["input", "weight", "bn_weight", "bn_bias", "bias"]
 
     def function(residual: Tensor, *leaves: Tensor) -> Tensor:
         tensors = {**t, **dict(zip(names, leaves, strict=True))}
@@ -198,7 +198,7 @@ def test_optional_tensors(gpu: Gpu) -> None:
     t = make()
     for left_out in (["bias"], ["running_mean", "running_var"], ["bn_weight", "bn_bias"]):
         given = {n: v.clone() for n, v in t.items()} | dict.fromkeys(left_out)
-        z = F.conv2d(given["x"], given["weight"], given["bias"])
+        z = F.conv2d(given["input"], given["weight"], given["bias"])
         running = (None if v is None else v.clone() for v in list(given.values())[2:4])
         expected = F.batch_norm(z, *running, given["bn_weight"], given["bn_bias"], True)
         torch.testing.assert_close(conv_bn_act(**given, training=True), expected)
@@ -223,7 +223,7 @@ def test_running_statistics_in_half_precision_are_rounded_once(gpu: Gpu) -> None
 def test_autocast(gpu: Gpu) -> None:
     gpu.wish = JOINED
     t = make(f32)
-    by_hand = {n: v.to(bf16) if n in ("x", "weight") else v.clone() for n, v in t.items()}
+    by_hand = {n: v.to(bf16) if n in ("input", "weight") else v.clone() for n, v in t.items()}
     t["weight"].requires_grad_()
     with torch.autocast("cpu", bf16):
         own = ours(t, "silu", None)
@@ -264,9 +264,9 @@ def test_the_key(gpu: Gpu) -> None:
         key(bias=None),
         key(running_mean=None, running_var=None),
         key(stride=2),
-        key(x=t["x"].to(bf16), weight=t["weight"].to(bf16)),
-        key(x=in_layout(t["x"], "channels_last")),
-        key(x=t["x"][:2]),
+        key(input=t["input"].to(bf16), weight=t["weight"].to(bf16)),
+        key(input=in_layout(t["input"], "channels_last")),
+        key(input=t["input"][:2]),
     ]
     assert len(set(keys)) == len({tuning._text(k) for k in keys}) == len(keys)
 
@@ -294,7 +294,7 @@ def test_measuring_leaves_the_running_statistics_alone(
 def test_a_known_choice_asks_nothing(gpu: Gpu) -> None:
     t = make(f32)
     ours(t, "relu", None)
-    tuning._choices[t["x"].device, gpu.keys()[0]] = tuning.Choice(JOINED, {}, {})
+    tuning._choices[t["input"].device, gpu.keys()[0]] = tuning.Choice(JOINED, {}, {})
     del gpu.asked[:], gpu.launchers.called[:]
     ours(t, "relu", None)
     assert gpu.asked == [] and gpu.launchers.called == [("forward with statistics", FAST)]
@@ -337,7 +337,7 @@ def others(gpu: Gpu, case: str) -> None:
     elif case == "depthwise":
         x = torch.randn(2, CHANNELS, 5, 5)
         conv_bn_act(
-            **{**t, "x": x, "weight": torch.randn(CHANNELS, 1, 3, 3)},
+            **{**t, "input": x, "weight": torch.randn(CHANNELS, 1, 3, 3)},
             groups=CHANNELS,
             training=True,
         )
@@ -350,9 +350,9 @@ def others(gpu: Gpu, case: str) -> None:
         t["running_var"] = torch.ones(2 * CHANNELS)[::2]
         conv_bn_act(**t, training=True)
     elif case == "empty":
-        conv_bn_act(**{**t, "x": t["x"][:0]}, training=True)
+        conv_bn_act(**{**t, "input": t["input"][:0]}, training=True)
     elif case == "functorch":
-        x = t.pop("x")
+        x = t.pop("input")
         t["running_mean"] = t["running_var"] = None
         torch.func.jvp(lambda x: conv_bn_act(x, **t, training=True), (x,), (x,))
     else:
@@ -383,7 +383,7 @@ def test_what_is_served_as_elsewhere(case: str, gpu: Gpu) -> None:
         ({"running_var": None}, ValueError, "batch_norm_act: running_var"),
         ({"bn_weight": torch.ones(3)}, RuntimeError, "batch_norm_act: weight"),
         ({"bias": torch.ones(3)}, RuntimeError, "conv2d: bias"),
-        ({"x": torch.ones(1, 4, 3, 3)}, ValueError, "batch_norm_act: x"),
+        ({"input": torch.ones(1, 4, 3, 3)}, ValueError, "batch_norm_act: x"),
         ({"residual": torch.ones(1)}, ValueError, "batch_norm_act: residual"),
         ({"weight": None}, TypeError, "conv2d: weight"),
         ({"groups": 3}, RuntimeError, "conv2d: groups"),

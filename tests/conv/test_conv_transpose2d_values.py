@@ -36,7 +36,7 @@ def check(name, dtype, layout="contiguous", act="none", shape=(2, 5, 4)):
     dout = torch.randn(size, dtype=f64).to(dtype)
     exact = exactly(t, dout, act, **options)
     sizes = term_sizes(t, dout, **options)
-    laid = {"weight": t["weight"], "bias": t["bias"], "x": in_layout(t["x"], layout)}
+    laid = {**t, "x": in_layout(t["x"], layout)}
     dout = in_layout(dout, layout)
     spelled, stock_act = ACTIVATIONS[act]
     peer, dpeer = laid, dout
@@ -45,7 +45,7 @@ def check(name, dtype, layout="contiguous", act="none", shape=(2, 5, 4)):
     stock = collect(F.conv_transpose2d, peer, dpeer, stock_act, **options)
     found = collect(conv_transpose2d, laid, dout, same, act=spelled, **options)
     with torch.no_grad():
-        found["out without gradients"] = conv_transpose2d(**laid, act=spelled, **options)
+        found["out without gradients"] = conv_transpose2d(*laid.values(), act=spelled, **options)
     exact["out without gradients"], stock["out without gradients"] = exact["out"], stock["out"]
     sizes["out without gradients"] = sizes["out"]
     for key, value in exact.items():
@@ -86,8 +86,8 @@ def test_unbatched(backend):
         for act in (None, "relu", "silu"):
             one = {**t, "x": t["x"][0]}
             torch.testing.assert_close(
-                conv_transpose2d(**one, act=act, **options),
-                conv_transpose2d(**t, act=act, **options)[0],
+                conv_transpose2d(*one.values(), act=act, **options),
+                conv_transpose2d(*t.values(), act=act, **options)[0],
                 rtol=1e-13, atol=1e-13,
             )  # fmt: skip
 
@@ -131,7 +131,7 @@ def test_inputs_are_not_written(backend):
         t = make("double", f32)
         kept = {name: v.clone() for name, v in t.items()}
         with torch.no_grad():
-            conv_transpose2d(**t, stride=2, act=ACTIVATIONS[act][0])
+            conv_transpose2d(*t.values(), stride=2, act=ACTIVATIONS[act][0])
         dout = torch.ones(2, 6, 10, 8)
         collect(conv_transpose2d, t, dout, same, stride=2, act=ACTIVATIONS[act][0])
         assert all(torch.equal(t[name], v) for name, v in kept.items())
@@ -175,7 +175,7 @@ def test_which_operators_run(backend, name):
     """Depthwise layers by this package's kernels, forward and backward, and only those."""
     options = LAYERS[name][3]
     t = make(name, f32)
-    dout = torch.randn(F.conv_transpose2d(**t, **options).shape)
+    dout = torch.randn(F.conv_transpose2d(*t.values(), **options).shape)
     with Recorded() as recorded:
         collect(conv_transpose2d, t, dout, same, act="relu", **options)
     own = {"advdl_ops.conv2d.default", "advdl_ops.conv2d_backward.default"}

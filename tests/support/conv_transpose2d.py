@@ -147,7 +147,7 @@ def same(z: Tensor) -> Tensor:
 def collect(function, t: dict[str, Tensor], dout: Tensor, then=same, /, **options):
     """Output and gradients of ``then(function(x, weight, bias, **options))``."""
     leaves = {name: v.detach().requires_grad_() for name, v in t.items()}
-    out = then(function(**leaves, **options))
+    out = then(function(*leaves.values(), **options))
     grads = torch.autograd.grad(out, list(leaves.values()), dout)
     return {
         "out": out.detach(),
