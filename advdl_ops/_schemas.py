@@ -4,7 +4,7 @@ Only operators whose name ends in ``_`` write an argument. ``csrc/common/<family
 implementations are in:
 
 - ``csrc/bindings/<family>.cpp``: the norms and the LSTM for CPU and CUDA; ``dense_conv2d``, ``depthwise_conv2d`` and
-  ``convert_layout`` for CPU;
+  ``convert_layout`` and ``checksum`` for CPU;
 - ``_conv/operators.py``: ``conv2d`` for CPU and CUDA.
 """
 
@@ -93,6 +93,8 @@ _library.define(
     "winograd_conv2d_backward(Tensor dz, Tensor x, Tensor weight, int[2] padding, int[2] dilation, int groups, "
     "int dx_tile, int dweight_tile, bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)"
 )
+# Of the bytes of x, contiguous or in channels_last, see csrc/common/checksum.h.
+_library.define("checksum(Tensor x) -> int")
 # A copy of x [N, C, H, W] in the other memory format.
 _library.define("convert_layout(Tensor x, bool channels_last) -> Tensor")
 # One step of torch's LSTM cell. The gates [N, 4H] are for backward, and empty unless `save`.

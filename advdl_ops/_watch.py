@@ -59,12 +59,16 @@ def formats_unwatched() -> Iterator[None]:
 
 # Torch's layers that draw a random number for each element, in memory order.
 _RANDOM = torch.nn.Dropout, torch.nn.AlphaDropout, torch.nn.RReLU
+_KNOWN = "torch.nn.", "advdl_ops."
 
 
-def sees_formats(model: torch.nn.Module) -> bool:
+def sees_formats(model: torch.nn.Module, is_known: bool = True) -> bool:
     """Whether the memory format of a tensor inside of ``model`` would be seen: by a hook, or in the random numbers.
 
     Hooks of ``model`` itself do not count: they see its input and output alone.
+
+    Args:
+        is_known: whether the code of other packages' layers in it was looked at. If not, they may draw random numbers.
     """
     if _looks and has_global_hooks():
         return True
@@ -74,8 +78,11 @@ def sees_formats(model: torch.nn.Module) -> bool:
         if layer is not None:
             if _looks and has_hooks(layer):
                 return True
-            if layer.training and isinstance(layer, _RANDOM) and getattr(layer, "p", 1) > 0:
-                return True
+            if layer.training:
+                if isinstance(layer, _RANDOM) and getattr(layer, "p", 1) > 0:
+                    return True
+                if not (is_known or layer._modules or type(layer).__module__.startswith(_KNOWN)):
+                    return True
             if layer._modules:
                 rest += layer._modules.values()
     return False
@@ -114,8 +121,14 @@ def recorded(layer: torch.nn.Module, x: Any, **kwargs: Any) -> Any:
 
     Raises:
         TraceError: ``layer`` itself is traced.
+        RuntimeError: it is traced to be quantized, which would look for torch's exact classes.
     """
     check_root(layer, x)
+    if type(x.tracer).__module__.startswith("torch.ao.quantization."):
+        raise RuntimeError(
+            f"torch.ao.quantization: FX graph mode does not know {type(layer).__name__} of advdl_ops: call "
+            "advdl_ops.restore(model) before, if advdl_ops.optimize made it; else use fuse_modules and prepare"
+        )
     tracer, path = x.tracer, x.tracer.path_of_module(layer)
     given = {name: value for name, value in kwargs.items() if value is not None}
     return tracer.create_proxy("call_module", path, (x,), given)

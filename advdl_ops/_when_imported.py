@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -26,15 +27,16 @@ class _Finder(MetaPathFinder):
 
     def __init__(self, name: str, function: _Function) -> None:
         self.name, self.function = name, function
+        self.asking = threading.local()
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or getattr(self.asking, "value", False):
             return None
-        sys.meta_path.remove(self)
+        self.asking.value = True  # this thread alone asks the other finders
         try:
             spec = importlib.util.find_spec(fullname)
         finally:
-            sys.meta_path.insert(0, self)
+            self.asking.value = False
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self)
         return spec

@@ -117,9 +117,9 @@ class use_weight_check(_Use):
     It notices every change that PyTorch counts. Writes through ``.data`` or numpy it notices by values.
 
     Args:
-        name: ``"default"``: a sum of all values, where that takes less than about 3 % of the layer's time (from 1,024
-            output pixels and 8 million products on), else one value of each output channel. ``"full"``: the sum,
-            always; for fault injection, or a search over single weights.
+        name: ``"default"``: one value of each output channel, and a checksum of the weight where that takes less than 3
+            % of the layer's time (from 1,024 output pixels and 50 million products on). ``"full"``: every value, with a
+            copy of the weight; for fault injection, or a search over single weights.
 
     Raises:
         ValueError: another name.

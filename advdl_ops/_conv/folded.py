@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._library import native
 from .._schemas import conv2d_format
 from ..activation import Activation
 from ..backend import get_weight_check, is_traced
@@ -44,10 +45,11 @@ class FoldedConv:
     is kept.
 
     Fused optimizers and writes through ``.data`` change neither version counters nor pointers. So the key also contains
-    values: all of the ``[C_out]`` tensors, and of the convolution's weight one value per output channel, and the sum of
-    all where :func:`sums_weight` says so. Other writes through ``.data`` are not noticed: call ``eval()`` after them.
+    values: all of the ``[C_out]`` tensors, and of the convolution's weight one value per output channel and what
+    :func:`compared` says. Other writes through ``.data`` are not noticed: call ``eval()`` after them.
 
     Args:
+        what: :func:`compared`.
         source: see :data:`Source`.
         scale, shift: ``[C_out]``, the norm as a scale and a shift.
         eps: of the norm.
@@ -55,7 +57,7 @@ class FoldedConv:
     """
 
     def __init__(
-        self, source: Source, scale: Tensor, shift: Tensor, eps: float, conv: Conv
+        self, what: str, source: Source, scale: Tensor, shift: Tensor, eps: float, conv: Conv
     ) -> None:
         bias = source[1]
         self.scale = scale
@@ -63,19 +65,26 @@ class FoldedConv:
         self.conv = conv
         self.identity = _identity(source, eps, conv)
         self.sample = _sample(source)
-        self.sum = _sum_of(source)
+        weight = source[0]
+        assert weight is not None
+        self.checksum = _checksum(weight) if native("cpu") else None
+        self.bits = _bits(weight).clone() if what == ALL else None
         # The form of the last call alone, unless one is asked for again after another: then all that are asked for.
         self.kept: dict[Form, Tensor] = {}
         self.keeps_all = False
         self._met: set[Form] = set()
 
-    def serves(self, problem: Problem, source: Source, eps: float, conv: Conv) -> bool:
+    def serves(self, what: str, source: Source, eps: float, conv: Conv) -> bool:
         """Whether this is still valid for ``source``."""
-        return (
-            self.identity == _identity(source, eps, conv)
-            and torch.equal(self.sample, _sample(source))
-            and (not sums_weight(problem) or self.sum == _sum_of(source))
-        )
+        if self.identity != _identity(source, eps, conv):
+            return False
+        if not torch.equal(self.sample, _sample(source)):
+            return False
+        weight = source[0]
+        assert weight is not None
+        if what == ALL:
+            return self.bits is not None and torch.equal(self.bits, _bits(weight))
+        return what == NOTHING or self.checksum == _checksum(weight)
 
     def __call__(
         self,
@@ -154,18 +163,21 @@ def problem_of_folded(x: Tensor, weight: Tensor, conv: Conv) -> Problem | None:
     return problem if problem.library and problem.x_numel > 0 else None
 
 
-# From so many output pixels and products on, the sum of the weight takes less than 3 % of the layer's time
+# What of the weight a call compares, beside a value of each output channel.
+NOTHING, CHECKSUM, ALL = "nothing", "checksum", "all"
+# From so many output pixels and products on, the checksum takes less than 3 % of the layer's time
 # (docs/performance.md).
-_SUMMED_PIXELS = 1024
-_SUMMED_PRODUCTS = 8 << 20
+_PIXELS = 1024
+_PRODUCTS = 48 << 20
 
 
-def sums_weight(problem: Problem) -> bool:
-    """Whether every call compares the sum of the weight."""
-    return get_weight_check() == "full" or (
-        problem.pixels >= _SUMMED_PIXELS
-        and problem.pixels * problem.weight_numel >= _SUMMED_PRODUCTS
-    )
+def compared(problem: Problem) -> str:
+    """What a call compares: of :data:`NOTHING`, :data:`CHECKSUM`, :data:`ALL`."""
+    if get_weight_check() == "full":
+        return ALL
+    products = problem.pixels * problem.weight_numel
+    pays = problem.pixels >= _PIXELS and products >= _PRODUCTS and native("cpu")
+    return CHECKSUM if pays else NOTHING
 
 
 def _identity(source: Source, eps: float, conv: Conv) -> tuple[Any, ...]:
@@ -186,14 +198,14 @@ def _sample(source: Source) -> Tensor:
     return torch.cat([middle, *(t for t in source[1:] if t is not None)])
 
 
-def _sum_of(source: Source) -> int:
-    """Of the weight's bits as integers, modulo 2**64, so that no change of a value is lost in rounding."""
-    weight = source[0]
-    assert weight is not None
-    dense = weight if has_format(weight, torch.channels_last) else weight.contiguous()
-    flat = dense.detach().as_strided((dense.numel(),), (1,))
-    for dtype in (torch.int64, torch.int32, torch.int16):  # the widest that fits
-        ratio = dtype.itemsize // weight.element_size()
-        if flat.numel() % ratio == 0 and flat.storage_offset() % ratio == 0:
-            return int(flat.view(dtype).sum())
-    raise AssertionError(weight.dtype)
+def _dense(weight: Tensor) -> Tensor:
+    return weight if has_format(weight, torch.channels_last) else weight.contiguous()
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """Its values as integers, so that NaN equals itself."""
+    return weight.detach().view(torch.int32 if weight.element_size() == 4 else torch.int16)
+
+
+def _checksum(weight: Tensor) -> int:
+    return torch.ops.advdl_ops.checksum.default(_dense(weight.detach()))

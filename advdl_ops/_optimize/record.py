@@ -89,6 +89,8 @@ def _exchanged(owner: torch.nn.Module, record: Record) -> list[str]:
         layer = owner._modules.get(name)
         if layer is not None and RECORD in layer.__dict__:
             continue
+        if type(layer).__module__.startswith("torch.ao."):  # fused by `fuse_modules`
+            continue
         kind = "nothing" if layer is None else type(layer).__name__
         lost = (
             act is not None

@@ -8,6 +8,7 @@ as calls of that operator too.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ from ._lstm_arguments import (
 )
 
 _Outputs = tuple[Tensor, Tensor, Tensor]
+_lock = threading.RLock()
 
 
 def exports_as_torchs(params: Sequence[Tensor], options: Options) -> bool:
@@ -86,6 +88,8 @@ def exported(
         dtype = cast_dtype(x)
         (x, *params), hx = cast_all([x, *params], dtype), cast_pair(hx, dtype)
         cells = grouped(params, options)
+    elif cast_dtype(x) is not None:
+        return _padded_in_wider_dtype(x, hx, params, lengths, options)
     x = x.transpose(0, 1) if options.batch_first else x
     by_layer = _onnx_layer if _writes_onnx() else _padded_layer
     final_h, final_c = [], []
@@ -97,6 +101,18 @@ def exported(
         if layer < options.num_layers - 1:
             x = F.dropout(x, options.dropout, options.train)
     return x.transpose(0, 1) if options.batch_first else x, torch.cat(final_h), torch.cat(final_c)
+
+
+def _padded_in_wider_dtype(
+    x: Tensor, hx: tuple[Tensor, Tensor], params: Sequence[Tensor], lengths: Any, options: Options
+) -> _Outputs:
+    """:func:`exported` with ``lengths`` under autocast, in the dtypes of a call that is not exported."""
+    projects = hx[0].shape[2] != hx[1].shape[2]
+    cell, hidden = sequence_dtypes(x, hx, whole=False, projects=projects)
+    x, h, c, *params = (t.to(cell) for t in (x, *hx, *params))
+    with torch.autocast(x.device.type, enabled=False):
+        y, h_n, c_n = exported(x, (h, c), params, Sequences(lengths, None), options)
+    return y.to(hidden), h_n.to(hidden), c_n
 
 
 def _writes_onnx() -> bool:
@@ -149,17 +165,18 @@ def _shapes_alone() -> Iterator[None]:
     from torch._dispatch.python import enable_python_dispatcher
 
     operator = torch.ops.aten.lstm.input
-    before = dict(operator.py_kernels)
-    for key in (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd):
-        operator.py_kernels[key] = _shapes
-    operator._dispatch_cache.clear()
-    try:
-        with enable_python_dispatcher():
-            yield
-    finally:
-        operator.py_kernels.clear()
-        operator.py_kernels.update(before)
+    with _lock:
+        before = dict(operator.py_kernels)
+        for key in (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd):
+            operator.py_kernels[key] = _shapes
         operator._dispatch_cache.clear()
+        try:
+            with enable_python_dispatcher():
+                yield
+        finally:
+            operator.py_kernels.clear()
+            operator.py_kernels.update(before)
+            operator._dispatch_cache.clear()
 
 
 def _shapes(

@@ -79,7 +79,7 @@ def conv2d(
 
     Args:
         input: x, ``[N, C_in, H, W]`` or ``[C_in, H, W]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept;
-            other strides give a contiguous result).
+            other strides give a contiguous result). Complex numbers are left to torch.
         weight: ``[C_out, C_in / groups, kH, kW]`` in ``x``'s dtype.
         bias: ``[C_out]`` or ``None``; in ``x``'s dtype, or fp32 with a half-precision ``x``, as scale and shift.
         stride, dilation: >= 1, one number or (height, width).
@@ -106,6 +106,11 @@ def conv2d(
     """
     x = input
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
+    if (
+        isinstance(x, Tensor) and x.is_complex() and scale is None and shift is None
+    ):  # torch's alone
+        z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return reference.stock.finished(z, residual, activation)
     x, weight, bias, epilogue = _in_autocast_dtype(
         x, weight, bias, Epilogue(scale, shift, residual, activation)
     )

@@ -96,7 +96,7 @@ def conv_transpose2d(
 
     Args:
         input: x, ``[N, C_in, H, W]`` or ``[C_in, H, W]``; fp32, fp64, bf16 or fp16; contiguous or channels_last (kept;
-            other strides give a contiguous result).
+            other strides give a contiguous result). Complex numbers are left to torch.
         weight: ``[C_in, C_out / groups, kH, kW]``, in ``x``'s dtype.
         bias: ``[C_out]`` or ``None``, in ``x``'s dtype.
         stride, padding, output_padding, dilation: one integer, or one for each of height and width;
@@ -119,6 +119,9 @@ def conv_transpose2d(
     """
     x = input
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
+    if isinstance(x, Tensor) and x.is_complex():  # torch's alone
+        z = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+        return reference.stock.finished(z, None, activation)
     options = Options(
         pair_of(_NAME, "stride", stride, 1),
         pair_of(_NAME, "padding", padding, 0),

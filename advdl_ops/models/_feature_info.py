@@ -35,6 +35,8 @@ class FeatureInfo:
 
 
 def checked_indices(name: str, out_indices: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(out_indices, Sequence):
+        raise TypeError(f"{name}: out_indices ({out_indices!r}) must be a sequence of integers")
     given = [index + 5 if index < 0 else index for index in out_indices]
     if not given or sorted(set(given)) != given or given[0] < 0 or given[-1] > 4:
         raise ValueError(

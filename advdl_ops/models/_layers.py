@@ -88,7 +88,7 @@ def uses_fast_format(model: torch.nn.Module, x: Tensor, also_trains: bool = True
     """
     if is_proxy(x) or (not also_trains and trains(model, x)):
         return False
-    return runs_in_channels_last(model, x)
+    return runs_in_channels_last(model, x, is_known=False)
 
 
 def first_features(first: Callable[[Tensor], Tensor], x: Tensor, is_fast: bool) -> Tensor:
@@ -251,8 +251,9 @@ def variant(name: str, title: str, model: type[_Model], **fixed: Any) -> Callabl
     """
 
     def create(*, weights: str | os.PathLike[str] | None = None, **options: Any) -> _Model:
-        features_only = hasattr(model, "feature_extractor") and options.pop("features_only", False)
-        kind = model.feature_extractor if features_only else model  # type: ignore[attr-defined]
+        kind: type[_Model] = model
+        if hasattr(model, "feature_extractor") and options.pop("features_only", False):
+            kind = model.feature_extractor  # type: ignore[attr-defined]
         return build(name, kind, weights, options, name=name, **fixed)
 
     create.__name__ = create.__qualname__ = name

@@ -83,6 +83,8 @@ def create_model(
     # Options left out are not passed on, so that the builder's defaults apply.
     given = {"num_classes": num_classes, "in_channels": in_channels}
     options.update({key: value for key, value in given.items() if value is not None})
+    if options.get("features_only") is False:  # as timm's callers pass it
+        del options["features_only"]
     model = builder(**options)
     if weights is not None:
         load_weights(model, weights, caller="create_model")

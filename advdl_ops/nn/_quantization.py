@@ -37,7 +37,8 @@ class Configuration:
             caller = caller.f_back
         if caller.f_code.co_name == "_propagate_qconfig_helper":
             # It has looked for type(layer) and asks for the layer's own. A layer's name comes before its class.
-            asked, name = caller.f_locals["qconfig_dict"], caller.f_locals["prefix"]
+            asked = caller.f_locals.get("qconfig_dict", {})
+            name = caller.f_locals.get("prefix")
             if self.original in asked and name not in asked:
                 return asked[self.original]
         raise AttributeError(f"{type(layer).__name__} has no attribute 'qconfig'")
@@ -78,6 +79,7 @@ def _beyond_torch(layer: Any) -> str:
         "an activation of its own": getattr(layer, "act", IDENTITY) != IDENTITY,
         "layer_norm": getattr(layer, "layer_norm", False),
         "zoneout": getattr(layer, "zoneout", 0) not in (0, (0, 0), [0, 0]),
+        "recurrent_dropout": layer.training and getattr(layer, "recurrent_dropout", 0) > 0,
     }
     return " and ".join(name for name, used in own.items() if used)
 

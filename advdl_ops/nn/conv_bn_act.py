@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._conv.folded import FoldedConv, Source, problem_of_folded
+from .._conv.folded import FoldedConv, Source, compared, problem_of_folded
 from .._conv.problem import Conv, Problem
 from .._schemas import conv2d_shape
 from .._watch import check_root, has_global_hooks, is_observed, is_proxy, is_watched
@@ -210,12 +210,13 @@ def _folded(
         check_residual("conv_bn_act", residual, shape, x.device)
     # Read once, because another thread may set it to None in between.
     folded = bn.folded
-    if folded is None or not folded.serves(problem, source, bn.eps, options):
+    what = compared(problem)
+    if folded is None or not folded.serves(what, source, bn.eps, options):
         check_per_channel("conv_bn_act", x, conv.out_channels, bias=conv.bias)
         scale, shift = scale_and_shift(
             x, conv.out_channels, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps
         )
-        bn.folded = folded = FoldedConv(source, scale, shift, bn.eps, options)
+        bn.folded = folded = FoldedConv(what, source, scale, shift, bn.eps, options)
     return folded(problem, x, conv.weight, residual, act)
 
 

@@ -10,6 +10,7 @@ namespace advdl_ops {
 #define ADVDL_DECLARE_KERNELS(capability)                     \
   namespace capability {                                      \
   void add_batch_norm_act(cpu::KernelTable& table);           \
+  void add_checksum(cpu::KernelTable& table);                 \
   void add_convert_layout(cpu::KernelTable& table);           \
   void add_dense_conv2d(cpu::KernelTable& table);             \
   void add_depthwise_conv2d(cpu::KernelTable& table);         \
@@ -24,6 +25,7 @@ namespace advdl_ops {
     cpu::KernelTable table{};                                 \
     table.name = name;                                        \
     add_batch_norm_act(table);                                \
+    add_checksum(table);                                      \
     add_convert_layout(table);                                \
     add_dense_conv2d(table);                                  \
     add_depthwise_conv2d(table);                              \
@@ -148,6 +150,7 @@ ADVDL_DEFINE_FAMILY(lstm, Lstm)
 ADVDL_DEFINE_FAMILY(winograd_conv2d, WinogradConv2d)
 #undef ADVDL_DEFINE_FAMILY
 
+uint64_t checksum(const void* bytes, int64_t count) { return table().checksum(bytes, count); }
 void convert_layout(const ConvertLayout& p) { table().convert_layout(p); }
 int64_t winograd_packed_size(const WinogradFilters& f) { return table().winograd_packed_size(f); }
 void winograd_pack(const WinogradFilters& f, const WinogradWeight& w, float* packed) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../common/batch_norm_act.h"
+#include "../common/checksum.h"
 #include "../common/convert_layout.h"
 #include "../common/dense_conv2d.h"
 #include "../common/depthwise_conv2d.h"
@@ -29,6 +30,7 @@ struct Family {
 struct KernelTable {
   const char* name;
   Family<BatchNormActForward, BatchNormActBackward> batch_norm_act;
+  uint64_t (*checksum)(const void* bytes, int64_t count);
   void (*convert_layout)(const ConvertLayout&);
   Family<DenseConv2dForward, DenseConv2dBackward> dense_conv2d;
   Family<DepthwiseConv2dForward, DepthwiseConv2dBackward> depthwise_conv2d;

@@ -275,3 +275,9 @@ def test_computed_in_another_format_than_given(layout):
         check(make_inputs(case, DTYPES[dtype], with_=with_).laid(layout), act)
         op, arguments = backward_of(case, layout, dtype)
         assert_like_fake(op, arguments, dtype)
+
+
+def test_checksum_is_not_traced():
+    """It has no fake function: nothing is kept in a graph, so nothing is compared there."""
+    with FakeTensorMode() as mode, pytest.raises(Exception, match="checksum"):
+        OPS.checksum(mode.from_tensor(torch.randn(3)))

@@ -434,3 +434,23 @@ def test_onnx_of_the_zoo(evaluated, tmp_path, name, options):
     assert nodes.count("LSTM") == 2
     expected = model(tokens)[0] if name == "lstm_lm" else model(tokens)
     torch.testing.assert_close(out[0], expected)
+
+
+@pytest.mark.parametrize("proj_size", [0, 3])
+def test_exports_lengths_under_autocast(proj_size):
+    layer = nn.LSTM(INPUTS, HIDDEN, proj_size=proj_size)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = layer
+
+        def forward(self, x, lengths):
+            return self.lstm(x, None, lengths)
+
+    x, lengths = torch.randn(5, 3, INPUTS), torch.tensor([5, 2, 3])
+    with torch.autocast("cpu", torch.bfloat16):
+        y, states = torch.export.export(Model(), (x, lengths)).module()(x, lengths)
+        expected, expected_states = layer(x, None, lengths)
+    for found, wanted in zip((y, *states), (expected, *expected_states), strict=True):
+        torch.testing.assert_close(found, wanted)

@@ -114,3 +114,20 @@ def test_script_of_a_restored_model():
     x = torch.randn(1, 3, 5, 5)
     expected = model(x)
     torch.testing.assert_close(torch.jit.script(advdl_ops.restore(model))(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_graph_mode_is_refused_by_one_sentence(pair):
+    from torch.ao.quantization import quantize_fx
+
+    mapping = quantization.get_default_qconfig_mapping("x86")
+    with pytest.raises(RuntimeError, match=r"FX graph mode .*restore\(model\)"):
+        quantize_fx.prepare_fx(pair[1], mapping, (torch.randn(1, 3, 9, 9),))
+
+
+def test_recurrent_dropout_would_be_lost():
+    model = torch.nn.Sequential(nn.LSTM(4, 8, recurrent_dropout=0.5))
+    with pytest.raises(RuntimeError, match="recurrent_dropout"):
+        model[0].qconfig = quantization.default_qconfig
+    model.eval()[0].qconfig = quantization.default_qconfig
+    assert type(model[0]) is torch.nn.LSTM

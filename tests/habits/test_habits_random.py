@@ -69,3 +69,20 @@ def test_dropout_of_a_network_in_evaluation(name):
     with advdl_ops.use_backend("reference"):  # which converts nothing
         expected, _ = sample(lambda t: model(t)["out"], x, False)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+class Noise(torch.nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x) if self.training else x
+
+
+@pytest.mark.parametrize("name", ["resnet18", "unet", "unet_resnet18", "convnet", "fcn_dilated"])
+def test_random_layers_of_ones_own_in_the_zoo(name):
+    model = models.create_model(name).eval()
+    parent = next(m for m in model.modules() if isinstance(m, torch.nn.Sequential) and len(m) > 1)
+    parent[0] = torch.nn.Sequential(parent[0], Noise().train())
+    x = torch.randn(1, 3, 32, 32)
+    found, _ = sample(model, x, False)
+    with advdl_ops.use_backend("reference"):  # which converts nothing
+        expected, _ = sample(model, x, False)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)

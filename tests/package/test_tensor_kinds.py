@@ -43,7 +43,7 @@ def norm(
         return F.silu(stock(**tensors) + residual)
 
     shapes = {"x": X, "residual": X} | PER_CHANNEL | (STATISTICS if statistics else {})
-    return Op(lambda **tensors: own(**tensors, act="silu"), plain, shapes, as_stock)
+    return Op(lambda x, **tensors: own(x, **tensors, act="silu"), plain, shapes, as_stock)
 
 
 def batch_norms(training: bool) -> Op:
@@ -51,13 +51,13 @@ def batch_norms(training: bool) -> Op:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training)
 
     return norm(
-        lambda **tensors: functional.batch_norm_act(**tensors, training=training), stock, True
+        lambda x, **tensors: functional.batch_norm_act(x, **tensors, training=training), stock, True
     )
 
 
 def instance_norms(own_statistics: bool) -> Op:
-    def own(**tensors):
-        return functional.instance_norm(**tensors, use_input_stats=own_statistics)
+    def own(x, **tensors):
+        return functional.instance_norm(x, **tensors, use_input_stats=own_statistics)
 
     def stock(x, weight, bias, running_mean, running_var):
         return F.instance_norm(x, running_mean, running_var, weight, bias, own_statistics)
@@ -87,8 +87,8 @@ def conv_bn_acts(training: bool) -> Op:
 def convolutions(groups: int) -> Op:
     options: Any = {"padding": 1, "groups": groups}
 
-    def own(**tensors):
-        return functional.conv2d(**tensors, **options, act="silu")
+    def own(x, **tensors):
+        return functional.conv2d(x, **tensors, **options, act="silu")
 
     def stock(x, weight, bias, residual):
         return F.silu(F.conv2d(x, weight, bias, **options) + residual)
@@ -112,7 +112,7 @@ OPS = {
     "batch_norm_act, training": batch_norms(True),
     "batch_norm_act, evaluation": batch_norms(False),
     "group_norm": norm(
-        lambda **tensors: functional.group_norm(num_groups=2, **tensors),
+        lambda x, **tensors: functional.group_norm(x, num_groups=2, **tensors),
         lambda x, weight, bias: F.group_norm(x, 2, weight, bias),
         False,
     ),
@@ -124,7 +124,7 @@ OPS = {
     "conv2d": convolutions(1),
     "depthwise conv2d": convolutions(4),
     "conv_transpose2d": Op(
-        lambda **tensors: functional.conv_transpose2d(**tensors, stride=2, act="silu"),
+        lambda x, **tensors: functional.conv_transpose2d(x, **tensors, stride=2, act="silu"),
         lambda x, weight, bias: F.silu(F.conv_transpose2d(x, weight, bias, stride=2)),
         {"x": X, "weight": (4, 4, 2, 2), "bias": (4,)},
         as_stock=False,
