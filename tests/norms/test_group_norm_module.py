@@ -395,3 +395,27 @@ def test_one_training_step_moves_as_stock_does():
             F.silu(run_stock(module, x) if module is stock else module(x)).square().sum().backward()
             optimizer.step()
         torch.testing.assert_close(own.state_dict(), stock.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 0, 6), (2, 8, 0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda owner, shape: owner.GroupNorm(2, 8),
+        lambda owner, shape: getattr(owner, f"InstanceNorm{len(shape) - 2}d")(
+            8, affine=True, track_running_stats=True
+        ),
+    ],
+    ids=["group", "instance"],
+)
+def test_an_empty_image_gives_an_empty_result(make, shape, backend):
+    stock, layer = make(torch.nn, shape), make(nn, shape)
+    x = torch.randn(shape, requires_grad=True)
+    for training in (True, False):
+        expected, found = stock.train(training)(x), layer.train(training)(x)
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        found.sum().backward()
+        # Sums over nothing, where stock's group norm has NaN.
+        assert (layer.weight.grad == 0).all() and (layer.bias.grad == 0).all()
+    for own, other in zip(layer.buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(own, other)
