@@ -53,6 +53,9 @@ def source_of(
         names.update({name: value for name, value in code.globals.items() if name in used})
         call = f"return variant_{number}(self, {', '.join(variant.arguments)})"
         tests.append(f"    if {' and '.join((*always, *variant.guards))}:\n        {call}\n")
+    asked = sorted({g for v in (*variants, *seen) for g in v.guards if g.startswith("refers(")})
+    if asked:
+        texts.append(f"def asked(self):\n    return {', '.join(asked)}\n")
     previous = f"original.forward({passed})"
     texts.append(f"def {called}({head}):\n{''.join(tests)}    return {previous}\n")
     if through:
@@ -119,9 +122,17 @@ def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> 
     def reduce(self: _Module, protocol: Any) -> Any:
         return _rebuilt, (original, source, others, modules), self.__getstate__()
 
+    def set_state(self: _Module, state: Any) -> None:
+        original.__setstate__(self, state)
+        if (
+            "asked" in scope
+        ):  # so that a compiler, which cannot ask, knows the functions in a new process too
+            scope["asked"](self)
+
     attributes = {
-        "forward": scope["forward"], "__reduce_ex__": reduce, "__module__": original.__module__,
-        "__qualname__": original.__qualname__, "__doc__": original.__doc__, "_advdl_made": True,
+        "forward": scope["forward"], "__reduce_ex__": reduce, "__setstate__": set_state,
+        "__module__": original.__module__, "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__, "_advdl_made": True,
     }  # fmt: skip
     if issubclass(original, fx.GraphModule):
         attributes |= {

@@ -1,8 +1,12 @@
 """A parent's forward reads what its children have, or looks up methods, and these change after ``optimize``."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,3 +213,35 @@ def test_a_child_in_two_places():
         each.b.scale = 7.0
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(fast(x), model(x))
+
+
+NET = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.relu
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+"""
+SAVE = "import advdl_ops; torch.save(advdl_ops.optimize(net.Net()), 'net.pt')"
+COMPILE = """
+model, graphs = torch.load('net.pt', weights_only=False), []
+def backend(graph, inputs):
+    graphs.append(graph.print_readable(print_output=False))
+    return graph.forward
+torch.compile(model, backend=backend, fullgraph=True)(torch.randn(2, 3, 4, 4))
+assert "torch.relu(" not in graphs[0], graphs[0]  # it is fused
+"""
+
+
+@pytest.mark.extra
+def test_a_compiler_knows_the_functions_in_a_new_process(tmp_path):
+    (tmp_path / "net.py").write_text(NET)
+    for program in (SAVE, COMPILE):
+        program = f"import sys; sys.path.insert(0, '.'); import net, torch\n{program}"
+        root = str(Path(__file__).parents[2])
+        environment = {**os.environ, "PYTHONPATH": root}
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment)
