@@ -136,7 +136,7 @@ class Ops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, _, name = func.name().partition("::")
-        if namespace in ("advdl_ops", "mkldnn") and name != "convert_layout":
+        if namespace in ("advdl_ops", "mkldnn") and name not in ("convert_layout", "checksum"):
             codes = [
                 v for v, a in zip(args, func._schema.arguments, strict=False) if a.name == "act"
             ]

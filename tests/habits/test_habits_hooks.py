@@ -130,7 +130,13 @@ def test_global_hooks(name, mode):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.extra] if name == "zoo resnet50" else [])
+        for name in MODELS
+    ],
+)
 def test_a_hook_on_each_module_in_turn(name, training):
     """Registered after ``optimize``: the number of calls, the output and its strides."""
     make, shape = MODELS[name]
