@@ -201,14 +201,11 @@ def _sample(source: Source) -> Tensor:
     return torch.cat([middle, *(t for t in source[1:] if t is not None)])
 
 
-def _dense(weight: Tensor) -> Tensor:
-    return weight if has_format(weight, torch.channels_last) else weight.contiguous()
-
-
 def _bits(weight: Tensor) -> Tensor:
     """Its values as integers, so that NaN equals itself."""
     return weight.detach().view(torch.int32 if weight.element_size() == 4 else torch.int16)
 
 
 def _checksum(weight: Tensor) -> int:
-    return torch.ops.advdl_ops.checksum.default(_dense(weight.detach()))
+    dense = weight if has_format(weight, torch.channels_last) else weight.contiguous()
+    return torch.ops.advdl_ops.checksum.default(dense.detach())

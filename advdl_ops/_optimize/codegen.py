@@ -124,9 +124,8 @@ def fused_class(original: type[_Module], source: str, names: dict[str, Any]) -> 
 
     def set_state(self: _Module, state: Any) -> None:
         original.__setstate__(self, state)
-        if (
-            "asked" in scope
-        ):  # so that a compiler, which cannot ask, knows the functions in a new process too
+        # So that a compiler, which cannot ask, knows the functions in a new process too.
+        if "asked" in scope:
             scope["asked"](self)
 
     attributes = {

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import reference
 from ..activation import Activation, resolve_activation
 from ..backend import fixed, is_exported, needs_grad, serves_native
+from ..reference.activation import finished
 from ..reference.batch_norm_act import batch_stats, normalize_act
 from ._norm import (
     check_floating,
@@ -70,9 +72,8 @@ def batch_norm_act(
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
     if is_exported():
         _check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
-        return reference.stock.batch_norm_act(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
-        )  # fmt: skip
+        z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return finished(z, residual, activation)
     if residual is not None and residual.dtype != x.dtype:
         _check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
         return _promoted(

@@ -38,6 +38,7 @@ from ..backend import (
     serves_native,
     unwatched,
 )
+from ..reference.activation import finished
 from ._norm import (
     HALF,
     Z_INPUT,
@@ -106,11 +107,10 @@ def conv2d(
     """
     x = input
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
-    if (
-        isinstance(x, Tensor) and x.is_complex() and scale is None and shift is None
-    ):  # torch's alone
+    # Complex numbers are torch's alone.
+    if isinstance(x, Tensor) and x.is_complex() and scale is None and shift is None:
         z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return reference.stock.finished(z, residual, activation)
+        return finished(z, residual, activation)
     x, weight, bias, epilogue = _in_autocast_dtype(
         x, weight, bias, Epilogue(scale, shift, residual, activation)
     )
@@ -139,7 +139,7 @@ def convolved(
     """:func:`conv2d` with the arguments that :func:`prepared` returns."""
     scale, shift, residual, act = epilogue
     if is_exported() and scale is None and shift is None:
-        return reference.stock.finished(convolution(x, weight, bias, *conv), residual, act)
+        return finished(convolution(x, weight, bias, *conv), residual, act)
     if not serves_native(_NAME, x):
         return reference.conv2d(x, weight, bias, *conv, scale, shift, residual, act)
     scale, shift = _with_bias(x, bias, scale, shift)

@@ -51,6 +51,7 @@ from ..backend import (
     transformed,
     unwatched,
 )
+from ..reference.activation import finished
 from ._norm import (
     Z_INPUT,
     check_floating,
@@ -121,7 +122,7 @@ def conv_transpose2d(
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
     if isinstance(x, Tensor) and x.is_complex():  # torch's alone
         z = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
-        return reference.stock.finished(z, None, activation)
+        return finished(z, None, activation)
     options = Options(
         pair_of(_NAME, "stride", stride, 1),
         pair_of(_NAME, "padding", padding, 0),

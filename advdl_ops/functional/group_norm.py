@@ -10,11 +10,13 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..activation import Activation, resolve_activation
 from ..backend import fixed, is_exported, needs_grad, serves_native
+from ..reference.activation import finished
 from ._norm import (
     check_floating,
     check_per_channel,
@@ -131,9 +133,10 @@ def instance_norm(
     check_tensors(function, x=x, running_mean=running_mean, running_var=running_var)
     if is_exported() and x.dim() > 1:
         _check(function, x, residual, weight, bias, (x.shape[1], eps, activation))
-        return reference.stock.instance_norm(
-            x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, residual, activation
-        )  # fmt: skip
+        z = F.instance_norm(
+            x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+        return finished(z, residual, activation)
     if not use_input_stats:
         if running_mean is None or running_var is None:
             raise RuntimeError(
@@ -252,7 +255,11 @@ def _normalize_with_stats(
     _check(function, x, residual, weight, bias, options)
     groups, eps, act = options
     if is_exported():
-        return reference.stock.group_norm(x, groups, weight, bias, eps, residual, act), ()
+        if groups == _EACH_POSITION:
+            z = F.layer_norm(x.movedim(1, -1), (x.shape[1],), weight, bias, eps).movedim(-1, 1)
+        else:
+            z = F.group_norm(x, groups, weight, bias, eps)
+        return finished(z, residual, act), ()
     if _changes_dtype(x, residual):
         dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         if x.is_cuda and torch.is_autocast_enabled("cuda"):

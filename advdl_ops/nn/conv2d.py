@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
 from .._conv.problem import pair
 from .._schemas import conv2d_format
 from .._watch import is_proxy, recorded
 from ..activation import Activation, act_repr, resolve_activation
 from ..backend import is_exported
 from ..functional.conv2d import conv2d
+from ._one_by_one import one_by_one
 from ._quantization import Configuration
 from ._script import refuse_script
 
@@ -82,8 +82,7 @@ class Conv2d(torch.nn.Conv2d):
     ) -> Tensor:
         if isinstance(self.padding, str) and is_exported():  # torch's operator is told "same"
             z = super()._conv_forward(input, weight, bias)
-            own = self.act if act is None else resolve_activation("conv2d", act)
-            return reference.stock.finished(z, residual, own)
+            return one_by_one((), z, residual, self.act if act is None else act)
         x, padding = padded_input(self, input)
         return conv2d(
             x, weight, bias, self.stride, padding, self.dilation, self.groups,

@@ -1,6 +1,5 @@
 """Every op in plain PyTorch: fp64-capable, twice differentiable, exportable."""
 
-from . import stock
 from .batch_norm_act import batch_norm_act
 from .conv2d import conv2d
 from .conv_transpose2d import conv_transpose2d
@@ -14,5 +13,4 @@ __all__ = [
     "group_norm",
     "lstm",
     "lstm_cell",
-    "stock",
 ]

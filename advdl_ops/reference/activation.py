@@ -24,6 +24,11 @@ def activate(z: torch.Tensor, act: Activation) -> torch.Tensor:
     return _PLAIN[name](z)
 
 
+def finished(z: torch.Tensor, residual: torch.Tensor | None, act: Activation) -> torch.Tensor:
+    """``act(z + residual)``: what follows torch's own operator, where that is recorded or serves in our place."""
+    return activate(z if residual is None else z + residual, act)
+
+
 _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
