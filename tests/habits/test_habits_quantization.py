@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from support.layers import ONE_OF_EACH
 from torch.ao import quantization
 
 import advdl_ops
@@ -90,14 +91,7 @@ def test_an_activation_would_be_lost():
     assert type(prepared[0]) is torch.nn.Conv2d and type(prepared[1]) is nn.BatchNormAct2d
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(3, 4, 2), nn.BatchNormAct2d(3), nn.GroupNorm(1, 3),
-        nn.LayerNorm2d(3), nn.InstanceNorm2d(3), nn.ConvBNReLU(3, 4, 1), nn.LSTM(3, 4), nn.LSTMCell(3, 4),
-    ],
-    ids=lambda layer: type(layer).__name__,
-)  # fmt: skip
+@pytest.mark.parametrize("layer", ONE_OF_EACH, ids=lambda layer: type(layer).__name__)
 def test_script_is_refused_by_one_sentence(layer):
     model = torch.nn.Sequential(torch.nn.ReLU(), layer)
     before = list(model)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from support.layers import ONE_OF_EACH
 from support.torchvision_stub import torchvision_models
 from torch import fx
 from torch import nn as stock
@@ -118,14 +119,7 @@ def test_optimized_graph_modules(kind):
     assert list(restored(x)) == ["a"]
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(3, 4, 1), nn.BatchNormAct2d(3), nn.GroupNorm(1, 3),
-        nn.InstanceNorm2d(3), nn.LayerNorm2d(3), nn.ConvBNReLU(3, 4, 1), nn.LSTM(3, 4), nn.LSTMCell(3, 4),
-    ],
-    ids=lambda layer: type(layer).__name__,
-)  # fmt: skip
+@pytest.mark.parametrize("layer", ONE_OF_EACH, ids=lambda layer: type(layer).__name__)
 def test_a_layer_by_itself_is_refused(layer):
     with pytest.raises(torch.fx.proxy.TraceError, match="trace a module that holds it"):
         torch.fx.symbolic_trace(layer)
