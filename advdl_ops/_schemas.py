@@ -33,6 +33,11 @@ _library.define(
     "Tensor(b!)? running_var, bool training, float momentum, float eps, int act, float act_param) "
     "-> (Tensor out, Tensor stats)"
 )
+# The last pass of batch_norm_act alone, to the same bits, with the statistics that it returned.
+_library.define(
+    "batch_norm_act_apply(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor stats, int act, "
+    "float act_param) -> Tensor"
+)
 _library.define(
     "batch_norm_act_backward(Tensor dout, Tensor x, Tensor? saved, Tensor? weight, Tensor? bias, Tensor stats, "
     "bool training, int act, float act_param, int z_source, bool need_dx, bool need_dresidual) "
@@ -204,6 +209,12 @@ _library.impl("batch_norm_act_", _of_negative, "Negative")
 def _fake_forward(x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_devices("batch_norm_act", x, *others)
     return _kept(x), x.new_empty((2, x.shape[1]), dtype=acc_dtype(x.dtype))
+
+
+@torch.library.register_fake("advdl_ops::batch_norm_act_apply", lib=_library)
+def _(x, residual, weight, bias, stats, *options):
+    _check_devices("batch_norm_act_apply", x, residual, weight, bias, stats)
+    return _kept(x)
 
 
 @torch.library.register_fake("advdl_ops::batch_norm_act_backward", lib=_library)

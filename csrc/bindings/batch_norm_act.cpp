@@ -9,7 +9,8 @@
 namespace advdl_ops {
 namespace {
 
-constexpr const char *kName = "batch_norm_act", *kBackwardName = "batch_norm_act_backward";
+constexpr const char *kName = "batch_norm_act", *kApplyName = "batch_norm_act_apply",
+                     *kBackwardName = "batch_norm_act_backward";
 
 BatchNormActShape shape_of(const Tensor& x, const OptionalTensor& weight,
                            const OptionalTensor& bias, const OptionalTensor& running) {
@@ -153,6 +154,41 @@ std::tuple<Tensor, Tensor> forward_(Tensor x, OptionalTensor residual, OptionalT
   return {o.out, o.stats};
 }
 
+void check_stats(const char* function, const Tensor& stats, const Tensor& x) {
+  check(stats.dim() == 2 && stats.size(0) == 2 && stats.size(1) == x.size(1) &&
+            stats.scalar_type() == acc_type(x.scalar_type()) && stats.device() == x.device(),
+        function, "stats must be [2, C] as forward returned them");
+}
+
+Tensor apply(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
+             Tensor stats, int64_t act, double act_param) {
+  check_common(x, weight, bias, act);
+  check_residual(kName, residual, x);
+  check_stats(kApplyName, stats, x);
+  x = dense(x);
+  residual = in_format_of(residual, x);
+  weight = contiguous(weight);
+  bias = contiguous(bias);
+  stats = *contiguous(OptionalTensor(stats));
+  Tensor out = allocate_like(x);
+
+  BatchNormActForward p;
+  p.shape = shape_of(x, weight, bias, std::nullopt);
+  p.act = static_cast<Activation>(act);
+  p.act_param = act_param;
+  p.x = data(x);
+  p.residual = data(residual);
+  p.weight = data(weight);
+  p.bias = data(bias);
+  p.out = data(out);
+  p.mean = data(stats);
+  p.rstd = second_of_pair(stats);
+  Launch(x, [&] {
+    return device::batch_norm_act_forward_workspace(p);
+  }).run(device::batch_norm_act_forward, p);
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, OptionalTensor saved,
                                                     OptionalTensor weight, OptionalTensor bias,
                                                     Tensor stats, bool training, int64_t act,
@@ -162,9 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
   check_backward(kBackwardName, dout, x, saved, act, z_source);
   const int64_t channels = x.size(1);
   const ScalarType acc = acc_type(x.scalar_type());
-  check(stats.dim() == 2 && stats.size(0) == 2 && stats.size(1) == channels &&
-            stats.scalar_type() == acc && stats.device() == x.device(),
-        kBackwardName, "stats must be [2, C] as forward returned them");
+  check_stats(kBackwardName, stats, x);
 
   x = dense(x);
   // Inductor may pass a gradient whose memory format differs from that of forward's output.
@@ -206,5 +240,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
 STABLE_TORCH_LIBRARY_IMPL(advdl_ops, ADVDL_DISPATCH_KEY, m) {
   m.impl("batch_norm_act", TORCH_BOX(&advdl_ops::forward));
   m.impl("batch_norm_act_", TORCH_BOX(&advdl_ops::forward_));
+  m.impl("batch_norm_act_apply", TORCH_BOX(&advdl_ops::apply));
   m.impl("batch_norm_act_backward", TORCH_BOX(&advdl_ops::backward));
 }

@@ -24,7 +24,8 @@ struct BatchNormActShape {
 //   running_mean_out = (1 - momentum) * running_mean + momentum * mean, running_var_out likewise with the
 //   unbiased variance var * count / (count - 1).
 // otherwise: mean = running_mean, var = running_var.
-// rstd = 1 / sqrt(var + eps); out = act((x - mean) * rstd * weight + bias + residual).
+// rstd = 1 / sqrt(var + eps). Without running statistics and not in training, mean and rstd are given.
+// out = act((x - mean) * rstd * weight + bias + residual).
 struct BatchNormActForward {
   BatchNormActShape shape;
   bool training = false;
@@ -35,10 +36,10 @@ struct BatchNormActForward {
   const void* residual = nullptr;      // as x, or null
   const void* weight = nullptr;        // [C] or null (1)
   const void* bias = nullptr;          // [C] or null (0)
-  const void* running_mean = nullptr;  // [C]; null allowed in training
+  const void* running_mean = nullptr;  // [C]; null: none to write, or mean and rstd are given
   const void* running_var = nullptr;   // [C]; null exactly where running_mean is
   void* out = nullptr;                 // as x
-  void* mean = nullptr;                // [C] acc
+  void* mean = nullptr;                // [C] acc; written, or given
   void* rstd = nullptr;                // [C] acc
   void* running_mean_out =
       nullptr;  // [C], may be running_mean; written in training if that is given

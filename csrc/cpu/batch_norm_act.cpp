@@ -48,15 +48,17 @@ void finish_statistics(const BatchNormActForward& p, int64_t c, const Moments<do
   channel_affine(p.weight, p.bias, p.shape.weight_dtype, c, rstd, scale, shift);
 }
 
-// For evaluation: mean and rstd from the running statistics.
+// Not in training: mean and rstd are given, or come from the running statistics.
 template <class Acc>
-void use_running_statistics(const BatchNormActForward& p, int64_t c, Acc* scale, Acc* shift) {
-  const double var = read_scalar(p.running_var, p.shape.running_dtype, c);
-  const Acc rstd = static_cast<Acc>(1.0 / __builtin_sqrt(var + p.eps));
-  static_cast<Acc*>(p.mean)[c] =
-      static_cast<Acc>(read_scalar(p.running_mean, p.shape.running_dtype, c));
-  static_cast<Acc*>(p.rstd)[c] = rstd;
-  channel_affine(p.weight, p.bias, p.shape.weight_dtype, c, rstd, scale, shift);
+void use_known_statistics(const BatchNormActForward& p, int64_t c, Acc* scale, Acc* shift) {
+  Acc* mean = static_cast<Acc*>(p.mean) + c;
+  Acc* rstd = static_cast<Acc*>(p.rstd) + c;
+  if (p.running_mean != nullptr) {
+    const double var = read_scalar(p.running_var, p.shape.running_dtype, c);
+    *rstd = static_cast<Acc>(1.0 / __builtin_sqrt(var + p.eps));
+    *mean = static_cast<Acc>(read_scalar(p.running_mean, p.shape.running_dtype, c));
+  }
+  channel_affine(p.weight, p.bias, p.shape.weight_dtype, c, *rstd, scale, shift);
 }
 
 // Writes dbias and dweight, and computes slope and offset of dx = scale * dz + slope * (x - mean) + offset.
@@ -138,7 +140,7 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
                    });
   };
   const auto finish = [&](int64_t c) {
-    if (!p.training) return use_running_statistics<Acc>(p, c, k.scale + c, k.shift + c);
+    if (!p.training) return use_known_statistics<Acc>(p, c, k.scale + c, k.shift + c);
     Moments<double> m = partial[c * cut.chunks];
     for (int64_t i = 1; i < cut.chunks; ++i) m.merge(partial[c * cut.chunks + i]);
     finish_statistics<Acc>(p, c, m, k.scale + c, k.shift + c);
@@ -335,7 +337,7 @@ void forward_rows(const BatchNormActForward& p, Arena arena) {
                         if (p.training) {
                           finish_statistics<Acc>(p, to, moments[c], k.scale + to, k.shift + to);
                         } else {
-                          use_running_statistics<Acc>(p, to, k.scale + to, k.shift + to);
+                          use_known_statistics<Acc>(p, to, k.scale + to, k.shift + to);
                         }
                         k.mean[to] = static_cast<const Acc*>(p.mean)[to];
                       }

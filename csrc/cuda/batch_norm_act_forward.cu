@@ -172,7 +172,7 @@ void batch_norm_act_forward(const BatchNormActForward& p, void* workspace, void*
              }
              Arena arena(workspace);
              A* partials = p.training ? BatchNormPartials<A>(p.shape, 3, arena).values : nullptr;
-             Statistics from = Statistics::running;
+             Statistics from = p.running_mean != nullptr ? Statistics::running : Statistics::stored;
              if (p.training) {
                launch("batch_norm_stats", &batch_norm_stats<T, V, CL>, config(0, 0, true), p, plan,
                       partials);

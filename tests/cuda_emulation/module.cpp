@@ -36,8 +36,13 @@ py::dict forward(const py::dict& r) {
   p.running_mean = arena.input("running_mean", running, running_dtype);
   p.running_var = arena.input("running_var", running, running_dtype);
   p.out = arena.output("out", sizes.all, p.shape.dtype);
-  p.mean = arena.output("mean", sizes.channels, sizes.acc);
-  p.rstd = arena.output("rstd", sizes.channels, sizes.acc);
+  if (p.training || p.running_mean != nullptr) {
+    p.mean = arena.output("mean", sizes.channels, sizes.acc);
+    p.rstd = arena.output("rstd", sizes.channels, sizes.acc);
+  } else {
+    p.mean = const_cast<void*>(arena.input("mean", sizes.channels, sizes.acc));
+    p.rstd = const_cast<void*>(arena.input("rstd", sizes.channels, sizes.acc));
+  }
   if (p.training && p.running_mean != nullptr) {
     const auto output = [&](const char* name, const void* old) {
       return arena.wants("in_place") ? arena.output_at(name, const_cast<void*>(old), running)

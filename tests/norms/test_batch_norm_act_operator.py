@@ -258,3 +258,36 @@ def test_raw_operator_checks_its_arguments():
     ):
         with pytest.raises(RuntimeError, match="batch_norm_act"):
             backward(**bad)
+
+
+@pytest.mark.parametrize("mix", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_last_pass_alone_gives_the_same_bits(layout, mix, training):
+    # Channels in vectors and beside them, long runs, several chunks, and a size whose output is not kept in cache.
+    shapes = [*SHAPES, (2, 19, 7, 9), (4, 3, 40, 40), (3, 70, 33, 5), (2, 64, 130, 129)]
+    for shape, act, residual in itertools.product(shapes, (0, 1, 4), (False, True)):
+        arguments = forward_arguments(shape, layout, mix, training, residual, act)
+        out, stats, _ = OPS.batch_norm_act(*arguments)
+        again = OPS.batch_norm_act_apply(*arguments[:4], stats, act, 0.0)
+        assert torch.equal(again, out) and again.stride() == out.stride(), (shape, act, residual)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_apply(layout):
+    for shape in SHAPES:
+        x, residual, weight, bias = forward_arguments(shape, layout)[:4]
+        stats = torch.ones(2, shape[1])
+        for arguments in ((x, residual, weight, bias), (x, None, None, None)):
+            torch.library.opcheck(
+                OPS.batch_norm_act_apply.default,
+                (*arguments, stats, 1, 0.0),
+                test_utils=OPERATOR_TESTS,
+            )
+
+
+def test_apply_refuses_other_statistics():
+    x = torch.randn(2, 3, 4, 4)
+    for stats in (torch.ones(2, 4), torch.ones(3, 2), torch.ones(2, 3, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match=r"stats must be \[2, C\]"):
+            OPS.batch_norm_act_apply(x, None, None, None, stats, 0, 0.0)
