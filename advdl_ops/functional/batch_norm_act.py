@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .. import reference
+from .. import _lean, reference
+from .._lean import Kind
 from ..activation import Activation, resolve_activation
 from ..backend import fixed, is_exported, needs_grad, serves_native
 from ..reference.activation import finished
@@ -164,6 +165,7 @@ def batch_norm_act_by(
 
 _forward_op = torch.ops.advdl_ops.batch_norm_act.default
 _forward_in_place_op = torch.ops.advdl_ops.batch_norm_act_.default
+_apply_op = torch.ops.advdl_ops.batch_norm_act_apply.default
 _backward_op = torch.ops.advdl_ops.batch_norm_act_backward.default
 
 # training, momentum, eps, activation
@@ -259,6 +261,22 @@ def _forward_in_place(
     return outputs
 
 
+def _offer(
+    out: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    act: Activation,
+) -> None:
+    """In lean training, lets backward make the output again from ``x``, which it needs in any case."""
+    kind = Kind.PASS if residual is None else Kind.SUM
+    if _lean.makes_again(kind):
+        options = act.code, act.param
+        _lean.offer(kind, out, lambda *t: _apply_op(*t, *options), x, residual, weight, bias, stats)
+
+
 class BatchNormActFunction(torch.autograd.Function):
     """Gradients of ``batch_norm_act``. Saved: ``x``, the ``[C]`` statistics, and the tensor of :func:`.saved_for`."""
 
@@ -279,6 +297,7 @@ class BatchNormActFunction(torch.autograd.Function):
             out, stats, running = _forward(*tensors, options)
         else:
             out, stats = _forward_in_place(*tensors, options)
+            _offer(out, x, residual, weight, bias, stats, options[3])
         saved, z_source = saved_for(options[3], residual, out)
         # The statistics of an evaluation are saved only so that writing them before backward is an error, as in stock.
         used: list[Tensor] = []
@@ -334,6 +353,7 @@ class GivenStatisticsFunction(BatchNormActFunction):
     ) -> Tensor:
         _, momentum, eps, act = options
         out, stats, _ = _forward(x, residual, weight, bias, mean, var, (False, momentum, eps, act))
+        _offer(out, x, residual, weight, bias, stats, act)
         saved, ctx.z_source = saved_for(act, residual, out)
         ctx.save_for_backward(x, saved, weight, bias, stats)
         ctx.options = options

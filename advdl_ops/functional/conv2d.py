@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import _lean, reference
 from .._conv import choice, operators
 from .._conv.choice import Candidate
 from .._conv.epilogue import activated, normalized, unit_statistics
@@ -27,6 +27,7 @@ from .._conv.problem import (
     problem_of,
 )
 from .._schemas import acc_dtype, conv2d_shape
+from .._lean import Kind
 from .._stock_faults import convolution, sees_nothing
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..backend import (
@@ -149,8 +150,25 @@ def convolved(
     if torch.compiler.is_compiling():
         return Conv2dFunction.apply(*tensors, fixed((conv, act)))
     if scale is None and residual is None and _torch_derives_as_well(x, weight, shift, conv, act):
-        return activated(F.conv2d(x, weight, shift, *conv), act, in_place=act.name == "relu")
-    return _apply_eagerly(*tensors, (conv, act))
+        out = activated(F.conv2d(x, weight, shift, *conv), act, in_place=act.name == "relu")
+    else:
+        out = _apply_eagerly(*tensors, (conv, act))
+    if scale is residual is None and act.code == 0 and _is_made_again(x, weight):
+        _lean.offer(
+            Kind.PRODUCT,
+            out,
+            lambda x, weight, shift: _forward(x, weight, conv, Epilogue(None, shift, None, act)),
+            x,
+            weight,
+            shift,
+        )
+    return out
+
+
+def _is_made_again(x: Tensor, weight: Tensor) -> bool:
+    """Whether backward may compute a convolution again, in lean training: few products make many outputs."""
+    outputs, inputs, *size = weight.shape
+    return inputs == x.shape[1] < outputs and max(size) == 1 and _lean.makes_again(Kind.PRODUCT)
 
 
 def convolved_with_statistics(
@@ -160,7 +178,16 @@ def convolved_with_statistics(
 
     They are fp32 ``[2, C_out]``, see :func:`.cuda.triton_forward_with_statistics`.
     """
-    return _apply_with_statistics(x, weight, None, bias, None, (conv, IDENTITY), candidate)
+    out, statistics = _apply_with_statistics(
+        x, weight, None, bias, None, (conv, IDENTITY), candidate
+    )
+    if _is_made_again(x, weight):
+
+        def again(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return candidate.run(x, weight, conv, bias)[0]
+
+        _lean.offer(Kind.PRODUCT, out, again, x, weight, bias)
+    return out, statistics
 
 
 def _in_autocast_dtype(

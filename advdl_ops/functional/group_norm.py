@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import _lean, reference
+from .._lean import Kind
 from ..activation import Activation, resolve_activation
 from ..backend import fixed, is_exported, needs_grad, serves_native
 from ..reference.activation import finished
@@ -303,6 +304,10 @@ class GroupNormFunction(torch.autograd.Function):
         returns_stats: bool,
     ) -> Any:
         out, stats = _forward(x, residual, weight, bias, options)
+        kind = Kind.PASS if residual is None else Kind.SUM
+        if _lean.makes_again(kind):
+            # With the statistics too: two passes, and the same bits.
+            _lean.offer(kind, out, lambda *t: _forward(*t, options)[0], x, residual, weight, bias)
         saved, ctx.z_source = saved_for(options[2], residual, out)
         ctx.save_for_backward(x, saved, weight, bias, stats)
         ctx.options = options

@@ -1,0 +1,214 @@
+"""Lean training: of the tensors that backward needs, keep those that are costly to compute, and make the others again.
+
+Stock PyTorch keeps the output of each convolution, for the norm's backward, and the output of each activation, for the
+next convolution's. The second is one pass over the first. While a model runs inside of :func:`saving`, the operators
+that make such tensors leave a *recipe* (:func:`offer`): a function, and the tensors that it needs. If autograd saves a
+tensor that has a recipe, it keeps the recipe, whatever operator saves it. Backward makes the tensor again, once for all
+who saved it, by the kernel that made it first. All kernels of this package are deterministic, so the gradients are those
+of a training that keeps everything, to the last bit.
+
+Recomputation instead of memory: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174; for
+norm and activation: Rota Bulo et al. 2018, In-Place Activated BatchNorm, arXiv:1712.02616.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import is_exported, is_traced, transformed
+
+LEVELS = ("block", "stage", "deep", "deepest")
+
+
+class Kind(Enum):
+    """What a recipe makes again; its value: the levels that do."""
+
+    PASS = frozenset(LEVELS)  # one pass over tensors that are kept in any case
+    SUM = frozenset({"stage", "deepest"})  # the output of a residual block: needs that of the block before
+    PRODUCT = frozenset({"deep", "deepest"})  # a convolution of 1x1 that has more outputs than inputs
+
+
+class Kept:
+    """A tensor that is kept, and its version, as autograd's own saved tensors know it."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Detached, because an operator's own output would hold the operator alive, and with it itself.
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
+        self.version = None if tensor.is_inference() else tensor._version
+
+    def get(self) -> Tensor:
+        t = self.tensor
+        if self.version is not None and t._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{t.type()} {list(t.shape)}] is at version {t._version}; expected version {self.version} instead"
+            )
+        return t
+
+
+class Recipe:
+    """How to make a tensor again.
+
+    Args:
+        kind: what it is.
+        function: called with the sources, without gradients.
+        sources: what it needs.
+        like: the tensor; it is not kept.
+    """
+
+    __slots__ = ("__weakref__", "done", "function", "kind", "made", "of", "readers", "sources", "version")
+
+    def __init__(
+        self,
+        kind: Kind,
+        function: Callable[..., Tensor],
+        sources: tuple[Kept | Recipe | None, ...],
+        like: Tensor,
+    ) -> None:
+        self.kind, self.function, self.sources = kind, function, sources
+        self.of = weakref.ref(like)
+        self.version = like._version
+        self.readers = self.done = 0  # those who will ask for the tensor, and those who did since it was made
+        self.made: Tensor | None = None
+        for source in sources:
+            if isinstance(source, Recipe):
+                source.readers += 1
+
+    def get(self) -> Tensor:
+        """The tensor. It is held until all its readers have asked for it."""
+        if self.made is None:
+            self._make()
+        made = self.made
+        assert made is not None
+        self.done += 1
+        if self.done >= self.readers:
+            self.made, self.done = None, 0
+        return made
+
+    def _make(self) -> None:
+        # Not by recursion: a stage may have hundreds of blocks, each of which needs the one before.
+        waiting = [self]
+        while waiting:
+            recipe = waiting[-1]
+            missing = [s for s in recipe.sources if isinstance(s, Recipe) and s.made is None]
+            if missing:
+                waiting += missing
+                continue
+            waiting.pop()
+            if recipe.made is None:
+                # A backward may run under another autocast than the forward.
+                with torch.no_grad(), torch._C._DisableAutocast():
+                    recipe.made = recipe.function(*[s and s.get() for s in recipe.sources])
+
+
+class _Saving:
+    """A forward pass in :func:`saving`: its level, and the recipes of the tensors that it has made so far."""
+
+    def __init__(self, level: str | None) -> None:
+        self.level = level
+        self.recipes: dict[int, Recipe] = {}  # by id of the tensor, which the recipe refers to weakly
+
+    def recipe_of(self, t: Tensor) -> Recipe | None:
+        recipe = self.recipes.get(id(t))
+        if recipe is None or recipe.of() is not t or recipe.version != t._version:
+            return None
+        return recipe
+
+    def source(self, t: Tensor | None) -> Kept | Recipe | None:
+        if t is None:
+            return None
+        if t.dim() == 1 and _is_distributed():
+            # A sharded parameter is freed after the forward, and gathered again for its own layer alone.
+            return Kept(t.detach().clone())
+        return self.recipe_of(t) or Kept(t)
+
+    def pack(self, t: Tensor) -> Kept | Recipe:
+        recipe = self.recipe_of(t)
+        if recipe is None:
+            return Kept(t)
+        recipe.readers += 1
+        return recipe
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _unpack(kept: Kept | Recipe) -> Tensor:
+    return kept.get()
+
+
+class _Local(threading.local):
+    saving: _Saving | None = None
+
+
+_local = _Local()
+
+
+def makes_again(kind: Kind) -> bool:
+    """Whether this forward pass wants recipes of this kind."""
+    saving = _local.saving
+    return saving is not None and saving.level in kind.value
+
+
+def offer(kind: Kind, out: Tensor, function: Callable[..., Tensor], *sources: Tensor | None) -> None:
+    """Tells that ``function(*sources)`` makes ``out`` again, to the same bits. Called if :func:`makes_again` holds."""
+    saving = _local.saving
+    assert saving is not None
+    found = tuple([saving.source(t) for t in sources])
+    if kind is Kind.PRODUCT:
+        # A product of a block's output would need all blocks before it, through all stages: that output is kept.
+        found = tuple(
+            [
+                Kept(t) if t is not None and isinstance(s, Recipe) and s.kind is Kind.SUM else s
+                for t, s in zip(sources, found, strict=True)
+            ]
+        )
+    saving.recipes[id(out)] = Recipe(kind, function, found, out)
+
+
+@contextlib.contextmanager
+def saving(level: str | None) -> Iterator[None]:
+    """In it, autograd keeps recipes of what operators make, as the level says. Inside of another one it only changes the
+    level.
+
+    It steps aside where gradients are off, under compile, export and transforms, and inside of other hooks for saved
+    tensors: those of ``torch.utils.checkpoint`` keep less, and ``save_on_cpu`` looks at each tensor.
+    """
+    outer = _local.saving
+    if outer is not None:
+        before, outer.level = outer.level, level
+        try:
+            yield
+        finally:
+            outer.level = before
+    elif level is None or not _may_save():
+        yield
+    else:
+        _local.saving = own = _Saving(level)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(own.pack, _unpack):
+                yield
+        finally:
+            _local.saving = None
+            own.recipes.clear()  # autograd holds `own` as long as the graph, but each recipe only until it has served
+
+
+def _may_save() -> bool:
+    autograd = torch._C._autograd
+    return (
+        torch.is_grad_enabled()
+        and not (is_traced() or is_exported() or transformed())
+        and autograd._saved_tensors_hooks_is_enabled()
+        and autograd._top_saved_tensors_default_hooks(False) is None
+    )
