@@ -23,7 +23,7 @@ _flops.register_when_needed()
 __version__ = "0.1.0"
 __all__ = [
     "explain", "functional", "get_backend", "get_convolution", "get_weight_check", "models", "nn", "optimize",
-    "restore", "tune", "use_backend", "use_convolution", "use_weight_check",
+    "restore", "set_lean", "tune", "use_backend", "use_convolution", "use_weight_check",
 ]  # fmt: skip
 
 
@@ -31,6 +31,8 @@ def __getattr__(name: str) -> Any:
     # Imported at the first access, so that `import advdl_ops` stays fast.
     if name == "models":
         return importlib.import_module(".models", __name__)
+    if name == "set_lean":
+        return importlib.import_module("._lean.models", __name__).set_lean
     if name == "tune":
         return importlib.import_module("._tune", __name__).tune
     if name in ("explain", "optimize", "restore"):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .._lean.models import Levels, checked, plain_class, set_lean
 from .._watch import is_watched
 from ..activation import IDENTITY, qualified_name, resolve_activation
 from ..nn._one_by_one import layer_of
@@ -32,7 +33,7 @@ __all__ = ["optimize", "restore"]
 
 
 def optimize(
-    model: torch.nn.Module, *, inplace: bool = False, fuse: bool = True
+    model: torch.nn.Module, *, inplace: bool = False, fuse: bool = True, lean: Levels = None
 ) -> torch.nn.Module:
     """``model`` with this package's layers, and the same parameters, buffers, hooks and ``state_dict``.
 
@@ -44,6 +45,8 @@ def optimize(
         inplace: convert the modules of ``model`` itself. Otherwise build a new tree of modules, which shares parameters
             and buffers with ``model`` (``copy.deepcopy`` first for an independent one).
         fuse: also run consecutive layers as one op.
+        lean: less memory in training, at the same gradients: ``None``, ``"block"``, ``"stage"``, ``"deep"`` or
+            ``"deepest"``, or a dict of these by names of modules; see ``docs/lean_training.md``.
 
     Returns:
         The optimized model: ``model`` itself with ``inplace``.
@@ -51,12 +54,13 @@ def optimize(
     Raises:
         TypeError: ``model`` is not a module, was made by ``torch.jit``, or was made by ``torch.compile`` and
             ``inplace`` is not set.
-        ValueError: a parameter has no data yet (on the meta device), a layer is quantized, ``model`` was optimized
+        ValueError: an unknown level, a parameter has no data yet (on the meta device), a layer is quantized, ``model`` was optimized
             before, or without ``inplace`` it is wrapped by ``DistributedDataParallel`` or ``fully_shard``.
 
     If an error is raised, nothing is changed. :func:`restore` brings the previous layers back.
     """
     _check(model, inplace)
+    levels = checked(model, lean, "optimize")
     plan = plan_of(model, fuse)
     copies = {} if inplace else copies_of(model)
     for layer in plan:
@@ -75,7 +79,8 @@ def optimize(
         converted = _converted_children(plan, layer.module)
         if converted:
             update_record(made, layers=converted)
-    return copies.get(id(model), model)
+    made = copies.get(id(model), model)
+    return set_lean(made, levels) if levels else made
 
 
 def plan_of(model: torch.nn.Module, fuse: bool = True) -> Plan:
@@ -179,14 +184,17 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         raise TypeError(f"restore: model ({type(model).__name__}) must be a torch.nn.Module")
     for name, layer in model.named_modules():
         record = record_of(layer)
-        made = layer_of(layer) in OURS or "_advdl_made" in vars(type(layer))
+        kind = plain_class(type(layer))
+        made = layer_of(layer) in OURS or "_advdl_made" in vars(kind)
         # A GraphModule goes back to its class by itself when its graph changes.
-        made = made or (record is not None and type(layer) is record.original)
+        made = made or (record is not None and kind is record.original)
         if record is not None and record.original is not None and not made:
             raise ValueError(
                 f"restore: model ({name or 'itself'}) must be of the class that optimize gave it, "
                 f"not {qualified_name(type(layer))}"
             )
+    if any(record_of(layer) is not None for layer in model.modules()):
+        set_lean(model, None)
     for layer in model.modules():
         record = layer.__dict__.pop(RECORD, None)
         if record is None or record.original is None:

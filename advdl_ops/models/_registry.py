@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from advdl_ops._lean.models import Levels, set_lean
 from advdl_ops.models._weights import load_weights
 
 _Builder = TypeVar("_Builder", bound=Callable[..., torch.nn.Module])
@@ -54,6 +55,7 @@ def create_model(
     num_classes: int | None = None,
     in_channels: int | None = None,
     weights: str | os.PathLike[str] | None = None,
+    lean: Levels = None,
     **options: Any,
 ) -> torch.nn.Module:
     """Builds a model of the zoo.
@@ -63,6 +65,8 @@ def create_model(
         num_classes: outputs of the last layer (in a language model the vocabulary). Default: the model's own.
         in_channels: channels of images. Default: the model's own (3, for RGB). Models of tokens have no such option.
         weights: a local `.pth`, `.pt` or `.safetensors` file; see `load_weights`. Nothing is downloaded.
+        lean: less memory in training, at the same gradients: ``None``, "block", "stage", "deep" or "deepest", or a dict
+            of these by names of modules; see `docs/lean_training.md`.
         options: the model's own keywords, such as `zero_init_residual` of `ResNet`. ResNets also take timm's
             `features_only=True`, with which they return a list of features, `out_indices`, and have `feature_info`.
 
@@ -70,8 +74,8 @@ def create_model(
         The model in train mode, fp32, on torch's default device.
 
     Raises:
-        ValueError: unknown name (the message has the nearest names), bad option values, or a weights file
-            that does not fit.
+        ValueError: unknown name (the message has the nearest names), bad option values, an unknown level, or a weights
+            file that does not fit.
         TypeError: an option that the model does not have.
         FileNotFoundError: `weights` is not a file.
     """
@@ -86,6 +90,7 @@ def create_model(
     if options.get("features_only") is False:  # as timm's callers pass it
         del options["features_only"]
     model = builder(**options)
+    set_lean(model, lean, caller="create_model")
     if weights is not None:
         load_weights(model, weights, caller="create_model")
     return model

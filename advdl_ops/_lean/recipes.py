@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import is_exported, is_traced, transformed
+from ..backend import is_exported, is_traced, transformed
 
 LEVELS = ("block", "stage", "deep", "deepest")
 

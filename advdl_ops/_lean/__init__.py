@@ -1,0 +1,9 @@
+"""Lean training, see docs/lean_training.md.
+
+`recipes.py` is what the operators call; `models.py` sets the level of a model; `counts.py` counts the bytes of each
+level, for ``memory_report`` (`report.py`) and ``fit_memory`` (`fit.py`).
+"""
+
+from .recipes import LEVELS, Kind, makes_again, offer, saving
+
+__all__ = ["LEVELS", "Kind", "makes_again", "offer", "saving"]

@@ -1,0 +1,121 @@
+"""The level of lean training of a model, and of parts of it."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .recipes import LEVELS, saving
+
+_Module = torch.nn.Module
+Levels = str | None | Mapping[str, str | None]
+
+# Of a class that `set_lean` made: the class before. Of an instance: its level.
+_PLAIN, _LEVEL = "_advdl_plain", "_advdl_lean"
+
+
+def set_lean(model: _Module, lean: Levels, *, caller: str = "set_lean") -> _Module:
+    """Sets what backward makes again instead of keeping it; in place.
+
+    Args:
+        model: of this package's layers: from ``create_model``, or from ``optimize``.
+        lean: ``None`` (nothing), ``"block"``, ``"stage"``, ``"deep"`` or ``"deepest"`` for the whole model, or a dict of
+            these by the names of modules (``""``: the model). A part without an entry has the level of what it is in.
+
+    Returns:
+        ``model``. Its gradients are the same at every level, to the last bit.
+
+    Raises:
+        ValueError: an unknown level, or a name that no module has. Nothing is changed then.
+        TypeError: ``lean`` is neither a string, nor ``None``, nor a mapping.
+    """
+    levels = checked(model, lean, caller)
+    for layer in model.modules():
+        if _LEVEL in layer.__dict__:
+            del layer.__dict__[_LEVEL]
+            object.__setattr__(layer, "__class__", plain_class(type(layer)))
+    for name, level in levels.items():
+        layer = model.get_submodule(name)
+        layer.__dict__[_LEVEL] = level
+        object.__setattr__(layer, "__class__", _lean_class(type(layer)))
+    return model
+
+
+def lean_of(model: _Module) -> dict[str, str | None]:
+    """The levels that :func:`set_lean` set, by the names of modules."""
+    return {
+        name: layer.__dict__[_LEVEL]
+        for name, layer in model.named_modules()
+        if _LEVEL in layer.__dict__
+    }
+
+
+def plain_class(kind: type) -> type:
+    """The class before :func:`set_lean`."""
+    return vars(kind).get(_PLAIN, kind)
+
+
+def checked(model: _Module, lean: Any, caller: str) -> dict[str, str | None]:
+    """``lean`` as a dict by names, without what changes nothing."""
+    if lean is None or isinstance(lean, str):
+        lean = {"": lean}
+    if not isinstance(lean, Mapping):
+        raise TypeError(f"{caller}: lean ({lean!r}) must be a level, or a dict of levels by names")
+    names = dict(model.named_modules(remove_duplicate=False))
+    for name, level in lean.items():
+        if level is not None and level not in LEVELS:
+            raise ValueError(f"{caller}: lean ({level!r}) must be None or one of {', '.join(LEVELS)}")
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{caller}: lean ({name!r}) must name a module of the model{hint}")
+    return {} if set(lean.values()) == {None} else dict(lean)
+
+
+@functools.cache
+def _lean_class(kind: type[_Module]) -> type[_Module]:
+    """``kind`` with a forward that runs at the level of the module."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a compiler decides by itself what it keeps
+            return kind.forward(self, *args, **kwargs)
+        with saving(_level_of(self)):
+            return kind.forward(self, *args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        # This class is not found by its name, so it is made again of `kind`.
+        make, args, *rest = kind.__reduce_ex__(self, protocol)
+        return _rebuilt, (make, tuple([kind if a is made else a for a in args])), *rest
+
+    attributes = {
+        "forward": forward, "__reduce_ex__": reduce, _PLAIN: kind,
+        "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__,
+    }  # fmt: skip
+    made = type(kind.__name__, (kind,), attributes)
+    return made
+
+
+def _level_of(layer: _Module) -> str | None:
+    level = layer.__dict__.get(_LEVEL)
+    if level in ("deep", "deepest") and is_sharded(layer):
+        # The weight of a convolution is gathered for its own backward alone.
+        return "block" if level == "deep" else "stage"
+    return level
+
+
+def is_sharded(model: _Module) -> bool:
+    """Whether ``fully_shard`` manages parameters of the model."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return any("_is_fsdp_managed_module" in layer.__dict__ for layer in model.modules())
+
+
+def _rebuilt(make: Any, args: tuple[Any, ...]) -> _Module:
+    layer = make(*args)
+    object.__setattr__(layer, "__class__", _lean_class(type(layer)))
+    return layer
