@@ -72,7 +72,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     ("norm", "options"),
     [
-        ("group", ("--parallel", "ddp", "--batch-size", "8")),
+        pytest.param("group", ("--parallel", "ddp", "--batch-size", "8"), marks=pytest.mark.extra),
         ("group", ("--parallel", "ddp", "--batch-size", "4", "--accumulate", "2")),
         ("group", ("--parallel", "fsdp", "--batch-size", "4", "--accumulate", "2")),
         pytest.param(
@@ -101,14 +101,14 @@ def whole(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("parallel", "processes", "death", "newest"),
-    [("ddp", 3, "write", "step_000002"), ("fsdp", 2, "step", "step_000004")],
+    ("parallel", "precision", "processes", "death", "newest"),
+    [("ddp", "fp32", 3, "write", "step_000002"), ("fsdp", "bf16", 2, "step", "step_000004")],
 )
-def test_a_rank_that_dies_costs_no_bit(parallel, processes, death, newest, tmp_path):
+def test_a_rank_that_dies_costs_no_bit(parallel, precision, processes, death, newest, tmp_path):
     """Three processes with DDP, where the order of a sum shows. Batch norm, whose running statistics differ by rank."""
     folder, never = tmp_path / "checkpoints", tmp_path / "never interrupted"
     options = "--parallel", parallel, "--batch-size", str(16 // processes), "--epochs", "2"
-    options += "--every", "2"
+    options += "--every", "2", "--precision", precision
     weights = [tmp_path / f"{name}.pth" for name in ("expected", "found")]
     done, expected = run(
         processes, tmp_path / "expected", *options, "--checkpoint", str(never), "--output", str(weights[0])
@@ -202,10 +202,6 @@ def test_weights_in_bf16_with_statistics_in_fp32(tmp_path, monkeypatch):
     """FSDP2 casts the weights of a batch norm, not its buffers. Stock's does not take both."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torch.multiprocessing.spawn(bf16_worker, ((tmp_path / "init").as_uri(),), nprocs=2)
-    options = "--parallel", "fsdp", "--precision", "bf16", "--batch-size", "8", "--epochs", "4"
-    done, losses = run(2, tmp_path / "losses", *options)
-    assert done.returncode == 0, done.stderr
-    assert sum(losses[-3:]) < sum(losses[:3])
 
 
 # ---- in this process ----
