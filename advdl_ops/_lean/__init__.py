@@ -4,6 +4,6 @@
 level, for ``memory_report`` (`report.py`) and ``fit_memory`` (`fit.py`).
 """
 
-from .recipes import LEVELS, Kind, makes_again, offer, saving
+from .recipes import LEVELS, Kind, concatenated, makes_again, offer, saving
 
-__all__ = ["LEVELS", "Kind", "makes_again", "offer", "saving"]
+__all__ = ["LEVELS", "Kind", "concatenated", "makes_again", "offer", "saving"]

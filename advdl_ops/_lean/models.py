@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .max_pool2d import MaxPool2d
 from .recipes import LEVELS, saving
 
 _Module = torch.nn.Module
@@ -23,8 +24,9 @@ def set_lean(model: _Module, lean: Levels, *, caller: str = "set_lean") -> _Modu
 
     Args:
         model: of this package's layers: from ``create_model``, or from ``optimize``.
-        lean: ``None`` (nothing), ``"block"``, ``"stage"``, ``"deep"`` or ``"deepest"`` for the whole model, or a dict of
-            these by the names of modules (``""``: the model). A part without an entry has the level of what it is in.
+        lean: ``None`` (nothing), ``"block"``, ``"stage"``, ``"deep"`` or ``"deepest"`` for the whole model, or a dict
+            of these by the names of modules (``""``: the model). A part without an entry has the level of what it is
+            in.
 
     Returns:
         ``model``. Its gradients are the same at every level, to the last bit.
@@ -35,9 +37,10 @@ def set_lean(model: _Module, lean: Levels, *, caller: str = "set_lean") -> _Modu
     """
     levels = checked(model, lean, caller)
     for layer in model.modules():
-        if _LEVEL in layer.__dict__:
-            del layer.__dict__[_LEVEL]
-            object.__setattr__(layer, "__class__", plain_class(type(layer)))
+        layer.__dict__.pop(_LEVEL, None)
+        object.__setattr__(layer, "__class__", plain_class(type(layer)))
+        if levels and type(layer) is torch.nn.MaxPool2d:
+            object.__setattr__(layer, "__class__", MaxPool2d)
     for name, level in levels.items():
         layer = model.get_submodule(name)
         layer.__dict__[_LEVEL] = level
@@ -56,7 +59,8 @@ def lean_of(model: _Module) -> dict[str, str | None]:
 
 def plain_class(kind: type) -> type:
     """The class before :func:`set_lean`."""
-    return vars(kind).get(_PLAIN, kind)
+    kind = vars(kind).get(_PLAIN, kind)
+    return torch.nn.MaxPool2d if kind is MaxPool2d else kind
 
 
 def checked(model: _Module, lean: Any, caller: str) -> dict[str, str | None]:
@@ -68,7 +72,9 @@ def checked(model: _Module, lean: Any, caller: str) -> dict[str, str | None]:
     names = dict(model.named_modules(remove_duplicate=False))
     for name, level in lean.items():
         if level is not None and level not in LEVELS:
-            raise ValueError(f"{caller}: lean ({level!r}) must be None or one of {', '.join(LEVELS)}")
+            raise ValueError(
+                f"{caller}: lean ({level!r}) must be None or one of {', '.join(LEVELS)}"
+            )
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -82,8 +88,6 @@ def _lean_class(kind: type[_Module]) -> type[_Module]:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # a compiler decides by itself what it keeps
-            return kind.forward(self, *args, **kwargs)
         with saving(_level_of(self)):
             return kind.forward(self, *args, **kwargs)
 
@@ -101,6 +105,8 @@ def _lean_class(kind: type[_Module]) -> type[_Module]:
 
 
 def _level_of(layer: _Module) -> str | None:
+    if torch.compiler.is_compiling():
+        return None
     level = layer.__dict__.get(_LEVEL)
     if level in ("deep", "deepest") and is_sharded(layer):
         # The weight of a convolution is gathered for its own backward alone.

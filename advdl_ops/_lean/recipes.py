@@ -4,8 +4,8 @@ Stock PyTorch keeps the output of each convolution, for the norm's backward, and
 next convolution's. The second is one pass over the first. While a model runs inside of :func:`saving`, the operators
 that make such tensors leave a *recipe* (:func:`offer`): a function, and the tensors that it needs. If autograd saves a
 tensor that has a recipe, it keeps the recipe, whatever operator saves it. Backward makes the tensor again, once for all
-who saved it, by the kernel that made it first. All kernels of this package are deterministic, so the gradients are those
-of a training that keeps everything, to the last bit.
+who saved it, by the kernel that made it first. All kernels of this package are deterministic, so the gradients are
+those of a training that keeps everything, to the last bit.
 
 Recomputation instead of memory: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174; for
 norm and activation: Rota Bulo et al. 2018, In-Place Activated BatchNorm, arXiv:1712.02616.
@@ -18,12 +18,11 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import is_exported, is_traced, transformed
+from ..backend import is_exported, needs_grad, transformed
 
 LEVELS = ("block", "stage", "deep", "deepest")
 
@@ -32,8 +31,12 @@ class Kind(Enum):
     """What a recipe makes again; its value: the levels that do."""
 
     PASS = frozenset(LEVELS)  # one pass over tensors that are kept in any case
-    SUM = frozenset({"stage", "deepest"})  # the output of a residual block: needs that of the block before
-    PRODUCT = frozenset({"deep", "deepest"})  # a convolution of 1x1 that has more outputs than inputs
+    SUM = frozenset(
+        {"stage", "deepest"}
+    )  # the output of a residual block: needs that of the block before
+    PRODUCT = frozenset(
+        {"deep", "deepest"}
+    )  # a convolution of 1x1 that has more outputs than inputs
 
 
 class Kept:
@@ -66,7 +69,17 @@ class Recipe:
         like: the tensor; it is not kept.
     """
 
-    __slots__ = ("__weakref__", "done", "function", "kind", "made", "of", "readers", "sources", "version")
+    __slots__ = (
+        "__weakref__",
+        "done",
+        "function",
+        "kind",
+        "made",
+        "of",
+        "readers",
+        "sources",
+        "version",
+    )
 
     def __init__(
         self,
@@ -78,7 +91,9 @@ class Recipe:
         self.kind, self.function, self.sources = kind, function, sources
         self.of = weakref.ref(like)
         self.version = like._version
-        self.readers = self.done = 0  # those who will ask for the tensor, and those who did since it was made
+        self.readers = self.done = (
+            0  # those who will ask for the tensor, and those who did since it was made
+        )
         self.made: Tensor | None = None
         for source in sources:
             if isinstance(source, Recipe):
@@ -116,7 +131,9 @@ class _Saving:
 
     def __init__(self, level: str | None) -> None:
         self.level = level
-        self.recipes: dict[int, Recipe] = {}  # by id of the tensor, which the recipe refers to weakly
+        self.recipes: dict[
+            int, Recipe
+        ] = {}  # by id of the tensor, which the recipe refers to weakly
 
     def recipe_of(self, t: Tensor) -> Recipe | None:
         recipe = self.recipes.get(id(t))
@@ -157,11 +174,15 @@ _local = _Local()
 
 def makes_again(kind: Kind) -> bool:
     """Whether this forward pass wants recipes of this kind."""
+    if torch.compiler.is_compiling():
+        return False
     saving = _local.saving
     return saving is not None and saving.level in kind.value
 
 
-def offer(kind: Kind, out: Tensor, function: Callable[..., Tensor], *sources: Tensor | None) -> None:
+def offer(
+    kind: Kind, out: Tensor, function: Callable[..., Tensor], *sources: Tensor | None
+) -> None:
     """Tells that ``function(*sources)`` makes ``out`` again, to the same bits. Called if :func:`makes_again` holds."""
     saving = _local.saving
     assert saving is not None
@@ -177,14 +198,31 @@ def offer(kind: Kind, out: Tensor, function: Callable[..., Tensor], *sources: Te
     saving.recipes[id(out)] = Recipe(kind, function, found, out)
 
 
-@contextlib.contextmanager
-def saving(level: str | None) -> Iterator[None]:
-    """In it, autograd keeps recipes of what operators make, as the level says. Inside of another one it only changes the
-    level.
+def concatenated(*tensors: Tensor) -> Tensor:
+    """``[N, C_i, H, W]`` each -> ``[N, sum of C_i, H, W]``. In lean training the parts are kept, or made again."""
+    out = torch.cat(tensors, 1)
+    if makes_again(Kind.PASS) and needs_grad(*tensors):
+        offer(Kind.PASS, out, lambda *parts: torch.cat(parts, 1), *tensors)
+    return out
+
+
+def saving(level: str | None, *, overrides: bool = True) -> contextlib.AbstractContextManager[None]:
+    """In it, autograd keeps recipes of what operators make, as the level says.
 
     It steps aside where gradients are off, under compile, export and transforms, and inside of other hooks for saved
     tensors: those of ``torch.utils.checkpoint`` keep less, and ``save_on_cpu`` looks at each tensor.
+
+    Args:
+        overrides: whether the level also holds inside of another ``saving``.
     """
+    # A compiler decides by itself what it keeps.
+    if torch.compiler.is_compiling() or not (overrides or _local.saving is None):
+        return contextlib.nullcontext()
+    return _saving(level)
+
+
+@contextlib.contextmanager
+def _saving(level: str | None) -> Iterator[None]:
     outer = _local.saving
     if outer is not None:
         before, outer.level = outer.level, level
@@ -208,7 +246,7 @@ def _may_save() -> bool:
     autograd = torch._C._autograd
     return (
         torch.is_grad_enabled()
-        and not (is_traced() or is_exported() or transformed())
+        and not (torch.jit.is_tracing() or is_exported() or transformed())
         and autograd._saved_tensors_hooks_is_enabled()
         and autograd._top_saved_tensors_default_hooks(False) is None
     )

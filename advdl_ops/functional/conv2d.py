@@ -26,8 +26,8 @@ from .._conv.problem import (
     pair_of,
     problem_of,
 )
-from .._schemas import acc_dtype, conv2d_shape
 from .._lean import Kind
+from .._schemas import acc_dtype, conv2d_shape
 from .._stock_faults import convolution, sees_nothing
 from ..activation import IDENTITY, Activation, resolve_activation
 from ..backend import (

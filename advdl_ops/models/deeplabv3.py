@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from advdl_ops import nn
+from advdl_ops._lean import concatenated
 from advdl_ops._schemas import conv2d_format
 from advdl_ops._watch import is_proxy
 from advdl_ops.models._layers import (
@@ -71,7 +72,7 @@ class ASPP(torch.nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(torch.cat([branch(x) for branch in self.convs], 1))
+        return self.project(concatenated(*[branch(x) for branch in self.convs]))
 
 
 class DeepLabHead(Layers):

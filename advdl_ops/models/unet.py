@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advdl_ops import nn
+from advdl_ops._lean import concatenated
 from advdl_ops._watch import is_proxy
 from advdl_ops.backend import is_traced
 from advdl_ops.models._layers import (
@@ -102,7 +103,7 @@ class Up(torch.nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """`x` [N, channels or channels / 2, h, w], `skip` [N, channels / 2, H, W] -> [N, out_channels, H, W]."""
-        return self.conv(torch.cat([skip, _padded(self.up(x), skip)], 1))
+        return self.conv(concatenated(skip, _padded(self.up(x), skip)))
 
 
 def _padded(x: Tensor, skip: Tensor) -> Tensor:

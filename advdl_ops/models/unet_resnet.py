@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from advdl_ops import nn
+from advdl_ops._lean import concatenated
 from advdl_ops._watch import is_proxy
 from advdl_ops.models._layers import (
     NormFactory,
@@ -47,7 +48,7 @@ class DecoderBlock(torch.nn.Module):
         """`x` [N, channels, h, w], `skip` [N, skip_channels, *size] -> [N, out_channels, *size]."""
         x = F.interpolate(x, size=size if is_proxy(x) else tuple(size), mode="nearest")
         if skip is not None:
-            x = torch.cat([x, skip], 1)
+            x = concatenated(x, skip)
         return self.conv2(self.conv1(x))
 
 
