@@ -82,9 +82,13 @@ def checked(model: _Module, lean: Any, caller: str) -> dict[str, str | None]:
     return {} if set(lean.values()) == {None} else dict(lean)
 
 
-@functools.cache
+_classes: dict[type[_Module], type[_Module]] = {}
+
+
 def _lean_class(kind: type[_Module]) -> type[_Module]:
     """``kind`` with a forward that runs at the level of the module."""
+    if kind in _classes:
+        return _classes[kind]
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,14 +97,15 @@ def _lean_class(kind: type[_Module]) -> type[_Module]:
 
     def reduce(self: Any, protocol: Any) -> Any:
         # This class is not found by its name, so it is made again of `kind`.
-        make, args, *rest = kind.__reduce_ex__(self, protocol)
+        reduced: Any = kind.__reduce_ex__(self, protocol)
+        make, args, *rest = reduced
         return _rebuilt, (make, tuple([kind if a is made else a for a in args])), *rest
 
     attributes = {
         "forward": forward, "__reduce_ex__": reduce, _PLAIN: kind,
         "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__,
     }  # fmt: skip
-    made = type(kind.__name__, (kind,), attributes)
+    made = _classes[kind] = type(kind.__name__, (kind,), attributes)
     return made
 
 

@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -243,7 +244,7 @@ def _saving(level: str | None) -> Iterator[None]:
 
 
 def _may_save() -> bool:
-    autograd = torch._C._autograd
+    autograd: Any = torch._C._autograd
     return (
         torch.is_grad_enabled()
         and not (torch.jit.is_tracing() or is_exported() or transformed())

@@ -55,7 +55,8 @@ def optimize(
         TypeError: ``model`` is not a module, was made by ``torch.jit``, or was made by ``torch.compile`` and
             ``inplace`` is not set.
         ValueError: an unknown level, a parameter has no data yet (on the meta device), a layer is quantized, ``model``
-            was optimized before, or without ``inplace`` it is wrapped by ``DistributedDataParallel`` or ``fully_shard``.
+            was optimized before, or without ``inplace`` it is wrapped by ``DistributedDataParallel`` or
+            ``fully_shard``.
 
     If an error is raised, nothing is changed. :func:`restore` brings the previous layers back.
     """

@@ -307,7 +307,12 @@ class GroupNormFunction(torch.autograd.Function):
         kind = Kind.PASS if residual is None else Kind.SUM
         if _lean.makes_again(kind):
             # With the statistics too: two passes, and the same bits.
-            _lean.offer(kind, out, lambda *t: _forward(*t, options)[0], x, residual, weight, bias)
+            _lean.offer(
+                kind,
+                out,
+                lambda x, residual, weight, bias: _forward(x, residual, weight, bias, options)[0],
+                x, residual, weight, bias,
+            )  # fmt: skip
         saved, ctx.z_source = saved_for(options[2], residual, out)
         ctx.save_for_backward(x, saved, weight, bias, stats)
         ctx.options = options
