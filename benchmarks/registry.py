@@ -16,6 +16,7 @@ SUITES = {
     "quick": "BN + activation and the training of a small ResNet on real images, a few minutes",
     "ops": "each operator against stock PyTorch, the cost of one call, of the import, of the build",
     "models": "whole networks: inference, training steps, bytes held for backward",
+    "memory": "lean training: bytes held for backward at each level, and the time of a step",
     "choice": "every implementation of a convolution around each threshold by which one is chosen on CPU",
 }
 
