@@ -102,6 +102,7 @@ class Counting:
 
     def _count(self) -> Count:
         self._order.clear()
+        torch.clear_autocast_cache()  # of an autocast around: weights that the count before has cast
         storages = _Storages(self._running, self._given)
         recipes: list[tuple[str, weakref.ref[Recipe], Work]] = []
 
@@ -116,7 +117,7 @@ class Counting:
 
         with _without_collection(), _same_random_numbers():
             try:
-                with torch.enable_grad(), self._mode, storages, telling(offered):
+                with torch.inference_mode(False), torch.enable_grad(), self._mode, storages, telling(offered):
                     output = self.model(*self._args)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise RuntimeError(
@@ -150,6 +151,27 @@ class Counting:
         if isinstance(t, torch.nn.Parameter):
             return torch.nn.Parameter(made, t.requires_grad)
         return made.requires_grad_(t.requires_grad)
+
+
+def checked_arguments(model: Any, input: Any, caller: str) -> tuple[Any, ...]:
+    """The arguments of the model's forward.
+
+    Raises:
+        TypeError: ``model`` is not a module, ``input`` neither a tensor nor a tuple.
+        ValueError: a compiler runs the model.
+    """
+    if not isinstance(model, _Module):
+        raise TypeError(f"{caller}: model ({type(model).__name__}) must be a torch.nn.Module")
+    if not isinstance(input, (Tensor, tuple)):
+        raise TypeError(
+            f"{caller}: input ({type(input).__name__}) must be a Tensor, or a tuple of the arguments of model"
+        )
+    for layer in model.modules():
+        if "_orig_mod" in layer._modules or layer._compiled_call_impl is not None:
+            raise ValueError(
+                f"{caller}: model must not be compiled, because a compiler decides by itself what it keeps"
+            )
+    return input if isinstance(input, tuple) else (input,)
 
 
 class _Storages(TorchDispatchMode):
