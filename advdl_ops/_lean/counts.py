@@ -50,11 +50,13 @@ class Count:
         held: bytes by the name of the module that made them, without those of the modules in it.
         work: what backward does to make tensors again, in the same way.
         order: the names of all modules that ran, by their first call.
+        reads: the module that made a tensor, and another one that read it.
     """
 
     held: dict[str, int]
     work: dict[str, Work]
     order: tuple[str, ...]
+    reads: frozenset[tuple[str, str]]
 
     @property
     def total(self) -> int:
@@ -117,7 +119,13 @@ class Counting:
 
         with _without_collection(), _same_random_numbers():
             try:
-                with torch.inference_mode(False), torch.enable_grad(), self._mode, storages, telling(offered):
+                with (
+                    torch.inference_mode(False),
+                    torch.enable_grad(),
+                    self._mode,
+                    storages,
+                    telling(offered),
+                ):
                     output = self.model(*self._args)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise RuntimeError(
@@ -133,7 +141,7 @@ class Counting:
                     before = work.get(name, Work(0, 0))
                     work[name] = Work(before.bytes + of.bytes, before.flops + of.flops)
             del output
-        return Count(held, work, tuple(self._order))
+        return Count(held, work, tuple(self._order), frozenset(storages.reads))
 
     def _call(self, name: str, layer: _Module, *args: Any, **kwargs: Any) -> Any:
         self._order[name] = None
@@ -145,7 +153,9 @@ class Counting:
 
     def _fake(self, t: Tensor) -> Tensor:
         if not t.is_meta:
-            return self._mode.from_tensor(t if t.is_leaf else t.detach().requires_grad_(), static_shapes=True)
+            return self._mode.from_tensor(
+                t if t.is_leaf else t.detach().requires_grad_(), static_shapes=True
+            )
         with self._mode:
             made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
         if isinstance(t, torch.nn.Parameter):
@@ -183,18 +193,28 @@ class _Storages(TorchDispatchMode):
         # By address, which is not used again as long as there is a weak reference.
         self.known = {ref.cdata: ref for ref in given}
         self.made: list[tuple[str, int, StorageWeakRef]] = []
+        self.makers: dict[int, str] = {}
+        self.reads: set[tuple[str, str]] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        running = self.running[-1]
+        for t in pytree.arg_tree_leaves(*args, **kwargs):
+            if isinstance(t, Tensor) and t.layout is torch.strided:
+                maker = self.makers.get(StorageWeakRef(t.untyped_storage()).cdata, running)
+                if maker != running:
+                    self.reads.add((maker, running))
+        out = func(*args, **kwargs)
         for t in pytree.tree_leaves(out):
             if isinstance(t, Tensor) and t.layout is torch.strided:
                 storage = t.untyped_storage()
                 ref = StorageWeakRef(storage)
                 if ref.cdata not in self.known:
                     self.known[ref.cdata] = ref
-                    self.made.append((self.running[-1], _allocated(t, storage.nbytes()), ref))
+                    self.makers[ref.cdata] = running
+                    self.made.append((running, _allocated(t, storage.nbytes()), ref))
         return out
 
     def alive(self) -> dict[str, int]:

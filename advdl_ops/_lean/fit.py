@@ -1,12 +1,14 @@
 """``fit_memory``: the fastest levels of lean training whose held bytes fit a budget.
 
-What a part of the model holds depends on its own level and on that of the part behind it, which may need the tensor
-between the two. Both are counted for each pair of levels, and dynamic programming along the parts finds all choices of
-which no other one has less bytes and less work. The final choice is counted as a whole.
+What a part of the model holds depends on its own level and on those of the parts that read its tensors, and on whether
+the rest of the model has a level, because only then recipes pass from part to part. It is counted for all of these
+levels; one count of the model serves all parts. Dynamic programming along the parts then finds the choices of which no
+other one has less bytes and less work, and the final one is counted as a whole.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -21,8 +23,8 @@ __all__ = ["fit_memory"]
 
 # So many floating point operations of a 1x1 convolution take the time of a byte that a pass reads or writes.
 FLOPS_PER_BYTE = {"cpu": 10, "cuda": 50}
-# A front of choices is thinned out beyond this length, which models of up to 8 parts do not reach.
-MOST = 20_000
+# Limits for models of many parts: of a front of choices, which is thinned out, and of the entries of a table.
+MOST, ENTRIES = 2_000, 250
 
 Level = str | None
 _ALL: tuple[Level, ...] = (None, *LEVELS)
@@ -106,10 +108,14 @@ class Search:
         # For each part the first of the levels that are the same in it, by each level.
         self._same: list[dict[Level, Level]] = []
         for name in self.names:
-            first: dict[tuple[int, float], Level] = {}
-            self._same.append(
-                {level: first.setdefault(self._part(count, name), level) for level, count in uniform.items()}
-            )
+            first: dict[Any, Level] = {}
+            same = {}
+            for level, count in uniform.items():
+                # Whether the rest has a level at all matters to the parts.
+                like = self._part(count, name), name == "" and level is None
+                same[level] = first.setdefault(like, level)
+            self._same.append(same)
+        self._axes = self._axes_of(uniform[None].reads)
         self.choices = self._choices()
         smallest = [choice.levels for choice in self.choices[-1:]]
         self._smallest = min([*smallest, *self._known], key=lambda levels: self.count(levels).total)
@@ -150,42 +156,75 @@ class Search:
 
     def _choices(self) -> list[Choice]:
         """By cost, each with less bytes than all before it."""
-        found: list[Choice] = []
-        for rest in self._options(0):
-            if len(self.names) == 1:
-                found.append(Choice(*self._part(self.count((rest,)), ""), (rest,)))
-                continue
-            # The fronts up to a part, by its level.
-            fronts = {
-                level: [Choice(*self._pair(0, rest, level, level), (rest, level))]
-                for level in self._options(1)
-            }
-            for at in range(1, len(self.names) - 1):
-                longer: dict[Level, list[Choice]] = {}
-                for after in self._options(at + 1):
-                    longer[after] = front(
-                        Choice(c.held + held, c.cost + cost, (*c.levels, after))
-                        for level, choices in fronts.items()
-                        for held, cost in [self._pair(at, rest, level, after)]
-                        for c in choices
-                    )
-                fronts = longer
-            for level, choices in fronts.items():
-                held, cost = self._pair(len(self.names) - 1, rest, level, level)
-                found += [Choice(c.held + held, c.cost + cost, c.levels) for c in choices]
-        return front(found)
+        tables = self._tables()
+        # By the levels of those parts that a later table needs: the choices so far.
+        fronts: dict[tuple[Level, ...], list[Choice]] = {(): [Choice(0, 0, ())]}
+        waiting = list(enumerate(self._axes))
+        for at in range(len(self.names)):
+            ready = [part for part, axes in waiting if max(axes) == at]
+            waiting = [(part, axes) for part, axes in waiting if max(axes) > at]
+            needed = sorted({axis for _, axes in waiting for axis in axes if axis <= at})
+            longer: dict[tuple[Level, ...], list[Choice]] = {}
+            for choices in fronts.values():
+                for choice in choices:
+                    for level in self._options(at):
+                        held, cost, levels = choice.held, choice.cost, (*choice.levels, level)
+                        for part in ready:
+                            own = tables[part][tuple([levels[axis] for axis in self._axes[part]])]
+                            held, cost = held + own[0], cost + own[1]
+                        key = tuple([levels[axis] for axis in needed])
+                        longer.setdefault(key, []).append(Choice(held, cost, levels))
+            fronts = {key: front(choices) for key, choices in longer.items()}
+        return fronts[()]
 
-    def _pair(self, at: int, rest: Level, level: Level, after: Level) -> tuple[int, float]:
-        """Bytes and cost of a part at ``level`` if the next part has the level ``after``; of the rest: the first two.
+    def _tables(self) -> list[dict[tuple[Level, ...], tuple[int, float]]]:
+        """For each part its bytes and cost, by the levels of its axes."""
+        tables: list[dict[tuple[Level, ...], tuple[int, float]]] = [{} for _ in self.names]
+        missing = [
+            dict.fromkeys(itertools.product(*[self._options(axis) for axis in axes]))
+            for axes in self._axes
+        ]
 
-        Counted with these two levels in turn for all parts, so that one count serves all of them.
-        """
-        in_turn = [level if index % 2 == at % 2 else after for index in range(1, len(self.names))]
-        levels = tuple(same[of] for same, of in zip(self._same, (rest, *in_turn), strict=True))
-        return self._part(self.count(levels), self.names[at])
+        def enter(levels: tuple[Level, ...]) -> None:
+            count = self.count(levels)
+            for part, axes in enumerate(self._axes):
+                key = tuple([levels[axis] for axis in axes])
+                if key in missing[part]:
+                    del missing[part][key]
+                    tables[part][key] = self._part(count, self.names[part])
 
-    def _options(self, at: int) -> Iterable[Level]:
-        return dict.fromkeys(self._same[at].values())
+        for level in _ALL:
+            enter(tuple([same[level] for same in self._same]))
+        while any(missing):
+            # As many of the missing entries as go together.
+            levels: dict[int, Level] = {}
+            for axes, keys in zip(self._axes, missing, strict=True):
+                for key in keys:
+                    if all(
+                        levels.get(axis, own) == own for axis, own in zip(axes, key, strict=True)
+                    ):
+                        levels.update(zip(axes, key, strict=True))
+                        break
+            enter(tuple([levels.get(part, None) for part in range(len(self.names))]))
+        return tables
+
+    def _axes_of(self, reads: Iterable[tuple[str, str]]) -> list[tuple[int, ...]]:
+        """For each part the parts on whose levels its bytes depend: the rest, itself, and those that read of it."""
+        index = {name: at for at, name in enumerate(self.names)}
+        readers: list[set[int]] = [set() for _ in self.names]
+        for maker, reader in reads:
+            readers[index[self._part_of(maker)]].add(index[self._part_of(reader)])
+        found = []
+        for part, reading in enumerate(readers):
+            axes = {0, part}
+            for reader in sorted(reading):
+                if math.prod(len(self._options(axis)) for axis in axes | {reader}) <= ENTRIES:
+                    axes.add(reader)
+            found.append(tuple(sorted(axes)))
+        return found
+
+    def _options(self, at: int) -> list[Level]:
+        return list(dict.fromkeys(self._same[at].values()))
 
 
 def front(choices: Iterable[Choice]) -> list[Choice]:

@@ -24,7 +24,10 @@ STOCK, PLAIN, AS_SET = "stock", "plain", "as set"
 ITSELF = "(the model itself)"
 OTHERS = "others"
 WIDTH = 200  # of text without a terminal; a table takes what it needs
-COLOURS = 9  # parts in the plot; further ones are added up
+# Of the plot: matplotlib's without grey, which the sum of the other parts has.
+COLOURS = tuple(
+    f"tab:{name}" for name in "blue orange green red purple brown pink olive cyan".split()
+)
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -85,7 +88,8 @@ class MemoryReport:
         works = [_work(count) for count in self.counts.values()]
         grid.add_row("passes of backward", *(_text(work.bytes, unit) for work in works))
         grid.add_row(
-            "its products, GFLOP", *(f"{work.flops / 1e9:.2f}" if work.flops else "-" for work in works)
+            "its products, GFLOP",
+            *(f"{work.flops / 1e9:.2f}" if work.flops else "-" for work in works),
         )
         return grid
 
@@ -110,12 +114,12 @@ class MemoryReport:
         )
         axes = figure.subplots()
         unit = _unit_of(self.total(PLAIN))
-        colours = _require("matplotlib", "the plot").colormaps["tab10"]
         at = range(len(self.counts))
         bottom = [0.0] * len(self.counts)
-        for index, (name, row) in enumerate(self._parts().items()):
+        colours = iter(COLOURS)
+        for name, row in self._parts().items():
             heights = [size / 1024**unit for size in row.values()]
-            colour = "lightgrey" if name == OTHERS else colours(index)
+            colour = "lightgrey" if name == OTHERS else next(colours)
             axes.bar(at, heights, bottom=bottom, width=0.7, label=name or ITSELF, color=colour)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         for x, (column, top) in enumerate(zip(self.counts, bottom, strict=True)):
@@ -141,11 +145,13 @@ class MemoryReport:
         deepest = max(name.count(".") + 1 for count in self.counts.values() for name in count.order)
         rows = self.rows(1)
         for depth in range(2, deepest + 1):
-            if len(rows) >= 4:
+            if len(rows) >= 6:
                 break
             rows = self.rows(depth)
-        largest = sorted(rows, key=lambda name: max(rows[name].values()), reverse=True)[:COLOURS]
-        parts = {name: row for name, row in rows.items() if name in largest}
+        largest = sorted(rows, key=lambda name: max(rows[name].values()), reverse=True)
+        seen = max(self.total(column) for column in self.counts) / 200
+        drawn = {name for name in largest[: len(COLOURS)] if max(rows[name].values()) > seen}
+        parts = {name: row for name, row in rows.items() if name in drawn}
         if len(rows) > len(parts):
             parts[OTHERS] = {
                 column: sum(row[column] for name, row in rows.items() if name not in parts)
@@ -204,7 +210,9 @@ def _above(name: str, depth: int) -> str:
 
 
 def _work(count: Count) -> Work:
-    return Work(sum(w.bytes for w in count.work.values()), sum(w.flops for w in count.work.values()))
+    return Work(
+        sum(w.bytes for w in count.work.values()), sum(w.flops for w in count.work.values())
+    )
 
 
 def _unit_of(size: int) -> int:
