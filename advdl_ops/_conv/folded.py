@@ -152,7 +152,7 @@ def _form(candidate: Candidate, problem: Problem) -> Form:
 
 def problem_of_folded(x: Tensor, weight: Tensor, conv: Conv) -> Problem | None:
     """The problem if a kept weight can serve: on CPU, computed in fp32, if oneDNN may be used. Else ``None``."""
-    # Nothing may be kept, and all steps must be operators that a compiler fuses. A fake weight has no values to compare.
+    # Nothing may be kept, and all steps must be operators that a compiler fuses. A fake weight has no values.
     if is_traced() or is_fake(x):
         return None
     if not x.is_cpu or weight.dtype != x.dtype or x.dim() != 4:

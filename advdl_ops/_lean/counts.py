@@ -147,7 +147,7 @@ class Counting:
         self._order[name] = None
         self._running.append(name)
         try:
-            return layer._call_impl(*args, **kwargs)  # type: ignore[operator]
+            return layer._call_impl(*args, **kwargs)
         finally:
             self._running.pop()
 

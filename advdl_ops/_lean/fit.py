@@ -205,20 +205,21 @@ class Search:
                     ):
                         levels.update(zip(axes, key, strict=True))
                         break
-            enter(tuple([levels.get(part, None) for part in range(len(self.names))]))
+            enter(tuple([levels.get(part) for part in range(len(self.names))]))
         return tables
 
     def _axes_of(self, reads: Iterable[tuple[str, str]]) -> list[tuple[int, ...]]:
         """For each part the parts on whose levels its bytes depend: the rest, itself, and those that read of it."""
         index = {name: at for at, name in enumerate(self.names)}
         readers: list[set[int]] = [set() for _ in self.names]
-        for maker, reader in reads:
-            readers[index[self._part_of(maker)]].add(index[self._part_of(reader)])
+        for maker, user in reads:
+            readers[index[self._part_of(maker)]].add(index[self._part_of(user)])
         found = []
-        for part, reading in enumerate(readers):
-            axes = {0, part}
+        for at, reading in enumerate(readers):
+            axes = {0, at}
             for reader in sorted(reading):
-                if math.prod(len(self._options(axis)) for axis in axes | {reader}) <= ENTRIES:
+                sizes = [len(self._options(axis)) for axis in axes | {reader}]
+                if math.prod(sizes) <= ENTRIES:
                     axes.add(reader)
             found.append(tuple(sorted(axes)))
         return found
@@ -252,9 +253,9 @@ def parts_of(model: torch.nn.Module, counts: Sequence[Count]) -> list[str]:
 
     def children(name: str) -> list[str]:
         found = []
-        for child, layer in model.get_submodule(name).named_children():
+        for child, _ in model.get_submodule(name).named_children():
             path = f"{name}.{child}" if name else child
-            if layer._modules and any(is_in(each, path) for each in busy):
+            if any(each.startswith(f"{path}.") for each in busy):
                 found += [path] if path in order else children(path)
         return found
 

@@ -26,7 +26,8 @@ OTHERS = "others"
 WIDTH = 200  # of text without a terminal; a table takes what it needs
 # Of the plot: matplotlib's without grey, which the sum of the other parts has.
 COLOURS = tuple(
-    f"tab:{name}" for name in "blue orange green red purple brown pink olive cyan".split()
+    f"tab:{name}"
+    for name in ("blue", "orange", "green", "red", "purple", "brown", "pink", "olive", "cyan")
 )
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
