@@ -105,13 +105,17 @@ class MemoryReport:
         return f"<MemoryReport of {self.title}: {totals} bytes>"
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws a bar for each column, with a part for each of the model's largest parts, into an image file.
+        """Draws a bar for each column, of the model's largest parts, into an image file.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
+        self._figure().savefig(path, dpi=150)
+
+    def _figure(self) -> Any:
+        # Not by pyplot, which would change the user's backend and keep the figure.
         figure = _require("matplotlib.figure", "the plot").Figure(
-            figsize=(1.5 + 1.1 * len(self.counts) + 2.2, 4.5), layout="constrained"
+            figsize=(3.7 + 1.1 * len(self.counts), 4.5), layout="constrained"
         )
         axes = figure.subplots()
         unit = _unit_of(self.total(PLAIN))
@@ -139,7 +143,7 @@ class MemoryReport:
         figure.legend(
             handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=9
         )
-        figure.savefig(path, dpi=150)
+        return figure
 
     def _parts(self) -> dict[str, dict[str, int]]:
         """The rows of the plot: of the first depth with some, the largest ones, and the others in sum."""
