@@ -129,8 +129,9 @@ class MemoryReport:
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         for x, (column, top) in enumerate(zip(self.counts, bottom, strict=True)):
             share = self.total(column) / max(self.total(STOCK), 1)
+            number = f"{top:.0f}" if top >= 100 else f"{top:.3g}"
             axes.annotate(
-                f"{top:.3g}\n{share:.0%}", (x, top), (0, 3), textcoords="offset points",
+                f"{number}\n{share:.0%}", (x, top), (0, 3), textcoords="offset points",
                 ha="center", va="bottom", fontsize=9,
             )  # fmt: skip
         axes.set_xticks(list(at), list(self.counts))
@@ -146,11 +147,11 @@ class MemoryReport:
         return figure
 
     def _parts(self) -> dict[str, dict[str, int]]:
-        """The rows of the plot: of the first depth with some, the largest ones, and the others in sum."""
+        """The rows of the plot: the largest of the first depth at which none has most of the bytes, and the others."""
         deepest = max(name.count(".") + 1 for count in self.counts.values() for name in count.order)
         rows = self.rows(1)
         for depth in range(2, deepest + 1):
-            if len(rows) >= 6:
+            if all(row[STOCK] <= 0.6 * self.total(STOCK) for row in rows.values()):
                 break
             rows = self.rows(depth)
         largest = sorted(rows, key=lambda name: max(rows[name].values()), reverse=True)
