@@ -176,7 +176,8 @@ def memory_report(model: torch.nn.Module, input: Any, *, depth: int = 2) -> Memo
     storage that the forward allocates and that is alive at its end, with the output, without parameters, buffers and
     the input, as an allocator would count it. A row has what its module made, whoever keeps it. Columns: what torch's
     own operators would keep in the same model (stock), this package's without a level (plain), and each level; under
-    them, what backward reads, writes and multiplies to make the rest again.
+    them, what backward reads, writes and multiplies to make the rest again. Of an LSTM, the stock column lacks the
+    workspace that torch's kernel keeps.
 
     Args:
         model: any module; only this package's layers, from ``create_model`` or ``optimize``, have levels. On the CPU,
