@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import advdl_ops
 from advdl_ops import memory_report, models
 from advdl_ops._lean import LEVELS
 from advdl_ops._lean.models import lean_of
+from advdl_ops.backend import by_torchs_operators, is_exported
 from benchmarks import memory
 from benchmarks.stock_resnet import stock_resnet
 from benchmarks.stock_unet import StockUNet
@@ -246,6 +248,13 @@ def test_what_is_missing_is_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=f"needs {module}, .* pip install {module}"):
         call(report)
+
+
+def test_torchs_operators_serve_one_thread() -> None:
+    with by_torchs_operators(), ThreadPoolExecutor(1) as pool:
+        assert is_exported()
+        assert not pool.submit(is_exported).result()
+    assert not is_exported()
 
 
 def test_is_imported_when_it_is_used() -> None:
