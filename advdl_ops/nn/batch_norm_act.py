@@ -21,9 +21,18 @@ from ._script import refuse_script
 _Act = str | Activation | torch.nn.Module | None
 
 
-def _is_process_group(group: Any) -> bool:
+def _check_group(name: str, group: Any) -> None:
     distributed = torch.distributed
-    return distributed.is_available() and isinstance(group, distributed.ProcessGroup)
+    if group is None or group == WORLD:
+        return
+    if distributed.is_available():
+        if isinstance(group, distributed.ProcessGroup):
+            return
+        if group == distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"{name}: process_group must contain this process")
+    raise TypeError(
+        f"{name}: process_group ({group!r}) must be None, {WORLD!r} or a torch.distributed group"
+    )
 
 
 class _Group(NamedTuple):
@@ -124,10 +133,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        if not (group is None or group == WORLD or _is_process_group(group)):
-            raise TypeError(
-                f"{type(self).__name__}: process_group ({group!r}) must be None, {WORLD!r} or a torch.distributed group"
-            )
+        _check_group(type(self).__name__, group)
         self.synchronized = None if group is None else _Group(group)
         self.agreed_in = None
 

@@ -156,10 +156,13 @@ std::tuple<Tensor, Tensor> forward_(Tensor x, OptionalTensor residual, OptionalT
   return {o.out, o.stats};
 }
 
+bool is_acc_pair(const Tensor& t, const Tensor& x) {
+  return t.dim() == 2 && t.size(0) == 2 && t.size(1) == x.size(1) &&
+         t.scalar_type() == acc_type(x.scalar_type()) && t.device() == x.device();
+}
+
 void check_stats(const char* function, const Tensor& stats, const Tensor& x) {
-  check(stats.dim() == 2 && stats.size(0) == 2 && stats.size(1) == x.size(1) &&
-            stats.scalar_type() == acc_type(x.scalar_type()) && stats.device() == x.device(),
-        function, "stats must be [2, C] as forward returned them");
+  check(is_acc_pair(stats, x), function, "stats must be [2, C] as forward returned them");
 }
 
 Tensor apply(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
@@ -264,7 +267,7 @@ Tensor input_gradient(Tensor dout, Tensor x, OptionalTensor saved, OptionalTenso
   check_common(x, weight, bias, act);
   check_backward(kInputGradientName, dout, x, saved, act, z_source);
   check_stats(kInputGradientName, stats, x);
-  check_stats(kInputGradientName, means, x);
+  check(is_acc_pair(means, x), kInputGradientName, "means must be [2, C] like stats");
   x = dense(x);
   dout = in_format_of(dout, x);
   saved = in_format_of(saved, x);
