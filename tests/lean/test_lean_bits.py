@@ -184,6 +184,8 @@ def test_autocast_of_large_networks(name):
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=["fp32", "bf16"])
 def test_small_images(dtype, layout, shape):
     """Images of one pixel have both layouts at once."""
+    if dtype is bf16 and shape[3] == 1:
+        pytest.skip("torch's gradient of the weight is not defined there, see docs/stock_faults.md")
     check(tiny_net(), shape, dtype, layout)
     check(tiny_net(models.BasicBlock), shape, dtype, layout)
 
@@ -212,9 +214,9 @@ def test_activations_of_a_chain_with_residuals(act):
                 x = layer(x, x)
             return x
 
-    kinds = assert_same_bits(Net().to(f64), torch.randn(2, 3, 9, 9, dtype=f64))
-    if act is not None:
-        assert {Kind.SUM} <= set(kinds["stage"])
+    x = torch.randn(2, 3, 9, 9, dtype=f64)
+    kinds = assert_same_bits(Net().to(f64), x, levels=["stage", "deepest"])
+    assert set(kinds["stage"]) == {Kind.SUM}
 
 
 def test_every_kind_is_made_again():
@@ -286,9 +288,9 @@ def test_frozen_norms_in_training(level):
         check(froze(tiny_net(), how), (2, 3, 19, 19), f32, CONTIGUOUS, levels=[level], steps=2)
 
 
-@pytest.mark.parametrize("threads_at_work", [1, 2])
-def test_more_threads_in_backward_than_in_forward(threads_at_work, threads):
-    torch.set_num_threads(threads_at_work)
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads(count, threads):
+    torch.set_num_threads(count)
     check(tiny_net(width=16), (2, 3, 33, 33), f32, CONTIGUOUS)
 
 
