@@ -51,9 +51,9 @@ class WithCheckpoint(torch.nn.Module):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 class TestCheckpoint:
     def test_inside_of_a_lean_model(self, use_reentrant, x):
-        kinds = assert_same_bits(WithCheckpoint(use_reentrant), x, steps=2)
+        kinds = assert_same_bits(WithCheckpoint(use_reentrant), x)
         # What the checkpoint computes again leaves no recipes. It keeps its input, which the layer before offered.
-        assert all(len(made) <= 4 for made in kinds.values()), kinds
+        assert all(len(made) <= 3 for made in kinds.values()), kinds
 
     @pytest.mark.parametrize("level", LEVELS)
     def test_around_a_lean_model(self, use_reentrant, level, x):
@@ -163,11 +163,15 @@ def test_hooks_on_inner_modules(level, x):
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_hook_that_writes_an_output_in_place(level, x):
     """What it wrote is what counts, although a recipe would make the output as it was."""
+
+    def add_one(_, args, out):
+        out[:, ::2].add_(1)
+
     plain = tiny_net(models.BasicBlock)
     found = []
     for net in (copy.deepcopy(plain), leaned(plain, level)):
         net[0].register_forward_hook(lambda _, args, out: out.mul_(2))
-        net[2].register_forward_hook(lambda _, args, out: out[:, ::2].add_(1) and None)
+        net[1].register_forward_hook(add_one)
         found.append(step(net, x))
     assert_same_values(found[1], found[0])
 
@@ -182,10 +186,9 @@ def test_evaluation(level, x):
     assert_same_values(step(lean, x), step(plain, x))
     for context in (torch.no_grad, torch.inference_mode):
         with context(), counted() as kinds:
-            assert lean(x).equal(plain(x))
-            out = lean.train()(x)
-            lean.eval()
-        assert not kinds and not out.requires_grad
+            assert lean.eval()(x).equal(plain.eval()(x))
+            assert lean.train()(x).equal(plain.train()(x))
+        assert not kinds
 
 
 def test_levels_of_single_layers(x):
@@ -321,7 +324,7 @@ def test_two_threads_train_two_models():
                 (out.square().mean() + out.sum()).backward()
                 values = {f"gradient of {key}": p.grad for key, p in net.named_parameters()}
                 found[index].append({**values, "output 0": out.detach()})
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             errors.append(error)
             barrier.abort()
 

@@ -117,5 +117,5 @@ def assert_same_bits(model, x, *, levels=LEVELS, steps=1, context=contextlib.nul
             for turn in range(steps):
                 assert_same_values(step(lean, x), expected[turn], (level, turn))
         assert made, f"{level} made nothing again"
-        kinds[level] = made
+        kinds[str(level)] = made
     return kinds
