@@ -150,6 +150,12 @@ class _Saving:
             return Kept(t.detach().clone())
         return self.recipe_of(t) or Kept(t)
 
+    def packs(self) -> bool:
+        """Whether autograd passes here what it saves. Inside of other hooks it does not, such as a checkpoint's."""
+        autograd: Any = torch._C._autograd
+        hooks = autograd._top_saved_tensors_default_hooks(False)
+        return hooks is not None and hooks[0] == self.pack
+
     def pack(self, t: Tensor) -> Kept | Recipe:
         recipe = self.recipe_of(t)
         if recipe is None:
@@ -178,7 +184,7 @@ def makes_again(kind: Kind) -> bool:
     if torch.compiler.is_compiling():
         return False
     saving = _local.saving
-    return saving is not None and saving.level in kind.value
+    return saving is not None and saving.level in kind.value and saving.packs()
 
 
 def offer(
