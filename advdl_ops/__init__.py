@@ -22,8 +22,9 @@ _flops.register_when_needed()
 
 __version__ = "0.1.0"
 __all__ = [
-    "convert_sync_batchnorm", "explain", "functional", "get_backend", "get_convolution", "get_weight_check", "models",
-    "nn", "optimize", "restore", "set_lean", "tune", "use_backend", "use_convolution", "use_weight_check",
+    "convert_sync_batchnorm", "explain", "fit_memory", "functional", "get_backend", "get_convolution",
+    "get_weight_check", "memory_report", "models", "nn", "optimize", "restore", "set_lean", "tune", "use_backend",
+    "use_convolution", "use_weight_check",
 ]  # fmt: skip
 
 
@@ -33,6 +34,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(".models", __name__)
     if name == "set_lean":
         return importlib.import_module("._lean.models", __name__).set_lean
+    if name == "memory_report":
+        return importlib.import_module("._lean.report", __name__).memory_report
+    if name == "fit_memory":
+        return importlib.import_module("._lean.fit", __name__).fit_memory
     if name == "tune":
         return importlib.import_module("._tune", __name__).tune
     if name in ("convert_sync_batchnorm", "explain", "optimize", "restore"):

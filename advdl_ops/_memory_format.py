@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ._watch import is_proxy, sees_formats
-from .backend import autocast_dtype, get_backend, is_traced, needs_grad, transformed
+from .backend import (
+    autocast_dtype,
+    get_backend,
+    is_exported,
+    is_traced,
+    needs_grad,
+    transformed,
+)
 
 
 def runs_in_channels_last(model: torch.nn.Module, x: Tensor, is_known: bool = True) -> bool:
@@ -21,7 +28,9 @@ def runs_in_channels_last(model: torch.nn.Module, x: Tensor, is_known: bool = Tr
     """
     # Contiguous -> channels_last, fp32, 256x256 on one core: unet 790 -> 630 ms, unet_resnet34 140 -> 115,
     # deeplabv3_resnet50 610 -> 395. Training, on two: resnet18 224 -> 204, resnet50 364 -> 339, unet 650 -> 640.
-    if is_proxy(x) or not x.is_cpu or get_backend() != "fused" or transformed() or is_traced():
+    if is_proxy(x) or not x.is_cpu or get_backend() != "fused":
+        return False
+    if transformed() or is_traced() or is_exported():
         return False
     if trains(model, x) and (x.dtype != torch.float32 or autocast_dtype(x) is not None):
         return False

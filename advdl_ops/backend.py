@@ -6,6 +6,9 @@ It also has queries of torch's state: whether torch records gradients, casts, tr
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -204,8 +207,34 @@ def is_traced() -> bool:
 
 
 def is_exported() -> bool:
-    """Whether ``torch.export``, ONNX or ``torch.jit.trace`` records this call, into a graph of torch's operators."""
+    """Whether ``torch.export``, ONNX or ``torch.jit.trace`` records this call, into a graph of torch's operators.
+
+    Also in :func:`by_torchs_operators`.
+    """
+    if _torchs_thread is not None and _torchs_thread == threading.get_ident():
+        return True
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+_torchs_thread: int | None = None
+_torchs_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def by_torchs_operators() -> Iterator[None]:
+    """In it the calls of this thread run torch's own operators, as in an exported graph, and keep what those keep."""
+    global _torchs_thread
+    with _torchs_lock:
+        before, _torchs_thread = _torchs_thread, threading.get_ident()
+        try:
+            yield
+        finally:
+            _torchs_thread = before
+
+
+def is_fake(x: Any) -> bool:
+    """Whether ``x`` has sizes and strides, and no data."""
+    return type(x) is not torch.Tensor and isinstance(x, torch._subclasses.FakeTensor)
 
 
 def unwatched(*tensors: torch.Tensor | None) -> bool:

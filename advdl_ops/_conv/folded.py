@@ -14,7 +14,7 @@ from torch import Tensor
 from .._library import native
 from .._schemas import conv2d_format
 from ..activation import Activation
-from ..backend import get_weight_check, is_traced
+from ..backend import get_weight_check, is_fake, is_traced
 from . import choice, cpu
 from .choice import PREPACKED, WINOGRAD, Candidate
 from .cpu import Transformed
@@ -152,7 +152,8 @@ def _form(candidate: Candidate, problem: Problem) -> Form:
 
 def problem_of_folded(x: Tensor, weight: Tensor, conv: Conv) -> Problem | None:
     """The problem if a kept weight can serve: on CPU, computed in fp32, if oneDNN may be used. Else ``None``."""
-    if is_traced():  # nothing may be kept, and all steps must be operators that a compiler fuses
+    # Nothing may be kept, and all steps must be operators that a compiler fuses. A fake weight has no values.
+    if is_traced() or is_fake(x):
         return None
     if not x.is_cpu or weight.dtype != x.dtype or x.dim() != 4:
         return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._schemas import conv2d_format
-from ..backend import needs_grad, unwatched
+from ..backend import is_fake, needs_grad, unwatched
 from .recipes import Kind, makes_again
 
 _op = torch.ops.aten.max_pool2d_with_indices.default
@@ -19,8 +19,10 @@ class MaxPool2d(torch.nn.MaxPool2d):
     """The class that :func:`.set_lean` gives to layers of ``torch.nn.MaxPool2d``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        is_plain = not self.return_indices and unwatched(input) and input.dim() == 4
-        if not (is_plain and makes_again(Kind.PASS) and needs_grad(input)):
+        # `memory_report` counts with fake tensors.
+        is_plain = unwatched(input) or is_fake(input)
+        is_served = is_plain and not self.return_indices and input.dim() == 4
+        if not (is_served and makes_again(Kind.PASS) and needs_grad(input)):
             return super().forward(input)
         return MaxPool2dFunction.apply(
             input,

@@ -172,8 +172,12 @@ def _unpack(kept: Kept | Recipe) -> Tensor:
     return kept.get()
 
 
+Offered = Callable[[Recipe, Tensor, tuple[Tensor | None, ...]], None]
+
+
 class _Local(threading.local):
     saving: _Saving | None = None
+    offered: Offered | None = None  # called with each recipe, the tensor and its sources
 
 
 _local = _Local()
@@ -202,7 +206,19 @@ def offer(
                 for t, s in zip(sources, found, strict=True)
             ]
         )
-    saving.recipes[id(out)] = Recipe(kind, function, found, out)
+    saving.recipes[id(out)] = recipe = Recipe(kind, function, found, out)
+    if _local.offered is not None:
+        _local.offered(recipe, out, sources)
+
+
+@contextlib.contextmanager
+def telling(offered: Offered) -> Iterator[None]:
+    """In it ``offered(recipe, out, sources)`` is called with each recipe of this thread. For counts."""
+    before, _local.offered = _local.offered, offered
+    try:
+        yield
+    finally:
+        _local.offered = before
 
 
 def concatenated(*tensors: Tensor) -> Tensor:

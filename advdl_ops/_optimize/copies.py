@@ -81,9 +81,15 @@ def _differ(a: Any, b: Any) -> bool:
     return any(x is not y for x, y in zip(a, b, strict=True))
 
 
-def copy_without_hooks(model: torch.nn.Module) -> torch.nn.Module:
-    """A deep copy, without the user's hooks, which may write to objects outside of it."""
-    copied = copy.deepcopy(model)
+def copy_without_hooks(
+    model: torch.nn.Module, others: dict[int, Any] | None = None
+) -> torch.nn.Module:
+    """A deep copy, without the user's hooks, which may write to objects outside of it.
+
+    Args:
+        others: by the id of an object: what takes its place instead of a copy.
+    """
+    copied = copy.deepcopy(model, {} if others is None else dict(others))
     for layer in copied.modules():
         layer._forward_hooks.clear()
         layer._forward_pre_hooks.clear()
