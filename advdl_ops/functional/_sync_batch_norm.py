@@ -30,7 +30,8 @@ def group_of(name: str, group: Any) -> dist.ProcessGroup:
         raise RuntimeError(
             f"{name}: process_group ({group!r}) needs torch.distributed.init_process_group, which was not called"
         )
-    return dist.group.WORLD if group == WORLD else group
+    found: Any = dist.group.WORLD if group == WORLD else group
+    return found
 
 
 def check_agreement(name: str, group: dist.ProcessGroup, channels: int, device: Any) -> None:
@@ -77,7 +78,7 @@ def sync_batch_norm_act(
         ValueError: one value per channel in all processes together; in every one of them.
     """
     activation = act if type(act) is Activation else resolve_activation(name, act)
-    check(x, running_mean, running_var, weight, bias, True, momentum, eps, residual, alone=False)
+    check(x, running_mean, running_var, weight, bias, True, 0.0, eps, residual, alone=False)
     check_writable(name, running_mean=running_mean, running_var=running_var)
     if is_exported() or transformed():
         raise RuntimeError(
@@ -165,7 +166,7 @@ class SyncBatchNormActFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         *tensors, total = ctx.saved_tensors
         group, eps, act = ctx.options
         x, saved, weight, bias, stats = tensors
@@ -202,7 +203,7 @@ class _Sum(torch.autograd.Function):
         return summed
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(dout.contiguous(), ctx.group), None
 
 

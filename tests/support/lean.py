@@ -95,7 +95,7 @@ def counted():
 
     def make(recipe):
         made.append(recipe.kind)
-        original(recipe)
+        return original(recipe)
 
     with mock.patch.object(recipes.Recipe, "_make", make):
         yield made
