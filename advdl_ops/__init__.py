@@ -22,8 +22,9 @@ _flops.register_when_needed()
 
 __version__ = "0.1.0"
 __all__ = [
-    "explain", "fit_memory", "functional", "get_backend", "get_convolution", "get_weight_check", "memory_report",
-    "models", "nn", "optimize", "restore", "set_lean", "tune", "use_backend", "use_convolution", "use_weight_check",
+    "convert_sync_batchnorm", "explain", "fit_memory", "functional", "get_backend", "get_convolution",
+    "get_weight_check", "memory_report", "models", "nn", "optimize", "restore", "set_lean", "tune", "use_backend",
+    "use_convolution", "use_weight_check",
 ]  # fmt: skip
 
 
@@ -39,6 +40,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("._lean.fit", __name__).fit_memory
     if name == "tune":
         return importlib.import_module("._tune", __name__).tune
-    if name in ("explain", "optimize", "restore"):
+    if name in ("convert_sync_batchnorm", "explain", "optimize", "restore"):
         return getattr(importlib.import_module("._optimize", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -43,6 +43,13 @@ _library.define(
     "bool training, int act, float act_param, int z_source, bool need_dx, bool need_dresidual) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
+# Synchronized batch norm takes statistics and sums of all processes together. The moments are [2, C]: mean, and sum of
+# squared distances from it; means are those of dz * xhat and of dz.
+_library.define("batch_norm_moments(Tensor x) -> Tensor")
+_library.define(
+    "batch_norm_act_input_gradient(Tensor dout, Tensor x, Tensor? saved, Tensor? weight, Tensor? bias, "
+    "Tensor stats, Tensor means, int act, float act_param, int z_source) -> Tensor dx"
+)
 # stats is [2, N * groups]: mean and variance. With groups = 0 each position is normalized over its channels: [2, N *
 # S].
 _library.define(
@@ -227,6 +234,17 @@ def _(
         stats.new_empty(stats.shape[1]),
         stats.new_empty(stats.shape[1]),
     )
+
+
+@torch.library.register_fake("advdl_ops::batch_norm_moments", lib=_library)
+def _(x):
+    return x.new_empty((2, x.shape[1]), dtype=acc_dtype(x.dtype))
+
+
+@torch.library.register_fake("advdl_ops::batch_norm_act_input_gradient", lib=_library)
+def _(dout, x, saved, weight, bias, stats, means, *options):
+    _check_devices("batch_norm_act_input_gradient", dout, x, saved, weight, bias, stats, means)
+    return _kept(x)
 
 
 @torch.library.register_fake("advdl_ops::group_norm", lib=_library)

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import environment, record, registry, report, table, targets
+from . import environment, lean_figures, record, registry, report, table, targets
 from .record import Record
 from .registry import Case
 from .targets import Row
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-FILES = ("README.md", "docs/performance.md")
 SLOWER = 0.97
 
 # Title and a pattern for the names of its cases. A case belongs to the first that matches. Each network has two rows.
@@ -138,10 +137,13 @@ def _time(items: list[Record]) -> str:
 
 
 def registered(kind: str) -> list[Case]:
-    """The cases that a machine should have, sorted by name. Cases only in `quick` do not count."""
+    """The cases that a machine should have, sorted by name. Cases only in `quick` do not count.
+
+    Lean training has tables of its own.
+    """
     device = "cuda" if kind == "CUDA" else "cpu"
     cases = registry.select(device=device, opted_in=("build",))
-    asked = [case for case in cases if set(case.suites) != {"quick"}]
+    asked = [case for case in cases if not set(case.suites) <= {"quick", lean_figures.SUITE}]
     return sorted(asked, key=lambda case: case.name)  # their order is otherwise that of the imports
 
 
@@ -277,6 +279,46 @@ def readme_block(results: Path) -> list[str]:
             f"On {machine.kind}, {slower} of {len(every)} rows are below {SLOWER} (every mode counts: forward alone,"
             f" backward alone, bytes held). [docs/performance.md](docs/performance.md) names each."
         )
+    lines += [
+        "",
+        "Training with `lean=`: bytes that forward leaves for backward, and the time of a step. Plain is the zoo's",
+        "network without it, eager the stock network in its faster layout.",
+    ]
+    for case, kinds in _lean_cases(found):
+        if case in lean_figures.README_CASES:
+            lines += [
+                "",
+                f"`{lean_figures.short(case)}`",
+                "",
+                *grid(*lean_figures.table(case, kinds)),
+            ]
+    return lines
+
+
+def _lean_cases(found: list[Machine]) -> Iterator[tuple[str, dict[str, list[Record]]]]:
+    """Each case of lean training and its records, by kind of machine."""
+    names = dict.fromkeys(
+        case
+        for machine in found
+        for case, items in machine.cases.items()
+        if items[0].suite == lean_figures.SUITE
+    )
+    for case in names:
+        yield case, {m.kind: m.cases[case] for m in found if case in m.cases}
+
+
+def lean_block(results: Path) -> list[str]:
+    """A table for each network with each level."""
+    found, older = at_one_commit(machines(results))
+    lines = heading(found, older)
+    for case, kinds in _lean_cases(found):
+        lines += ["", f"`{lean_figures.short(case)}`, fp32, a training step:", ""]
+        lines += grid(*lean_figures.table(case, kinds))
+        if said := lean_figures.verdicts(case, kinds):
+            lines += ["", *said]
+        refused = [text for items in kinds.values() for text in report.refusals(items)]
+        if refused:
+            lines += ["", "Refused or failed:", "", *(f"- {text}" for text in refused)]
     return lines
 
 
@@ -358,9 +400,16 @@ def performance_block(results: Path) -> list[str]:
     return lines
 
 
+FILES = {
+    "README.md": readme_block,
+    "docs/performance.md": performance_block,
+    "docs/lean_training.md": lean_block,
+}
+
+
 def texts(results: Path, root: Path) -> Iterator[tuple[Path, str, str]]:
     """Each file with a block, its current text and the text from the records."""
-    for file, make in zip(FILES, (readme_block, performance_block), strict=True):
+    for file, make in FILES.items():
         text = (root / file).read_text(encoding="utf-8")
         before, begin, rest = text.partition(BEGIN)
         _, end, after = rest.partition(END)

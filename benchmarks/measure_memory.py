@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from . import memory, timing
+from .lean_figures import CHECKPOINTED, LEVELS, lean_name
 from .measure_model import (
     Network,
     Subject,
@@ -30,12 +31,7 @@ from .record import CHANNELS_LAST, OURS, STOCK
 from .registry import Case
 from .session import Refused, Session
 
-CHECKPOINTED = f"{STOCK} checkpointed"
 BLOCKS = ("Block", "DoubleConv")  # classes of the stock networks
-
-
-def lean_name(level: str) -> str:
-    return f"{OURS} lean={level}"
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
@@ -50,7 +46,6 @@ def checkpointed(model: nn.Module) -> nn.Module:
 def measure_memory(case: Case, session: Session, subject: Subject) -> None:
     """Records of one network: times of a training step, bytes held and the peak."""
     from advdl_ops import set_lean
-    from advdl_ops._lean import LEVELS
 
     device = torch.device(case.device)
     made = models(subject, case.device, training=True)

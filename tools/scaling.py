@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from distributed_training import barrier, end, gathered, processes, rank, start, wrap  # noqa: E402
 
+import advdl_ops  # noqa: E402
 from advdl_ops import models, nn  # noqa: E402
 
 GPUS = 2, 8, 32, 64, 128, 256
@@ -77,7 +78,9 @@ def on_paper() -> None:
         ddp = 2 * share * bytes_
         fsdp = share * (bytes_ + again + bytes_)
         half = share * ((bytes_ + again) / 2 + bytes_)
-        small = 2 * share * 4 * (4 * facts["channels"] + facts["norms"])
+        small = (
+            2 * share * (8 * (2 * facts["channels"] + facts["norms"]) + 4 * 2 * facts["channels"])
+        )
         wait = 2 * facts["norms"] * 2 * math.log2(p) * LATENCY[inside]
         row = [f"{x / 1e6:.0f}" for x in (ddp, fsdp, half)]
         row += [f"{x / BANDWIDTH[inside] * 1e3:.2f}" for x in (ddp, fsdp)]
@@ -112,11 +115,16 @@ def sent_over_loopback() -> int:
     raise SystemExit("there is no interface lo in /proc/net/dev")
 
 
-def measured(parallel: str, precision: str, images: int, size: int, steps: int) -> None:
+def measured(
+    parallel: str, precision: str, synchronized: bool, images: int, size: int, steps: int
+) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     x, labels = torch.randn(images, 3, size, size), torch.zeros(images, dtype=torch.long)
-    model = wrap(models.create_model("resnet50"), parallel, precision, "cpu", x)
+    model = models.create_model("resnet50")
+    if synchronized:
+        model = advdl_ops.convert_sync_batchnorm(model)
+    model = wrap(model, parallel, precision, "cpu", x)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
 
     def step() -> float:
@@ -142,7 +150,8 @@ def measured(parallel: str, precision: str, images: int, size: int, steps: int) 
             f"{count} {name} {collectives.bytes[name] / 1e6:.1f}"
             for name, count in sorted(collectives.calls.items())
         )
-        print(f"| {parallel} {precision} | {processes()} | {calls} | {sent / 1e6:.1f} | {slowest:.2f} |")  # fmt: skip
+        what = f"{parallel} {precision}" + " synchronized" * synchronized
+        print(f"| {what} | {processes()} | {calls} | {sent / 1e6:.1f} | {slowest:.2f} |")
     end()
 
 
@@ -150,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--sync-batch-norm", action="store_true")
     parser.add_argument("--images", type=int, default=4, help="per process (default: %(default)s)")
     parser.add_argument("--size", type=int, default=64, help="of an image (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5)
@@ -159,7 +169,9 @@ def main() -> None:
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     start("cpu")
-    measured(options.parallel, options.precision, options.images, options.size, options.steps)
+    measured(
+        options.parallel, options.precision, options.sync_batch_norm, options.images, options.size, options.steps
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

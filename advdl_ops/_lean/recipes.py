@@ -40,24 +40,27 @@ class Kind(Enum):
     )  # a convolution of 1x1 that has more outputs than inputs
 
 
-class Kept:
-    """A tensor that is kept, and its version, as autograd's own saved tensors know it."""
+# A tensor that is kept, and its version, as autograd's own saved tensors know it. It is a tuple because every saved
+# tensor makes one: an object costs three times as much.
+Kept = tuple[Tensor, int]
 
-    __slots__ = ("tensor", "version")
 
-    def __init__(self, tensor: Tensor) -> None:
-        # Detached, because an operator's own output would hold the operator alive, and with it itself.
-        self.tensor = tensor if tensor.is_leaf else tensor.detach()
-        self.version = None if tensor.is_inference() else tensor._version
+def kept(t: Tensor) -> Kept:
+    # Detached, because an operator's own output would hold the operator alive, and with it itself.
+    return (t if t.is_leaf else t.detach(), t._version)
 
-    def get(self) -> Tensor:
-        t = self.tensor
-        if self.version is not None and t._version != self.version:
+
+def _get(source: Any) -> Any:
+    """The tensor of a :data:`Kept` or of a :class:`Recipe`; ``None`` of ``None``."""
+    if type(source) is tuple:
+        t, version = source
+        if t._version != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{t.type()} {list(t.shape)}] is at version {t._version}; expected version {self.version} instead"
+                f"[{t.type()} {list(t.shape)}] is at version {t._version}; expected version {version} instead"
             )
         return t
+    return source and source.get()
 
 
 class Recipe:
@@ -97,34 +100,38 @@ class Recipe:
         )
         self.made: Tensor | None = None
         for source in sources:
-            if isinstance(source, Recipe):
+            if type(source) is Recipe:
                 source.readers += 1
 
     def get(self) -> Tensor:
         """The tensor. It is held until all its readers have asked for it."""
-        if self.made is None:
-            self._make()
         made = self.made
-        assert made is not None
+        if made is None:
+            # A backward may run under another autocast than the forward.
+            if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+                with torch.no_grad(), torch._C._DisableAutocast():
+                    made = self._make()
+            else:
+                made = self._make()
         self.done += 1
         if self.done >= self.readers:
             self.made, self.done = None, 0
         return made
 
-    def _make(self) -> None:
+    def _make(self) -> Tensor:
         # Not by recursion: a stage may have hundreds of blocks, each of which needs the one before.
         waiting = [self]
         while waiting:
             recipe = waiting[-1]
-            missing = [s for s in recipe.sources if isinstance(s, Recipe) and s.made is None]
+            missing = [s for s in recipe.sources if type(s) is Recipe and s.made is None]
             if missing:
                 waiting += missing
                 continue
             waiting.pop()
             if recipe.made is None:
-                # A backward may run under another autocast than the forward.
-                with torch.no_grad(), torch._C._DisableAutocast():
-                    recipe.made = recipe.function(*[s and s.get() for s in recipe.sources])
+                recipe.made = recipe.function(*map(_get, recipe.sources))
+        assert self.made is not None
+        return self.made
 
 
 class _Saving:
@@ -147,23 +154,25 @@ class _Saving:
             return None
         if t.dim() == 1 and _is_distributed():
             # A sharded parameter is freed after the forward, and gathered again for its own layer alone.
-            return Kept(t.detach().clone())
-        return self.recipe_of(t) or Kept(t)
+            return kept(t.detach().clone())
+        return self.recipe_of(t) or kept(t)
+
+    def packs(self) -> bool:
+        """Whether autograd passes here what it saves. Inside of other hooks it does not, such as a checkpoint's."""
+        autograd: Any = torch._C._autograd
+        hooks = autograd._top_saved_tensors_default_hooks(False)
+        return hooks is not None and hooks[0] == self.pack
 
     def pack(self, t: Tensor) -> Kept | Recipe:
         recipe = self.recipe_of(t)
         if recipe is None:
-            return Kept(t)
+            return kept(t)
         recipe.readers += 1
         return recipe
 
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _unpack(kept: Kept | Recipe) -> Tensor:
-    return kept.get()
 
 
 Offered = Callable[[Recipe, Tensor, tuple[Tensor | None, ...]], None]
@@ -182,7 +191,7 @@ def makes_again(kind: Kind) -> bool:
     if torch.compiler.is_compiling():
         return False
     saving = _local.saving
-    return saving is not None and saving.level in kind.value
+    return saving is not None and saving.level in kind.value and saving.packs()
 
 
 def offer(
@@ -196,7 +205,7 @@ def offer(
         # A product of a block's output would need all blocks before it, through all stages: that output is kept.
         found = tuple(
             [
-                Kept(t) if t is not None and isinstance(s, Recipe) and s.kind is Kind.SUM else s
+                kept(t) if t is not None and type(s) is Recipe and s.kind is Kind.SUM else s
                 for t, s in zip(sources, found, strict=True)
             ]
         )
@@ -252,7 +261,7 @@ def _saving(level: str | None) -> Iterator[None]:
     else:
         _local.saving = own = _Saving(level)
         try:
-            with torch.autograd.graph.saved_tensors_hooks(own.pack, _unpack):
+            with torch.autograd.graph.saved_tensors_hooks(own.pack, _get):
                 yield
         finally:
             _local.saving = None

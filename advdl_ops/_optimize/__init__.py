@@ -5,5 +5,6 @@
 
 from .convert import optimize, restore
 from .report import explain
+from .sync_batchnorm import convert_sync_batchnorm
 
-__all__ = ["explain", "optimize", "restore"]
+__all__ = ["convert_sync_batchnorm", "explain", "optimize", "restore"]

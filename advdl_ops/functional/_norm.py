@@ -17,6 +17,9 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # ZSource of csrc/common/tensor_types.h.
 Z_INPUT, Z_RESIDUAL, Z_OUTPUT = 0, 1, 2
 
+# The process group of all processes.
+WORLD = "world"
+
 
 def to_be_saved(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None

@@ -72,11 +72,11 @@ def batch_norm_act(
     x = input
     activation = act if type(act) is Activation else resolve_activation(_NAME, act)
     if is_exported():
-        _check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
+        check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
         z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         return finished(z, residual, activation)
     if residual is not None and residual.dtype != x.dtype:
-        _check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
+        check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
         return _promoted(
             x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
         )  # fmt: skip
@@ -92,13 +92,11 @@ def batch_norm_act(
             return _eager(*tensors, options)
         except RuntimeError:
             try:
-                _check(
-                    x, running_mean, running_var, weight, bias, training, momentum, eps, residual
-                )
+                check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
             except (RuntimeError, TypeError, ValueError) as named:
                 raise named from None
             raise
-    _check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
+    check(x, running_mean, running_var, weight, bias, training, momentum, eps, residual)
     if eager:
         return _eager(*tensors, options)
     if native:
@@ -149,7 +147,7 @@ def batch_norm_act_by(
         x: ``[N, C, ...]``, not fp64 and not empty. The other arguments are those of :func:`batch_norm_act`, with
             ``residual`` in ``x``'s dtype.
     """
-    _check(x, running_mean, running_var, weight, bias, True, momentum, eps, residual)
+    check(x, running_mean, running_var, weight, bias, True, momentum, eps, residual)
     check_writable(_NAME, running_mean=running_mean, running_var=running_var)
     mean, squares = statistics.unbind()
     count = x.numel() // x.shape[1]
@@ -165,8 +163,8 @@ def batch_norm_act_by(
 
 _forward_op = torch.ops.advdl_ops.batch_norm_act.default
 _forward_in_place_op = torch.ops.advdl_ops.batch_norm_act_.default
-_apply_op = torch.ops.advdl_ops.batch_norm_act_apply.default
-_backward_op = torch.ops.advdl_ops.batch_norm_act_backward.default
+apply_op = torch.ops.advdl_ops.batch_norm_act_apply.default
+backward_op = torch.ops.advdl_ops.batch_norm_act_backward.default
 
 # training, momentum, eps, activation
 _Options = tuple[bool, float, float, Activation]
@@ -261,7 +259,7 @@ def _forward_in_place(
     return outputs
 
 
-def _offer(
+def offer(
     out: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -274,7 +272,7 @@ def _offer(
     kind = Kind.PASS if residual is None else Kind.SUM
     if _lean.makes_again(kind):
         options = act.code, act.param
-        _lean.offer(kind, out, lambda *t: _apply_op(*t, *options), x, residual, weight, bias, stats)
+        _lean.offer(kind, out, lambda *t: apply_op(*t, *options), x, residual, weight, bias, stats)
 
 
 class BatchNormActFunction(torch.autograd.Function):
@@ -297,7 +295,7 @@ class BatchNormActFunction(torch.autograd.Function):
             out, stats, running = _forward(*tensors, options)
         else:
             out, stats = _forward_in_place(*tensors, options)
-            _offer(out, x, residual, weight, bias, stats, options[3])
+            offer(out, x, residual, weight, bias, stats, options[3])
         saved, z_source = saved_for(options[3], residual, out)
         # The statistics of an evaluation are saved only so that writing them before backward is an error, as in stock.
         used: list[Tensor] = []
@@ -330,7 +328,7 @@ class BatchNormActFunction(torch.autograd.Function):
             return normalize_act(x, mean, rstd, weight, bias, residual, act)
 
         def kernel(need_x, need_residual):
-            return _backward_op(
+            return backward_op(
                 dout, *tensors, training, code, param, ctx.z_source, need_x, need_residual
             )
 
@@ -353,7 +351,7 @@ class GivenStatisticsFunction(BatchNormActFunction):
     ) -> Tensor:
         _, momentum, eps, act = options
         out, stats, _ = _forward(x, residual, weight, bias, mean, var, (False, momentum, eps, act))
-        _offer(out, x, residual, weight, bias, stats, act)
+        offer(out, x, residual, weight, bias, stats, act)
         saved, ctx.z_source = saved_for(act, residual, out)
         ctx.save_for_backward(x, saved, weight, bias, stats)
         ctx.options = options
@@ -365,7 +363,7 @@ _apply_eagerly = super(torch.autograd.Function, BatchNormActFunction).apply
 _apply_given = super(torch.autograd.Function, GivenStatisticsFunction).apply
 
 
-def _check(
+def check(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -375,14 +373,17 @@ def _check(
     momentum: float,
     eps: float,
     residual: Tensor | None,
+    *,
+    alone: bool = True,
 ) -> None:
+    """``alone``: no other process adds values to those of ``x``."""
     shape = x.shape
     if not 2 <= len(shape) <= 5:
         raise ValueError(
             f"{_NAME}: x (shape {tuple(shape)}) must have 2 to 5 dimensions, [N, C, ...]"
         )
     check_norm(_NAME, x, shape[1], running_mean, running_var, weight, bias, training, eps)
-    if training and x.numel() == shape[1] and shape[1] > 0:
+    if training and alone and x.numel() == shape[1] and shape[1] > 0:
         raise ValueError(
             f"{_NAME}: x (shape {tuple(shape)}) must have more than 1 value per channel in training"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +12,43 @@ from torch.compiler import is_compiling
 from .._schemas import acc_dtype
 from .._watch import is_proxy, recorded
 from ..activation import IDENTITY, Activation, act_repr, resolve_activation
-from ..functional._norm import check_writable
+from ..functional._norm import WORLD, check_writable
 from ..functional.batch_norm_act import batch_norm_act, batch_norm_act_by
 from ._one_by_one import layer_of, one_by_one
 from ._quantization import Configuration
 from ._script import refuse_script
 
 _Act = str | Activation | torch.nn.Module | None
+
+
+def _check_group(name: str, group: Any) -> None:
+    distributed = torch.distributed
+    if group is None or group == WORLD:
+        return
+    if distributed.is_available():
+        if isinstance(group, distributed.ProcessGroup):
+            return
+        if group == distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"{name}: process_group must contain this process")
+    raise TypeError(
+        f"{name}: process_group ({group!r}) must be None, {WORLD!r} or a torch.distributed group"
+    )
+
+
+class _Group(NamedTuple):
+    """The process group of a layer. Copies of the layer share it; ``torch.distributed`` cannot copy one."""
+
+    group: Any
+
+    def __deepcopy__(self, memo: Any) -> _Group:
+        return self
+
+    def __reduce__(self) -> Any:
+        if self.group != WORLD:
+            raise TypeError(
+                f"a layer with process_group={self.group!r} cannot be saved; save its state_dict, or use 'world'"
+            )
+        return _Group, (WORLD,)
 
 
 class _Activate:
@@ -62,6 +92,9 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         act: ``None``, a name (``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"sigmoid"``,
             ``"tanh"``, ``"hardswish"``, ``"relu6"``) or the matching ``torch.nn`` module, whose parameters are
             taken over.
+        process_group: training takes the statistics of the batches of all its processes together, whose sizes may
+            differ: ``None`` (this process alone), ``"world"`` (all) or a ``torch.distributed`` group. Set
+            ``.process_group`` to change it; :func:`advdl_ops.convert_sync_batchnorm` sets it in a whole model.
 
     ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` gives a ``SyncBatchNorm`` with a forward hook that applies the
     activation. That layer takes no residual.
@@ -82,14 +115,27 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         *,
         bias: bool = True,
         act: _Act = None,
+        process_group: Any = None,
     ) -> None:
         self.act = resolve_activation(type(self).__name__, act)
+        self.process_group = process_group
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # an argument of torch from 2.13 on
             self.register_parameter("bias", None)
         # A cache of nn.conv_bn_act: the convolution with this norm folded in. Dropped whenever its source may have
         # changed.
         self.folded: Any = None
+
+    @property
+    def process_group(self) -> Any:
+        """Whose batches count as one in training, see the class."""
+        return None if self.synchronized is None else self.synchronized.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        _check_group(type(self).__name__, group)
+        self.synchronized = None if group is None else _Group(group)
+        self.agreed_in = None
 
     def train(self, mode: bool = True) -> BatchNormAct2d:
         self.folded = None
@@ -104,7 +150,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "folded": None}
+        return {**self.__dict__, "folded": None, "agreed_in": None}
 
     def forward(self, input: Tensor, residual: Tensor | None = None, act: _Act = None) -> Tensor:
         """``input``, ``residual`` ``[N, C, H, W]`` -> ``[N, C, H, W]``; errors as :func:`.batch_norm_act`.
@@ -128,6 +174,10 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         momentum = self.momentum
         training = self.training
         tracks = training and self.track_running_stats
+        if training and self.synchronized is not None:
+            group = self._group()
+            if group.size() > 1:
+                return self._forward_synchronized(group, x, residual, act, statistics)
         # Must not fail half way, so it is checked here.
         if tracks and counter is not None and not is_compiling() and counter.is_inference():
             check_writable(type(self).__name__, num_batches_tracked=counter)
@@ -203,5 +253,44 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             running_var.copy_(running_var.to(acc).lerp(var, share))
         return out
 
+    def _group(self) -> Any:
+        # Imported here, because most processes never need torch.distributed.
+        from ..functional._sync_batch_norm import group_of
+
+        return group_of(type(self).__name__, self.process_group)
+
+    def _forward_synchronized(
+        self, group: Any, x: Tensor, residual: Tensor | None, act: _Act, statistics: Tensor | None
+    ) -> Tensor:
+        from ..functional._sync_batch_norm import check_agreement, sync_batch_norm_act
+
+        name = type(self).__name__
+        tracks = self.track_running_stats
+        mean, var = (self.running_mean, self.running_var) if tracks else (None, None)
+        counter = self.num_batches_tracked if tracks else None
+        if x.shape[1] != self.num_features:
+            raise RuntimeError(
+                f"{name}: x (shape {tuple(x.shape)}) must have num_features ({self.num_features}) channels"
+            )
+        if self.agreed_in != group.group_name:
+            check_agreement(name, group, self.num_features, x.device)
+            self.agreed_in = group.group_name
+        momentum: Any = self.momentum
+        if counter is not None:
+            check_writable(name, num_batches_tracked=counter)
+            counter.add_(1)
+            if momentum is None:  # the plain mean over all batches, see _forward_cumulative
+                momentum = counter.double().reciprocal()
+        try:
+            return sync_batch_norm_act(
+                name, group, x, mean, var, self.weight, self.bias, 0.0 if momentum is None else momentum, self.eps,
+                residual=residual, act=act, moments=statistics,
+            )  # fmt: skip
+        except (RuntimeError, TypeError, ValueError):  # the op was refused
+            if counter is not None:
+                counter.sub_(1)
+            raise
+
     def extra_repr(self) -> str:
-        return super().extra_repr() + act_repr(self.act)
+        group = "" if self.process_group is None else f", process_group={self.process_group!r}"
+        return super().extra_repr() + act_repr(self.act) + group

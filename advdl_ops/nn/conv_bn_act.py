@@ -42,6 +42,7 @@ class ConvBNAct(torch.nn.Module):
         act: see :class:`BatchNormAct2d`. A module that is assigned to ``.act`` later may be any.
         order: ``"conv-bn-act"``, or ``"conv-act-bn"`` for ``bn(act(conv(x))) + residual``.
         eps, momentum, affine, track_running_stats: as :class:`torch.nn.BatchNorm2d`.
+        process_group: of the norm, see :class:`BatchNormAct2d`.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class ConvBNAct(torch.nn.Module):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        process_group: Any = None,
     ) -> None:
         name = type(self).__name__
         activation = resolve_activation(name, act)
@@ -93,6 +95,7 @@ class ConvBNAct(torch.nn.Module):
             track_running_stats,
             device,
             dtype,
+            process_group=process_group,
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

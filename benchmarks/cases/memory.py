@@ -21,9 +21,7 @@ def run(case: Case, session: Session) -> None:
     measure_memory(case, session, subject(case))
 
 
-def _add(
-    model: str, batch: int, pixels: int, target: str, device: str = "cpu", hidden: bool = False
-) -> None:
+def _add(model: str, batch: int, pixels: int, device: str = "cpu", hidden: bool = False) -> None:
     dtype = "float32" if device == "cpu" else "bfloat16"
     register(
         Case(
@@ -36,7 +34,6 @@ def _add(
             shape=(batch, 3, pixels, pixels),
             device=device,
             run=run,
-            target=target,
             rounds=9,
             compile=not hidden,
             hidden=hidden,
@@ -45,17 +42,14 @@ def _add(
     )
 
 
-_RESNET50 = (
-    "held of eager: block <= 0.81x, stage 0.62x, deep 0.48x, deepest 0.30x; time of block <= 1.0x plain, "
-    "stage 1.05x, of eager: deep 1.05x, deepest 1.12x"
-)
-_add("resnet50", 8, 224, _RESNET50)
-_add("resnet50", 8, 112, _RESNET50)
-_add("resnet18", 8, 224, "held of eager: block <= 0.75x")
-_add("unet", 1, 256, "held of eager: block <= 0.65x")
-_add("resnet18", 2, 32, "", hidden=True)
-_add("unet", 2, 35, "", hidden=True)
+# Targets: benchmarks/lean_figures.py
+_add("resnet50", 8, 224)
+_add("resnet50", 8, 112)
+_add("resnet18", 8, 224)
+_add("unet", 1, 256)
+_add("resnet18", 2, 32, hidden=True)
+_add("unet", 2, 35, hidden=True)
 
-# targets.md, CUDA
-_add("resnet50", 256, 224, "peak of eager: block <= 0.80x, stage 0.65x", device="cuda")
-_add("unet", 8, 512, "peak of eager: block <= 0.80x, stage 0.65x", device="cuda")
+# targets.md, CUDA: peak of eager: block <= 0.80x, stage <= 0.65x
+_add("resnet50", 256, 224, device="cuda")
+_add("unet", 8, 512, device="cuda")

@@ -10,7 +10,9 @@ namespace advdl_ops {
 namespace {
 
 constexpr const char *kName = "batch_norm_act", *kApplyName = "batch_norm_act_apply",
-                     *kBackwardName = "batch_norm_act_backward";
+                     *kBackwardName = "batch_norm_act_backward",
+                     *kMomentsName = "batch_norm_moments",
+                     *kInputGradientName = "batch_norm_act_input_gradient";
 
 BatchNormActShape shape_of(const Tensor& x, const OptionalTensor& weight,
                            const OptionalTensor& bias, const OptionalTensor& running) {
@@ -154,10 +156,13 @@ std::tuple<Tensor, Tensor> forward_(Tensor x, OptionalTensor residual, OptionalT
   return {o.out, o.stats};
 }
 
+bool is_acc_pair(const Tensor& t, const Tensor& x) {
+  return t.dim() == 2 && t.size(0) == 2 && t.size(1) == x.size(1) &&
+         t.scalar_type() == acc_type(x.scalar_type()) && t.device() == x.device();
+}
+
 void check_stats(const char* function, const Tensor& stats, const Tensor& x) {
-  check(stats.dim() == 2 && stats.size(0) == 2 && stats.size(1) == x.size(1) &&
-            stats.scalar_type() == acc_type(x.scalar_type()) && stats.device() == x.device(),
-        function, "stats must be [2, C] as forward returned them");
+  check(is_acc_pair(stats, x), function, "stats must be [2, C] as forward returned them");
 }
 
 Tensor apply(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
@@ -187,6 +192,27 @@ Tensor apply(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalT
     return device::batch_norm_act_forward_workspace(p);
   }).run(device::batch_norm_act_forward, p);
   return out;
+}
+
+// [2, C] acc: mean of each channel, and sum of squared distances from it.
+Tensor moments(Tensor x) {
+  check_common(x, std::nullopt, std::nullopt, static_cast<int64_t>(Activation::identity));
+  x = dense(x);
+  Tensor result = allocate_pair(x, x.size(1), acc_type(x.scalar_type()));
+  if (x.numel() == 0) {
+    torch::stable::zero_(result);
+    return result;
+  }
+  BatchNormActForward p;
+  p.shape = shape_of(x, std::nullopt, std::nullopt, std::nullopt);
+  p.training = true;
+  p.x = data(x);
+  p.mean = data(result);
+  p.rstd = second_of_pair(result);
+  Launch(x, [&] {
+    return device::batch_norm_act_forward_workspace(p);
+  }).run(device::batch_norm_act_forward, p);
+  return result;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, OptionalTensor saved,
@@ -234,6 +260,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
   return {dx, dresidual, dweight, dbias};
 }
 
+// dx if the batch is a part of a larger one. means [2, C]: those of dz * xhat and of dz over all of it.
+Tensor input_gradient(Tensor dout, Tensor x, OptionalTensor saved, OptionalTensor weight,
+                      OptionalTensor bias, Tensor stats, Tensor means, int64_t act,
+                      double act_param, int64_t z_source) {
+  check_common(x, weight, bias, act);
+  check_backward(kInputGradientName, dout, x, saved, act, z_source);
+  check_stats(kInputGradientName, stats, x);
+  check(is_acc_pair(means, x), kInputGradientName, "means must be [2, C] like stats");
+  x = dense(x);
+  dout = in_format_of(dout, x);
+  saved = in_format_of(saved, x);
+  weight = contiguous(weight);
+  bias = contiguous(bias);
+  stats = *contiguous(OptionalTensor(stats));
+  means = *contiguous(OptionalTensor(means));
+  Tensor dx = allocate_like(x);
+
+  BatchNormActBackward p;
+  p.shape = shape_of(x, weight, bias, std::nullopt);
+  p.training = p.means_given = true;
+  p.act = static_cast<Activation>(act);
+  p.act_param = act_param;
+  p.z_source = static_cast<ZSource>(z_source);
+  p.dout = data(dout);
+  p.x = data(x);
+  p.saved = data(saved);
+  p.weight = data(weight);
+  p.bias = data(bias);
+  p.mean = data(stats);
+  p.rstd = second_of_pair(stats);
+  p.dx = data(dx);
+  p.dweight = data(means);
+  p.dbias = second_of_pair(means);
+  Launch(x, [&] {
+    return device::batch_norm_act_backward_workspace(p);
+  }).run(device::batch_norm_act_backward, p);
+  return dx;
+}
+
 }  // namespace
 }  // namespace advdl_ops
 
@@ -242,4 +307,6 @@ STABLE_TORCH_LIBRARY_IMPL(advdl_ops, ADVDL_DISPATCH_KEY, m) {
   m.impl("batch_norm_act_", TORCH_BOX(&advdl_ops::forward_));
   m.impl("batch_norm_act_apply", TORCH_BOX(&advdl_ops::apply));
   m.impl("batch_norm_act_backward", TORCH_BOX(&advdl_ops::backward));
+  m.impl("batch_norm_act_input_gradient", TORCH_BOX(&advdl_ops::input_gradient));
+  m.impl("batch_norm_moments", TORCH_BOX(&advdl_ops::moments));
 }

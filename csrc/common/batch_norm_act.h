@@ -25,7 +25,8 @@ struct BatchNormActShape {
 //   unbiased variance var * count / (count - 1).
 // otherwise: mean = running_mean, var = running_var.
 // rstd = 1 / sqrt(var + eps). Without running statistics and not in training, mean and rstd are given.
-// out = act((x - mean) * rstd * weight + bias + residual).
+// out = act((x - mean) * rstd * weight + bias + residual). Null, in training: only mean is written, and to rstd the sum of
+//   squared distances from it, which other processes' batches are added to (any count >= 1).
 struct BatchNormActForward {
   BatchNormActShape shape;
   bool training = false;
@@ -38,7 +39,7 @@ struct BatchNormActForward {
   const void* bias = nullptr;          // [C] or null (0)
   const void* running_mean = nullptr;  // [C]; null: none to write, or mean and rstd are given
   const void* running_var = nullptr;   // [C]; null exactly where running_mean is
-  void* out = nullptr;                 // as x
+  void* out = nullptr;                 // as x, or null
   void* mean = nullptr;                // [C] acc; written, or given
   void* rstd = nullptr;                // [C] acc
   void* running_mean_out =
@@ -49,9 +50,11 @@ struct BatchNormActForward {
 // With z the pre-activation and dz = dout * act'(z), xhat = (x - mean) * rstd:
 //   dbias = sum dz, dweight = sum dz * xhat, dresidual = dz,
 //   dx = weight * rstd * (dz - (dbias + xhat * dweight) / (n * s)) in training, weight * rstd * dz otherwise.
+// means_given, in training: the batch is a part of a larger one, whose means of dz and dz * xhat are in dbias and dweight;
+//   dx = weight * rstd * (dz - dbias - xhat * dweight) is all that is written.
 struct BatchNormActBackward {
   BatchNormActShape shape;
-  bool training = false;
+  bool training = false, means_given = false;
   Activation act = Activation::identity;
   double act_param = 0;
   ZSource z_source = ZSource::input;
@@ -64,8 +67,8 @@ struct BatchNormActBackward {
   const void* rstd = nullptr;    // [C] acc
   void* dx = nullptr;            // as x, or null: not wanted
   void* dresidual = nullptr;     // as x, or null: not wanted
-  void* dweight = nullptr;       // [C] acc, always
-  void* dbias = nullptr;         // [C] acc, always
+  void* dweight = nullptr;       // [C] acc; written, or given
+  void* dbias = nullptr;         // [C] acc
 };
 
 namespace cpu {

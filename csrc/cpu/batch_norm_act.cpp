@@ -36,7 +36,7 @@ void finish_statistics(const BatchNormActForward& p, int64_t c, const Moments<do
   const double var = m2 / m.count;
   const Acc rstd = static_cast<Acc>(1.0 / __builtin_sqrt(var + p.eps));
   static_cast<Acc*>(p.mean)[c] = static_cast<Acc>(m.mean);
-  static_cast<Acc*>(p.rstd)[c] = rstd;
+  static_cast<Acc*>(p.rstd)[c] = p.out == nullptr ? static_cast<Acc>(m2) : rstd;
   if (p.running_mean_out != nullptr) {
     const DType dtype = p.shape.running_dtype;
     const double old_mean = read_scalar(p.running_mean, dtype, c);
@@ -61,20 +61,27 @@ void use_known_statistics(const BatchNormActForward& p, int64_t c, Acc* scale, A
   channel_affine(p.weight, p.bias, p.shape.weight_dtype, c, *rstd, scale, shift);
 }
 
-// Writes dbias and dweight, and computes slope and offset of dx = scale * dz + slope * (x - mean) + offset.
+// Writes dbias and dweight unless they are given, and computes slope and offset of
+// dx = scale * dz + slope * (x - mean) + offset.
 template <class Acc>
 void finish_gradients(const BatchNormActBackward& p, int64_t c, const GradientSums<double>& sums,
                       Acc* slope, Acc* offset) {
   const Acc rstd = static_cast<const Acc*>(p.rstd)[c];
-  static_cast<Acc*>(p.dbias)[c] = static_cast<Acc>(sums.dz);
-  static_cast<Acc*>(p.dweight)[c] = static_cast<Acc>(sums.dz_x * rstd);
+  const double count = static_cast<double>(p.shape.n) * static_cast<double>(p.shape.s);
+  double mean_dz = sums.dz / count, mean_dz_xhat = sums.dz_x * rstd / count;
+  if (p.means_given) {
+    mean_dz = static_cast<const Acc*>(p.dbias)[c];
+    mean_dz_xhat = static_cast<const Acc*>(p.dweight)[c];
+  } else {
+    static_cast<Acc*>(p.dbias)[c] = static_cast<Acc>(sums.dz);
+    static_cast<Acc*>(p.dweight)[c] = static_cast<Acc>(sums.dz_x * rstd);
+  }
   *slope = *offset = Acc(0);
   if (!p.training) return;
-  const double count = static_cast<double>(p.shape.n) * static_cast<double>(p.shape.s);
   const double weight = p.weight == nullptr ? 1.0 : read_scalar(p.weight, p.shape.weight_dtype, c);
   const double scale = weight * rstd;
-  *slope = static_cast<Acc>(-scale * rstd * rstd * sums.dz_x / count);
-  *offset = static_cast<Acc>(-scale * sums.dz / count);
+  *slope = static_cast<Acc>(-scale * rstd * mean_dz_xhat);
+  *offset = static_cast<Acc>(-scale * mean_dz);
 }
 
 // --- channels_first ------------------------------------------------------------------------------
@@ -146,6 +153,7 @@ void forward_channels_first(const BatchNormActForward& p, Arena arena) {
     finish_statistics<Acc>(p, c, m, k.scale + c, k.shift + c);
   };
   const auto apply = [&](int64_t first, int64_t last, int64_t chunk) {
+    if (out == nullptr) return;
     cut.for_blocks(
         first, last, chunk, [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
           for (int64_t r = 0; r < runs; ++r, offset += stride) {
@@ -199,12 +207,13 @@ void backward_channels_first(const BatchNormActBackward& p, Arena arena) {
       !is_transcendental(kAct) && streams<T>(p.shape.n * p.shape.c * p.shape.s, kStreamStoredBytes);
   const bool stream_out = streams_dx<T>(p.shape.n * p.shape.c * p.shape.s, kept, dx);
   // A streamed dz is not in cache. dout is, so dz is computed from it again.
-  if (stream_residual) kept = nullptr;
+  if (stream_residual || p.means_given) kept = nullptr;
   const Acc param = static_cast<Acc>(p.act_param);
   const int64_t stride = cut.c * cut.s;
 
   const auto collect = [&](int64_t first, int64_t last, int64_t chunk) {
     for (int64_t c = first; c < last; ++c) partial[c * cut.chunks + chunk] = {};
+    if (p.means_given) return;
     cut.for_blocks(first, last, chunk,
                    [&](int64_t c, int64_t offset, int64_t length, int64_t runs) {
                      Vec dz_sum[4] = {}, dz_centred_sum[4] = {};
@@ -343,6 +352,7 @@ void forward_rows(const BatchNormActForward& p, Arena arena) {
                       }
                     }
                   });
+  if (out == nullptr) return;
   repeat(cut, k.mean);
   repeat(cut, k.scale);
   repeat(cut, k.shift);
@@ -372,18 +382,22 @@ void backward_rows(const BatchNormActBackward& p, Arena arena) {
   repeat(cut, k.mean);
   repeat(cut, k.scale);
   repeat(cut, k.shift);
-  parallel_ranges(cut.chunks, cut.elements_per_chunk(), [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk)
-      collect_gradients<T, kAct>(p, cut, chunk, dout, x, saved, stores_dz, k, stream_residual,
-                                 partial_dz, partial_dz_x);
-    if (stream_residual) stream_fence();
-  });
+  if (p.means_given) {
+    kept = nullptr;
+  } else {
+    parallel_ranges(cut.chunks, cut.elements_per_chunk(), [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk)
+        collect_gradients<T, kAct>(p, cut, chunk, dout, x, saved, stores_dz, k, stream_residual,
+                                   partial_dz, partial_dz_x);
+      if (stream_residual) stream_fence();
+    });
+  }
   parallel_ranges(
       cut.channels, 8 * cut.chunks * cut.columns_per_channel(), [&](int64_t begin, int64_t end) {
         for (int64_t first = begin; first < end; first += kMergedChannels) {
           const int64_t channels = min_of(kMergedChannels, end - first);
           GradientSums<double> sums[kMergedChannels];
-          merge_gradients(cut, partial_dz, partial_dz_x, first, channels, sums);
+          if (!p.means_given) merge_gradients(cut, partial_dz, partial_dz_x, first, channels, sums);
           for (int64_t c = 0; c < channels; ++c) {
             finish_gradients<Acc>(p, first + c, sums[c], k.slope + first + c, k.offset + first + c);
           }

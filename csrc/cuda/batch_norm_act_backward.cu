@@ -2,6 +2,7 @@
 //
 //   training         fused, or reduce + apply (channels_last: + finalize_grads between)
 //   eval, or no dx   reduce (which writes dx) + finalize_grads
+//   means given      apply
 #include "batch_norm_act_plan.h"
 
 namespace advdl_ops::cuda {
@@ -26,7 +27,7 @@ __device__ __forceinline__ void backward_constants(const Backward& p, const Plan
 }
 
 // Sets constants 3 (shift) and 4 (slope) from the channel's sums of dz and dz * (x - mean), or without sums from dbias
-// and dweight. With sums and `write`, writes dbias and dweight. Ends with a barrier.
+// and dweight, which are sums too, or given means. With sums and `write`, writes dbias and dweight. Ends with a barrier.
 template <class A>
 __device__ __forceinline__ void gradient_constants(const Backward& p, const Plan& plan,
                                                    int64_t tile, bool write, int width,
@@ -49,7 +50,7 @@ __device__ __forceinline__ void gradient_constants(const Backward& p, const Plan
       dweight = static_cast<const A*>(p.dweight)[c];
     }
     if (constants != nullptr) {
-      const A share = constants[width + i] / static_cast<A>(plan.count);
+      const A share = constants[width + i] / (p.means_given ? A(1) : static_cast<A>(plan.count));
       constants[3 * width + i] = share * dbias;
       constants[4 * width + i] = share * dweight * rstd;
     }
@@ -100,11 +101,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int width = shared.width(plan);
   const Place place = block_place(plan);
   backward_constants(p, plan, place.tile, width, shared.constants);
-  if constexpr (!CL)
+  if (!CL && !p.means_given)
     merge_partials(workspace, plan.splits, plan.channels, place.tile, 1, shared.reduction.scratch,
                    shared.reduction.result);
   gradient_constants(p, plan, place.tile, place.split == 0, width,
-                     CL ? nullptr : shared.reduction.result, shared.constants);
+                     CL || p.means_given ? nullptr : shared.reduction.result, shared.constants);
   BackwardLanes<A, CL ? V : 1> lanes;
   lanes.load(shared.constants, plan.columns);
   apply_backward<T, V, CL, Simple>(p, plan, block_work<V, CL>(plan, place), lanes,
@@ -144,7 +145,7 @@ bool has_second_pass(const Backward& p) { return p.training && p.dx != nullptr; 
 
 // Slabs that the fused backward keeps in shared memory: 2 (x and dz), 1 (x), or 0 if the fused path is not used.
 int fused_slabs(const Backward& p) {
-  if (!has_second_pass(p)) return 0;
+  if (!has_second_pass(p) || p.means_given) return 0;
   const int slabs =
       slabs_that_fit(p.shape, stored_dz_is_exact(element_bytes(p.shape.dtype), p.act) ? 2 : 1);
   const bool fused =
@@ -155,13 +156,14 @@ int fused_slabs(const Backward& p) {
 }  // namespace
 
 size_t batch_norm_act_backward_workspace(const BatchNormActBackward& p) {
-  const bool none = p.shape.c == 0 || is_empty(p.shape) || fused_slabs(p) > 0;
+  const bool none = p.shape.c == 0 || is_empty(p.shape) || p.means_given || fused_slabs(p) > 0;
   return none ? 0 : partials_bytes(p.shape, 2);
 }
 
 void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace, void* stream) {
   if (p.shape.c == 0) return;
   if (is_empty(p.shape)) {
+    if (p.means_given) return;
     zero_values(p.dweight, p.shape.c, p.shape.dtype, stream);
     zero_values(p.dbias, p.shape.c, p.shape.dtype, stream);
     return;
@@ -185,17 +187,19 @@ void batch_norm_act_backward(const BatchNormActBackward& p, void* workspace, voi
           return;
         }
         Arena arena(workspace);
-        A* partials = BatchNormPartials<A>(p.shape, 2, arena).values;
-        launch("batch_norm_act_backward_reduce", &batch_norm_act_backward_reduce<T, V, CL, Simple>,
-               config(3, 0, true), p, plan, partials);
-        if (CL || !has_second_pass(p))
+        A* partials = p.means_given ? nullptr : BatchNormPartials<A>(p.shape, 2, arena).values;
+        if (!p.means_given)
+          launch("batch_norm_act_backward_reduce",
+                 &batch_norm_act_backward_reduce<T, V, CL, Simple>, config(3, 0, true), p, plan,
+                 partials);
+        if (!p.means_given && (CL || !has_second_pass(p)))
           launch("batch_norm_finalize_grads", &batch_norm_finalize_grads<A>,
                  finalize_config<GradientSums<A>>(divide_up(plan.channels, kFinalizeColumns),
                                                   plan.splits * kFinalizeColumns, kFinalizeColumns,
                                                   stream),
                  p, plan, partials);
         if (!has_second_pass(p)) return;
-        plan.backwards = true;
+        plan.backwards = !p.means_given;
         launch("batch_norm_act_backward_apply", &batch_norm_act_backward_apply<T, V, CL, Simple>,
                config(5, 0, !CL), p, plan, partials);
       });

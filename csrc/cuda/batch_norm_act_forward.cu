@@ -1,6 +1,7 @@
 // y = act(batch_norm(x) + residual) on CUDA. Algorithms, bytes and launches: docs/kernels.md.
 //
 //   training  fused (a slab of the tile in shared memory), or stats [+ finalize_stats] + apply
+//   no out    stats + finalize_stats
 //   eval      apply
 #include "batch_norm_act_plan.h"
 
@@ -11,12 +12,12 @@ using Forward = BatchNormActForward;
 
 // ---- statistics ----
 
-// Writes mean, rstd and the new running statistics of a channel.
+// Writes mean, rstd (without an output: the sum of squares) and the new running statistics of a channel.
 template <class A>
 __device__ __forceinline__ void write_training_statistics(const Forward& p, const Plan& plan,
                                                           int64_t c, A mean, A rstd, A var) {
   static_cast<A*>(p.mean)[c] = mean;
-  static_cast<A*>(p.rstd)[c] = rstd;
+  static_cast<A*>(p.rstd)[c] = p.out == nullptr ? var * static_cast<A>(plan.count) : rstd;
   if (p.running_mean == nullptr) return;
   const DType dtype = p.shape.running_dtype;
   const A momentum = static_cast<A>(p.momentum), keep = static_cast<A>(1.0 - p.momentum);
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 }
 
 bool forward_is_fused(const Forward& p) {
-  if (!p.training || slabs_that_fit(p.shape, 1) == 0) return false;
+  if (!p.training || p.out == nullptr || slabs_that_fit(p.shape, 1) == 0) return false;
   const int64_t once = p.residual != nullptr ? 3 : 2;
   return fused_is_faster(p.shape, {once, 0}, {once, 1});
 }
@@ -177,12 +178,13 @@ void batch_norm_act_forward(const BatchNormActForward& p, void* workspace, void*
                launch("batch_norm_stats", &batch_norm_stats<T, V, CL>, config(0, 0, true), p, plan,
                       partials);
                from = CL ? Statistics::stored : Statistics::partials;
-               if (CL)
+               if (CL || p.out == nullptr)
                  launch("batch_norm_finalize_stats", &batch_norm_finalize_stats<A>,
                         finalize_config<Moments<A>>(divide_up(plan.channels, kFinalizeColumns),
                                                     plan.splits * kFinalizeColumns,
                                                     kFinalizeColumns, stream),
                         p, plan, partials);
+               if (p.out == nullptr) return;
                plan.backwards = true;
              }
              launch("batch_norm_act_apply", &batch_norm_act_apply<T, V, CL, Simple>,

@@ -108,6 +108,42 @@ def test_backward(case: Case, training: bool) -> None:
     bna.assert_within(result, bna.backward_reference(case, inputs, extra))
 
 
+@pytest.mark.parametrize("case", [*CASES[::3], *BIG], ids=str)
+def test_parts_of_forward_alone(case: Case) -> None:
+    """The statistics, and the last pass with given ones."""
+    case = dataclasses.replace(case, running=False)
+    inputs = make_inputs(case)
+    t = on_gpu(case, inputs)
+    reference = bna.forward_reference(case, inputs)
+    mean, squares = torch.ops.advdl_ops.batch_norm_moments(t["x"])
+    rstd = (squares.double() / (case.n * case.s) + bna.EPS).rsqrt()
+    bna.assert_within({"mean": mean, "rstd": rstd}, {k: reference[k] for k in ("mean", "rstd")})
+    whole = forward(case, t)
+    code, param, _ = ACTS[case.act]
+    given = (t.get(name) for name in ("residual", "weight", "bias"))
+    stats = torch.stack([whole["mean"], whole["rstd"]])
+    again = torch.ops.advdl_ops.batch_norm_act_apply(t["x"], *given, stats, code, param)
+    assert torch.equal(again, whole["out"])
+
+
+@pytest.mark.parametrize("case", [*BACKWARD[::3], *BIG], ids=str)
+def test_input_gradient_by_means_of_a_larger_batch(case: Case) -> None:
+    case = dataclasses.replace(case, want_dx=True, want_dresidual=False)
+    inputs = make_inputs(case)
+    extra = bna.backward_inputs(case, inputs)
+    kept = {k: v for k, v in inputs.items() if k in ("x", "dout", "weight", "bias")}
+    reference = bna.backward_reference(case, inputs, extra)
+    t = on_gpu(case, {**kept, **extra})
+    means = torch.stack([reference[name][0] for name in ("dweight", "dbias")]) / (case.n * case.s)
+    code, param, _ = ACTS[case.act]
+    source = bna.Z_OUTPUT if case.z_output else bna.Z_RESIDUAL if case.residual else bna.Z_INPUT
+    dx = torch.ops.advdl_ops.batch_norm_act_input_gradient(
+        t["dout"], t["x"], t.get("saved"), t.get("weight"), t.get("bias"),
+        torch.stack([t["mean"], t["rstd"]]), means.to(t["mean"].dtype), code, param, source,
+    )  # fmt: skip
+    bna.assert_within({"dx": dx}, {"dx": reference["dx"]})
+
+
 @pytest.mark.parametrize("case", BIG, ids=str)
 def test_two_runs_agree_bit_for_bit(case: Case) -> None:
     inputs = make_inputs(case)

@@ -35,7 +35,7 @@ py::dict forward(const py::dict& r) {
   p.residual = arena.input("residual", sizes.all, p.shape.dtype);
   p.running_mean = arena.input("running_mean", running, running_dtype);
   p.running_var = arena.input("running_var", running, running_dtype);
-  p.out = arena.output("out", sizes.all, p.shape.dtype);
+  if (!arena.wants("moments_only")) p.out = arena.output("out", sizes.all, p.shape.dtype);
   if (p.training || p.running_mean != nullptr) {
     p.mean = arena.output("mean", sizes.channels, sizes.acc);
     p.rstd = arena.output("rstd", sizes.channels, sizes.acc);
@@ -67,8 +67,14 @@ py::dict backward(const py::dict& r) {
   p.training = r["training"].cast<bool>();
   p.mean = arena.input("mean", sizes.channels, sizes.acc);
   p.rstd = arena.input("rstd", sizes.channels, sizes.acc);
-  p.dweight = arena.output("dweight", sizes.channels, sizes.acc);
-  p.dbias = arena.output("dbias", sizes.channels, sizes.acc);
+  p.means_given = arena.wants("means_given");
+  if (p.means_given) {
+    p.dweight = const_cast<void*>(arena.input("mean_dz_xhat", sizes.channels, sizes.acc));
+    p.dbias = const_cast<void*>(arena.input("mean_dz", sizes.channels, sizes.acc));
+  } else {
+    p.dweight = arena.output("dweight", sizes.channels, sizes.acc);
+    p.dbias = arena.output("dbias", sizes.channels, sizes.acc);
+  }
   cuda::batch_norm_act_backward(p, arena.workspace(cuda::batch_norm_act_backward_workspace(p)),
                                 nullptr);
   return arena.results();

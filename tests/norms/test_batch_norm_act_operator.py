@@ -291,3 +291,81 @@ def test_apply_refuses_other_statistics():
     for stats in (torch.ones(2, 4), torch.ones(3, 2), torch.ones(2, 3, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match=r"stats must be \[2, C\]"):
             OPS.batch_norm_act_apply(x, None, None, None, stats, 0, 0.0)
+
+
+@pytest.mark.parametrize("mix", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_moments(layout, mix):
+    shapes = [*SHAPES, (1, 5, 1, 1), (2, 19, 7, 9), (4, 3, 40, 40), (3, 70, 33, 5), (0, 3, 4, 4)]
+    for shape in shapes:
+        x = forward_arguments(shape, layout, mix)[0]
+        moments = OPS.batch_norm_moments(x)
+        values = x.double().movedim(1, 0).flatten(1)
+        count = values.shape[1]
+        mean = values.mean(1) if count else values.sum(1)
+        squares = (values - mean[:, None]).square().sum(1)
+        unit = torch.finfo(moments.dtype).eps
+        assert moments.dtype == (torch.float64 if mix == "fp64" else torch.float32)
+        assert ((moments[0] - mean).abs() <= 4 * unit * (1 + mean.abs())).all(), shape
+        assert ((moments[1] - squares).abs() <= 16 * unit * (count + squares)).all(), shape
+
+
+@pytest.mark.parametrize("mix", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_input_gradient_by_means_of_a_larger_batch(layout, mix):
+    """Of the whole batch's means, the gradient of a part is that part of the whole gradient."""
+    shapes = [
+        (6, 5, 7, 3),
+        (4, 19, 7, 9),
+        (4, 3, 40, 40),
+        (6, 70, 33, 5),
+        (8, 9),
+        (2, 64, 130, 129),
+    ]
+    for shape, act, residual in itertools.product(shapes, (0, 1, 4), (False, True)):
+        x, r, weight, bias, *_ = arguments = forward_arguments(
+            shape, layout, mix, True, residual, act
+        )
+        out, stats, _ = OPS.batch_norm_act(*arguments)
+        dout = torch.randn_like(x)
+        saved, source = (out, 2) if residual and act == 1 else (r if act else None, int(residual))
+        source = source if saved is not None else 0
+        options = act, 0.0, source
+        whole, _, dweight, dbias = OPS.batch_norm_act_backward(
+            dout, x, saved, weight, bias, stats, True, *options, True, False
+        )
+        means = torch.stack([dweight, dbias]) / (x.numel() // x.shape[1])
+        half = slice(shape[0] // 2)
+        part = OPS.batch_norm_act_input_gradient(
+            dout[half], x[half], None if saved is None else saved[half], weight, bias, stats, means, *options
+        )  # fmt: skip
+        # The formula is the same, with means that were rounded once; its terms are as large as 1 / std.
+        unit = torch.finfo(x.dtype).eps
+        scale = (stats[1].abs().max() * (1 if weight is None else weight.abs().max())).item()
+        torch.testing.assert_close(part, whole[half], rtol=2 * unit, atol=8 * unit * scale)
+        assert part.stride() == x[half].contiguous(memory_format=_format(layout, x)).stride()
+
+
+def _format(layout, x):
+    last = layout == "channels_last" and x.dim() == 4
+    return torch.channels_last if last else torch.contiguous_format
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_of_the_parts(layout):
+    for shape in SHAPES:
+        x, _, weight, bias = forward_arguments(shape, layout)[:4]
+        torch.library.opcheck(OPS.batch_norm_moments.default, (x,), test_utils=OPERATOR_TESTS)
+        stats = torch.ones(2, shape[1])
+        arguments = torch.ones_like(x), x, None, weight, bias, stats, stats, 1, 0.0, 0
+        torch.library.opcheck(
+            OPS.batch_norm_act_input_gradient.default, arguments, test_utils=OPERATOR_TESTS
+        )
+
+
+def test_input_gradient_refuses_other_means():
+    x = torch.randn(2, 3, 4, 4)
+    stats = torch.ones(2, 3)
+    for means in (torch.ones(2, 4), torch.ones(3, 2), torch.ones(2, 3, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match=r"means must be \[2, C\]"):
+            OPS.batch_norm_act_input_gradient(x, x, None, None, None, stats, means, 0, 0.0, 0)

@@ -309,9 +309,9 @@ _BACKWARD = {
     "bias of conv": (operators, "backward", 2),
     "x of own dense conv": (cpu, "_dense_backward_op", 0),
     "weight of own dense conv": (cpu, "_dense_backward_op", 1),
-    "x of batch norm": (batch_norm, "_backward_op", 0),
-    "weight of batch norm": (batch_norm, "_backward_op", 2),
-    "bias of batch norm": (batch_norm, "_backward_op", 3),
+    "x of batch norm": (batch_norm, "backward_op", 0),
+    "weight of batch norm": (batch_norm, "backward_op", 2),
+    "bias of batch norm": (batch_norm, "backward_op", 3),
     "x of group norm": (group_norm, "_backward_op", 0),
     "weight of group norm": (group_norm, "_backward_op", 2),
     "weight of transposed conv": (conv_transpose, "_convolution_backward_op", 1),
@@ -406,7 +406,10 @@ def test_what_is_judged_is_what_a_plain_step_calls() -> None:
 
 def test_a_function_without_a_formula_is_refused() -> None:
     unknown = {cls.__name__ for cls in calls.functions()} - set(calls.FORMULAS)
-    assert unknown == {"LSTMFunction", "LSTMCellFunction"}  # no network of the benchmark has them
+    # No network that is judged has them. Lean networks are compared with plain ones to the last bit.
+    lean = {"MaxPool2dFunction"}
+    several_processes = {"SyncBatchNormActFunction", "_Sum"}  # once they were used
+    assert unknown - several_processes - lean == {"LSTMFunction", "LSTMCellFunction"}
     with calls.Calls().judged() as wrong:
         h, _ = advdl_ops.nn.LSTMCell(3, 4)(torch.randn(2, 3))
         h.sum().backward()

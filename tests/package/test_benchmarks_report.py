@@ -14,6 +14,7 @@ import pytest
 from benchmarks import (
     environment,
     figures,
+    lean_figures,
     measure_model,
     measure_op,
     plots,
@@ -114,6 +115,49 @@ def test_a_record_changed_by_hand_is_noticed(checkout: Path) -> None:
             path, [dataclasses.replace(i, p80=i.p80 * 1.0001) if i == last else i for i in items]
         )
     assert figures.outdated(results, checkout) == [checkout / file for file in figures.FILES]
+
+
+LEAN = "memory/resnet18/8x3x224x224/float32/cpu"
+
+
+def lean_records(held: dict[str, float], seconds: dict[str, float]) -> list[Record]:
+    session, stream = measured()
+    measure_op.report_times(session, "full", {name: [value] for name, value in seconds.items()})
+    for name, value in held.items():
+        session.record(name, "full", "held", "B", value)
+        session.record(name, "full", "peak", "B", 2 * value)
+    changes = {"case": LEAN, "suite": "memory", "device": MACHINE, "commit": "aaaaaaaaaa"}
+    return changed(records(stream), **changes)
+
+
+def test_the_table_of_lean_training_takes_bytes_and_times_of_the_right_providers() -> None:
+    items = lean_records(
+        {"eager": 100e6, "advdl_ops": 100e6, "advdl_ops lean=block": 75.4e6},
+        {"eager": 3.0, "eager channels_last": 2.4, "advdl_ops": 2.0, "advdl_ops lean=block": 2.01},
+    )
+    head, lines = lean_figures.table(LEAN, {"AVX512": items})
+    assert head[-2:] == ["time, of plain's, AVX512", "of eager's, AVX512"]
+    assert lines == [
+        ["`eager channels_last`", "-", "-", "-", "1.20x", "1.00x"],
+        ["`advdl_ops`", "100.0 MB", "1.000x", "1.00x", "1.00x", "0.83x"],
+        ["`advdl_ops lean=block`", "75.4 MB", "0.754x", "0.75x", "1.00x", "0.84x"],
+    ]
+    (verdict,) = lean_figures.verdicts(LEAN, {"AVX512": items})
+    assert verdict == (
+        "- `lean=block`: held 0.754x (target 0.75x, missed); time of plain on AVX512 1.00x (target 1x, reached)"
+    )
+    assert lean_figures.short(LEAN) in lean_figures.TARGETS
+
+
+def test_the_tables_of_lean_training_are_those_of_the_suite(tmp_path: Path) -> None:
+    items = lean_records(
+        {"eager": 2.0, "advdl_ops": 2.0, "advdl_ops lean=block": 1.0},
+        {"eager": 2.0, "advdl_ops": 1.0, "advdl_ops lean=block": 1.0},
+    )
+    store(tmp_path, items)
+    assert any(lean_figures.short(LEAN) in line for line in figures.lean_block(tmp_path))
+    registered = {case.name for case in figures.registered("AVX512")}
+    assert LEAN in registry.all_cases() and LEAN not in registered
 
 
 def test_a_family_shows_its_best_its_worst_and_its_median(tmp_path: Path) -> None:

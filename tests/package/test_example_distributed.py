@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
-import advdl_ops
 from advdl_ops import models, nn
 from benchmarks.stock_resnet import StockResNet
 
@@ -75,14 +74,7 @@ def alone(tmp_path_factory):
         pytest.param("group", ("--parallel", "ddp", "--batch-size", "8"), marks=pytest.mark.extra),
         ("group", ("--parallel", "ddp", "--batch-size", "4", "--accumulate", "2")),
         ("group", ("--parallel", "fsdp", "--batch-size", "4", "--accumulate", "2")),
-        pytest.param(
-            "batch",
-            ("--sync-batch-norm", "--batch-size", "8"),
-            marks=pytest.mark.skipif(
-                not hasattr(advdl_ops, "convert_sync_batchnorm"),
-                reason="advdl_ops.convert_sync_batchnorm does not exist yet",
-            ),
-        ),
+        ("batch", ("--sync-batch-norm", "--batch-size", "8")),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value).replace("--", ""),
 )

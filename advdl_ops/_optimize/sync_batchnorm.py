@@ -1,0 +1,66 @@
+"""``convert_sync_batchnorm``: batch norms that take the statistics of all processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..functional._norm import WORLD
+from ..nn import BatchNormAct2d
+from .layers import Left, converted_class, counterpart_of
+
+_BatchNorm = torch.nn.modules.batchnorm._BatchNorm
+_SyncBatchNorm = torch.nn.SyncBatchNorm
+
+
+def convert_sync_batchnorm(module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
+    """Makes batch norms take the statistics of all processes in training; in place.
+
+    This package's and torch's ``BatchNorm2d`` run on CPU and GPU; torch's other batch norms become
+    :class:`torch.nn.SyncBatchNorm`, which trains on GPUs alone. Arguments and name of
+    :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
+
+    Args:
+        module: any module; it keeps its parameters, buffers, hooks and ``state_dict`` keys.
+        process_group: a ``torch.distributed`` group, ``None`` or ``"world"`` for all processes. It need not be
+            initialized yet.
+
+    Returns:
+        ``module``, or what replaces it if it is itself one of torch's other batch norms.
+
+    Raises:
+        TypeError: ``module`` is not a module, or ``process_group`` is something else. Nothing is changed then.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            f"convert_sync_batchnorm: module ({type(module).__name__}) must be a torch.nn.Module"
+        )
+    group = WORLD if process_group is None else process_group
+    BatchNormAct2d(1, device="meta").process_group = group  # refuses what is no group
+    for layer in list(module.modules()):
+        _to_ours(layer)
+        if isinstance(layer, BatchNormAct2d):
+            layer.process_group = group
+    return _to_torchs(module, None if group == WORLD else group)
+
+
+def _to_ours(layer: torch.nn.Module) -> None:
+    try:
+        counterpart = counterpart_of(layer)
+    except Left:
+        return
+    if counterpart is not None and issubclass(counterpart.layer, BatchNormAct2d):
+        layer.__dict__.update(counterpart.attributes)
+        object.__setattr__(layer, "__class__", converted_class(type(layer), counterpart.layer))
+
+
+def _to_torchs(module: torch.nn.Module, group: Any) -> torch.nn.Module:
+    if isinstance(module, (BatchNormAct2d, _SyncBatchNorm)):
+        return module
+    if isinstance(module, _BatchNorm):
+        return _SyncBatchNorm.convert_sync_batchnorm(module, group)
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _to_torchs(child, group)
+    return module
