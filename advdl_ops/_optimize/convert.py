@@ -178,8 +178,8 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a layer has got another class since then, for example by ``parametrize`` or ``fully_shard``. Nothing
-            is changed.
+        ValueError: a layer has got another class since then, for example by ``parametrize`` or ``fully_shard``, or a
+            ``process_group``, which its class before cannot have. Nothing is changed.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"restore: model ({type(model).__name__}) must be a torch.nn.Module")
@@ -193,6 +193,11 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
             raise ValueError(
                 f"restore: model ({name or 'itself'}) must be of the class that optimize gave it, "
                 f"not {qualified_name(type(layer))}"
+            )
+        if record is not None and getattr(layer, "process_group", None) is not None:
+            raise ValueError(
+                f"restore: process_group of {name or 'the model'} must be None first: "
+                f"{qualified_name(record.original or type(layer))} is not synchronized"
             )
     if any(record_of(layer) is not None for layer in model.modules()):
         set_lean(model, None)

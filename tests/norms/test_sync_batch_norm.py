@@ -357,3 +357,14 @@ def test_what_becomes_of_other_norms():
     assert type(advdl_ops.convert_sync_batchnorm(stock.BatchNorm1d(3))) is stock.SyncBatchNorm
     again = advdl_ops.convert_sync_batchnorm(model)
     assert [type(layer) for layer in again] == kinds
+
+
+def test_restore_loses_no_group():
+    model = advdl_ops.optimize(stock.Sequential(stock.Conv2d(3, 3, 1), stock.BatchNorm2d(3)))
+    advdl_ops.convert_sync_batchnorm(model)
+    with pytest.raises(ValueError, match="process_group of 1 must be None first"):
+        advdl_ops.restore(model)
+    assert type(model[0]) is nn.Conv2d
+    model[1].process_group = None
+    assert type(advdl_ops.restore(model)[1]) is stock.BatchNorm2d
+    assert not {"synchronized", "agreed_in"} & model[1].__dict__.keys()
