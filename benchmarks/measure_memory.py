@@ -39,7 +39,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for block in model.modules():
         if type(block).__name__ in BLOCKS:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     return model
 
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._optimize.copies import copy_without_hooks
 from ..backend import by_torchs_operators
+from ..nn import BatchNormAct2d
 from .models import Levels, set_lean
 from .recipes import Kind, Recipe, telling
 
@@ -90,6 +91,8 @@ class Counting:
         for name, layer in self.model.named_modules():
             # What torch calls in place of the module's own call, after `Module.compile`. No hook, which would be seen.
             layer.__dict__["_compiled_call_impl"] = functools.partial(self._call, name, layer)
+            if isinstance(layer, BatchNormAct2d):
+                layer.process_group = None  # keeps the same, and asks no other process
 
     def count(self, lean: Levels) -> Count:
         """The count of the model at these levels."""

@@ -265,3 +265,12 @@ def test_is_imported_when_it_is_used() -> None:
         "assert not {'rich', 'matplotlib'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_synchronized_norms_ask_no_other_process():
+    model = models.create_model("resnet18")
+    expected = memory_report(model, torch.empty(2, 3, 64, 64, device="meta")).total("block")
+    advdl_ops.convert_sync_batchnorm(model)
+    report = memory_report(model, torch.empty(2, 3, 64, 64, device="meta"))
+    assert report.total("block") == expected
+    assert model.bn1.process_group == "world"
