@@ -19,7 +19,7 @@ Levels = str | None | Mapping[str, str | None]
 _PLAIN, _LEVEL = "_advdl_plain", "_advdl_lean"
 
 
-def set_lean(model: _Module, lean: Levels, *, caller: str = "set_lean") -> _Module:
+def set_lean(model: _Module, lean: Levels = "block", *, caller: str = "set_lean") -> _Module:
     """Sets what backward makes again instead of keeping it; in place.
 
     Args:
