@@ -394,7 +394,7 @@ def test_everything_is_freed_without_garbage_collection(how, level, x, no_gc, mo
 
 
 def test_backward_frees_as_it_goes():
-    """What backward makes again lives as long as it is needed: of the bytes that a level saves, the peak has nearly all."""
+    """What backward makes again lives no longer than it is needed: the peak falls nearly as what is held."""
     plain = torch.nn.Sequential(*[nn.ConvBNAct(8, 8, 3, act="relu") for _ in range(8)])
     x = torch.randn(2, 8, 32, 32, requires_grad=True)
     found = []
@@ -412,6 +412,20 @@ def test_backward_frees_as_it_goes():
     image = x.numel() * 4
     assert held - lean_held >= 6.9 * image
     assert peak - lean_peak >= 4.9 * image
+
+
+@pytest.mark.parametrize("level", ["block", "stage", "deepest"])
+def test_what_was_made_again_is_dropped_by_its_last_reader(level, x, monkeypatch):
+    """Also where the graph is retained, and the recipes with it."""
+    net = set_lean(tiny_net(), level)
+    found = refs_of_recipes(monkeypatch)
+    loss = net(x).square().sum()
+    for _ in range(2):
+        with counted() as kinds:
+            loss.backward(retain_graph=True)
+        alive = [ref() for ref in found if isinstance(ref(), recipes.Recipe)]
+        assert len(alive) >= len(kinds) > 5
+        assert not [each.kind for each in alive if each.made is not None]
 
 
 @levels
