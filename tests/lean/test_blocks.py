@@ -215,13 +215,11 @@ def test_what_each_level_makes_again():
         with counted() as kinds:
             run(ours, units, leaves, x, training=True, lean=lean)
         found[lean] = set(kinds)
-    assert found == {
-        None: set(),
-        "block": {Kind.PASS},
-        "stage": {Kind.PASS, Kind.SUM},
-        "deep": {Kind.PASS, Kind.PRODUCT},
-        "deepest": {Kind.PASS, Kind.SUM} | ({Kind.PRODUCT} & found["deepest"]),
-    }
+    assert not found[None]
+    assert found["block"] == {Kind.PASS}
+    assert found["stage"] == {Kind.PASS, Kind.SUM}
+    assert found["deep"] == {Kind.PASS, Kind.PRODUCT}
+    assert found["deepest"] >= {Kind.PASS, Kind.SUM}
 
 
 def test_the_default_level():
@@ -304,7 +302,7 @@ def test_errors_name_the_function_and_the_value():
             ValueError, match=rf"^{function}: order \('act-bn'\) must be one of conv-bn-act, "
         ):
             call(second._replace(order="act-bn"))
-    with pytest.raises(ValueError, match="^conv_chain: units must have one at least$"):
+    with pytest.raises(ValueError, match=r"^conv_chain: units must have one at least$"):
         conv_chain(x, [])
 
 
