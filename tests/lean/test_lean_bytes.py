@@ -185,6 +185,19 @@ def test_functions(block):
         assert found["stage"] < found["block"]
 
 
+def test_a_concatenation_is_not_kept():
+    """Of images that somebody else keeps."""
+    parts = [torch.randn(2, 8, 32, 32, requires_grad=True) for _ in range(3)]
+    unit = ConvNorm(torch.randn(4, 24, 3, 3, requires_grad=True), None, None, padding=1)
+
+    def held(lean):
+        return memory._profiled(lambda: conv_chain(parts, [unit], training=True, lean=lean).sum())[
+            0
+        ]
+
+    assert held(None) - held("block") == 3 * parts[0].numel() * 4
+
+
 def test_evaluation_holds_nothing():
     net, x = leaned(tiny_net(), "deepest").eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """``set_lean``, ``create_model(lean=)`` and ``optimize(lean=)``: copies, files, classes, names and errors."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -61,6 +62,21 @@ def test_classes_names_and_keys(lean):
         assert type(layer).__module__.startswith(("torch.", "advdl_ops."))
     assert type(model).__doc__ == type(plain).__doc__
     assert lean_of(model) == (lean if isinstance(lean, dict) else {"": lean})
+
+
+def test_a_class_in_a_function():
+    class Local(Stock):
+        """Its documentation."""
+
+        def forward(self, x, *, scale: float = 1.0):
+            """Its forward's."""
+            return super().forward(x) * scale
+
+    made = type(set_lean(Local(), "block"))
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        assert getattr(made, name) == getattr(Local, name)
+    assert made.forward.__doc__ == "Its forward's."
+    assert inspect.signature(made.forward) == inspect.signature(Local.forward)
 
 
 @pytest.mark.parametrize("lean", [None, {}, {"": None}, {"2": None}])
