@@ -325,3 +325,22 @@ def test_refused_arguments_leave_the_next_call_right(lean):
             u.running_mean.copy_(kept.running_mean), u.running_var.copy_(kept.running_var)
     found = run(basic_block, [first, second], leaves, x, training=True, lean=lean)
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("lean", LEANS)
+def test_a_residual_that_is_written_never_gives_wrong_gradients(lean):
+    """Stock does not need it. A level that makes the sum again does, and then says so."""
+    (first, leaves), _ = unit(4, 4), unit(4, 4)
+    x, residual = (torch.randn(2, 4, 5, 5, dtype=f64) for _ in range(2))
+    found = []
+    for is_written in (False, True):
+        r = residual.clone().requires_grad_() * 1
+        out = conv_chain(x, fresh([first]), r, training=True, lean=lean)
+        if is_written:
+            r.detach().add_(1)
+        if is_written and lean in ("stage", "deepest"):
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(out.square().sum(), leaves)
+            return
+        found.append(torch.autograd.grad(out.square().sum(), leaves))
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))

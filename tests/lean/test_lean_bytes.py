@@ -1,5 +1,7 @@
 """Bytes held between forward and backward, and the peak of both, beside those without a level and stock."""
 
+import copy
+
 import pytest
 import torch
 from support.lean import LEVELS, leaned, tiny_net
@@ -129,6 +131,16 @@ def test_under_autocast():
     assert found["block"] < 0.8 * found[None]
     assert found["deepest"] < 0.5 * found[None]
     assert found["deepest"] < min(found["stage"], found["deep"])
+
+
+def test_hooked_layers_keep_as_little():
+    """A hook on each convolution: the layers run one by one, and leave the same recipes."""
+    net, x = tiny_net(), torch.randn(2, 3, 32, 32)
+    hooked = copy.deepcopy(net)
+    for layer in hooked.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda *_: None)
+    assert held_by(leaned(hooked, "deepest"), x) == held_by(leaned(net, "deepest"), x)
 
 
 def test_frozen_layers_keep_nothing():
