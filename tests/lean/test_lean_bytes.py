@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.lean import LEVELS, leaned, tiny_net
+from support.lean import LEVELS, held_after, leaned, tiny_net
 
 from advdl_ops import models, nn
 from advdl_ops.functional import ConvNorm, basic_block, bottleneck, conv_chain
@@ -31,7 +31,7 @@ def held_by(model, x):
     """Held bytes alone, in half of the time."""
     model(x).square().mean().backward()
     model.zero_grad(set_to_none=True)
-    return memory._profiled(lambda: model(x).square().mean())[0]
+    return held_after(lambda: model(x).square().mean())
 
 
 def at_each_level(model, x, of=bytes_of):
@@ -188,7 +188,7 @@ def test_functions(block):
     found = {}
     for lean in (None, *LEVELS):
         call(lean)
-        found[lean] = memory._profiled(lambda lean=lean: call(lean).sum())[0]
+        found[lean] = held_after(lambda lean=lean: call(lean).sum())
     assert found["block"] < found[None]
     assert found["deepest"] <= found["deep"] <= found["block"]
     assert found["stage"] <= found["block"]
@@ -214,5 +214,5 @@ def test_evaluation_holds_nothing():
     net, x = leaned(tiny_net(), "deepest").eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         net(x)
-        held, *_ = memory._profiled(lambda: net(x).sum())
+        held = held_after(lambda: net(x).sum())
     assert held <= 4096

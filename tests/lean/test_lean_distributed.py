@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from support.lean import counted, leaned, tiny_net
+from support.lean import counted, held_after, leaned, tiny_net
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from advdl_ops import models, set_lean
 from advdl_ops._lean import LEVELS, Kind
-from benchmarks import memory
 
 pytestmark = pytest.mark.slow
 LIMIT_S = 120
@@ -53,7 +52,7 @@ def trained(net, rank, wrap, level):
             values += [whole(p.grad).clone() for p in model.parameters()]
             optimizer.step()
     values += [whole(t).clone() for t in model.state_dict().values()]
-    held, *_ = memory._profiled(lambda: model(torch.randn(3, 3, 17, 15)).square().mean())
+    held = held_after(lambda: model(torch.randn(3, 3, 17, 15)).square().mean())
     return values, set(kinds), held
 
 

@@ -11,6 +11,7 @@ from support.lean import (
     assert_same_bits,
     assert_same_values,
     counted,
+    held_after,
     leaned,
     step,
     tiny_net,
@@ -85,7 +86,7 @@ def test_a_checkpoint_inside_keeps_its_input_alone(x):
     for level in (None, "block", "deepest"):
         net = leaned(WithCheckpoint(False), level)
         net(x).sum().backward()
-        held.append(memory._profiled(lambda net=net: net(x).sum())[0])
+        held.append(held_after(lambda net=net: net(x).sum()))
     assert held[1] < held[0] and held[2] <= held[1]
 
 
@@ -273,6 +274,7 @@ def test_a_compiled_part_of_a_lean_model(fresh_compile):
         torch.testing.assert_close(found[key], value, rtol=1e-7, atol=1e-9, msg=key)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("level", LEVELS)
 def test_tracing_export_and_transforms(level):
     x = torch.randn(2, 3, 12, 12)
@@ -371,6 +373,7 @@ def test_networks_without_anything_to_make_again(name):
         assert all(a.equal(b) for a, b in zip(found[0], others, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("level", LEVELS)
 def test_anomaly_detection(level, x):
     with torch.autograd.detect_anomaly(check_nan=True):
