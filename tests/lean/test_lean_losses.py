@@ -48,6 +48,7 @@ def test_200_steps_are_those_without_a_level(level, one_thread):
         assert t.equal(other), key
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_a_level_that_changes_from_step_to_step(one_thread):
     plain = tiny_net(blocks=1)
     lean = copy.deepcopy(plain)

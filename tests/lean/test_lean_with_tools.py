@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from advdl_ops import models, nn, set_lean, use_backend
-from benchmarks import memory
 
 f64 = torch.float64
 
