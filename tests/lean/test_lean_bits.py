@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-from support.lean import LEVELS, assert_same_bits, leaned, step, tiny_net
+from support.lean import LEVELS, assert_same_bits, assert_same_values, leaned, step, tiny_net
 from torch.nn import functional as F
 
 from advdl_ops import models, nn
-from advdl_ops._lean import Kind
+from advdl_ops._lean import Kind, recipes
 from advdl_ops.functional import ConvNorm, batch_norm_act, conv2d, conv_chain
 
 f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
@@ -169,6 +169,19 @@ def test_autocast(name, backward):
     assert_same_bits(Net(), x)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_backward_under_another_autocast(level):
+    """What is made again has the dtype of the forward."""
+    plain = tiny_net()
+    lean, x = leaned(plain, level), torch.randn(2, 3, 20, 20)
+
+    def backward(loss):
+        with autocast():
+            loss.backward()
+
+    assert_same_values(step(lean, x, backward=backward), step(plain, x, backward=backward))
+
+
 @extra
 @pytest.mark.parametrize("name", LARGE)
 def test_autocast_of_large_networks(name):
@@ -195,8 +208,7 @@ def test_sizes_of_images_that_change():
     lean.load_state_dict(plain.state_dict())
     for size in (33, 20, 47):
         x = torch.randn(2, 3, size, size)
-        expected, found = step(plain, x), step(lean, x)
-        assert all(found[key].equal(value) for key, value in expected.items()), size
+        assert_same_values(step(lean, x), step(plain, x), size)
 
 
 @pytest.mark.parametrize("act", ["relu", "silu", "leaky_relu", "gelu", None])
@@ -229,6 +241,22 @@ def test_every_kind_is_made_again():
         "deep": {Kind.PASS, Kind.PRODUCT},
         "deepest": {Kind.PASS, Kind.SUM, Kind.PRODUCT},
     }
+
+
+def test_what_a_product_is_made_of(monkeypatch):
+    """Of a tensor that is kept, or of one pass: the output of a residual block would need all blocks before it."""
+    found = []
+    make = recipes.Recipe.__init__
+
+    def noted(self, kind, function, sources, like):
+        make(self, kind, function, sources, like)
+        found.append((kind, [s.kind for s in sources if isinstance(s, recipes.Recipe)]))
+
+    monkeypatch.setattr(recipes.Recipe, "__init__", noted)
+    leaned(tiny_net(blocks=1), "deepest")(torch.randn(2, 3, 20, 20))
+    sources = [kinds for kind, kinds in found if kind is Kind.PRODUCT]
+    # The shortcut and the last convolution of each stage. The first shortcut's input is behind max-pooling.
+    assert sorted(sources, key=len) == [[], [], [Kind.PASS], [Kind.PASS]]
 
 
 @pytest.mark.parametrize("level", LEVELS)

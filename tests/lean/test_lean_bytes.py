@@ -1,8 +1,10 @@
 """Bytes held between forward and backward, and the peak of both, beside those without a level and stock."""
 
+import copy
+
 import pytest
 import torch
-from support.lean import LEVELS, leaned, tiny_net
+from support.lean import LEVELS, held_after, leaned, tiny_net
 
 from advdl_ops import models, nn
 from advdl_ops.functional import ConvNorm, basic_block, bottleneck, conv_chain
@@ -29,7 +31,7 @@ def held_by(model, x):
     """Held bytes alone, in half of the time."""
     model(x).square().mean().backward()
     model.zero_grad(set_to_none=True)
-    return memory._profiled(lambda: model(x).square().mean())[0]
+    return held_after(lambda: model(x).square().mean())
 
 
 def at_each_level(model, x, of=bytes_of):
@@ -131,6 +133,16 @@ def test_under_autocast():
     assert found["deepest"] < min(found["stage"], found["deep"])
 
 
+def test_hooked_layers_keep_as_little():
+    """A hook on each convolution: the layers run one by one, and leave the same recipes."""
+    net, x = tiny_net(), torch.randn(2, 3, 32, 32)
+    hooked = copy.deepcopy(net)
+    for layer in hooked.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda *_: None)
+    assert held_by(leaned(hooked, "deepest"), x) == held_by(leaned(net, "deepest"), x)
+
+
 def test_frozen_layers_keep_nothing():
     """Without gradients there is nothing to keep or to make again."""
     net, x = tiny_net(), torch.randn(2, 3, 32, 32)
@@ -176,7 +188,7 @@ def test_functions(block):
     found = {}
     for lean in (None, *LEVELS):
         call(lean)
-        found[lean] = memory._profiled(lambda lean=lean: call(lean).sum())[0]
+        found[lean] = held_after(lambda lean=lean: call(lean).sum())
     assert found["block"] < found[None]
     assert found["deepest"] <= found["deep"] <= found["block"]
     assert found["stage"] <= found["block"]
@@ -185,9 +197,20 @@ def test_functions(block):
         assert found["stage"] < found["block"]
 
 
+def test_a_concatenation_is_not_kept():
+    """Of images that somebody else keeps."""
+    parts = [torch.randn(2, 8, 32, 32, requires_grad=True) for _ in range(3)]
+    unit = ConvNorm(torch.randn(4, 24, 3, 3, requires_grad=True), None, None, padding=1)
+
+    def held(lean):
+        return held_after(lambda: conv_chain(parts, [unit], training=True, lean=lean).sum())
+
+    assert held(None) - held("block") == 3 * parts[0].numel() * 4
+
+
 def test_evaluation_holds_nothing():
     net, x = leaned(tiny_net(), "deepest").eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         net(x)
-        held, *_ = memory._profiled(lambda: net(x).sum())
+        held = held_after(lambda: net(x).sum())
     assert held <= 4096

@@ -34,7 +34,7 @@ def test_bits_under_autocast(name):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v2", marks=extra)])
 def test_levels_that_optimize_sets(name, level):
     """Also with the layers one by one, where ReLU writes in place what could be made again."""
     x = torch.randn(2, 3, 33, 33)

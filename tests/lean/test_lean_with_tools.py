@@ -11,14 +11,16 @@ from support.lean import (
     assert_same_bits,
     assert_same_values,
     counted,
+    held_after,
     leaned,
     step,
     tiny_net,
 )
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from advdl_ops import models, nn, set_lean
-from benchmarks import memory
+from advdl_ops import models, nn, set_lean, use_backend
 
 f64 = torch.float64
 
@@ -83,7 +85,7 @@ def test_a_checkpoint_inside_keeps_its_input_alone(x):
     for level in (None, "block", "deepest"):
         net = leaned(WithCheckpoint(False), level)
         net(x).sum().backward()
-        held.append(memory._profiled(lambda net=net: net(x).sum())[0])
+        held.append(held_after(lambda net=net: net(x).sum()))
     assert held[1] < held[0] and held[2] <= held[1]
 
 
@@ -271,6 +273,7 @@ def test_a_compiled_part_of_a_lean_model(fresh_compile):
         torch.testing.assert_close(found[key], value, rtol=1e-7, atol=1e-9, msg=key)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("level", LEVELS)
 def test_tracing_export_and_transforms(level):
     x = torch.randn(2, 3, 12, 12)
@@ -369,7 +372,92 @@ def test_networks_without_anything_to_make_again(name):
         assert all(a.equal(b) for a, b in zip(found[0], others, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("level", LEVELS)
 def test_anomaly_detection(level, x):
     with torch.autograd.detect_anomaly(check_nan=True):
         assert_same_bits(tiny_net(), x, levels=[level])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_tensors_without_data(level):
+    """On the meta device, and under ``FakeTensorMode``, with which tools count memory."""
+    net = leaned(tiny_net(), level).to("meta")
+    net(torch.randn(2, 3, 16, 16, device="meta")).sum().backward()
+    assert net[2].conv1.weight.grad.shape == net[2].conv1.weight.shape
+    with FakeTensorMode(), counted() as kinds:
+        net = set_lean(tiny_net(), level)
+        net(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert kinds and isinstance(net[2].conv1.weight.grad, FakeTensor)
+
+
+def test_counted_flops(x):
+    """Only the levels that make products again compute more of them, and no more than the forward's."""
+    net = tiny_net()
+    found = {}
+    for level in (None, *LEVELS):
+        with FlopCounterMode(display=False) as counter:
+            leaned(net, level)(x).sum().backward()
+        found[level] = counter.get_total_flops()
+    assert found["block"] == found["stage"] == found[None]
+    assert found[None] < found["deep"] < 4 / 3 * found[None]
+    assert found[None] < found["deepest"] < 4 / 3 * found[None]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_parametrized_weights(level, x):
+    """Weights that are not leaves: computed anew in each forward."""
+    net = tiny_net()
+    torch.nn.utils.parametrizations.weight_norm(net[3].conv3)
+    torch.nn.utils.parametrizations.spectral_norm(net[2].downsample[0])
+    assert_same_bits(net, x, levels=[level], steps=2)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_empty_batches_and_parameters_as_images(level):
+    plain = tiny_net()
+    lean = leaned(plain, level)
+    for image in (torch.randn(0, 3, 16, 16), torch.randn(2, 3, 16, 16)):
+        found = []
+        for net in (plain, lean):
+            x = torch.nn.Parameter(image.clone())
+            net.zero_grad()
+            net(x).square().sum().backward()
+            found.append({"x": x.grad, **{key: p.grad for key, p in net.named_parameters()}})
+        assert_same_values(found[1], found[0])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_reference(level, x, no_native_required):
+    """Without kernels, the layers are plain PyTorch, which offers nothing; concatenations and max-pooling do."""
+    for plain in (tiny_net(), models.UNet(2, base_channels=4, depth=2)):
+        lean = leaned(plain, level)
+        with use_backend("reference"):
+            assert_same_values(step(lean, x), step(plain, x))
+
+
+class AsksTwice(torch.autograd.Function):
+    """A function of a user that reads its saved tensor twice."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, dout):
+        return 3 * ctx.saved_tensors[0] * ctx.saved_tensors[0] * dout
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_function_that_asks_twice(level, x):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.ConvBNAct(3, 4, 3, act="relu"), nn.ConvBNAct(4, 4, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            return AsksTwice.apply(x) + self.second(x)
+
+    assert_same_bits(Net(), x, levels=[level])
