@@ -99,9 +99,14 @@ class Recipe:
             0  # those who will ask for the tensor, and those who did since it was made
         )
         self.made: Tensor | None = None
-        for source in sources:
-            if type(source) is Recipe:
-                source.readers += 1
+
+    def add_reader(self) -> None:
+        """Tells of one more who will ask for the tensor. With the first one, this recipe asks for its sources."""
+        self.readers += 1
+        if self.readers == 1:
+            for source in self.sources:
+                if type(source) is Recipe:
+                    source.add_reader()
 
     def get(self) -> Tensor:
         """The tensor. It is held until all its readers have asked for it."""
@@ -167,7 +172,7 @@ class _Saving:
         recipe = self.recipe_of(t)
         if recipe is None:
             return kept(t)
-        recipe.readers += 1
+        recipe.add_reader()
         return recipe
 
 

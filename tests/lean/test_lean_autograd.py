@@ -360,9 +360,9 @@ def refs_of_recipes(monkeypatch):
         make(self, kind, function, sources, like)
         found.append(weakref.ref(self))
         found.extend(
-            weakref.ref(source.tensor)
+            weakref.ref(source[0])
             for source in sources
-            if isinstance(source, recipes.Kept) and not source.tensor.requires_grad
+            if type(source) is tuple and not source[0].requires_grad
         )
 
     monkeypatch.setattr(recipes.Recipe, "__init__", noted)
