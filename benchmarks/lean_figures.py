@@ -44,15 +44,10 @@ def short(case: str) -> str:
     return "/".join(case.split("/")[:3])
 
 
-def providers(items: Iterable[Record]) -> list[str]:
-    """The stock network in its faster layout, eager and compiled; checkpointed; plain; the levels."""
-    times = _values(items, "time")
-    found = []
-    for name in (STOCK, STOCK_COMPILED):
-        layouts = [each for each in (name, name + CHANNELS_LAST) if each in times]
-        found += [min(layouts, key=lambda each: times[each])] if layouts else []
-    rest = CHECKPOINTED, OURS, *map(lean_name, LEVELS)
-    return found + [name for name in rest if name in times]
+_ORDER = (
+    STOCK, STOCK + CHANNELS_LAST, STOCK_COMPILED, STOCK_COMPILED + CHANNELS_LAST,
+    CHECKPOINTED, OURS, *map(lean_name, LEVELS),
+)  # fmt: skip
 
 
 def _values(items: Iterable[Record], metric: str) -> dict[str, float]:
@@ -67,8 +62,8 @@ def _of_plain(items: list[Record]) -> dict[str, float]:
 def _of_eager(items: list[Record]) -> dict[str, float]:
     """Times over those of the eager stock network in its faster layout."""
     relative = _of_plain(items)
-    eager = next(name for name in providers(items) if name.startswith(STOCK))
-    return {name: value / relative[eager] for name, value in relative.items()}
+    eager = min(relative[name] for name in (STOCK, STOCK + CHANNELS_LAST) if name in relative)
+    return {name: value / eager for name, value in relative.items()}
 
 
 def table(case: str, kinds: dict[str, list[Record]]) -> tuple[list[str], list[list[str]]]:
@@ -80,7 +75,9 @@ def table(case: str, kinds: dict[str, list[Record]]) -> tuple[list[str], list[li
     for kind in kinds:
         head += [f"time, of plain's, {kind}", f"of eager's, {kind}"]
     lines = []
-    for name in providers(first):
+    for name in _ORDER:
+        if not any(name in _values(items, "time") for items in kinds.values()):
+            continue
         line = [f"`{name}`"]
         if name in held:
             shares = f"{held[name] / eager[0]:.3f}x", f"{peak[name] / eager[1]:.2f}x"

@@ -138,6 +138,7 @@ def test_the_table_of_lean_training_takes_bytes_and_times_of_the_right_providers
     head, lines = lean_figures.table(LEAN, {"AVX512": items})
     assert head[-2:] == ["time, of plain's, AVX512", "of eager's, AVX512"]
     assert lines == [
+        ["`eager`", "100.0 MB", "1.000x", "1.00x", "1.50x", "1.25x"],
         ["`eager channels_last`", "-", "-", "-", "1.20x", "1.00x"],
         ["`advdl_ops`", "100.0 MB", "1.000x", "1.00x", "1.00x", "0.83x"],
         ["`advdl_ops lean=block`", "75.4 MB", "0.754x", "0.75x", "1.00x", "0.84x"],
