@@ -48,10 +48,23 @@ def fails_in_channels_last(
             return False
         height, width = _image(x, weight, stride, padding, dilation, output_padding)
         return height % stride[0] == 0 == width % stride[1]
-    if dtype not in _HALF:
+    return dtype in _HALF and groups > 1 and max(dilation) > 1
+
+
+def fails_in_half(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int] | None = None,
+) -> bool:
+    """Whether the gradient of the weight may be wrong in half precision, in either memory format. fp32 is right.
+
+    Arguments as of :func:`fails_in_channels_last`.
+    """
+    if stride[1] == 1 or x.dtype not in _HALF:
         return False
-    if groups > 1 and max(dilation) > 1:
-        return True
     return _image(x, weight, stride, padding, dilation, output_padding)[1] < stride[1]
 
 
@@ -150,6 +163,8 @@ def convolution(
     if x.is_cpu and sees_nothing(x, weight, stride, padding, dilation):
         x, padding = padded(x, padding), (0, 0)
     options = stride, padding, dilation, groups
+    if x.is_cpu and fails_in_half(x, weight, stride, padding, dilation):
+        return F.conv2d(*_in_float32(x, weight, bias), *options).to(x.dtype)
     if x.is_cpu and fails_in_channels_last(x, weight, *options):
         return _as(x, F.conv2d(in_contiguous(x), in_contiguous(weight), bias, *options))
     return F.conv2d(x, weight, bias, *options)
@@ -173,6 +188,9 @@ def transposed_convolution(
     if not x.is_cpu:
         return F.conv_transpose2d(x, weight, bias, *options)
     conv = stride, padding, dilation
+    if fails_in_half(x, weight, *conv, output_padding):
+        wide: Any = _in_float32(x, weight, bias)
+        return transposed_convolution(*wide, *options).to(x.dtype)
     given = x
     fails = fails_in_channels_last(x, weight, *conv, groups, output_padding)
     if fails:
@@ -184,6 +202,10 @@ def transposed_convolution(
         return _as(given, out.contiguous())
     out = F.conv_transpose2d(x, weight, bias, *options)
     return _as(given, out) if fails else out
+
+
+def _in_float32(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple([t if t is None else t.float() for t in tensors])
 
 
 def in_contiguous(t: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._schemas import acc_dtype
-from .._stock_faults import fails_in_channels_last, padded, sees_nothing
+from .._stock_faults import fails_in_channels_last, fails_in_half, padded, sees_nothing
 from ..activation import IDENTITY, Activation
 from .epilogue import activated
 from .epilogue import epilogue as run_epilogue
@@ -239,6 +239,8 @@ def gradients_by_torch(
     needs: Needs,
     memory_format: torch.memory_format,
 ) -> Gradients:
+    if needs[1] and fails_in_half(x, weight, *conv[:3]):
+        return gradients_by_torch_in_float32(dz, x, weight, conv, needs, memory_format)
     if needs[1] and fails_in_channels_last(x, weight, *conv):
         memory_format = torch.contiguous_format
         weight = convert(weight, memory_format)

@@ -38,7 +38,13 @@ from .._conv.problem import (
     problem_of,
 )
 from .._schemas import conv2d_format
-from .._stock_faults import fails_in_channels_last, in_contiguous, padded, sees_nothing
+from .._stock_faults import (
+    fails_in_channels_last,
+    fails_in_half,
+    in_contiguous,
+    padded,
+    sees_nothing,
+)
 from ..activation import Activation, resolve_activation
 from ..backend import (
     autocast_dtype,
@@ -158,6 +164,7 @@ def _batched(
         and not own
         and not x.is_cuda  # because backward must be deterministic there
         and not _fails_in_channels_last(x, weight, options)
+        and not _fails_in_half(x, weight, options)
         and not _sees_nothing(x, weight, options)
         and not (bias is not None and _sums_bias(x))
         # Such a weight would determine the format of x's gradient.
@@ -339,6 +346,10 @@ def _dense_gradients(
     """The gradients of x, weight and bias that ``needs`` names. dx has x's format."""
     layout = conv2d_format(x)
     need_x, need_weight, need_bias = needs
+    if x.is_cpu and need_weight and _fails_in_half(x, weight, options):
+        wide = _dense_gradients(dz.float(), x.float(), weight.float(), options, needs)
+        dx, dweight, dbias = (t if t is None else t.to(x.dtype) for t in wide)
+        return dx, dweight, dbias
     sums_bias = need_bias and _sums_bias(x)
     computed, padding = layout, options.padding
     if x.is_cpu and need_weight and _fails_in_channels_last(x, weight, options):
@@ -372,6 +383,11 @@ def _dense_gradients(
 def _fails_in_channels_last(x: Tensor, weight: Tensor, options: Options) -> bool:
     stride, padding, more, groups, dilation = options
     return fails_in_channels_last(x, weight, stride, padding, dilation, groups, more)
+
+
+def _fails_in_half(x: Tensor, weight: Tensor, options: Options) -> bool:
+    stride, padding, more, _, dilation = options
+    return fails_in_half(x, weight, stride, padding, dilation, more)
 
 
 def _sees_nothing(x: Tensor, weight: Tensor, options: Options) -> bool:

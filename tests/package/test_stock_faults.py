@@ -3,6 +3,7 @@
 docs/stock_faults.md names them. Each runs in a process of its own, which may die, where this file is the program.
 """
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -183,6 +184,7 @@ KNOWN = [
     case((2, 12, 128, 96), 16, (1, 1), (2, 2)),
     case((3, 9, 8, 64), 4, (1, 1), (2, 2), more=(1, 1)),
     case((2, 4, 5, 1), 4, (3, 3), (2, 2), (1, 1), dtype="bfloat16"),
+    case((2, 16, 3, 1), 16, (3, 3), (2, 2), (1, 1), dtype="bfloat16", x_format="contiguous"),
     case((2, 8, 9, 9), 12, (3, 3), (1, 1), (2, 2), (2, 2), 4, dtype="bfloat16"),
     case((2, 44, 38, 1), 1, (1, 1), (2, 2), more=(1, 0), dtype="bfloat16"),
     case((3, 37, 64, 1), 116, (2, 1), (5, 4), (12, 2), (10, 10), dtype="bfloat16"),
@@ -199,6 +201,43 @@ def test_a_fault_that_this_cpu_may_not_have_is_routed_around():
         pair = x.to(dtype), weight.to(dtype)
         assert fails_in_channels_last(*pair, *options, (2, 2), 4) == fails
         assert not fails_in_channels_last(*pair, *options, (1, 1), 4)
+
+
+NARROW = ((2, 16, 1, 1), (2, 16, 3, 1), (3, 5, 8, 1), (2, 16, 4, 2))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_images_narrower_than_the_stride_in_half_precision(dtype, layout, backend, transposed):
+    """Row 4: in either memory format. Of a transposed convolution the output is the image."""
+    for shape, stride in itertools.product(NARROW, (2, 3)):
+        if transposed and shape[3] >= stride:
+            continue
+        torch.manual_seed(0)
+        image, weight = torch.randn(shape), torch.randn(12, shape[1], 3, 3)
+        like = torch.nn.functional.conv2d(image, weight, None, stride, 1)
+        more = [
+            size - ((n - 1) * stride + 1) for size, n in zip(shape[2:], like.shape[2:], strict=True)
+        ]
+        inputs = [like if transposed else image, weight]
+        dout = torch.randn_like(image if transposed else like).to(dtype)
+
+        def call(x, weight, stride=stride, more=more):
+            if transposed:
+                return F.conv_transpose2d(x, weight, None, stride, 1, more)
+            return F.conv2d(x, weight, None, stride, 1)
+
+        given = [t.to(dtype).to(memory_format=layout) for t in inputs]
+        exact = gradients(call, [t.double().requires_grad_() for t in given], dout)[0]
+        for create_graph in (False, True):
+            with use_backend(backend):
+                leaves = [t.detach().requires_grad_() for t in given]
+                found = gradients(call, leaves, dout, create_graph=create_graph)[0]
+            for one, right in zip(found, exact, strict=True):
+                error = (one.detach() - right).abs().max() / right.abs().max()
+                assert error < 0.02, (shape, stride, create_graph)
 
 
 @pytest.mark.parametrize("capability", ["native", "avx2"])
