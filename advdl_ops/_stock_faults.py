@@ -164,7 +164,8 @@ def convolution(
         x, padding = padded(x, padding), (0, 0)
     options = stride, padding, dilation, groups
     if x.is_cpu and fails_in_half(x, weight, stride, padding, dilation):
-        return F.conv2d(*_in_float32(x, weight, bias), *options).to(x.dtype)
+        wide = F.conv2d(x.float(), weight.float(), _in_float32(bias), *options)
+        return wide.to(x.dtype)
     if x.is_cpu and fails_in_channels_last(x, weight, *options):
         return _as(x, F.conv2d(in_contiguous(x), in_contiguous(weight), bias, *options))
     return F.conv2d(x, weight, bias, *options)
@@ -189,8 +190,9 @@ def transposed_convolution(
         return F.conv_transpose2d(x, weight, bias, *options)
     conv = stride, padding, dilation
     if fails_in_half(x, weight, *conv, output_padding):
-        wide: Any = _in_float32(x, weight, bias)
-        return transposed_convolution(*wide, *options).to(x.dtype)
+        return transposed_convolution(x.float(), weight.float(), _in_float32(bias), *options).to(
+            x.dtype
+        )
     given = x
     fails = fails_in_channels_last(x, weight, *conv, groups, output_padding)
     if fails:
@@ -204,8 +206,8 @@ def transposed_convolution(
     return _as(given, out) if fails else out
 
 
-def _in_float32(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple([t if t is None else t.float() for t in tensors])
+def _in_float32(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float()
 
 
 def in_contiguous(t: Tensor) -> Tensor:
