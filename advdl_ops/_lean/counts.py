@@ -171,7 +171,7 @@ def checked_arguments(model: Any, input: Any, caller: str) -> tuple[Any, ...]:
 
     Raises:
         TypeError: ``model`` is not a module, ``input`` neither a tensor nor a tuple.
-        ValueError: a compiler runs the model.
+        ValueError: a compiler runs the model, or a part of it was made by ``torch.fx`` or ``torch.jit``.
     """
     if not isinstance(model, _Module):
         raise TypeError(f"{caller}: model ({type(model).__name__}) must be a torch.nn.Module")
@@ -183,6 +183,11 @@ def checked_arguments(model: Any, input: Any, caller: str) -> tuple[Any, ...]:
         if "_orig_mod" in layer._modules or layer._compiled_call_impl is not None:
             raise ValueError(
                 f"{caller}: model must not be compiled, because a compiler decides by itself what it keeps"
+            )
+        if isinstance(layer, (torch.fx.GraphModule, torch.jit.ScriptModule)):
+            raise ValueError(
+                f"{caller}: model must have no {type(layer).__name__}: a copy of it, which is counted, would not run "
+                "the same operators"
             )
     return input if isinstance(input, tuple) else (input,)
 

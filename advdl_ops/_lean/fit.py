@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ def fit_memory(model: torch.nn.Module, input: Any, bytes: float) -> dict[str, Le
     """
     name = "fit_memory"
     args = checked_arguments(model, input, name)
-    if isinstance(bytes, bool) or not isinstance(bytes, (int, float)):
+    if isinstance(bytes, bool) or not isinstance(bytes, numbers.Real):
         raise TypeError(f"{name}: bytes ({bytes!r}) must be a number")
     if not bytes > 0:
         raise ValueError(f"{name}: bytes ({bytes}) must be positive")

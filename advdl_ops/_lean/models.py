@@ -26,14 +26,17 @@ def set_lean(model: _Module, lean: Levels = "block", *, caller: str = "set_lean"
         model: of this package's layers: from ``create_model``, or from ``optimize``.
         lean: ``None`` (nothing), ``"block"``, ``"stage"``, ``"deep"`` or ``"deepest"`` for the whole model, or a dict
             of these by the names of modules (``""``: the model). A part without an entry has the level of what it is
-            in.
+            in. A level of a ``ModuleList`` or ``ModuleDict`` is one of the modules in it. A module whose forward the
+            model does not call keeps what it would keep without a level.
 
     Returns:
         ``model``. Its gradients are the same at every level, to the last bit.
 
     Raises:
-        ValueError: an unknown level, or a name that no module has. Nothing is changed then.
-        TypeError: ``lean`` is neither a string, nor ``None``, nor a mapping.
+        ValueError: an unknown level, a name that no module has, or two levels for one module. Nothing is changed then.
+        TypeError: ``lean`` is neither a string, nor ``None``, nor a mapping; or a level is given to a module whose
+            forward was made by ``torch.fx`` or ``torch.jit`` or was replaced on the instance, or to a parametrized one.
+            A module around it can have a level.
     """
     levels = checked(model, lean, caller)
     for layer in model.modules():
@@ -64,7 +67,9 @@ def plain_class(kind: type) -> type:
 
 
 def checked(model: _Module, lean: Any, caller: str) -> dict[str, str | None]:
-    """``lean`` as a dict by names, without what changes nothing."""
+    """``lean`` as a dict by the names of modules with a forward, each module once; without what changes nothing."""
+    if not isinstance(model, _Module):
+        raise TypeError(f"{caller}: model ({model!r}) must be a torch.nn.Module")
     if lean is None or isinstance(lean, str):
         lean = {"": lean}
     if not isinstance(lean, Mapping):
@@ -79,7 +84,55 @@ def checked(model: _Module, lean: Any, caller: str) -> dict[str, str | None]:
             near = difflib.get_close_matches(str(name), names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{caller}: lean ({name!r}) must name a module of the model{hint}")
-    return {} if set(lean.values()) == {None} else dict(lean)
+    if set(lean.values()) <= {None}:
+        return {}
+    given = {name: level for name, level in lean.items() if _has_forward(names[name])}
+    for name, level in lean.items():
+        if name not in given:
+            inner = _with_forward(name, names[name])
+            given = {each: level for each in inner if each not in lean} | given
+    first: dict[_Module, str] = {}
+    for name, level in given.items():
+        _check_class(names[name], name, caller)
+        other = first.setdefault(names[name], name)
+        if given[other] != level:
+            raise ValueError(
+                f"{caller}: lean gives two levels ({given[other]!r}, {level!r}) to one module ({other!r}, {name!r})"
+            )
+    return {name: given[name] for name in first.values()}
+
+
+def _has_forward(layer: _Module) -> bool:
+    if isinstance(layer, torch.jit.ScriptModule):  # its class has no forward that could be asked for
+        return True
+    return type(layer).forward is not _Module.forward or "forward" in layer.__dict__
+
+
+def _with_forward(name: str, container: _Module) -> list[str]:
+    """The names of the outermost modules with a forward in a ``ModuleList`` or the like."""
+    found = []
+    for child, layer in container.named_children():
+        full = f"{name}.{child}" if name else child
+        found += [full] if _has_forward(layer) else _with_forward(full, layer)
+    return found
+
+
+def _check_class(layer: _Module, name: str, caller: str) -> None:
+    """Refuses a module whose class somebody else makes anew, or whose forward is not its class's."""
+    what = ""
+    if isinstance(layer, torch.fx.GraphModule):
+        what = "whose forward torch.fx makes anew"
+    elif isinstance(layer, torch.jit.ScriptModule):
+        what = "made by torch.jit"
+    elif "forward" in layer.__dict__:
+        what = "whose forward was replaced on the instance"
+    elif torch.nn.utils.parametrize.is_parametrized(layer):
+        what = "which is parametrized"
+    if what:
+        raise TypeError(
+            f"{caller}: lean cannot give a level to {name or 'the model'} ({type(layer).__name__}), {what}; "
+            "give it to a module around it"
+        )
 
 
 _classes: dict[type[_Module], type[_Module]] = {}

@@ -89,7 +89,7 @@ def _timm_norm(layer: type[torch.nn.Module], **attributes: Any) -> Callable[...,
 
 
 _ACT = {"act": IDENTITY}
-_NORM = {**_ACT, "folded": None, "synchronized": None, "agreed_in": None}
+_NORM = {**_ACT, "folded": None, "synchronized": None}
 _TORCH: dict[type[torch.nn.Module], Callable[..., Counterpart]] = {
     torch.nn.Conv2d: _plain(nn.Conv2d, **_ACT),
     torch.nn.ConvTranspose2d: _plain(nn.ConvTranspose2d, **_ACT),
@@ -110,7 +110,7 @@ _OTHERS: dict[str, Callable[..., Counterpart]] = {
     "timm.layers.norm.GroupNorm": _timm_norm(nn.GroupNorm),
     "timm.layers.norm.GroupNorm1": _timm_norm(nn.GroupNorm),
     "timm.layers.norm_act.BatchNormAct2d": _timm_norm(
-        nn.BatchNormAct2d, folded=None, synchronized=None, agreed_in=None
+        nn.BatchNormAct2d, folded=None, synchronized=None
     ),
     "timm.layers.norm_act.GroupNormAct": _timm_norm(nn.GroupNorm),
     "timm.layers.norm_act.GroupNorm1Act": _timm_norm(nn.GroupNorm),

@@ -17,12 +17,12 @@ _SyncBatchNorm = torch.nn.SyncBatchNorm
 def convert_sync_batchnorm(module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
     """Makes batch norms take the statistics of all processes in training; in place.
 
-    This package's and torch's ``BatchNorm2d`` run on CPU and GPU; torch's other batch norms become
-    :class:`torch.nn.SyncBatchNorm`, which trains on GPUs alone. Arguments and name of
-    :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
+    This package's and torch's ``BatchNorm2d`` run on CPU and GPU, and keep parameters, buffers, hooks and identity.
+    Torch's other batch norms are replaced by :class:`torch.nn.SyncBatchNorm`, which trains on GPUs alone, as
+    :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` does. They lose their hooks.
 
     Args:
-        module: any module; it keeps its parameters, buffers, hooks and ``state_dict`` keys.
+        module: any module; it keeps its parameters, buffers and ``state_dict`` keys.
         process_group: a ``torch.distributed`` group, ``None`` or ``"world"`` for all processes. It need not be
             initialized yet.
 

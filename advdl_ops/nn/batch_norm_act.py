@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +35,16 @@ def _check_group(name: str, group: Any) -> None:
     )
 
 
-class _Group(NamedTuple):
-    """The process group of a layer. Copies of the layer share it; ``torch.distributed`` cannot copy one."""
+class _Group:
+    """The process group of a layer, and that in which its number of channels was compared.
 
-    group: Any
+    Copies of the layer share it: ``torch.distributed`` cannot copy a group, and if one process copies its layer, it
+    must not compare again alone.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.agreed_in: str | None = None
 
     def __deepcopy__(self, memo: Any) -> _Group:
         return self
@@ -94,7 +100,8 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             taken over.
         process_group: training takes the statistics of the batches of all its processes together, whose sizes may
             differ: ``None`` (this process alone), ``"world"`` (all) or a ``torch.distributed`` group. Set
-            ``.process_group`` to change it; :func:`advdl_ops.convert_sync_batchnorm` sets it in a whole model.
+            ``.process_group`` to change it, in all of them; :func:`advdl_ops.convert_sync_batchnorm` sets it in a whole
+            model. A batch without images in any process counts in ``num_batches_tracked`` alone.
 
     ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` gives a ``SyncBatchNorm`` with a forward hook that applies the
     activation. That layer takes no residual.
@@ -135,7 +142,6 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
     def process_group(self, group: Any) -> None:
         _check_group(type(self).__name__, group)
         self.synchronized = None if group is None else _Group(group)
-        self.agreed_in = None
 
     def train(self, mode: bool = True) -> BatchNormAct2d:
         self.folded = None
@@ -150,7 +156,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "folded": None, "agreed_in": None}
+        return {**self.__dict__, "folded": None}
 
     def forward(self, input: Tensor, residual: Tensor | None = None, act: _Act = None) -> Tensor:
         """``input``, ``residual`` ``[N, C, H, W]`` -> ``[N, C, H, W]``; errors as :func:`.batch_norm_act`.
@@ -272,9 +278,10 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
             raise RuntimeError(
                 f"{name}: x (shape {tuple(x.shape)}) must have num_features ({self.num_features}) channels"
             )
-        if self.agreed_in != group.group_name:
+        assert self.synchronized is not None
+        if self.synchronized.agreed_in != group.group_name:
             check_agreement(name, group, self.num_features, x.device)
-            self.agreed_in = group.group_name
+            self.synchronized.agreed_in = group.group_name
         momentum: Any = self.momentum
         if counter is not None:
             check_writable(name, num_batches_tracked=counter)

@@ -311,3 +311,72 @@ def test_an_error_changes_nothing(x):
         type(layer) for layer in Stock().modules()
     ]
     assert not [name for layer in stock.modules() for name in vars(layer) if "advdl" in name]
+
+
+# ---- what can have no level, or has it by others ----
+
+
+def small():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(8, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 1)
+    )
+
+
+def replaced():
+    model = small()
+    model.forward = model.forward
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: torch.fx.symbolic_trace(small()), "torch.fx"),
+        (lambda: torch.jit.trace(small().eval(), torch.randn(1, 8, 5, 5)), "torch.jit"),
+        (replaced, "replaced on the instance"),
+        (lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(8, 8, 1)), "parametrized"),
+    ],
+    ids=["fx", "jit", "replaced", "parametrized"],
+)  # fmt: skip
+def test_a_module_whose_class_is_made_by_others_has_no_level(make, why):
+    inner = make()
+    with pytest.raises(TypeError, match=why):
+        set_lean(inner, "block")
+    model = torch.nn.Sequential(advdl_ops.optimize(small()), torch.nn.MaxPool2d(1), inner)
+    with pytest.raises(TypeError, match=why):
+        set_lean(model, {"0": "block", "2": "block"})
+    assert lean_of(model) == {} and type(model[1]) is torch.nn.MaxPool2d
+    assert lean_of(set_lean(model, "block")) == {"": "block"}
+    x = torch.randn(2, 8, 7, 7)
+    if why in ("torch.fx", "torch.jit"):
+        for function in (advdl_ops.memory_report, lambda *args: advdl_ops.fit_memory(*args, 1e9)):
+            with pytest.raises(ValueError, match="copy"):
+                function(model, x)
+
+
+def test_a_container_gives_its_level_to_what_is_in_it():
+    model = models.create_model("resnet18")
+    parts = torch.nn.ModuleDict({"a": torch.nn.ModuleList(model.layer1), "b": model.layer2})
+    set_lean(parts, {"": "stage", "a.1": None, "b": "deep"})
+    assert lean_of(parts) == {"a.0": "stage", "a.1": None, "b": "deep"}
+    set_lean(parts, None)
+    assert lean_of(parts) == {} and type(parts["a"][0]) is type(parts["a"][1])
+
+
+def test_a_module_with_two_names():
+    model = torch.nn.Module()
+    model.a = advdl_ops.optimize(small())
+    model.b = model.a
+    kind = type(model.a)
+    with pytest.raises(ValueError, match="two levels"):
+        set_lean(model, {"a": "block", "b": "deepest"})
+    assert type(model.a) is kind
+    set_lean(model, {"a": "block", "b": "block"})
+    pickle.loads(pickle.dumps(model))
+    assert type(set_lean(model, None).a) is kind
+
+
+@pytest.mark.parametrize("model", [3, None, torch.nn.Conv2d], ids=str)
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(TypeError, match="model"):
+        set_lean(model, "block")
