@@ -103,7 +103,9 @@ def checked(model: _Module, lean: Any, caller: str) -> dict[str, str | None]:
 
 
 def _has_forward(layer: _Module) -> bool:
-    if isinstance(layer, torch.jit.ScriptModule):  # its class has no forward that could be asked for
+    if isinstance(
+        layer, torch.jit.ScriptModule
+    ):  # its class has no forward that could be asked for
         return True
     return type(layer).forward is not _Module.forward or "forward" in layer.__dict__
 
