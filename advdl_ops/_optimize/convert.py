@@ -17,6 +17,7 @@ import torch
 from .._lean.models import Levels, checked, plain_class, set_lean
 from .._watch import is_watched
 from ..activation import IDENTITY, qualified_name, resolve_activation
+from ..nn import BatchNormAct2d
 from ..nn._one_by_one import layer_of
 from .aliasing import find_effects
 from .codegen import fused_class, source_of
@@ -194,7 +195,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
                 f"restore: model ({name or 'itself'}) must be of the class that optimize gave it, "
                 f"not {qualified_name(type(layer))}"
             )
-        if record is not None and getattr(layer, "process_group", None) is not None:
+        if record is not None and isinstance(layer, BatchNormAct2d) and layer.synchronized:
             raise ValueError(
                 f"restore: process_group of {name or 'the model'} must be None first: "
                 f"{qualified_name(record.original or type(layer))} is not synchronized"

@@ -41,10 +41,12 @@ def counterpart_of(layer: torch.nn.Module) -> Counterpart | None:
     Raises:
         Left: it is of a known kind, but may compute something different from this package's layer.
     """
+    if isinstance(layer, OURS):
+        return None
     kind = type(layer)
     make = _TORCH.get(kind) or _OTHERS.get(qualified_name(kind))
     if make is None:
-        if not isinstance(layer, tuple(_TORCH)) or isinstance(layer, OURS):
+        if not isinstance(layer, tuple(_TORCH)):
             return None
         if torch.nn.utils.parametrize.is_parametrized(layer):
             raise Left("its weight is parametrized")
@@ -138,7 +140,15 @@ def _mixed_class(original: Any, layer: Any) -> type:
     """For layers of timm and torchvision. timm's have their dropout and activation as children, and keep them."""
 
     def forward(self: Any, input: Any, residual: Any = None, act: Any = None) -> Any:
-        if residual is None and act is None and (is_observed(input) or not has_own_parts(self)):
+        alone = residual is None and act is None
+        own = has_own_parts(self)
+        if self.training and getattr(self, "synchronized", None) is not None:
+            if not own:  # the class before would take the statistics of this process alone
+                raise RuntimeError(
+                    f"{original.__name__}: with a process_group, activation and dropout must be those that were "
+                    "converted"
+                )
+        elif alone and (is_observed(input) or not own):
             return original.forward(self, input)
         return layer.forward(self, input, residual, act=act)
 

@@ -8,7 +8,7 @@ import torch
 
 from ..functional._norm import WORLD
 from ..nn import BatchNormAct2d
-from .layers import Left, converted_class, counterpart_of
+from .layers import Counterpart, Left, converted_class, counterpart_of
 
 _BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 _SyncBatchNorm = torch.nn.SyncBatchNorm
@@ -30,7 +30,11 @@ def convert_sync_batchnorm(module: torch.nn.Module, process_group: Any = None) -
         ``module``, or what replaces it if it is itself one of torch's other batch norms.
 
     Raises:
-        TypeError: ``module`` is not a module, or ``process_group`` is something else. Nothing is changed then.
+        TypeError: ``module`` is not a module, or ``process_group`` is something else.
+        ValueError: a ``BatchNorm2d`` may compute something of its own (a subclass, a replaced forward, a parametrized
+            weight, an activation without a kernel), or this process is not in the group.
+
+    If an error is raised, nothing is changed.
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(
@@ -38,21 +42,25 @@ def convert_sync_batchnorm(module: torch.nn.Module, process_group: Any = None) -
         )
     group = WORLD if process_group is None else process_group
     BatchNormAct2d(1, device="meta").process_group = group  # refuses what is no group
-    for layer in list(module.modules()):
-        _to_ours(layer)
+    counterparts = [(layer, _counterpart(name, layer)) for name, layer in module.named_modules()]
+    for layer, counterpart in counterparts:
+        if counterpart is not None and issubclass(counterpart.layer, BatchNormAct2d):
+            layer.__dict__.update(counterpart.attributes)
+            object.__setattr__(layer, "__class__", converted_class(type(layer), counterpart.layer))
         if isinstance(layer, BatchNormAct2d):
             layer.process_group = group
     return _to_torchs(module, None if group == WORLD else group)
 
 
-def _to_ours(layer: torch.nn.Module) -> None:
+def _counterpart(name: str, layer: torch.nn.Module) -> Counterpart | None:
+    if not isinstance(layer, _BatchNorm) or isinstance(layer, _SyncBatchNorm):
+        return None
     try:
-        counterpart = counterpart_of(layer)
-    except Left:
-        return
-    if counterpart is not None and issubclass(counterpart.layer, BatchNormAct2d):
-        layer.__dict__.update(counterpart.attributes)
-        object.__setattr__(layer, "__class__", converted_class(type(layer), counterpart.layer))
+        return counterpart_of(layer)
+    except Left as reason:
+        raise ValueError(
+            f"convert_sync_batchnorm: {name or 'module'} ({type(layer).__name__}) cannot be synchronized: {reason}"
+        ) from None
 
 
 def _to_torchs(module: torch.nn.Module, group: Any) -> torch.nn.Module:

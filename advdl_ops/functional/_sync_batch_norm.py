@@ -80,6 +80,9 @@ def sync_batch_norm_act(
     activation = act if type(act) is Activation else resolve_activation(name, act)
     check(x, running_mean, running_var, weight, bias, True, 0.0, eps, residual, alone=False)
     check_writable(name, running_mean=running_mean, running_var=running_var)
+    for running in (running_mean, running_var):
+        if running is not None and running.stride(0) == 0 and len(running) > 1:
+            raise RuntimeError(f"{name}: running statistics that are expanded cannot be written")
     if is_exported() or transformed():
         raise RuntimeError(
             f"{name}: training with a process_group can be neither exported nor transformed"

@@ -77,6 +77,7 @@ def _beyond_torch(layer: Any) -> str:
     """The options in use that torch's layer does not have."""
     own = {
         "an activation of its own": getattr(layer, "act", IDENTITY) != IDENTITY,
+        "a process_group": getattr(layer, "synchronized", None) is not None,
         "layer_norm": getattr(layer, "layer_norm", False),
         "zoneout": getattr(layer, "zoneout", 0) not in (0, (0, 0), [0, 0]),
         "recurrent_dropout": layer.training and getattr(layer, "recurrent_dropout", 0) > 0,

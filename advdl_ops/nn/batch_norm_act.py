@@ -141,7 +141,9 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
     @process_group.setter
     def process_group(self, group: Any) -> None:
         _check_group(type(self).__name__, group)
-        self.synchronized = None if group is None else _Group(group)
+        # A group that is set again stays agreed upon.
+        if "synchronized" not in self.__dict__ or group != self.process_group:
+            self.synchronized = None if group is None else _Group(group)
 
     def train(self, mode: bool = True) -> BatchNormAct2d:
         self.folded = None

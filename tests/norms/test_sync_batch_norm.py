@@ -12,6 +12,8 @@ from torch import nn as stock
 
 import advdl_ops
 from advdl_ops import models, nn
+from advdl_ops.nn._quantization import _beyond_torch
+from benchmarks.extras import require
 
 pytestmark = pytest.mark.slow
 SIZES = (3, 0, 2)  # images of each process
@@ -338,11 +340,8 @@ def test_what_is_no_group_is_refused(group):
 
 
 def test_what_becomes_of_other_norms():
-    class Own(stock.BatchNorm2d):
-        pass
-
     model = stock.Sequential(
-        stock.BatchNorm1d(3), stock.BatchNorm2d(3), nn.BatchNormAct2d(3, act="relu"), Own(3), stock.GroupNorm(1, 3)
+        stock.BatchNorm1d(3), stock.BatchNorm2d(3), nn.BatchNormAct2d(3, act="relu"), stock.GroupNorm(1, 3)
     )  # fmt: skip
     hook = model[1].register_forward_hook(lambda *_: None)
     weights = [p for p in model.parameters()]
@@ -353,7 +352,6 @@ def test_what_becomes_of_other_norms():
         stock.SyncBatchNorm,
         nn.BatchNormAct2d,
         nn.BatchNormAct2d,
-        stock.SyncBatchNorm,
         stock.GroupNorm,
     ]
     assert all(a is b for a, b in zip(weights, model.parameters(), strict=True))
@@ -361,6 +359,47 @@ def test_what_becomes_of_other_norms():
     assert type(advdl_ops.convert_sync_batchnorm(stock.BatchNorm1d(3))) is stock.SyncBatchNorm
     again = advdl_ops.convert_sync_batchnorm(model)
     assert [type(layer) for layer in again] == kinds
+
+
+class Own(stock.BatchNorm2d):
+    pass
+
+
+def test_norms_that_may_compute_something_else_are_refused():
+    parametrized = torch.nn.utils.parametrizations.weight_norm(stock.BatchNorm2d(3), dim=0)
+    for norm in (Own(3), parametrized):
+        model = stock.Sequential(stock.BatchNorm2d(3), norm)
+        with pytest.raises(ValueError, match=r"1 .*cannot be synchronized"):
+            advdl_ops.convert_sync_batchnorm(model)
+        assert type(model[0]) is stock.BatchNorm2d
+
+
+def test_timms_norms():
+    require("timm")
+    from timm.layers import BatchNormAct2d
+
+    def both(model):
+        return advdl_ops.convert_sync_batchnorm(advdl_ops.convert_sync_batchnorm(model))
+
+    for convert in (
+        both,
+        lambda model: both(advdl_ops.optimize(model)),
+        lambda model: advdl_ops.optimize(both(model)),
+    ):
+        model = convert(stock.Sequential(stock.Conv2d(3, 3, 1), BatchNormAct2d(3)))
+        assert model[1].process_group == "world" and isinstance(model[1], BatchNormAct2d)
+        for hooked in (False, True):  # whoever looks on, it is not normalized alone
+            if hooked:
+                model[1].act.register_forward_hook(lambda *_: None)
+            with pytest.raises(RuntimeError, match=r"init_process_group|must be those"):
+                model(torch.randn(2, 3, 4, 4))
+        model.eval()(torch.randn(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="cannot be synchronized"):
+        advdl_ops.convert_sync_batchnorm(BatchNormAct2d(3, act_layer=stock.Mish))
+
+
+def test_quantization_loses_no_group():
+    assert _beyond_torch(nn.BatchNormAct2d(3, process_group="world")) == "a process_group"
 
 
 def test_restore_loses_no_group():
