@@ -232,6 +232,11 @@ def by_torchs_operators() -> Iterator[None]:
             _torchs_thread = before
 
 
+def is_distributed() -> bool:
+    """Whether ``torch.distributed.init_process_group`` was called."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_fake(x: Any) -> bool:
     """Whether ``x`` has sizes and strides, and no data."""
     return type(x) is not torch.Tensor and isinstance(x, torch._subclasses.FakeTensor)

@@ -74,9 +74,10 @@ def table(case: str, kinds: dict[str, list[Record]]) -> tuple[list[str], list[li
     head = ["", "held", "of eager's", "peak, of eager's"]
     for kind in kinds:
         head += [f"time, of plain's, {kind}", f"of eager's, {kind}"]
+    relatives = [f(items) for items in kinds.values() for f in (_of_plain, _of_eager)]
     lines = []
     for name in _ORDER:
-        if not any(name in _values(items, "time") for items in kinds.values()):
+        if not any(name in relative for relative in relatives):
             continue
         line = [f"`{name}`"]
         if name in held:
@@ -84,9 +85,7 @@ def table(case: str, kinds: dict[str, list[Record]]) -> tuple[list[str], list[li
             line += [f"{held[name] / 1e6:.1f} MB", *shares]
         else:
             line += ["-"] * 3
-        for items in kinds.values():
-            for relative in (_of_plain(items), _of_eager(items)):
-                line.append(f"{relative[name]:.2f}x" if name in relative else "-")
+        line += [f"{each[name]:.2f}x" if name in each else "-" for each in relatives]
         lines.append(line)
     return head, lines
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..backend import is_distributed
 from .max_pool2d import MaxPool2d
 from .recipes import LEVELS, saving
 
@@ -103,9 +104,8 @@ def checked(model: _Module, lean: Any, caller: str) -> dict[str, str | None]:
 
 
 def _has_forward(layer: _Module) -> bool:
-    if isinstance(
-        layer, torch.jit.ScriptModule
-    ):  # its class has no forward that could be asked for
+    # The class of a ScriptModule has no forward that could be asked for.
+    if isinstance(layer, torch.jit.ScriptModule):
         return True
     return type(layer).forward is not _Module.forward or "forward" in layer.__dict__
 
@@ -176,7 +176,7 @@ def _level_of(layer: _Module) -> str | None:
 
 def is_sharded(model: _Module) -> bool:
     """Whether ``fully_shard`` manages parameters of the model."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return False
     return any("_is_fsdp_managed_module" in layer.__dict__ for layer in model.modules())
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import is_exported, needs_grad, transformed
+from ..backend import is_distributed, is_exported, needs_grad, transformed
 
 LEVELS = ("block", "stage", "deep", "deepest")
 
@@ -31,13 +31,12 @@ LEVELS = ("block", "stage", "deep", "deepest")
 class Kind(Enum):
     """What a recipe makes again; its value: the levels that do."""
 
-    PASS = frozenset(LEVELS)  # one pass over tensors that are kept in any case
-    SUM = frozenset(
-        {"stage", "deepest"}
-    )  # the output of a residual block: needs that of the block before
-    PRODUCT = frozenset(
-        {"deep", "deepest"}
-    )  # a convolution of 1x1 that has more outputs than inputs
+    # One pass over tensors that are kept in any case.
+    PASS = frozenset(LEVELS)
+    # The output of a residual block: needs that of the block before.
+    SUM = frozenset({"stage", "deepest"})
+    # A convolution of 1x1 that has more outputs than inputs.
+    PRODUCT = frozenset({"deep", "deepest"})
 
 
 # A tensor that is kept, and its version, as autograd's own saved tensors know it. It is a tuple because every saved
@@ -95,9 +94,8 @@ class Recipe:
         self.kind, self.function, self.sources = kind, function, sources
         self.of = weakref.ref(like)
         self.version = like._version
-        self.readers = self.done = (
-            0  # those who will ask for the tensor, and those who did since it was made
-        )
+        # Those who will ask for the tensor, and those who did since it was made.
+        self.readers = self.done = 0
         self.made: Tensor | None = None
 
     def add_reader(self) -> None:
@@ -144,9 +142,8 @@ class _Saving:
 
     def __init__(self, level: str | None) -> None:
         self.level = level
-        self.recipes: dict[
-            int, Recipe
-        ] = {}  # by id of the tensor, which the recipe refers to weakly
+        # By id of the tensor, which the recipe refers to weakly.
+        self.recipes: dict[int, Recipe] = {}
 
     def recipe_of(self, t: Tensor) -> Recipe | None:
         recipe = self.recipes.get(id(t))
@@ -157,7 +154,7 @@ class _Saving:
     def source(self, t: Tensor | None) -> Kept | Recipe | None:
         if t is None:
             return None
-        if t.dim() == 1 and _is_distributed():
+        if t.dim() == 1 and is_distributed():
             # A sharded parameter is freed after the forward, and gathered again for its own layer alone.
             return kept(t.detach().clone())
         return self.recipe_of(t) or kept(t)
@@ -174,10 +171,6 @@ class _Saving:
             return kept(t)
         recipe.add_reader()
         return recipe
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 Offered = Callable[[Recipe, Tensor, tuple[Tensor | None, ...]], None]

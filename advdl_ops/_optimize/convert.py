@@ -23,7 +23,7 @@ from .aliasing import find_effects
 from .codegen import fused_class, source_of
 from .copies import copies_of
 from .fuse import has_parts, plan_fusions
-from .layers import OURS, Counterpart, Left, converted_class, counterpart_of
+from .layers import OURS, Counterpart, Left, convert, counterpart_of
 from .memory_format import evaluated_in_fast_format, in_fast_format, plan_channels_last
 from .plan import LayerPlan, Plan
 from .proxies import Untraceable
@@ -153,10 +153,8 @@ def _converted_children(plan: Plan, owner: torch.nn.Module) -> tuple[tuple[str, 
 
 
 def _convert(layer: torch.nn.Module, counterpart: Counterpart) -> None:
-    kind = type(layer)
-    update_record(layer, original=kind, converted=True, added=tuple(counterpart.attributes))
-    layer.__dict__.update(counterpart.attributes)
-    object.__setattr__(layer, "__class__", converted_class(kind, counterpart.layer))
+    update_record(layer, original=type(layer), converted=True, added=tuple(counterpart.attributes))
+    convert(layer, counterpart)
 
 
 def _set_forward(owner: torch.nn.Module, planned: LayerPlan, channels_last: str) -> None:

@@ -91,11 +91,11 @@ def _timm_norm(layer: type[torch.nn.Module], **attributes: Any) -> Callable[...,
 
 
 _ACT = {"act": IDENTITY}
-_NORM = {**_ACT, "folded": None, "synchronized": None}
+_BATCH_NORM: dict[str, Any] = {"folded": None, "synchronized": None}
 _TORCH: dict[type[torch.nn.Module], Callable[..., Counterpart]] = {
     torch.nn.Conv2d: _plain(nn.Conv2d, **_ACT),
     torch.nn.ConvTranspose2d: _plain(nn.ConvTranspose2d, **_ACT),
-    torch.nn.BatchNorm2d: _plain(nn.BatchNormAct2d, **_NORM),
+    torch.nn.BatchNorm2d: _plain(nn.BatchNormAct2d, **_ACT, **_BATCH_NORM),
     torch.nn.GroupNorm: _plain(nn.GroupNorm, **_ACT),
     torch.nn.InstanceNorm1d: _plain(nn.InstanceNorm1d, **_ACT),
     torch.nn.InstanceNorm2d: _plain(nn.InstanceNorm2d, **_ACT),
@@ -111,9 +111,7 @@ _OTHERS: dict[str, Callable[..., Counterpart]] = {
     "timm.layers.norm.LayerNorm2d": _timm_norm(nn.LayerNorm2d),
     "timm.layers.norm.GroupNorm": _timm_norm(nn.GroupNorm),
     "timm.layers.norm.GroupNorm1": _timm_norm(nn.GroupNorm),
-    "timm.layers.norm_act.BatchNormAct2d": _timm_norm(
-        nn.BatchNormAct2d, folded=None, synchronized=None
-    ),
+    "timm.layers.norm_act.BatchNormAct2d": _timm_norm(nn.BatchNormAct2d, **_BATCH_NORM),
     "timm.layers.norm_act.GroupNormAct": _timm_norm(nn.GroupNorm),
     "timm.layers.norm_act.GroupNorm1Act": _timm_norm(nn.GroupNorm),
     "timm.layers.norm_act.LayerNormAct2d": _timm_norm(nn.LayerNorm2d),
@@ -133,6 +131,12 @@ def converted_class(original: Any, layer: Any) -> type:
     if issubclass(layer, original) or original is torch.nn.LSTM:
         return layer
     return _mixed_class(original, layer)
+
+
+def convert(layer: torch.nn.Module, counterpart: Counterpart) -> None:
+    """Makes ``layer`` its counterpart, in place: only its class changes, and attributes are added."""
+    layer.__dict__.update(counterpart.attributes)
+    object.__setattr__(layer, "__class__", converted_class(type(layer), counterpart.layer))
 
 
 @functools.cache

@@ -8,7 +8,8 @@ import torch
 
 from ..functional._norm import WORLD
 from ..nn import BatchNormAct2d
-from .layers import Counterpart, Left, converted_class, counterpart_of
+from ..nn.batch_norm_act import check_group
+from .layers import Counterpart, Left, convert, counterpart_of
 
 _BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 _SyncBatchNorm = torch.nn.SyncBatchNorm
@@ -41,12 +42,11 @@ def convert_sync_batchnorm(module: torch.nn.Module, process_group: Any = None) -
             f"convert_sync_batchnorm: module ({type(module).__name__}) must be a torch.nn.Module"
         )
     group = WORLD if process_group is None else process_group
-    BatchNormAct2d(1, device="meta").process_group = group  # refuses what is no group
+    check_group("convert_sync_batchnorm", group)
     counterparts = [(layer, _counterpart(name, layer)) for name, layer in module.named_modules()]
     for layer, counterpart in counterparts:
         if counterpart is not None and issubclass(counterpart.layer, BatchNormAct2d):
-            layer.__dict__.update(counterpart.attributes)
-            object.__setattr__(layer, "__class__", converted_class(type(layer), counterpart.layer))
+            convert(layer, counterpart)
         if isinstance(layer, BatchNormAct2d):
             layer.process_group = group
     return _to_torchs(module, None if group == WORLD else group)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._schemas import acc_dtype
 from ..activation import Activation, resolve_activation
-from ..backend import is_exported, needs_grad, serves_native, transformed
+from ..backend import is_distributed, is_exported, needs_grad, serves_native, transformed
 from ..reference.batch_norm_act import batch_stats, normalize_act, per_channel
 from ._norm import WORLD, check_writable, norm_gradients, saved_for, to_be_saved
 from .batch_norm_act import apply_op, backward_op, batch_norm_act, check, offer
@@ -26,7 +26,7 @@ _input_gradient_op = torch.ops.advdl_ops.batch_norm_act_input_gradient.default
 
 def group_of(name: str, group: Any) -> dist.ProcessGroup:
     """The process group that ``group`` stands for. ``RuntimeError``: torch.distributed is not initialized."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         raise RuntimeError(
             f"{name}: process_group ({group!r}) needs torch.distributed.init_process_group, which was not called"
         )
@@ -103,8 +103,8 @@ def sync_batch_norm_act(
         if moments is None:
             moments = _moments_op(x) if native else _reference_moments(x)
         total, mean, squares = _of_all_processes(moments, count, group)
-    # More than one value here is more than one in all. So a GPU need not be waited for.
-    in_all = int(total.item()) if count <= 1 and channels else 2
+    # Read only where it decides: with more than one value here, a GPU is not waited for.
+    in_all = total.item() if count <= 1 and channels else None
     if in_all == 1:
         raise ValueError(
             f"{name}: x (shape {tuple(x.shape)} in this process) must have more than 1 value per channel in all "

@@ -21,7 +21,8 @@ from ._script import refuse_script
 _Act = str | Activation | torch.nn.Module | None
 
 
-def _check_group(name: str, group: Any) -> None:
+def check_group(name: str, group: Any) -> None:
+    """Refuses, in the name of a layer or function, what is no process group of this process."""
     distributed = torch.distributed
     if group is None or group == WORLD:
         return
@@ -140,7 +141,7 @@ class BatchNormAct2d(torch.nn.BatchNorm2d):
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        _check_group(type(self).__name__, group)
+        check_group(type(self).__name__, group)
         # A group that is set again stays agreed upon.
         if "synchronized" not in self.__dict__ or group != self.process_group:
             self.synchronized = None if group is None else _Group(group)

@@ -34,6 +34,18 @@ void check_common(const Tensor& x, const OptionalTensor& weight, const OptionalT
   check_affine(kName, x, weight, bias, act);
 }
 
+void launch(const Tensor& x, const BatchNormActForward& p) {
+  Launch(x, [&] {
+    return device::batch_norm_act_forward_workspace(p);
+  }).run(device::batch_norm_act_forward, p);
+}
+
+void launch(const Tensor& x, const BatchNormActBackward& p) {
+  Launch(x, [&] {
+    return device::batch_norm_act_backward_workspace(p);
+  }).run(device::batch_norm_act_backward, p);
+}
+
 struct ForwardOptions {
   bool training;
   double momentum, eps;
@@ -122,9 +134,7 @@ ForwardOutputs run_forward(Tensor x, OptionalTensor residual, OptionalTensor wei
     }
     return outputs;
   }
-  Launch(x, [&] {
-    return device::batch_norm_act_forward_workspace(p);
-  }).run(device::batch_norm_act_forward, p);
+  launch(x, p);
   if (in_place && writes_running) {
     // If the kernel wrote to a contiguous copy, copy the result back.
     for (const auto& [given, written] :
@@ -188,9 +198,7 @@ Tensor apply(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalT
   p.out = data(out);
   p.mean = data(stats);
   p.rstd = second_of_pair(stats);
-  Launch(x, [&] {
-    return device::batch_norm_act_forward_workspace(p);
-  }).run(device::batch_norm_act_forward, p);
+  launch(x, p);
   return out;
 }
 
@@ -209,54 +217,67 @@ Tensor moments(Tensor x) {
   p.x = data(x);
   p.mean = data(result);
   p.rstd = second_of_pair(result);
-  Launch(x, [&] {
-    return device::batch_norm_act_forward_workspace(p);
-  }).run(device::batch_norm_act_forward, p);
+  launch(x, p);
   return result;
 }
+
+// What the operators of the backward read, checked and as the kernels take it, and the parameters made of it.
+struct BackwardCall {
+  Tensor dout, x;
+  OptionalTensor saved, weight, bias;
+  Tensor stats;
+  BatchNormActBackward p;
+
+  BackwardCall(const char* function, const Tensor& given_dout, const Tensor& given_x,
+               const OptionalTensor& given_saved, const OptionalTensor& given_weight,
+               const OptionalTensor& given_bias, const Tensor& given_stats, int64_t act,
+               double act_param, int64_t z_source)
+      : dout(given_dout), x(given_x), stats(given_stats) {
+    check_common(x, given_weight, given_bias, act);
+    check_backward(function, dout, x, given_saved, act, z_source);
+    check_stats(function, stats, x);
+    x = dense(x);
+    // Inductor may pass a gradient whose memory format differs from that of forward's output.
+    dout = in_format_of(dout, x);
+    saved = in_format_of(given_saved, x);
+    weight = contiguous(given_weight);
+    bias = contiguous(given_bias);
+    stats = *contiguous(OptionalTensor(stats));
+
+    p.shape = shape_of(x, weight, bias, std::nullopt);
+    p.act = static_cast<Activation>(act);
+    p.act_param = act_param;
+    p.z_source = static_cast<ZSource>(z_source);
+    p.dout = data(dout);
+    p.x = data(x);
+    p.saved = data(saved);
+    p.weight = data(weight);
+    p.bias = data(bias);
+    p.mean = data(stats);
+    p.rstd = second_of_pair(stats);
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, OptionalTensor saved,
                                                     OptionalTensor weight, OptionalTensor bias,
                                                     Tensor stats, bool training, int64_t act,
                                                     double act_param, int64_t z_source,
                                                     bool need_dx, bool need_dresidual) {
-  check_common(x, weight, bias, act);
-  check_backward(kBackwardName, dout, x, saved, act, z_source);
-  const int64_t channels = x.size(1);
-  const ScalarType acc = acc_type(x.scalar_type());
-  check_stats(kBackwardName, stats, x);
-
-  x = dense(x);
-  // Inductor may pass a gradient whose memory format differs from that of forward's output.
-  dout = in_format_of(dout, x);
-  saved = in_format_of(saved, x);
-  weight = contiguous(weight);
-  bias = contiguous(bias);
-  stats = *contiguous(OptionalTensor(stats));
-  Tensor dx = need_dx ? allocate_like(x) : allocate_vector(x, 0, x.scalar_type());
-  Tensor dresidual = need_dresidual ? allocate_like(x) : allocate_vector(x, 0, x.scalar_type());
-  Tensor dweight = allocate_vector(x, channels, acc), dbias = allocate_vector(x, channels, acc);
-
-  BatchNormActBackward p;
-  p.shape = shape_of(x, weight, bias, std::nullopt);
-  p.training = training;
-  p.act = static_cast<Activation>(act);
-  p.act_param = act_param;
-  p.z_source = static_cast<ZSource>(z_source);
-  p.dout = data(dout);
-  p.x = data(x);
-  p.saved = data(saved);
-  p.weight = data(weight);
-  p.bias = data(bias);
-  p.mean = data(stats);
-  p.rstd = second_of_pair(stats);
-  p.dx = data_or_null(dx, need_dx);
-  p.dresidual = data_or_null(dresidual, need_dresidual);
-  p.dweight = data(dweight);
-  p.dbias = data(dbias);
-  Launch(x, [&] {
-    return device::batch_norm_act_backward_workspace(p);
-  }).run(device::batch_norm_act_backward, p);
+  BackwardCall call(kBackwardName, dout, x, saved, weight, bias, stats, act, act_param, z_source);
+  const Tensor& like = call.x;
+  const int64_t channels = like.size(1);
+  const ScalarType acc = acc_type(like.scalar_type());
+  Tensor dx = need_dx ? allocate_like(like) : allocate_vector(like, 0, like.scalar_type());
+  Tensor dresidual =
+      need_dresidual ? allocate_like(like) : allocate_vector(like, 0, like.scalar_type());
+  Tensor dweight = allocate_vector(like, channels, acc),
+         dbias = allocate_vector(like, channels, acc);
+  call.p.training = training;
+  call.p.dx = data_or_null(dx, need_dx);
+  call.p.dresidual = data_or_null(dresidual, need_dresidual);
+  call.p.dweight = data(dweight);
+  call.p.dbias = data(dbias);
+  launch(call.x, call.p);
   return {dx, dresidual, dweight, dbias};
 }
 
@@ -264,38 +285,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor x, Optio
 Tensor input_gradient(Tensor dout, Tensor x, OptionalTensor saved, OptionalTensor weight,
                       OptionalTensor bias, Tensor stats, Tensor means, int64_t act,
                       double act_param, int64_t z_source) {
-  check_common(x, weight, bias, act);
-  check_backward(kInputGradientName, dout, x, saved, act, z_source);
-  check_stats(kInputGradientName, stats, x);
+  BackwardCall call(kInputGradientName, dout, x, saved, weight, bias, stats, act, act_param,
+                    z_source);
   check(is_acc_pair(means, x), kInputGradientName, "means must be [2, C] like stats");
-  x = dense(x);
-  dout = in_format_of(dout, x);
-  saved = in_format_of(saved, x);
-  weight = contiguous(weight);
-  bias = contiguous(bias);
-  stats = *contiguous(OptionalTensor(stats));
   means = *contiguous(OptionalTensor(means));
-  Tensor dx = allocate_like(x);
-
-  BatchNormActBackward p;
-  p.shape = shape_of(x, weight, bias, std::nullopt);
-  p.training = p.means_given = true;
-  p.act = static_cast<Activation>(act);
-  p.act_param = act_param;
-  p.z_source = static_cast<ZSource>(z_source);
-  p.dout = data(dout);
-  p.x = data(x);
-  p.saved = data(saved);
-  p.weight = data(weight);
-  p.bias = data(bias);
-  p.mean = data(stats);
-  p.rstd = second_of_pair(stats);
-  p.dx = data(dx);
-  p.dweight = data(means);
-  p.dbias = second_of_pair(means);
-  Launch(x, [&] {
-    return device::batch_norm_act_backward_workspace(p);
-  }).run(device::batch_norm_act_backward, p);
+  Tensor dx = allocate_like(call.x);
+  call.p.training = call.p.means_given = true;
+  call.p.dx = data(dx);
+  call.p.dweight = data(means);
+  call.p.dbias = second_of_pair(means);
+  launch(call.x, call.p);
   return dx;
 }
 

@@ -1,12 +1,10 @@
 """DDP and FSDP2 on two processes with gloo: a level changes no bit of a training."""
 
 import copy
-import time
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
+from support import processes
 from support.lean import counted, held_after, leaned, tiny_net
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +15,6 @@ from advdl_ops import models, set_lean
 from advdl_ops._lean import LEVELS, Kind
 
 pytestmark = pytest.mark.slow
-LIMIT_S = 120
 
 
 def ddp(net, level):
@@ -56,11 +53,7 @@ def trained(net, rank, wrap, level):
     return values, set(kinds), held
 
 
-def worker(rank, wrap, init):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=init, rank=rank, world_size=2, timeout=timedelta(seconds=LIMIT_S / 2)
-    )
+def worker(rank, wrap):
     torch.manual_seed(0)
     net = tiny_net()
     expected, kinds, plain = trained(copy.deepcopy(net), rank, wrap, None)
@@ -78,18 +71,9 @@ def worker(rank, wrap, init):
         with counted() as kinds:
             model(torch.randn(3, 3, 17, 15)).sum().backward()
         assert Kind.PASS in kinds
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("wrap", [ddp, sharded])
 def test_trains_as_without_a_level(wrap, tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # whatever the host's name resolves to
-    init = (tmp_path / "init").as_uri()
-    context = torch.multiprocessing.spawn(worker, (wrap, init), nprocs=2, join=False)
-    deadline = time.monotonic() + LIMIT_S
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, f"not done after {LIMIT_S} s"
-    finally:
-        for process in context.processes:
-            process.kill()
+    processes.run(tmp_path, worker, wrap)

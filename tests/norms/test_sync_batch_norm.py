@@ -3,11 +3,11 @@
 import copy
 import itertools
 import pickle
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from support import processes
 from torch import nn as stock
 
 import advdl_ops
@@ -17,27 +17,12 @@ from benchmarks.extras import require
 
 pytestmark = pytest.mark.slow
 SIZES = (3, 0, 2)  # images of each process
-LIMIT_S = 120
-
-
-def start(rank, init, worker, *arguments):
-    torch.set_num_threads(1)
-    limit = timedelta(seconds=LIMIT_S)
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=3, timeout=limit)
-    worker(rank, *arguments)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture
 def in_three_processes(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-
-    def run(worker, *arguments):
-        init = (tmp_path / "init").as_uri()
-        torch.multiprocessing.spawn(start, (init, worker, *arguments), nprocs=3)
-
-    return run
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # whatever the host's name resolves to
+    return lambda worker: processes.run(tmp_path, worker, count=3)
 
 
 def part(t, rank):

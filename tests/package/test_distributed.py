@@ -1,12 +1,10 @@
 """DDP and FSDP2 on two processes with gloo: the fused layers train as stock PyTorch does."""
 
-import time
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support import processes
 from support.models import randomize, relative_error
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +15,6 @@ from advdl_ops import models, nn
 from benchmarks.stock_resnet import StockResNet
 
 pytestmark = pytest.mark.slow
-LIMIT_S = 120
 f64 = torch.float64
 
 
@@ -150,27 +147,14 @@ def check(name, wrap, rank):
         assert torch.equal(first, whole(p.detach())), (name, "differs by rank", key)
 
 
-def worker(rank, wrap, init):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=init, rank=rank, world_size=2, timeout=timedelta(seconds=LIMIT_S / 2)
-    )
+def worker(rank, wrap):
     for name in NETS:
         torch.manual_seed(0)
         check(name, wrap, rank)
         check_what_is_kept(name, wrap)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("wrap", [ddp, sharded])
 def test_trains_as_stock(wrap, tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # whatever the host's name resolves to
-    init = (tmp_path / "init").as_uri()
-    context = torch.multiprocessing.spawn(worker, (wrap, init), nprocs=2, join=False)
-    deadline = time.monotonic() + LIMIT_S
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, f"not done after {LIMIT_S} s"
-    finally:
-        for process in context.processes:
-            process.kill()
+    processes.run(tmp_path, worker, wrap)
